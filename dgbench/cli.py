@@ -1,0 +1,480 @@
+"""The command line: each command parses, calls one function and shows its typed result.
+
+Heavy imports live in the commands' bodies, so that `--help` and completion need nothing beyond Typer. Click has no
+option that takes several values and stops at the next flag; `Command` adds it to the list-valued ones: `--targets A B`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from dgbench.errors import DgbenchError, StoppedError
+
+if TYPE_CHECKING:
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
+
+
+class Command(TyperCommand):
+    """A command whose list-valued options take one or more values each, and may repeat."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Draw panels on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stdout.isatty() else None
+        super().format_help(ctx, formatter)
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Give every value of such an option its own flag, the form that Click understands."""
+        lists = {name: p for p in self.params if isinstance(p, TyperOption) and p.multiple for name in p.opts}
+        rest = super().parse_args(ctx, list(_one_flag_each(args, lists, ctx)))
+        if ctx.resilient_parsing:
+            # completion goes back `nargs` words to see whose value it completes: here, as far as there is no other flag
+            for option in lists.values():
+                option.nargs = len(args) + 1
+        return rest
+
+
+def _one_flag_each(args: Sequence[str], lists: Mapping[str, TyperOption], ctx: Context) -> Iterator[str]:
+    """Turn `--targets A B --json` into `--targets A --targets B --json`; `--` ends the options as usual."""
+    position = 0
+    while position < len(args):
+        flag, equals, first = args[position].partition("=")
+        position += 1
+        if args[position - 1] == "--":
+            yield from args[position - 1 :]
+            return
+        if flag not in lists:
+            yield args[position - 1]
+            continue
+        values = [first] if equals else []
+        while position < len(args) and not args[position].startswith("-"):
+            values.append(args[position])
+            position += 1
+        if not values and not ctx.resilient_parsing:
+            raise typer.BadParameter("needs at least one value", ctx=ctx, param_hint=f"'{flag}'")
+        for value in values:
+            yield from (flag, value)
+
+
+class Program(TyperGroup):
+    """The whole program: whatever a user can mend or cause ends in one clear message and an exit code."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Draw panels on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stdout.isatty() else None
+        super().format_help(ctx, formatter)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run as a program; usage errors are framed on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stderr.isatty() else None
+        return super().main(*args, **settings)
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Put the groups first, as a user meets them."""
+        return sorted(super().list_commands(ctx), key=lambda name: not isinstance(self.commands[name], TyperGroup))
+
+    def invoke(self, ctx: Context) -> Any:
+        """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C. DGBENCH_DEBUG=1 lets the traceback through."""
+        _warn_on_stderr()
+        try:
+            result = super().invoke(ctx)
+            # here, where a closed pipe can still be handled, and not when the interpreter ends
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("DGBENCH_DEBUG") == "1" or (code := _explain(error)) is None:
+                raise
+            raise typer.Exit(code) from None
+        return result
+
+
+def _explain(error: BaseException) -> int | None:
+    """Print what went wrong and return the exit code; None if it is not the user's to know, but ours to mend."""
+    if type(error).__module__.startswith("typer"):  # usage errors and exits are Typer's own to show
+        return None
+    from dgbench import render
+
+    if isinstance(error, StoppedError):
+        render.note(error.message)
+        return 130
+    if isinstance(error, KeyboardInterrupt):
+        render.note("interrupted")
+        return 130
+    if (disk := _disk_error(error)) is not None:
+        render.failure(*disk)
+        return 1
+    if isinstance(error, DgbenchError):
+        render.failure(error.message, error.hint)
+        return 1
+    message, hint = getattr(error, "message", None), getattr(error, "hint", None)
+    if isinstance(message, str) and isinstance(hint, str) and type(error).__module__.startswith("mfuser"):
+        render.failure(message, hint)
+        return 1
+    if type(error).__name__ == "OutOfMemoryError":
+        render.failure(str(error).splitlines()[0], "use smaller batches: --set train.batch_size=2 eval.batch_size=1")
+        return 1
+    return None
+
+
+def _disk_error(error: BaseException) -> tuple[str, str | None] | None:
+    """Return message and hint if `error` is the file system's refusal, or was caused by a full disk."""
+    refusal = error if isinstance(error, OSError) else _full_disk(error)
+    if refusal is None or refusal.errno == errno.EPIPE:
+        return None
+    path = refusal.filename or "a file"
+    if refusal.errno in _FULL:
+        return f"no space left on the disk while writing {path}", "free some space there, or choose another --out"
+    if refusal.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission: {path}", "choose a place that is yours, or change its permissions"
+    if refusal.errno == errno.EROFS:
+        return f"the file system is read-only: {path}", "choose a place that can be written"
+    return (f"{(refusal.strerror or 'cannot be used').lower()}: {path}", None) if refusal.filename else None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    # other libraries wrap the system's error in one of their own
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from dgbench import render
+
+        render.warning(record.getMessage())
+
+
+def _warn_on_stderr() -> None:
+    for name in ("dgbench", "mfuser"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+            logger.addHandler(_Warnings(logging.WARNING))
+            logger.propagate = False
+
+
+# ---- completion: light imports only
+
+
+def _domain_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    from dgbench.data.domains import names
+
+    given = ctx.params.get("targets") or ()
+    return [name for name in names() if name.startswith(incomplete) and name not in given]
+
+
+def _keys(incomplete: str) -> list[str]:
+    from dgbench.recipe import key_paths
+
+    return [f"{path}=" for path in key_paths() if path.startswith(incomplete)]
+
+
+def _recipes(incomplete: str) -> list[str]:
+    from dgbench.resources import recipes_dir
+
+    root = recipes_dir()
+    names = [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("[!_]*.yaml"))]
+    methods = Path(__file__).parents[1] / "mfuser" / "methods"
+    names += [path.stem.replace("_", "-") for path in sorted(methods.glob("[!_]*.py"))]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _runs(incomplete: str) -> list[str]:
+    found = [path.parent.as_posix() for path in sorted(Path("runs").glob("*/recipe.yaml"))]
+    return [name for name in ("latest", *found) if name.startswith(incomplete)]
+
+
+# ---- options that mean the same everywhere
+
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DeviceOpt = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")
+]
+RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
+RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
+TargetsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=_domain_names
+    ),
+]
+SplitOpt = Annotated[str, typer.Option(metavar="NAME", help="train or val.")]
+DomainArg = Annotated[
+    str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=_domain_names)
+]
+
+app = typer.Typer(
+    cls=Program,
+    name="dgbench",
+    help="Train on one domain, score on domains never seen.",
+    epilog="First: dgbench train streets/mfuser",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(cls=Program, help="List domains, look at them, count their classes.", no_args_is_help=True)
+app.add_typer(data, name="data", rich_help_panel="Get")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dgbench import __version__
+
+        typer.echo(f"dgbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dgbench(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train on one domain, score on domains never seen."""
+
+
+@data.command("list", cls=Command, epilog="Example: dgbench data list")
+def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
+    """List the domains and where each lies on this disk."""
+    from dgbench import render
+    from dgbench.data.listing import states
+
+    render.show(states(root), as_json=as_json)
+
+
+@data.command("show", cls=Command, epilog="Example: dgbench data show streets-night --n 6 --out sheet.png")
+def data_show(
+    domain: DomainArg,
+    n: Annotated[int, typer.Option(min=1, metavar="COUNT", help="How many images.")] = 6,
+    split: SplitOpt = "val",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
+    root: RootOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Write a contact sheet: images, label overlays, legend."""
+    from dgbench import render
+    from dgbench.data.listing import sheet
+
+    render.show(sheet(domain, split, out, images=n, root=root, progress=render.progress(quiet=quiet)), as_json=as_json)
+
+
+@data.command("stats", cls=Command, epilog="Example: dgbench data stats streets-game --n 200")
+def data_stats(
+    domain: DomainArg,
+    n: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="Only the first images; default: all.")] = None,
+    split: SplitOpt = "val",
+    root: RootOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Count how much of a domain each class makes up."""
+    from dgbench import render
+    from dgbench.data.listing import class_shares
+
+    shares = class_shares(domain, split, images=n, root=root, progress=render.progress(quiet=quiet))
+    render.show(shares, as_json=as_json)
+
+
+@app.command(
+    cls=Command, rich_help_panel="Run", epilog="Example: dgbench train mfuser --vlm tiny --set train.steps=200"
+)
+def train(
+    ctx: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="METHOD|RECIPE", help="A method, a recipe or a YAML file.", autocompletion=_recipes)
+    ] = "mfuser",
+    vlm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip.")
+    ] = None,
+    vfm: Annotated[str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l.")] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=_domain_names)
+    ] = None,
+    targets: TargetsOpt = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE...", help="Change recipe keys: train.steps=200.", autocompletion=_keys
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Same as --set train.seed=NUMBER.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: a new one in --runs.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a stopped run, or `latest`.", autocompletion=_runs)
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the checkpoint afterwards.")] = False,
+    device: DeviceOpt = None,
+    root: RootOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Train on one domain, score on others, show the leaderboard."""
+    from dgbench import render, results
+    from dgbench.recipe import load_recipe, resolve
+
+    if resume is not None:
+        if any((vlm, vfm, source, targets, settings, out)) or seed is not None or name != "mfuser":
+            problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
+            raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
+        run = results.find_run(resume, runs)
+        recipe = load_recipe(run / "recipe.yaml")
+    else:
+        recipe_name, overrides = resolve(name, vlm=vlm, vfm=vfm, source=source)
+        overrides += [f"data.targets=[{', '.join(targets)}]"] if targets else []
+        overrides += [f"train.seed={seed}"] if seed is not None else []
+        recipe = load_recipe(recipe_name, [*overrides, *(settings or ())])
+        run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
+    progress = render.progress(quiet=quiet)
+    try:
+        from dgbench.engine.evaluate import evaluate
+        from dgbench.engine.train import train as fit
+
+        fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
+    except KeyboardInterrupt:
+        if not (run / "recipe.yaml").is_file():
+            raise
+        raise StoppedError(f"interrupted; go on with: dgbench train --resume {run}") from None
+    finally:
+        # a run that failed before its first file is no run
+        with contextlib.suppress(OSError):
+            run.rmdir()
+    if no_eval:
+        render.note(f"trained: {run}")
+        return
+    try:
+        records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
+    except KeyboardInterrupt:
+        raise StoppedError(f"interrupted; training is complete, score it with: dgbench eval {run}") from None
+    if as_json:
+        render.show(records, as_json=True)
+        return
+    from dgbench.report.leaderboard import leaderboard, of_run, references
+
+    known = {record.id: record for record in (*results.query(runs), *records)}
+    render.show(of_run(leaderboard(known.values(), references(), published=False), run))
+    render.note(f"run: {run}")
+
+
+@app.command(
+    "eval", cls=Command, rich_help_panel="Run", epilog="Example: dgbench eval --targets streets-city streets-fog@0.6"
+)
+def eval_(
+    ctx: typer.Context,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Run folder, record or `latest`.", autocompletion=_runs)
+    ] = None,
+    targets: TargetsOpt = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The same as the argument RUN.", autocompletion=_runs)
+    ] = None,
+    device: DeviceOpt = None,
+    root: RootOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
+    from dgbench import render
+    from dgbench.data.domains import lookup
+
+    if run is not None and checkpoint is not None:
+        raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
+    names = [lookup(name).name for name in targets] if targets else None
+    folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+    from dgbench.engine.evaluate import evaluate
+
+    progress = render.progress(quiet=quiet)
+    records = evaluate(folder, names, progress=progress, device=device, include_source=names is None, root=root)
+    render.show(records, as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
+def predict(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size.")],
+    checkpoint: Annotated[
+        str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=_runs)
+    ] = "latest",
+    out: Annotated[
+        Path, typer.Option(metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
+    ] = Path(),
+    device: DeviceOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+) -> None:
+    """Segment photographs and draw the classes over them."""
+    from dgbench import render
+
+    saved = Path(checkpoint)
+    folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
+    from dgbench.engine.predict import predict as segment
+
+    render.show(segment(photos, folder, out, device=device), as_json=as_json)
+
+
+def _run_with_checkpoint(text: str, runs: Path) -> Path:
+    from dgbench.results import find_run
+
+    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
+    return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")
+
+
+@app.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench leaderboard --targets streets-fog")
+def leaderboard(
+    targets: TargetsOpt = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only models trained on this.", autocompletion=_domain_names)
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")
+    ] = False,
+    no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+) -> None:
+    """Show own results by rank, reference results, and published numbers apart."""
+    from dgbench import render, results
+    from dgbench.data.domains import lookup
+    from dgbench.report.leaderboard import leaderboard as arrange
+    from dgbench.report.leaderboard import references
+
+    columns = [lookup(name).name for name in targets] if targets else None
+    only = lookup(source).name if source else None
+    board = arrange(
+        results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published
+    )
+    render.show(board, as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Help", epilog="Example: dgbench doctor --json")
+def doctor(root: RootOpt = None, as_json: JsonOpt = False) -> None:
+    """Check what this machine offers: GPU, kernels, disk, data, recipes."""
+    from dgbench import render
+    from dgbench.doctor import doctor as examine
+
+    checks = examine(root)
+    render.show(checks, as_json=as_json)
+    if any(check.state == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="dgbench")

@@ -1,0 +1,1 @@
+"""Domains, their labels, and everything between a file and a training batch."""

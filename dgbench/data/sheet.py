@@ -1,0 +1,69 @@
+"""Pictures of labelled images: overlay, legend, contact sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dgbench import atomic
+from dgbench.data.dataset import Sample
+from dgbench.data.labels import CLASSES, IGNORE, palette
+
+_GAP = 6
+_ROW = 18  # height of one legend entry, pixels
+_BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], opacity: float = 0.6) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB: the image under its label's colours; ignored pixels keep the image."""
+    blend = (1 - opacity) * image + opacity * palette()[label]
+    blend[label == IGNORE] = image[label == IGNORE]
+    return blend.round().astype(np.uint8)
+
+
+def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> Image.Image:
+    """Rows of image and overlay, two samples a row, a title above and the legend below."""
+    per_row = 2 if len(samples) > 1 else 1
+    cell_w = (width - _GAP * (2 * per_row + 1)) // (2 * per_row)
+    height, full_w = samples[0].label.shape
+    cell_h = round(cell_w * height / full_w)
+    rows = -(-len(samples) // per_row)
+    legend_image = legend(sorted({int(v) for s in samples for v in np.unique(s.label)} - {IGNORE}), width)
+    sheet = Image.new("RGB", (width, _ROW + _GAP + rows * (cell_h + _GAP) + legend_image.height + _GAP), _BACKGROUND)
+    ImageDraw.Draw(sheet).text((_GAP, 3), title, _INK, font=ImageFont.load_default(13))
+    for i, sample in enumerate(samples):
+        row, column = divmod(i, per_row)
+        top = _ROW + _GAP + row * (cell_h + _GAP)
+        for j, picture in enumerate((sample.image, overlay(sample.image, sample.label))):
+            cell = Image.fromarray(picture).resize((cell_w, cell_h), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (_GAP + (2 * column + j) * (cell_w + _GAP), top))
+    sheet.paste(legend_image, (0, sheet.height - legend_image.height))
+    return sheet
+
+
+def legend(train_ids: Sequence[int], width: int) -> Image.Image:
+    """Colour and name of each class, in as many columns as fit."""
+    font = ImageFont.load_default(12)
+    entry_w = 16 + _GAP + max(int(font.getlength(c.name)) for c in CLASSES) + 2 * _GAP
+    columns = max(1, (width - _GAP) // entry_w)
+    rows = -(-len(train_ids) // columns)
+    image = Image.new("RGB", (width, rows * _ROW + _GAP), _BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for i, train_id in enumerate(train_ids):
+        row, column = divmod(i, columns)
+        x, y = _GAP + column * entry_w, row * _ROW
+        draw.rectangle((x, y + 2, x + 16, y + 14), CLASSES[train_id].color)
+        draw.text((x + 16 + _GAP, y), CLASSES[train_id].name, _INK, font=font)
+    return image
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all; the suffix tells the format, PNG when there is none."""
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+    atomic.write(path, buffer.getvalue())

@@ -1,0 +1,220 @@
+"""What this machine offers: one check per line, each with what was found and, where something is amiss, what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "warn", "fail", "info"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. `fail` means that dgbench cannot do its main job here, `warn` that some job will not work."""
+
+    name: str
+    state: State
+    detail: str
+    hint: str | None = None
+
+
+def doctor(root: Path | None = None) -> list[Check]:
+    """Return all checks; none needs the network and none changes anything.
+
+    Args:
+        root: the data root; by default DGBENCH_DATA or ./data.
+    """
+    torch_check, gpu = _torch()
+    return [
+        _python(),
+        torch_check,
+        *_packages(),
+        *gpu,
+        _driver(),
+        _nvcc(),
+        *_backends(),
+        _cores(),
+        _memory(),
+        _disk("disk (here)", Path.cwd()),
+        *_folders(root),
+        _recipes(),
+        _hub(),
+    ]
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _torch() -> tuple[Check, list[Check]]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        failed = Check(
+            "torch", "fail", str(error).splitlines()[0], "install it again: pip install --force-reinstall torch"
+        )
+        return failed, []
+    version = torch.__version__
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    if not torch.cuda.is_available():
+        reason = "the torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver"
+        gpu = [
+            Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")
+        ]
+        return Check("torch", "ok", f"{version}, {build}, {torch.get_num_threads()} threads"), gpu
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        found.append(Check(f"gpu {index}", "ok", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory}"))
+    return Check("torch", "ok", f"{version}, {build}"), found
+
+
+def _packages() -> list[Check]:
+    found, missing = [], []
+    for package in ("torchvision", "timm", "open_clip_torch", "accelerate", "safetensors", "triton"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            missing.append(package)
+    checks = [Check("packages", "ok", ", ".join(found))] if found else []
+    needed = [package for package in missing if package != "triton"]
+    if needed:
+        checks.append(Check("packages missing", "fail", ", ".join(needed), f"pip install {' '.join(needed)}"))
+    if "triton" in missing:
+        checks.append(Check("triton", "info", "not installed: its kernels are off"))
+    return checks
+
+
+def _driver() -> Check:
+    text = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if text is None:
+        return Check("driver", "info", "no NVIDIA driver answers (nvidia-smi)")
+    return Check("driver", "ok", f"NVIDIA {text.splitlines()[0]}" if text else "nvidia-smi lists no GPU")
+
+
+def _nvcc() -> Check:
+    text = _output("nvcc", "--version")
+    if text is None:
+        return Check("nvcc", "info", "not found: CUDA kernels cannot be compiled here, Triton and torch serve")
+    line = next((line for line in text.splitlines() if "release" in line), text.splitlines()[-1])
+    return Check("nvcc", "ok", f"{line.split('release')[-1].strip()} ({shutil.which('nvcc')})")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _backends() -> list[Check]:
+    try:
+        from mfuser import ops
+    except (ImportError, OSError) as error:
+        return [Check("ops", "fail", f"cannot be imported: {error}")]
+    checks = []
+    for op in ("selective_scan", "ms_deform_attn"):
+        for backend, reason in ops.explain(op).items():
+            if reason is None:
+                checks.append(Check(f"{op}: {backend}", "ok", "usable"))
+            else:
+                checks.append(Check(f"{op}: {backend}", "info", reason))
+    return checks
+
+
+def _cores() -> Check:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # a container may be allowed less time than it has cores
+    quota = _cgroup("cpu.max")
+    allowed = ""
+    if quota and quota.split()[0] != "max":
+        limit, period = map(int, quota.split())
+        allowed = f", limited to {limit / period:.1f} by the container"
+    return Check("cores", "ok", f"{usable}{allowed}")
+
+
+def _memory() -> Check:
+    total, available = _meminfo("MemTotal"), _meminfo("MemAvailable")
+    if total is None or available is None:
+        return Check("memory", "info", "unknown on this system")
+    limit = _cgroup("memory.max")
+    if limit and limit != "max":
+        used = int(_cgroup("memory.current") or 0)
+        total, available = min(total, int(limit)), min(available, int(limit) - used)
+    detail = f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if available < 4 * 2**30:
+        return Check("memory", "warn", detail, "the streets recipes want 4 GiB")
+    return Check("memory", "ok", detail)
+
+
+def _meminfo(key: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _cgroup(name: str) -> str | None:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+
+
+def _disk(name: str, folder: Path) -> Check:
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    detail = f"{free:.1f} GiB free in {folder}"
+    if not os.access(place, os.W_OK):
+        return Check(name, "fail", f"no permission to write in {place}", "change into a folder that is yours")
+    if free < 2:
+        return Check(name, "warn", detail, "runs, caches and checkpoints want 2 GiB: free some space")
+    return Check(name, "ok", detail)
+
+
+def _folders(root: Path | None) -> list[Check]:
+    from dgbench.data import domains
+
+    base = domains.data_root(root)
+    cache = domains.cache_root()
+    present = [name for name, row in domains.DOMAINS.items() if not row.procedural and row.root(base) is not None]
+    detail = f"{base}: {', '.join(present) or 'no data sets'}" if base.is_dir() else f"{base} does not exist"
+    hint = (
+        None
+        if present
+        else "the streets domains need none; for others point DGBENCH_DATA at the folder that holds them"
+    )
+    return [Check("data root", "ok" if present else "info", detail, hint), _disk("cache folder", cache)]
+
+
+def _recipes() -> Check:
+    from dgbench.recipe import recipe_names
+    from dgbench.resources import recipes_dir
+
+    count = len(recipe_names())
+    if not count:
+        return Check("recipes", "fail", f"none in {recipes_dir()}", "install dgbench again")
+    return Check("recipes", "ok", f"{count} in {recipes_dir()}")
+
+
+def _hub() -> Check:
+    if os.environ.get("DGBENCH_OFFLINE") == "1":
+        return Check("hub", "info", "DGBENCH_OFFLINE=1: nothing is downloaded")
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return Check("hub", "warn", "huggingface_hub is not installed", "pip install huggingface-hub")
+    # only whether there is a login; the token itself is nobody's business
+    return Check(
+        "hub", "ok" if get_token() else "info", "logged in" if get_token() else "not logged in: public files only"
+    )

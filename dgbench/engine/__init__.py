@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: plain functions that read from top to bottom."""

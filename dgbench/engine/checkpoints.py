@@ -1,0 +1,104 @@
+"""Training checkpoints of a run: written whole or not at all, newest complete one found again.
+
+`run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs) and
+`optimizer.pt` (AdamW's moments, tensors only, for resuming). A checkpoint is written to a hidden folder beside it and
+renamed when every byte is on disk, so whatever carries the final name is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mfuser
+from dgbench.errors import CheckpointError
+from mfuser.segmentor import Segmentor
+
+_PARTIAL = ".partial-"
+
+
+def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep`."""
+    folder = run / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(run)
+    partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
+    mfuser.save(model, partial)
+    with (partial / "optimizer.pt").open("wb") as file:
+        torch.save(optimizer.state_dict(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # the same step again, after a resume from an earlier one
+        _remove(final)
+    os.replace(partial, final)
+    for old in _complete(run)[:-keep]:
+        _remove(old)
+    return final
+
+
+def _remove(folder: Path) -> None:
+    # renamed first: a kill in the middle of the removal must not leave a step folder with files missing
+    doomed = folder.with_name(f"{_PARTIAL}old-{folder.name}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean(run: Path) -> None:
+    """Remove what a kill left half-written or half-removed."""
+    for partial in (run / "checkpoint").glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial)
+
+
+def newest(run: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint of a run and its step, or None."""
+    complete = _complete(run)
+    return (complete[-1], int(complete[-1].name.removeprefix("step-"))) if complete else None
+
+
+def folder_of(path: Path) -> Path:
+    """The model folder meant by `path`: a run, or a folder that holds a model itself.
+
+    Raises: CheckpointError when there is neither.
+    """
+    if (path / "model.json").is_file():
+        return path
+    if found := newest(path):
+        return found[0]
+    if (path / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path} has no checkpoint yet: its training stopped before the first one",
+            f"start it again: dgbench train --resume {path}",
+        )
+    raise CheckpointError(f"{path} holds no checkpoint", "give a run folder (runs/...), `latest`, or a saved model")
+
+
+def load_model(path: Path) -> Segmentor:
+    """The model of a run or model folder, in evaluation mode.
+
+    Raises: CheckpointError when the files are missing, damaged or do not fit together.
+    """
+    folder = folder_of(path)
+    try:
+        return mfuser.load(folder).eval()
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}", "train again, or restore the folder") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Restore AdamW's moments. Tensors only: nothing in the file is executed."""
+    try:
+        state: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder / 'optimizer.pt'} cannot be resumed from: {str(error).splitlines()[0]}",
+            "start a new run, or remove this step's folder to resume from an earlier one",
+        ) from error
+
+
+def _complete(run: Path) -> list[Path]:
+    return sorted(p for p in (run / "checkpoint").glob("step-*") if p.is_dir())

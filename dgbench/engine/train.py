@@ -1,0 +1,213 @@
+"""Train a recipe's model on its source domain.
+
+One function, no Trainer. Everything random at step s comes from (seed, s, process): the batch, its augmentation, and
+the generators that dropout and point sampling draw from. A run that is killed and resumed therefore repeats the
+uninterrupted one exactly; on a CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import mfuser
+from dgbench import atomic
+from dgbench.data.dataset import SegDataset
+from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
+from dgbench.data.transforms import Augmentation, StepBatches, TrainView
+from dgbench.engine import checkpoints
+from dgbench.engine.device import pick_device
+from dgbench.errors import CheckpointError, RecipeError
+from dgbench.progress import Progress
+from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
+from mfuser.segmentor import Batch, Segmentor
+
+
+class _Loss(nn.Module):
+    """The model's loss as a forward pass, the form in which distributed training wraps a model."""
+
+    def __init__(self, model: Segmentor) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return self.model.loss(Batch(images, labels))
+
+
+def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None,
+          root: Path | None = None) -> Path:  # fmt: skip
+    """Train `recipe` in the folder `run` and return its last checkpoint.
+
+    Raises: RecipeError, DataError, CheckpointError for what a user can mend.
+    """
+    spec = recipe.train
+    accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=spec.precision)
+    main = accelerator.is_main_process
+    dataset = SegDataset(recipe.data.source, "train", root=root, size=recipe.data.size, limit=recipe.data.train_images)
+    found = checkpoints.newest(run) if resume else None
+    _check_resumable(recipe, run) if resume else None
+    model = _model(recipe, found[0] if found else None, spec.seed)
+
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean(run)
+        dump(recipe, run / "recipe.yaml")
+        dataset.prepare(progress)
+    accelerator.wait_for_everyone()
+
+    start = found[1] if found else 0
+    loader = _loader(recipe, dataset, start, accelerator, progress)
+    groups = model.groups(recipe.optim.lr, recipe.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
+    peak = [group["lr"] for group in optimizer.param_groups]
+    if accelerator.num_processes > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    loss_of, optimizer = accelerator.prepare(_Loss(model), optimizer)
+    if found:
+        # after prepare(): the moments must land on the parameters' device
+        checkpoints.load_optimizer(optimizer, found[0])
+    log = _Log(run / "log.jsonl", start) if main else None
+
+    model.train()
+    images_seen, since = 0, time.perf_counter()
+    if main:
+        progress.start(f"training {recipe.name} on {recipe.data.source}", spec.steps - start, "steps")
+    try:
+        for step, (images, labels) in enumerate(loader, start):
+            # one seed a step and process: the state of no generator has to be saved to resume exactly
+            set_seed(_mix(spec.seed, step, accelerator.process_index))
+            factor = schedule(step, spec.steps, recipe.optim)
+            for group, lr in zip(optimizer.param_groups, peak, strict=True):
+                group["lr"] = lr * factor
+            images = images.to(accelerator.device, non_blocking=True)
+            labels = labels.to(accelerator.device, non_blocking=True)
+            terms: dict[str, Tensor] = loss_of(images, labels)
+            loss = torch.stack(list(terms.values())).sum()
+            accelerator.backward(loss)
+            if spec.clip_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            images_seen += len(images) * accelerator.num_processes
+            done = step + 1
+            if main and (done % spec.log_every == 0 or done == spec.steps):
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RecipeError(
+                        f"the loss became {value} at step {done}",
+                        "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
+                    )
+                rate = images_seen / (time.perf_counter() - since)
+                assert log is not None
+                log.write(done, {"loss": value, "lr": peak[0] * factor} | {k: v.item() for k, v in terms.items()})
+                progress.advance(0, loss=value, images_per_second=rate)
+            if main:
+                progress.advance(1)
+            if main and (done % spec.checkpoint_every == 0 or done == spec.steps):
+                checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done)
+    finally:
+        if main:
+            progress.stop()
+    accelerator.wait_for_everyone()
+    return checkpoints.folder_of(run)
+
+
+def schedule(step: int, steps: int, optim: OptimSpec) -> float:
+    """Factor on the peak learning rate: linear warm-up, then poly decay to min_lr (MFuser's, mmengine's conventions).
+
+    Warm-up rises from `warmup_ratio` at step 0 to 1 at `warmup_steps`; the poly part runs over the steps after it.
+    """
+    if step < optim.warmup_steps:
+        return optim.warmup_ratio + (1 - optim.warmup_ratio) * step / optim.warmup_steps
+    floor = optim.min_lr / optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return float((1 - floor) * (1 - progress) ** optim.power + floor)
+
+
+def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
+    if checkpoint is not None:
+        model = checkpoints.load_model(checkpoint)
+        if model.method != recipe.method.name:
+            raise CheckpointError(
+                f"{checkpoint} holds `{model.method}`, but the recipe trains `{recipe.method.name}`",
+                "resume with the run's own recipe: dgbench train --resume RUN",
+            )
+        return model
+    set_seed(seed)
+    return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
+
+
+def _check_resumable(recipe: Recipe, run: Path) -> None:
+    from dgbench.recipe import load_recipe
+
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{run} is not a run: it has no recipe.yaml", "see `ls runs`, or start a new run")
+    if recipe_hash(load_recipe(str(path))) != recipe_hash(recipe):
+        raise CheckpointError(
+            f"the recipe differs from the one {run} was started with", "resume without --set, or start a new run"
+        )
+
+
+def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accelerator,
+            progress: Progress) -> DataLoader[tuple[Tensor, Tensor]]:  # fmt: skip
+    data, spec = recipe.data, recipe.train
+    sampler: UniformSampler | RareClassSampler
+    if data.rare_class_sampling is None:
+        sampler = UniformSampler(len(dataset), spec.seed)
+    else:
+        sampler = RareClassSampler(class_counts(dataset, progress), data.rare_class_sampling, spec.seed)
+    augmentation = Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
+    per_process, rest = divmod(spec.batch_size, accelerator.num_processes)
+    if rest:
+        raise RecipeError(
+            f"train.batch_size {spec.batch_size} cannot be divided among {accelerator.num_processes} processes",
+            "set train.batch_size to a multiple of the number of processes",
+        )
+    batches = StepBatches(start, spec.steps, per_process, accelerator.process_index, accelerator.num_processes)
+    view = TrainView(dataset, sampler, augmentation, spec.seed)
+    return DataLoader(
+        view,
+        batch_sampler=batches,
+        num_workers=spec.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=False,
+        prefetch_factor=4 if spec.workers else None,
+    )
+
+
+class _Log:
+    """`log.jsonl`: a line of losses every few steps; a resumed run first drops the lines it is going to repeat."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        kept = []
+        if start and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= start:
+                        kept.append(line)
+                except (ValueError, KeyError):  # the line that a kill cut short
+                    continue
+        atomic.write(path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _mix(*numbers: int) -> int:
+    """One 31-bit seed from several numbers."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

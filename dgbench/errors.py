@@ -1,0 +1,67 @@
+"""What dgbench raises when the user can do something about it: a message and, if there is one, the next step.
+
+The command line prints these without a traceback; anything else that escapes is a bug of ours and keeps its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DgbenchError(Exception):
+    """A mistake or a circumstance the user can act on.
+
+    `message` says what was given and what is wrong with it, `hint` what to do next.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class RecipeError(DgbenchError):
+    """A recipe cannot be found, read or used; the message lists every problem in it."""
+
+
+class DataError(DgbenchError):
+    """A domain, image or label is missing, broken or not what its domain declares."""
+
+
+class CheckpointError(DgbenchError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+
+class ResultError(DgbenchError):
+    """A run or a record is missing, broken or of another schema version."""
+
+
+class StoppedError(DgbenchError):
+    """The user stopped a command that can go on later; the hint says how."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name closest to `name`, or None if nothing is close."""
+    names = list(known)
+    folded = {candidate.lower(): candidate for candidate in names}
+    match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
+    if match:
+        return folded[match[0]]
+    # a stem or a piece of the name, as in `mfuser` for `streets/mfuser`: too far apart for an edit distance
+    pieces = [candidate for candidate in names if len(name) > 2 and name.lower() in candidate.lower()]
+    return pieces[0] if len(pieces) == 1 else None
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> tuple[str, str]:
+    """Return the (message, hint) of an unknown name, for `raise DataError(*unknown("domain", name, names()))`."""
+    names = sorted(known)
+    close = suggest(name, names)
+    if close is not None:
+        return f"unknown {kind} `{name}`", f"did you mean `{close}`?"
+    if not names:
+        return f"unknown {kind} `{name}`", f"there is no {kind} here yet"
+    return f"unknown {kind} `{name}`", "choose from " + ", ".join(names)

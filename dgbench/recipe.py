@@ -1,0 +1,569 @@
+"""Recipes: YAML files that name every choice of an experiment, checked as a whole before anything runs.
+
+A recipe may extend one parent, which may not extend another. All problems are reported in one message, each with its
+key path. The resolved recipe, with every default written out, is what a run keeps and what is hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict
+from dataclasses import Field as DataclassField
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, LiteralString, get_args, get_type_hints
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from dgbench import atomic
+from dgbench.errors import DgbenchError, RecipeError, suggest, unknown
+from dgbench.resources import recipes_dir
+
+# set from `data.crop` and by the benchmark, never in a recipe's `method`
+_SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
+
+
+def _no_bool(value: Any) -> Any:
+    # pydantic reads true as 1
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "expected a number")
+    return value
+
+
+def _no_is_text(value: Any) -> Any:
+    # YAML 1.1 reads a bare `no` as false
+    return "no" if value is False else value
+
+
+def _known_domain(name: str) -> str:
+    from dgbench.data.domains import lookup
+
+    try:
+        return lookup(name).name
+    except DgbenchError as error:
+        raise _custom("domain", _one_line(error)) from None
+
+
+def _known_protocol(name: str) -> str:
+    from dgbench.protocol import lookup
+
+    try:
+        return lookup(name).name
+    except DgbenchError as error:
+        raise _custom("protocol", _one_line(error)) from None
+
+
+def _custom(kind: LiteralString, text: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{text}", {"text": text})
+
+
+def _one_line(error: DgbenchError) -> str:
+    return error.message + (f", {error.hint}" if error.hint else "")
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Size = tuple[Count, Count]  # (H, W)
+DomainName = Annotated[str, AfterValidator(_known_domain)]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSpec(BaseModel):
+    """The method and its own options, checked against `mfuser.options(name)`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options, for `mfuser.build(name, **options, image_size=recipe.data.crop)`."""
+        return dict(self.model_extra or {})
+
+    @property
+    def variant(self) -> str:
+        """What tells two builds of a method apart on a leaderboard: its towers, and its fuser if not the usual one."""
+        options = self.options
+        towers = " + ".join(str(options[key]) for key in ("vfm", "vlm", "backbone", "tower") if options.get(key))
+        fuser = options.get("fuser")
+        return f"{towers}, {fuser}" if towers and fuser not in (None, "mvfuser") else towers
+
+
+class DataSpec(_Spec):
+    """What is trained on, what is scored, and how images reach the model. Sizes are (H, W)."""
+
+    source: DomainName
+    targets: tuple[DomainName, ...] = Field(min_length=1)
+    size: Size | None = None  # rendered or resized to this; null: as the files are
+    crop: Size = (512, 512)  # training crop and test window
+    train_images: Count | None = None  # the first so many; null: all
+    val_images: Count | None = None  # anything but null marks the records as partial
+    scale: tuple[Annotated[Number, Field(gt=0)], Annotated[Number, Field(gt=0)]] = (0.5, 2.0)  # random resize
+    cat_max_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.75  # a crop with a larger share of one class is drawn again
+    rare_class_sampling: Annotated[Number, Field(gt=0)] | None = None  # temperature; null: uniform
+    flip: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    photometric: bool = True
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DataSpec:
+        if problem := self._misfit():
+            raise _custom("data", problem)
+        return self
+
+    def _misfit(self) -> str | None:
+        from dgbench.data.domains import lookup
+
+        if self.source in self.targets:
+            return f"`{self.source}` is both source and target; targets must be unseen"
+        if repeated := [name for i, name in enumerate(self.targets) if name in self.targets[:i]]:
+            return f"`{repeated[0]}` is given twice in targets"
+        for name, split in ((self.source, "train"), *((target, "val") for target in self.targets)):
+            if split not in (splits := lookup(name).splits):
+                return f"`{name}` has no split `{split}`, only {', '.join(splits)}"
+        if self.scale[0] > self.scale[1]:
+            return f"scale must rise, got {list(self.scale)}"
+        if self.size is not None and (self.crop[0] > self.size[0] or self.crop[1] > self.size[1]):
+            return f"crop {list(self.crop)} does not fit into size {list(self.size)}"
+        return None
+
+
+class TrainSpec(_Spec):
+    """How long and how the training loop runs."""
+
+    steps: Count
+    batch_size: Count  # over all processes
+    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**31)] = 0
+    workers: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0  # loader processes
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_text)] = "no"
+    log_every: Count = 10
+    checkpoint_every: Count = 1000
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    compile: bool = False
+
+
+class OptimSpec(_Spec):
+    """AdamW with linear warm-up and poly decay."""
+
+    lr: Annotated[Number, Field(gt=0)]
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.05
+    warmup_steps: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0
+    warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = 1.0e-6  # of lr at step 0
+    power: Annotated[Number, Field(gt=0)] = 0.9
+    min_lr: Annotated[Number, Field(ge=0)] = 0.0
+
+
+class EvalSpec(_Spec):
+    """How checkpoints are scored."""
+
+    protocol: Annotated[str, AfterValidator(_known_protocol)] = "unified"
+    batch_size: Count = 1  # windows at a time
+
+
+class Expectation(_Spec):
+    """A reference result of this recipe; shown as such, never ranked as one's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+    target: DomainName  # the source stands for its validation split
+    miou: Annotated[Number, Field(ge=0, le=1)]
+    tolerance: Annotated[Number, Field(ge=0, le=1)]
+    origin: str = Field(alias="from")  # the record or the paper it comes from
+
+
+class Recipe(_Spec):
+    """One experiment: a method, trained on one source, scored on targets never seen."""
+
+    name: str
+    method: MethodSpec
+    data: DataSpec
+    train: TrainSpec
+    optim: OptimSpec
+    eval: EvalSpec = EvalSpec()
+    expect: tuple[Expectation, ...] = ()
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_method: bool = True) -> Recipe:
+    """Read, resolve and check a recipe.
+
+    Args:
+        name_or_path: a shipped recipe's name (`streets/mfuser`) or a YAML file.
+        overrides: `key.path=value` texts; values are YAML scalars or lists.
+        check_method: fill in and check the method's own options, which imports the method and torch.
+
+    Raises: RecipeError listing every problem with its key path.
+    """
+    path = _locate(name_or_path)
+    content = _with_parent(path)
+    problems = _override(content, overrides)
+    content.setdefault("name", _name_of(path))
+    recipe: Recipe | None = None
+    if check_method:
+        problems += _check_options(content)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems += [_problem(details, Recipe) for details in error.errors()]
+    if problems or recipe is None:
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        raise RecipeError(f"recipe `{content['name']}` has {count}:{listed}", _where(path, overrides))
+    return recipe
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return 12 hex digits of what determines the experiment: everything but the name and the expected results."""
+    content = recipe.model_dump(mode="json", exclude={"expect", "name"})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def dump(recipe: Recipe, path: Path) -> Path:
+    """Write the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    content = recipe.model_dump(mode="json", by_alias=True)
+    head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
+    return atomic.write(
+        path, head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
+    )
+
+
+def recipe_names() -> list[str]:
+    """Return the shipped recipes, e.g. `streets/mfuser`; parents (`_*`) are not runnable and left out."""
+    root = recipes_dir()
+    paths = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
+
+
+def key_paths() -> list[str]:
+    """Return the keys that an override may set, e.g. `train.steps`; a method's own options depend on the recipe."""
+    sections: dict[str, type[BaseModel]] = {"data": DataSpec, "train": TrainSpec, "optim": OptimSpec, "eval": EvalSpec}
+    return [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
+
+
+def find(method: str, vlm: str | None = None, source: str | None = None) -> str:
+    """Return the shipped recipe that trains `method`, with this vision-language tower and source if they are given.
+
+    Without either it is the method's recipe on procedural streets, which needs no download. A recipe named after the
+    method comes first, then one on gta5.
+
+    Raises: RecipeError if there is none, or several equally near.
+    """
+    from dgbench.data.domains import lookup as domain
+
+    rows = [(name, _peek(name)) for name in recipe_names()]
+    if source is not None:
+        source = domain(source).name
+    mine = [(name, row) for name, row in rows if row["method"] == method]
+    if not mine:
+        raise RecipeError(*unknown("method", method, {row["method"] for _, row in rows if row["method"]}))
+    fitting = [(n, r) for n, r in mine if _same_tower(vlm, r["vlm"]) and source in (None, r["source"])]
+    if not fitting:
+        flags = "".join(f" --{key} {value}" for key, value in (("vlm", vlm), ("source", source)) if value)
+        have = ", ".join(f"{name} ({row['vlm'] or '-'}, {row['source']})" for name, row in mine)
+        raise RecipeError(f"no recipe for `{method}`{flags}", f"recipes of this method (vlm, source): {have}")
+    ranked = sorted(fitting, key=lambda item: _distance(item[0], item[1], method))
+    best = [name for name, row in ranked if _distance(name, row, method) == _distance(*ranked[0], method)]
+    if len(best) > 1:
+        raise RecipeError(f"several recipes fit `{method}`: {', '.join(best)}", "name one of them, or add --vlm")
+    return best[0]
+
+
+def resolve(
+    name: str = "mfuser", *, vlm: str | None = None, vfm: str | None = None, source: str | None = None
+) -> tuple[str, list[str]]:
+    """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
+
+    A method's name picks among its recipes by the flags; whatever the picked recipe does not already say is overridden.
+
+    Raises: RecipeError for an unknown name, or a method without a recipe for this tower.
+    """
+    overrides = [f"method.vfm={vfm}"] if vfm else []
+    if name in recipe_names() or "/" in name or Path(name).suffix in (".yaml", ".yml"):
+        return name, [
+            *overrides,
+            *([f"method.vlm={vlm}"] if vlm else []),
+            *([f"data.source={source}"] if source else []),
+        ]
+    try:
+        return find(name, vlm, source), overrides
+    except RecipeError:
+        # no recipe of this method trains on that source: take its usual one and change the source
+        return find(name, vlm), [*overrides, *([f"data.source={source}"] if source else [])]
+
+
+def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, bool, bool]:
+    return not name.startswith("streets/"), name.rpartition("/")[2] != method, row["source"] != "gta5"
+
+
+def _same_tower(asked: str | None, has: str) -> bool:
+    # `eva02` and its full name `eva02_l_336` are one tower
+    return asked is None or asked == has or (bool(has) and asked.startswith(f"{has}_")) or has.startswith(f"{asked}_")
+
+
+def _peek(name: str) -> dict[str, str]:
+    """Return method, vlm and source of a shipped recipe without checking it."""
+    content = _with_parent(_locate(name))
+    method, data = content.get("method"), content.get("data")
+    method, data = (part if isinstance(part, dict) else {} for part in (method, data))
+    return {
+        "method": str(method.get("name", "")),
+        "vlm": str(method.get("vlm", "")),
+        "source": str(data.get("source", "")),
+    }
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    shipped = recipes_dir() / f"{text}.yaml"
+    if shipped.is_file() and not shipped.name.startswith("_"):
+        return shipped
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(
+                f"no recipe file {path}", f"shipped recipes need no path or suffix: {', '.join(recipe_names())}"
+            )
+        return path
+    raise RecipeError(*unknown("recipe", text, recipe_names()))
+
+
+def _name_of(path: Path) -> str:
+    root = recipes_dir()
+    return path.relative_to(root).with_suffix("").as_posix() if path.is_relative_to(root) else path.stem
+
+
+def _where(path: Path, overrides: Sequence[str]) -> str:
+    return f"edit {path}" if not overrides else f"edit {path}, or change --set"
+
+
+def _with_parent(path: Path) -> dict[str, Any]:
+    """Return a recipe's content merged over its parent's."""
+    child = _parse(path)
+    parent_name = child.pop("extends", None)
+    if parent_name is None:
+        return child
+    if not isinstance(parent_name, str):
+        raise RecipeError(f"{path}: extends: expected one file name, got {parent_name!r}", "a recipe has one parent")
+    # a parent lies beside its child, or among the shipped ones
+    places = [path.parent / parent_name, recipes_dir() / parent_name]
+    parent_path = next((place for place in places if place.is_file()), None)
+    if parent_path is None:
+        near = sorted({p.name for place in places for p in place.parent.glob("*.yaml")})
+        raise RecipeError(
+            f"{path}: extends: no file {parent_name} in {path.parent} or {recipes_dir()}",
+            unknown("", parent_name, near)[1],
+        )
+    parent = _parse(parent_path)
+    if "extends" in parent:
+        raise RecipeError(
+            f"{path}: its parent {parent_path} extends {parent['extends']}; only one level is allowed",
+            "a reader should need two files at most: state the values in the child",
+        )
+    return _merged(parent, child)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` on top: mappings merge, everything else replaces."""
+    result = dict(base)
+    for key, value in over.items():
+        below = base.get(key)
+        # another method's options would be nonsense for this one
+        replaces = (
+            key == "method" and isinstance(value, dict) and isinstance(below, dict) and _other_method(below, value)
+        )
+        result[key] = (
+            _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) and not replaces else value
+        )
+    return result
+
+
+def _other_method(below: dict[str, Any], above: dict[str, Any]) -> bool:
+    return "name" in below and "name" in above and below["name"] != above["name"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, except that a repeated key is an error and not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper with floats that YAML 1.1 reads back as floats: 1.0e-05, not 1e-05."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:float", text.replace("e", ".0e") if "e" in text and "." not in text else text
+    )
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{line}: not valid YAML: {error.problem}", "check indentation, colons and brackets there"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML text: {error}", "a recipe is a UTF-8 text file") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}: expected `key: value` lines, got {type(content).__name__}", "see recipes/streets/mfuser.yaml"
+        )
+    return content
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply `key.path=value` texts to `content` in place; return what is wrong with them."""
+    problems = []
+    for text in overrides:
+        keys, equals, value_text = text.partition("=")
+        path = keys.strip().split(".")
+        if not equals or not all(path):
+            problems.append(f"{text}: expected key.path=value, as in train.steps=200")
+            continue
+        try:
+            value = yaml.load(value_text, Loader=_Loader)
+        except yaml.YAMLError:
+            problems.append(f"{'.'.join(path)}: `{value_text}` is not a YAML value")
+            continue
+        place: Any = content
+        for depth, key in enumerate(path[:-1]):
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                problems.append(f"{'.'.join(path)}: `{'.'.join(path[: depth + 1])}` is a value and has no keys")
+                break
+        else:
+            place[path[-1]] = value
+    return problems
+
+
+def _check_options(content: dict[str, Any]) -> list[str]:
+    """Fill in the method's options with their defaults, in place; return what is wrong with them."""
+    method = content.get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        return []  # the recipe's own check says so
+    import mfuser
+
+    name = method["name"]
+    if name not in mfuser.method_names():
+        message, hint = unknown("method", name, mfuser.method_names())
+        return [f"method.name: {message}, {hint}"]
+    options = mfuser.options(name)
+    hints = get_type_hints(options)
+    fields = (f for f in dataclass_fields(options) if f.name not in _SET_ELSEWHERE)
+    defaults: dict[str, Any] = {f.name: (hints[f.name], _default(f)) for f in fields}
+    checked = create_model("Options", __config__=ConfigDict(extra="forbid"), **defaults)
+    given = {key: value for key, value in method.items() if key != "name"}
+    misplaced = [f"method.{key}: {_SET_ELSEWHERE[key]}" for key in given if key in _SET_ELSEWHERE]
+    try:
+        values = checked.model_validate({key: value for key, value in given.items() if key not in _SET_ELSEWHERE})
+    except ValidationError as error:
+        return misplaced + [_problem(details, checked, prefix=("method",)) for details in error.errors()]
+    try:
+        # the dataclass fills in what depends on other options; the run keeps the filled-in values
+        resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
+    except ValueError as error:
+        return [*misplaced, f"method: {error}"]
+    content["method"] = {"name": name, **{key: value for key, value in resolved.items() if key not in _SET_ELSEWHERE}}
+    return misplaced
+
+
+def _default(field: DataclassField[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is MISSING else field.default
+
+
+def _problem(details: ErrorDetails, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
+    """Return one line for one pydantic error: the key path, what was expected and what was given."""
+    loc, kind, given = details["loc"], details["type"], _shown(details["input"])
+    context = details.get("ctx", {})
+    path = _key_path((*prefix, *loc))
+    if kind == "extra_forbidden":
+        close = suggest(str(loc[-1]), _keys_at(model, loc[:-1]))
+        listed = ", ".join(sorted(_keys_at(model, loc[:-1])))
+        return f"{path}: unknown key, " + (f"did you mean `{close}`?" if close else f"choose from {listed}")
+    if kind == "missing" and isinstance(loc[-1], int):
+        return f"{_key_path((*prefix, *loc[:-1]))}: expected more than {loc[-1]} values"
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "literal_error":
+        return f"{path}: expected {context['expected']}, got {given}"
+    if kind in _BOUNDS:
+        word, key = _BOUNDS[kind]
+        return f"{path}: must be {word} {context[key]}, got {given}"
+    if kind in _EXPECTED:
+        return f"{path}: expected {_EXPECTED[kind]}, got {given}"
+    if kind in _OWN:
+        return f"{path}: {details['msg']}"
+    return f"{path}: {details['msg'][:1].lower()}{details['msg'][1:]}, got {given}"
+
+
+_OWN = ("domain", "protocol", "data")  # errors raised here, complete sentences
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
+_EXPECTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing", "number_type", "finite_number"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "`key: value` pairs"),
+    "string_type": "text",
+    "too_short": "at least one value",
+    "too_long": "fewer values",
+}
+
+
+def _key_path(loc: Sequence[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return text.removeprefix(".") or "recipe"
+
+
+def _shown(value: Any) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+    """Return the keys that `model` knows at a place."""
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = next(iter(_models_in(model.model_fields[part].annotation)), model)
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)

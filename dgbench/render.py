@@ -1,0 +1,504 @@
+"""The only file that draws. A result becomes a table: Rich on a terminal, aligned text elsewhere, or JSON.
+
+Results go to stdout, everything else to stderr. Meaning never rests on colour: the best value carries a mark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dgbench.progress import Progress, Silent
+from dgbench.results import finite
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dgbench.data.listing import ClassShare, DomainState, Sheet
+    from dgbench.doctor import Check
+    from dgbench.engine.predict import Prediction
+    from dgbench.report.leaderboard import Group, Leaderboard, Row, Score
+    from dgbench.results import Record
+
+WIDTH = 100
+ABSENT = "–"
+_GAP = "  "
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell's text; `style` only underlines what the text already says."""
+
+    text: str
+    style: Literal["", "best", "dim", "good", "bad", "warn"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table as a value. The first `keys` columns name a row; they are left-aligned and repeated when columns wrap."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    keys: int = 1
+    left: bool = False  # the other columns hold text, not numbers
+    legend: tuple[str, ...] = ()
+    compact: Table | None = None  # says less in less width
+
+
+_STYLES = {"": "", "best": "bold", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
+
+
+def show(result: object, *, as_json: bool = False) -> None:
+    """Print a typed result, or a list of them, to stdout."""
+    if as_json:
+        _write(json.dumps(_plain_data(result), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    first = result[0] if isinstance(result, Sequence) and result else result
+    tables = _TABLES[type(first).__name__](result) if first else [Table("nothing to show", (), ())]
+    console = _console()
+    for number, table in enumerate(tables):
+        if number:
+            _write("")
+        if console.is_terminal:
+            _draw_rich(table, console)
+        else:
+            _write(plain(table))
+
+
+def plain(table: Table, width: int = WIDTH) -> str:
+    """Return the table as aligned text without glyphs, for pipes and files."""
+    lines = [table.title] if table.title else []
+    for part in _blocks(table, width):
+        widths = [max(len(row[i].text) for row in part) for i in range(len(part[0]))]
+        for row in part:
+            cells = (_aligned(cell.text, widths[i], left=i < table.keys or table.left) for i, cell in enumerate(row))
+            lines.append(_GAP.join(cells).rstrip())
+    return "\n".join([*lines, *table.legend])
+
+
+def _aligned(text: str, width: int, *, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
+
+
+def _widths(table: Table) -> list[int]:
+    return [max(map(len, (title, *(row[i].text for row in table.rows)))) for i, title in enumerate(table.header)]
+
+
+def _fitting(table: Table, width: int) -> Table:
+    """Return the compact form if only that fits."""
+    needed = sum(_widths(table)) + len(_GAP) * (len(table.header) - 1)
+    return table.compact if needed > width and table.compact is not None else table
+
+
+def _blocks(table: Table, width: int) -> list[list[tuple[Cell, ...]]]:
+    """Return header and rows, cut into several blocks of columns if they do not fit side by side."""
+    if not table.rows:
+        return []
+    everything = [tuple(Cell(text) for text in table.header), *table.rows]
+    widths = _widths(table)
+    key_width = sum(w + len(_GAP) for w in widths[: table.keys])
+    blocks: list[list[int]] = [[]]
+    used = key_width
+    for column in range(table.keys, len(widths)):
+        if used + widths[column] > width and blocks[-1]:
+            blocks.append([])
+            used = key_width
+        blocks[-1].append(column)
+        used += widths[column] + len(_GAP)
+    chosen = [[*range(table.keys), *block] for block in blocks]
+    return [[tuple(row[i] for i in columns) for row in everything] for columns in chosen]
+
+
+def _draw_rich(table: Table, console: Console) -> None:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    # one space of padding and one divider make the same gap as in plain text; the box frames each side by one
+    width = console.width - 3
+    table = _fitting(table, width)
+    if table.title:
+        console.print(Text(table.title, style="bold"))
+    for part in _blocks(table, width):
+        drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for i, cell in enumerate(part[0]):
+            drawn.add_column(cell.text, justify="left" if i < table.keys or table.left else "right", overflow="fold")
+        for row in part[1:]:
+            drawn.add_row(*(Text(cell.text, style=_STYLES[cell.style]) for cell in row))
+        console.print(drawn)
+    for line in table.legend:
+        console.print(Text(line, style="dim"), soft_wrap=False)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if console.is_terminal:
+        console.width = min(console.width, WIDTH)
+    return console
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _plain_data(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(item) for item in value]
+    return finite(value)
+
+
+# ---- numbers
+
+
+def percent(score: Score | None, digits: int = 1, mark: str = "", *, interval: bool = True) -> str:
+    """Return a score as `43.1 ±1.2`, in percent."""
+    if score is None:
+        return ABSENT
+    shown = interval and score.half is not None and math.isfinite(score.half)
+    half = f" ±{100 * (score.half or 0):.{digits}f}" if shown else ""
+    return f"{100 * score.miou:.{digits}f}{mark}{half}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `9s`, `1:05` or `2:03:00`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+# ---- leaderboard
+
+
+def _leaderboard(board: Leaderboard) -> list[Table]:
+    tables = [_own(group) for group in board.groups]
+    if not tables:
+        tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
+    return tables + [_published(group) for group in board.published]
+
+
+def _own(group: Group) -> Table:
+    ranked = [row for row in group.rows if row.rank is not None]
+    columns = [_all_scores(row) for row in ranked]
+    best = [_best(column) for column in zip(*columns, strict=True)]
+    prefix = _shared_prefix(group.targets)
+    targets = f", scored on {prefix}*" if prefix else ""
+    header = ("#", "method", "source val", *(target.removeprefix(prefix) for target in group.targets), "mean", "images")
+    wide, narrow = [], []
+    for row, label in zip(group.rows, _labels(group.rows), strict=True):
+        keys = (Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label))
+        marked = best if row.rank is not None else [None] * len(header)
+        n_images = sum(score.n_images or 0 for score in row.scores if score)
+        scores = list(zip(_all_scores(row), marked, strict=False))
+        cells = (*keys, *(_score_cell(*pair) for pair in scores), Cell(str(n_images) if n_images else ABSENT))
+        short = (*keys, *(_score_cell(*pair, interval=False) for pair in scores))
+        dim = row.kind == "reference"
+        wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
+        narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
+    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better"
+    compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, intervals=False))
+    return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, intervals=True), compact=compact)
+
+
+def _all_scores(row: Row) -> tuple[Score | None, ...]:
+    return (row.source_score, *row.scores, row.mean)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Return for each row the shortest name that no other row has."""
+    forms: list[Callable[[Row], str]] = [
+        _method,
+        lambda row: row.recipe,
+        lambda row: f"{row.recipe}#{row.recipe_hash[:4]}",
+        lambda row: f"{row.recipe}#{row.recipe_hash[:4]} {row.created[5:16].replace('T', ' ')}",
+    ]
+    return [
+        next((form(row) for form in forms if sum(form(other) == form(row) for other in rows) == 1), forms[-1](row))
+        for row in rows
+    ]
+
+
+def _own_legend(group: Group, *, intervals: bool) -> tuple[str, ...]:
+    lines = ["* best."]
+    if not intervals:
+        lines = ["* best. Intervals and image counts: in a wider terminal or with --json."]
+    elif any(score.half is not None for row in group.rows for score in _all_scores(row) if score):
+        lines = ["±: half the 95 % bootstrap interval over images (not over training runs). * best."]
+    lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
+    if any(score.partial for row in group.rows for score in _all_scores(row) if score):
+        lines.append("~ only some images of the split: not ranked, not averaged.")
+    for row in group.rows:
+        if row.kind == "reference":
+            lines.append(f"ref: expected of recipe {row.recipe}, not run here. From: {row.origin}.")
+    if group.other_targets:
+        lines.append(f"Also scored: {', '.join(group.other_targets)} (dgbench leaderboard --targets ...).")
+    return tuple(lines)
+
+
+def _published(group: Group) -> Table:
+    rows = tuple(
+        (Cell("pub", "dim"), Cell(row.method + ("†" if row.note else ""), "dim"), Cell(row.variant, "dim"),
+         *(Cell(percent(score, 2), "dim") for score in (*row.scores, row.mean)))
+        for row in group.rows
+    )  # fmt: skip
+    # every row of a table has one citation
+    legend = [f"From {group.rows[0].origin}.", "mean: of the values shown, unweighted."]
+    legend += [f"† {row.method}, {row.variant}: {row.note}." for row in group.rows if row.note]
+    title = f"Published, trained on {group.source}: mIoU in % as printed, protocols differ by row, not ranked"
+    return Table(title, ("", "method", "backbone", *group.targets, "mean"), rows, keys=3, legend=tuple(legend))
+
+
+def _best(scores: Iterable[Score | None]) -> float | None:
+    values = [round(score.miou, 3) for score in scores if score and not score.partial]
+    return max(values) if len(values) > 1 else None
+
+
+def _score_cell(score: Score | None, best: float | None, *, interval: bool = True) -> Cell:
+    if score is not None and score.partial:
+        return Cell(percent(score, mark="~", interval=interval))
+    if score is not None and best is not None and round(score.miou, 3) == best:
+        return Cell(percent(score, mark="*", interval=interval), "best")
+    return Cell(percent(score, interval=interval))
+
+
+def _method(row: Row) -> str:
+    return f"{row.method} ({row.variant})" if row.variant else row.method
+
+
+def _shared_prefix(targets: Sequence[str]) -> str:
+    return "streets-" if targets and all(target.startswith("streets-") for target in targets) else ""
+
+
+# ---- other results
+
+
+def _records(records: Sequence[Record]) -> list[Table]:
+    rows = []
+    for record in records:
+        low, high = record.interval
+        interval = ABSENT if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+        miou = ABSENT if record.miou is None else f"{100 * record.miou:.1f}"
+        total = record.seconds.get("total")
+        count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"
+        seen = " (source)" if record.target == record.source else ""
+        rows.append((Cell(record.target + seen), Cell(miou), Cell(interval), Cell(count),
+                     Cell(ABSENT if total is None else duration(total)),
+                     Cell(f"{record.n_images / total:.1f}" if total else ABSENT)))  # fmt: skip
+    first = records[0]
+    variant = f" ({first.variant})" if first.variant else ""
+    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {first.source}, protocol {first.protocol}"
+    legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
+    if first.run is not None:
+        legend.append(f"Records: {first.run}")
+    return [
+        Table(title, ("domain", "mIoU", "interval", "images", "time", "images/s"), tuple(rows), legend=tuple(legend))
+    ]
+
+
+def _checks(checks: Sequence[Check]) -> list[Table]:
+    styles: dict[str, Literal["good", "warn", "bad", "dim"]] = {
+        "ok": "good",
+        "warn": "warn",
+        "fail": "bad",
+        "info": "dim",
+    }
+    rows = tuple((Cell(check.state, styles[check.state]), Cell(check.name), Cell(check.detail)) for check in checks)
+    legend = tuple(f"hint ({check.name}): {check.hint}" for check in checks if check.hint)
+    return [Table("", ("state", "check", "found"), rows, keys=2, left=True, legend=legend)]
+
+
+def _predictions(predictions: Sequence[Prediction]) -> list[Table]:
+    rows = []
+    for prediction in predictions:
+        top = list(prediction.shares.items())[:4]
+        share = ", ".join(f"{name} {100 * value:.0f} %" for name, value in top)
+        rows.append((Cell(str(prediction.photo)), Cell(str(prediction.overlay)), Cell(share)))
+    return [Table("", ("photo", "overlay", "largest classes"), tuple(rows), left=True)]
+
+
+def _domain_states(states: Sequence[DomainState]) -> list[Table]:
+    rows = []
+    for state in states:
+        counts = " / ".join(str(state.splits.get(split, ABSENT)) for split in ("train", "val"))
+        where = Cell("not here", "dim") if state.where is None else Cell(state.where)
+        rows.append((Cell(state.name), Cell(counts), Cell(state.size), Cell(state.access), Cell(state.licence), where))
+    legend = [
+        "rendered: procedural, needs no files; a severity in 0..1 can be added: streets-fog@0.6.",
+        "Others are looked for in --root, else DGBENCH_DATA, else ./data.",
+    ]
+    header = ("domain", "train / val", "W x H", "access", "licence", "where")
+    return [Table("", header, tuple(rows), left=True, legend=tuple(legend))]
+
+
+def _class_shares(shares: Sequence[ClassShare]) -> list[Table]:
+    rows = tuple((Cell(s.name), Cell(f"{100 * s.pixels:.2f}"), Cell(f"{100 * s.images:.0f}")) for s in shares)
+    first = shares[0]
+    title = f"{first.domain} {first.split}: classes over {first.n_images} images"
+    legend = ("pixels: % of labelled pixels. images: % of images in which the class occurs.",)
+    return [Table(title, ("class", "pixels", "images"), rows, legend=legend)]
+
+
+def _sheet(sheet: Sheet) -> list[Table]:
+    return [Table(f"{sheet.path}: {sheet.n_images} images of {sheet.domain} {sheet.split}", (), ())]
+
+
+# by name: looking up a class must not import the engine
+_TABLES: dict[str, Callable[[Any], list[Table]]] = {
+    "Leaderboard": _leaderboard,
+    "Record": _records,
+    "Check": _checks,
+    "Prediction": _predictions,
+    "DomainState": _domain_states,
+    "ClassShare": _class_shares,
+    "Sheet": _sheet,
+}
+
+
+# ---- stderr
+
+
+def note(text: str) -> None:
+    """Say one line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def failure(message: str, hint: str | None = None) -> None:
+    """Print `error: …`, an empty line and `hint: …` on stderr."""
+    _labelled("error", "31", message)
+    if hint:
+        note("")
+        _labelled("hint", "36", hint)
+
+
+def warning(message: str) -> None:
+    """Print `warning: …` on stderr."""
+    _labelled("warning", "33", message)
+
+
+def _labelled(label: str, colour: str, text: str) -> None:
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    note(f"\x1b[1;{colour}m{label}:\x1b[0m {text}" if coloured else f"{label}: {text}")
+
+
+def progress(*, quiet: bool = False) -> Progress:
+    """Return what tells the progress of long work on stderr: a bar on a terminal, plain lines elsewhere."""
+    if quiet:
+        return Silent()
+    console = _console(stderr=True)
+    return _Bar(console) if console.is_terminal and not console.is_dumb_terminal else _Lines()
+
+
+def _fields(values: Mapping[str, float | str]) -> str:
+    texts = []
+    for name, value in values.items():
+        if name == "images_per_second":
+            texts.append(f"{value:.1f} images/s")
+        elif name == "lr":
+            texts.append(f"lr {value:.1e}")
+        else:
+            texts.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(texts)
+
+
+class _Bar:
+    """Progress on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        def make() -> RichProgress:
+            return RichProgress(
+                BarColumn(bar_width=16), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+                TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True), TextColumn("left"),
+                console=console,
+            )  # fmt: skip
+
+        self._make = make
+        self._bar: RichProgress | None = None
+        self._fields: dict[str, float | str] = {}
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self.stop()
+        self._fields = {}
+        self._bar = self._make()
+        # on its own line: an 80-column terminal has no room for it beside the numbers
+        note(what)
+        self._bar.add_task("", total=total, unit=unit, told="")
+        self._bar.start()
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        self._fields.update(fields)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=n, told=_fields(self._fields))
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False)
+        else:
+            note(text)
+
+
+class _Lines:
+    """Progress in a log: a line at the start, at every tenth of the work or every half minute, and at the end."""
+
+    def __init__(self) -> None:
+        self._what, self._unit = "", ""
+        self._done = self._total = 0
+        self._fields: dict[str, float | str] = {}
+        self._begun = self._told_at = 0.0
+        self._told_done = 0
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self._what, self._unit, self._total, self._done, self._told_done = what, unit, total, 0, 0
+        self._fields = {}
+        self._begun = self._told_at = time.monotonic()
+        note(f"{what}: {total} {unit}")
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        self._fields.update(fields)
+        self._done += n
+        now = time.monotonic()
+        tenth = self._done - self._told_done >= max(1, self._total / 10) and now - self._told_at >= 1
+        if n and (tenth or now - self._told_at >= 30):
+            self._tell(now)
+
+    def stop(self) -> None:
+        if self._what and self._done > self._told_done:
+            self._tell(time.monotonic())
+        self._what = ""
+
+    def note(self, text: str) -> None:
+        note(text)
+
+    def _tell(self, now: float) -> None:
+        elapsed = now - self._begun
+        left = self._total - self._done
+        parts = [f"{self._done}/{self._total} {self._unit}"]
+        if self._fields:
+            parts.append(_fields(self._fields))
+        parts.append(
+            f"{duration(elapsed * left / self._done)} left" if left and self._done else f"{duration(elapsed)} in all"
+        )
+        note(f"{self._what}: {', '.join(parts)}")
+        self._told_at, self._told_done = now, self._done

@@ -1,0 +1,1 @@
+"""Tables made of records: what they say, not how they are drawn."""

@@ -1,0 +1,338 @@
+"""Records: one immutable, typed JSON file per result, kept in the folder of the run that made it.
+
+There is no database: deleting a run's folder deletes its results. A file is written whole or not at all, and a reader
+looks only at names `record-*.json`, which half-written files never have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dgbench import __version__, atomic
+from dgbench.errors import ResultError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from pydantic import TypeAdapter
+
+SCHEMA = 1
+_CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
+_log = logging.getLogger(__name__)
+_STAMP = re.compile(r"^\d{8}T\d{6}Z")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One measurement: a checkpoint on a split of a domain, or the end of a training.
+
+    Fractions are 0..1, seconds are wall time. None means unknown or undefined, never zero.
+    """
+
+    id: str
+    kind: Literal["eval", "train"]
+    created: str  # UTC, ISO 8601
+    method: str
+    variant: str = ""  # what tells two builds of a method apart, e.g. "dinov2_l + eva02, mvfuser"
+    recipe: str
+    recipe_hash: str
+    source: str
+    target: str  # the source itself for its validation split
+    split: str
+    protocol: str = ""
+    protocol_hash: str = ""
+    miou: float | None = None
+    iou: tuple[float | None, ...] = ()  # per class, None for a class in neither label nor prediction
+    interval: tuple[float | None, float | None] = (None, None)  # 95 %, bootstrap over images
+    n_images: int = 0
+    n_available: int = 0  # images of the complete split; more than n_images marks a partial score
+    seconds: dict[str, float | None] = field(default_factory=dict)  # data, model, metric, total
+    seed: int = 0
+    steps: int = 0
+    checkpoint: str = ""  # sha256 of the weights
+    backends: dict[str, str] = field(default_factory=dict)  # op -> backend that ran
+    environment: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool | None = None
+    confusion: str | None = None  # file beside the record with the (n, K, K) counts
+    extra: dict[str, float | str | None] = field(
+        default_factory=dict
+    )  # what one kind alone measures, e.g. the last loss
+    schema: int = SCHEMA
+    path: Path | None = field(default=None, compare=False)  # where it was read from; not in the file
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image of the split was scored."""
+        return 0 < self.n_available <= self.n_images
+
+    @property
+    def run(self) -> Path | None:
+        """The folder it was read from."""
+        return self.path.parent if self.path else None
+
+
+def new_id(now: datetime | None = None) -> str:
+    """Return a new record id that sorts by time: `20261124T021500123Z-9f3a1c`."""
+    now = now or datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03d}Z-{os.urandom(3).hex()}"
+
+
+def now_iso() -> str:
+    """Return the UTC time in ISO 8601, to the millisecond: records of one evaluation keep their order."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = None) -> Record:
+    """Write a record, and the per-image matrices (n, K, K) beside it; return it with `path` and `confusion` filled in.
+
+    The matrices come first, so a record never names a file that is not there. Records are never overwritten.
+
+    Raises: ResultError if a record of this name exists; OSError naming the path if it cannot be written.
+    """
+    # "@" and "/" may occur in names of domains, the file must stay one portable name
+    name = f"{record.id}-{record.kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', record.target)}-{record.split}"
+    path = folder / f"record-{name}.json"
+    if path.exists():
+        raise ResultError(f"{path} exists; records are never overwritten", "give the new record its own id")
+    if confusion is not None:
+        file_name = f"confusion-{name}.npz"
+        atomic.write(folder / file_name, _npz(confusion))
+        record = dataclasses.replace(record, confusion=file_name)
+    atomic.write(path, to_json(record) + "\n")
+    return dataclasses.replace(record, path=path)
+
+
+def to_json(record: Record) -> str:
+    """Return the record as it is stored: indented JSON in field order, non-finite numbers as null."""
+    content = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "path"}
+    return json.dumps(
+        {"schema": content.pop("schema"), **finite(content)}, indent=1, ensure_ascii=False, allow_nan=False
+    )
+
+
+def read(path: Path) -> Record:
+    """Read one record.
+
+    Raises: ResultError naming the file and the field at fault.
+    """
+    from pydantic import ValidationError
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultError(f"no record {path}", "`dgbench leaderboard` shows the records there are") from None
+    except ValueError as error:
+        raise ResultError(f"{path} is not valid JSON: {error}", "restore or remove the file") from None
+    if not isinstance(content, dict) or "schema" not in content:
+        raise ResultError(
+            f"{path} is not a record of dgbench", "records are written by `dgbench train` and `dgbench eval`"
+        )
+    if content["schema"] != SCHEMA:
+        raise ResultError(
+            f"{path} has record schema {content['schema']}, this dgbench reads schema {SCHEMA}",
+            "score the checkpoint again with `dgbench eval`, or use the dgbench version that wrote it",
+        )
+    known = {f.name for f in dataclasses.fields(Record)} - {"path"}
+    if strange := sorted(content.keys() - known):
+        raise ResultError(f"{path}: {strange[0]}: unknown field", "restore or remove the file")
+    try:
+        record = _adapter().validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ResultError(f"{path}: {where}: {first['msg'].lower()}", "restore or remove the file") from None
+    return dataclasses.replace(record, path=path)
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
+
+
+def query(root: Path | str = "runs") -> list[Record]:
+    """Return all records below a folder, oldest first. A file that cannot be read is warned about and left out."""
+    found = []
+    for path in sorted(Path(root).rglob("record-*.json")):
+        try:
+            found.append(read(path))
+        except ResultError as error:
+            _log.warning("%s; it is left out", error.message)
+    return sorted(found, key=lambda record: (record.created, record.id))
+
+
+def read_confusion(record: Record) -> NDArray[np.int64]:
+    """Return the per-image matrices (n, K, K) kept beside a record.
+
+    Raises: ResultError if the record has none or the file is missing or damaged.
+    """
+    import zipfile
+
+    import numpy as np
+
+    if record.path is None or record.confusion is None:
+        raise ResultError(
+            f"record {record.id} has no per-image matrices", "score the checkpoint again with `dgbench eval`"
+        )
+    path = record.path.parent / record.confusion
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["confusion"], dtype=np.int64)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ResultError(
+            f"{path} cannot be read: {error}", "score the checkpoint again with `dgbench eval`"
+        ) from error
+
+
+def new_run(root: Path | str, stem: str) -> Path:
+    """Create and return a run folder `<root>/<utc time>-<stem>`, never one that exists."""
+    base = f"{_stamp()}-{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-')}"
+    Path(root).mkdir(parents=True, exist_ok=True)
+    for name in (base, *(f"{base}-{n}" for n in range(2, 100))):
+        try:
+            (Path(root) / name).mkdir()
+        except FileExistsError:
+            continue
+        return Path(root) / name
+    raise ResultError(f"100 runs named {base} exist in {root}", "remove some of them")
+
+
+def claim_run(folder: Path) -> Path:
+    """Create and return a run folder of the user's choice.
+
+    Raises: ResultError if it holds anything already.
+    """
+    if (folder / "recipe.yaml").is_file():
+        raise ResultError(f"{folder} holds a run already", f"go on with it: dgbench train --resume {folder}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ResultError(f"{folder} exists and is not empty", "choose a new folder for --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def find_run(text: str = "latest", root: Path | str = "runs", *, needs: str = "recipe.yaml") -> Path:
+    """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
+
+    Args:
+        needs: what a folder must hold to count as a run; `latest` passes over those without it.
+
+    Raises: ResultError saying which runs exist.
+    """
+    runs = sorted((p.parent for p in Path(root).glob(f"*/{needs}")), key=_age)
+    if text == "latest":
+        if not runs:
+            raise ResultError(f"no run with {needs} in {root}", "train one: dgbench train streets/mfuser")
+        return runs[-1]
+    path = next((p for p in (Path(text), Path(root) / text) if p.exists()), None)
+    if path is None:
+        close = suggest(text, [run.name for run in runs])
+        latest = ", ".join(run.name for run in runs[-3:]) or "none yet"
+        raise ResultError(f"no run `{text}`", f"did you mean `{close}`?" if close else f"runs in {root}: {latest}")
+    folder = path.parent if path.is_file() else path
+    if not (folder / needs).exists():
+        what = "a run" if needs == "recipe.yaml" else f"a run with {needs}"
+        raise ResultError(
+            f"{folder} is not {what}: it has no {needs}", "give a run folder, a record in one, or `latest`"
+        )
+    return folder
+
+
+def _age(run: Path) -> tuple[str, str]:
+    # the name tells the time even after a copy has changed the files' dates
+    if stamp := _STAMP.match(run.name):
+        return stamp[0], run.name
+    return _stamp(datetime.fromtimestamp(run.stat().st_mtime, UTC)), run.name
+
+
+def environment(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
+    """Return what a result may depend on besides code and recipe: versions, platform, device name, threads."""
+    found = {
+        "dgbench": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+    }
+    if threads is not None:
+        found["threads"] = str(threads)
+    for package in ("torch", "torchvision", "timm", "open_clip_torch", "accelerate", "numpy", "pillow", "triton"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def commit() -> tuple[str | None, bool | None]:
+    """Return the (git commit, dirty flag) of the dgbench code that runs; (None, None) when it cannot be known.
+
+    A checkout is asked only if it tracks this very file: an environment inside somebody's repository is not ours.
+    """
+    here = Path(__file__)
+    if _git("ls-files", "--error-unmatch", here.name, folder=here.parent) is not None:
+        sha, status = (
+            _git("rev-parse", "HEAD", folder=here.parent),
+            _git("status", "--porcelain", "--", *_CODE, folder=here.parent),
+        )
+        return sha, None if status is None else bool(status)
+    try:
+        direct = json.loads(metadata.distribution("dgbench").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None, None
+    sha = direct.get("vcs_info", {}).get("commit_id")
+    return sha, False if sha else None
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-able data with NaN and infinities as None; JSON has no word for them."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if type(value).__module__ == "numpy":
+        return finite(value.item())
+    return value
+
+
+def _npz(confusion: NDArray[np.int64]) -> bytes:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, confusion=np.asarray(confusion, dtype=np.int64))
+    return buffer.getvalue()
+
+
+def _stamp(now: datetime | None = None) -> str:
+    return (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")

@@ -1,0 +1,37 @@
+"""MFuser and its baselines: models for domain-generalized semantic segmentation.
+
+    model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(256, 256))
+
+Names are resolved on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mfuser.checkpoints import load, save
+    from mfuser.inference import slide
+    from mfuser.methods import build, options
+    from mfuser.methods import names as method_names
+    from mfuser.segmentor import Batch, Segmentor
+
+_HOMES = {
+    "Batch": "mfuser.segmentor:Batch",
+    "Segmentor": "mfuser.segmentor:Segmentor",
+    "build": "mfuser.methods:build",
+    "load": "mfuser.checkpoints:load",
+    "method_names": "mfuser.methods:names",
+    "options": "mfuser.methods:options",
+    "save": "mfuser.checkpoints:save",
+    "slide": "mfuser.inference:slide",
+}
+__all__ = ["Batch", "Segmentor", "build", "load", "method_names", "options", "save", "slide"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module `mfuser` has no attribute `{name}`")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,122 @@
+"""What the decoder is trained with: a fixed query for each class, losses on sampled points, and text-image alignment.
+
+There is no Hungarian matching: query k is class k's where the class is present, and "no object" elsewhere. Mask losses
+are computed on points, three quarters of them where the mask is least certain (PointRend, Kirillov et al., CVPR 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+# draw(output, kind, shape, like) -> uniform numbers in [0, 1); kind is "over" or "uniform"
+Draw = Callable[[int, str, tuple[int, int, int], Tensor], Tensor]
+
+
+def uniform(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    """The default draw: the global generator of the logits' device."""
+    return torch.rand(shape, device=like.device, dtype=torch.float32)
+
+
+class MaskCriterion(nn.Module):
+    """Class, mask and dice losses of every decoder output (Mask2Former's, with the fixed assignment of tqdm).
+
+    Args:
+        points: sampled per mask.    oversample: candidates per point.    importance: share of uncertain points.
+        no_object_weight: class weight of "no object".    weights: of the (class, mask, dice) terms.
+    """
+
+    class_weight: Tensor
+
+    def __init__(self, classes: int = 19, *, points: int = 12544, oversample: float = 3.0, importance: float = 0.75,
+                 no_object_weight: float = 0.1,
+                 weights: tuple[float, float, float] = (2.0, 5.0, 5.0)) -> None:  # fmt: skip
+        super().__init__()
+        self.classes, self.points, self.weights = classes, points, weights
+        self.candidates, self.uncertain = int(points * oversample), int(importance * points)
+        class_weight = torch.ones(classes + 1)
+        class_weight[-1] = no_object_weight
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def forward(self, outputs: Sequence[tuple[Tensor, Tensor]], labels: Tensor, *,
+                draw: Draw = uniform) -> dict[str, Tensor]:  # fmt: skip
+        """Loss terms, already weighted.
+
+        Args:
+            outputs: per decoder output, class logits (B, K, K + 1) and mask logits (B, K, h, w).
+            labels: (B, H, W) train ids; values of K and above are ignored.
+        Returns: `decode.d<i>.loss_{cls,mask,dice}` for all outputs but the last, `decode.loss_*` for the last.
+        """
+        present = torch.stack([(labels == k).flatten(1).any(1) for k in range(self.classes)], 1)  # (B, K)
+        image, query = present.nonzero(as_tuple=True)
+        masks = (labels[image] == query[:, None, None]).float()[:, None]  # (P, 1, H, W)
+        count = _mean_over_processes(torch.tensor(float(len(image)), device=labels.device)).clamp(min=1)
+        terms: dict[str, Tensor] = {}
+        for i, (class_logits, mask_logits) in enumerate(outputs):
+            prefix = "decode." if i == len(outputs) - 1 else f"decode.d{i}."
+            loss_cls = self._class_loss(class_logits, present)
+            loss_mask, loss_dice = self._mask_losses(i, mask_logits[image, query][:, None], masks, count, draw)
+            named = zip(("cls", "mask", "dice"), (loss_cls, loss_mask, loss_dice), self.weights, strict=True)
+            terms |= {f"{prefix}loss_{name}": loss * weight for name, loss, weight in named}
+        return terms
+
+    def _class_loss(self, logits: Tensor, present: Tensor) -> Tensor:
+        own = torch.arange(self.classes, device=logits.device)
+        target = torch.where(present, own, self.classes)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), self.class_weight, reduction="sum")
+        return loss / self.class_weight[target].sum()
+
+    def _mask_losses(self, output: int, logits: Tensor, masks: Tensor, count: Tensor,
+                     draw: Draw) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not len(logits):
+            nothing = logits.sum()
+            return nothing, nothing
+        points = self._points(output, logits.detach().float(), draw)
+        with torch.no_grad():
+            target = sample(masks, points)
+        value = sample(logits.float(), points)
+        mask = F.binary_cross_entropy_with_logits(value, target, reduction="sum") / (count * self.points)
+        probability = value.sigmoid()
+        overlap = 2 * (probability * target).sum(1)
+        dice = 1 - (overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
+        return mask, dice.sum() / count
+
+    @torch.no_grad()
+    def _points(self, output: int, logits: Tensor, draw: Draw) -> Tensor:
+        """(P, points, 2) as (x, y) in 0..1."""
+        masks = len(logits)
+        candidates = draw(output, "over", (masks, self.candidates, 2), logits)
+        certainty = sample(logits, candidates).abs()
+        chosen = certainty.topk(self.uncertain, 1, largest=False, sorted=False).indices
+        # coordinate by coordinate: one gather of pairs is twenty times slower on a GPU
+        uncertain = torch.stack([candidates[..., axis].gather(1, chosen) for axis in (0, 1)], -1)
+        rest = draw(output, "uniform", (masks, self.points - self.uncertain, 2), logits)
+        return torch.cat([uncertain, rest], 1)
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values (P, n) of maps (P, 1, H, W) at points (P, n, 2) given as (x, y) in 0..1; zero outside."""
+    grid = (2 * points - 1)[:, :, None]
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, :, 0]
+
+
+def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the score map (B, K, h, w), upsampled to the labels (B, H, W).
+
+    The mean is over all pixels: ignored ones cost nothing but count in the divisor, as in the release.
+    """
+    logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    target = torch.where(labels < logits.shape[1], labels, -100)
+    return F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) / labels.numel()
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value

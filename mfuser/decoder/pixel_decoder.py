@@ -1,0 +1,185 @@
+"""Pixel decoder: a deformable-attention encoder over three maps that also looks at the class texts, then one FPN step.
+
+It follows Mask2Former's pixel decoder (Cheng et al., CVPR 2022) with tqdm's cross-attention to text (Pak et al., ECCV
+2024) in every layer, as MFuser's release runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.ops import ms_deform_attn
+
+
+def sine_encoding(height: int, width: int, dim: int, *, device: torch.device | None = None) -> Tensor:
+    """Sine position encoding of a map, (H * W, dim) in fp32 (Carion et al. 2020, normalised to 2 pi).
+
+    The first half of the channels encodes the row, the second the column; sine and cosine are interleaved.
+    """
+    half = dim // 2
+    k = torch.arange(half, device=device, dtype=torch.float32)
+    divisor = 10000 ** (2 * (k // 2) / half)
+    axes = []
+    for size in (height, width):
+        position = torch.arange(1, size + 1, device=device, dtype=torch.float32) / (size + 1e-6) * (2 * math.pi)
+        angle = position[:, None] / divisor
+        axes.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1))  # (size, half)
+    rows = axes[0][:, None].expand(height, width, half)
+    columns = axes[1][None].expand(height, width, half)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
+
+
+class ConvNorm(nn.Module):
+    """Convolution and group norm, initialised as mmcv's ConvModule."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+        # named as the release names it: its optimizer exempts "norm" from weight decay, and not this one
+        self.gn = nn.GroupNorm(groups, out_channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gn(self.conv(x))
+        return out
+
+
+class DeformableSelfAttention(nn.Module):
+    """Multi-scale deformable self-attention (Zhu et al., ICLR 2021, eq. 3) over a concatenation of maps."""
+
+    def __init__(self, dim: int, heads: int, scales: int, points: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        self.heads, self.scales, self.points, self.backend = heads, scales, points, backend
+        self.sampling_offsets = nn.Linear(dim, heads * scales * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * scales * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Offsets look in as many directions as there are heads, 1..P cells away; all weights start equal."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * distance[:, None]  # (M, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.scales, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Attend from every token to all scales.
+
+        Args:
+            tokens: (B, L, D), the maps one after the other.    position: (L, D).
+            reference: (L, 2), each token's own place as (x, y) in 0..1.    shapes: (H, W) of each map.
+        Returns: (B, L, D), without the residual.
+        """
+        batch, length, dim = tokens.shape
+        query = tokens + position
+        value = self.value_proj(tokens).view(batch, length, self.heads, dim // self.heads)
+        offsets = self.sampling_offsets(query).view(batch, length, self.heads, self.scales, self.points, 2)
+        weights = self.attention_weights(query).view(batch, length, self.heads, self.scales * self.points).softmax(-1)
+        weights = weights.view(batch, length, self.heads, self.scales, self.points)
+        extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=tokens.device)  # (S, 2)
+        locations = reference[:, None, None, None] + offsets.float() / extent[:, None]
+        attended = ms_deform_attn(value, list(shapes), locations, weights, backend=self.backend)
+        out: Tensor = self.output_proj(attended)
+        return out
+
+
+class PixelDecoderLayer(nn.Module):
+    """Deformable self-attention, cross-attention to text, FFN; a norm after each."""
+
+    def __init__(self, dim: int, heads: int, scales: int, points: int, ffn_dim: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.self_attn = DeformableSelfAttention(dim, heads, scales, points, backend=backend)
+        self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]],
+                text: Tensor, text_position: Tensor) -> Tensor:  # fmt: skip
+        """(B, L, D) -> (B, L, D); text is (B, K, D), text_position (K, D)."""
+        tokens = self.norm1(tokens + self.self_attn(tokens, position, reference, shapes))
+        attended, _ = self.cross_attn(tokens + position, text + text_position, text, need_weights=False)
+        tokens = self.norm2(tokens + attended)
+        out: Tensor = self.norm3(tokens + self.ffn(tokens))
+        return out
+
+
+class PixelDecoder(nn.Module):
+    """Four feature maps and the class texts to multi-scale maps and mask features.
+
+    Args:
+        in_channels: channels of every feature map.    text_dim: width of the text embeddings.
+        classes: K.    dim: D, the decoder's width.    groups: of the group norms.
+    """
+
+    SCALES = 3
+
+    def __init__(self, in_channels: int, text_dim: int, *, classes: int = 19, dim: int = 256, layers: int = 6,
+                 heads: int = 8, points: int = 4, ffn_dim: int = 2048, groups: int = 32,
+                 backend: str = "auto") -> None:  # fmt: skip
+        super().__init__()
+        self.input_convs = nn.ModuleList(
+            ConvNorm(in_channels, dim, 1, groups=groups, bias=True) for _ in range(self.SCALES)
+        )
+        self.level_encoding = nn.Embedding(self.SCALES, dim)
+        self.text_proj = nn.Linear(text_dim, dim)
+        self.text_pos_embed = nn.Embedding(classes, dim)
+        self.layers = nn.ModuleList(
+            PixelDecoderLayer(dim, heads, self.SCALES, points, ffn_dim, backend=backend) for _ in range(layers)
+        )
+        self.post_norm = nn.LayerNorm(dim)
+        self.lateral_conv = ConvNorm(in_channels, dim, 1, groups=groups, bias=False)
+        self.output_conv = ConvNorm(dim, dim, 3, groups=groups, bias=False)
+        self.mask_feature = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, features: Sequence[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Decode.
+
+        Args:
+            features: four maps (B, C, H, W), finest first (strides 4, 2, 1 and 1/2 of the token grid).
+            text: (B, K, text_dim).
+        Returns: mask features (B, D, H0, W0) on the finest grid, and three maps (B, D, H, W), coarsest first.
+        """
+        maps = [conv(feature) for conv, feature in zip(self.input_convs, reversed(features[1:]), strict=True)]
+        shapes = [(m.shape[2], m.shape[3]) for m in maps]
+        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, L, D)
+        position = torch.cat(
+            [
+                sine_encoding(h, w, tokens.shape[2], device=tokens.device) + level
+                for (h, w), level in zip(shapes, self.level_encoding.weight, strict=True)
+            ]
+        )
+        reference = torch.cat([_cell_centres(h, w, tokens.device) for h, w in shapes])
+        memory = self.text_proj(text)
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference, shapes, memory, self.text_pos_embed.weight)
+        parts = self.post_norm(tokens).split([h * w for h, w in shapes], 1)
+        maps = [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True)]
+        lateral = self.lateral_conv(features[0])
+        finest = lateral + F.interpolate(maps[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_feature(F.relu(self.output_conv(finest))), maps
+
+
+def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """(H * W, 2) of (x, y) in 0..1, row-major."""
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)

@@ -1,0 +1,171 @@
+"""Fusion of two token sequences: MVFuser, and MTEnhancer, which puts the same layer to work between text and image.
+
+Every fuser takes the tokens of both towers and returns what to add to each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.ops import selective_scan
+
+
+class Fuser(nn.Module):
+    """The face of all fusers. A subclass says how the joint sequence is mixed."""
+
+    def mix(self, joint: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C), without a residual."""
+        raise NotImplementedError(f"{type(self).__name__}.mix")
+
+    def forward(self, vfm: Tensor, vlm: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L1, C) and (B, L2, C) to what is added to each. The foundation tower's come first."""
+        joint = self.mix(torch.cat([vfm, vlm], 1))
+        first, second = joint.split([vfm.shape[1], vlm.shape[1]], 1)
+        return first, second
+
+
+class GatedRMSNorm(nn.Module):
+    """x / rms(x) * weight * silu(z), over the last dimension (Mamba-2's norm, norm before gate)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (..., D) in x's dtype; the mean of squares is taken in fp32."""
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return (normed * F.silu(z.to(normed.dtype))).to(x.dtype)
+
+
+class MVFuser(Fuser):
+    """A Mamba mixer in a bottleneck: half the channels are scanned, the other half gate them (paper, section 3.2).
+
+    The scan runs once, from the first token to the last: information flows from the foundation tower to the
+    vision-language tower, and not back.
+
+    Args:
+        dim: C.    state: N.    dropout: of the output, in training.
+    """
+
+    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto") -> None:
+        super().__init__()
+        half, rank = dim // 2, math.ceil(dim / 16)
+        self.state, self.rank, self.backend = state, rank, backend
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        # the authors' convolutions have no bias: their flag is True // 2, which is 0
+        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.x_proj = nn.Linear(half, rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(rank, half)
+        self.A_log = nn.Parameter(torch.arange(1, state + 1, dtype=torch.float32).log().repeat(half, 1))
+        self.D = nn.Parameter(torch.ones(half))
+        self.norm = GatedRMSNorm(half)
+        self.out_proj = nn.Linear(half, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = nn.Parameter(torch.tensor(0.001))
+        self.reset_steps()
+
+    def reset_steps(self, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+        """Step sizes log-uniform in low..high, as Mamba starts; softplus(bias) is the step."""
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        step = torch.exp(torch.rand(len(self.dt_proj.bias)) * (math.log(high) - math.log(low)) + math.log(low))
+        step = step.clamp(min=floor)
+        with torch.no_grad():
+            # the inverse of softplus, in a form that keeps its digits for small steps
+            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def mix(self, joint: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        x, z = self.in_proj(joint).transpose(1, 2).chunk(2, 1)  # (B, C/2, L) each
+        x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
+        rank, B, C = self.x_proj(x.transpose(1, 2)).split([self.rank, self.state, self.state], -1)
+        # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
+        delta = self.dt_proj(rank).transpose(1, 2)
+        y = selective_scan(
+            x, delta, -self.A_log.float().exp(), B.transpose(1, 2), C.transpose(1, 2), self.D.float(),
+            delta_bias=self.dt_proj.bias.float(), delta_softplus=True, backend=self.backend,
+        )  # fmt: skip
+        # z went through SiLU above and goes through it again inside the norm, as in the release
+        gated = self.norm(y.transpose(1, 2), z.transpose(1, 2))
+        out: Tensor = self.dropout(self.out_proj(gated)) * self.scale
+        return out
+
+
+FUSERS: dict[str, type[MVFuser]] = {"mvfuser": MVFuser}
+
+
+class TextSelfAttention(nn.Module):
+    """Self-attention among the class texts; no bias on queries, keys and values."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, K, D) -> (B, K, D)."""
+        q, k, v = (
+            p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out: Tensor = self.dropout(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        return out
+
+
+class MTEnhancerLayer(nn.Module):
+    """Texts attend to each other, then are scanned before and after the image tokens, then an MLP."""
+
+    def __init__(self, dim: int, heads: int, state: int, dropout: float, backend: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attn = TextSelfAttention(dim, heads, dropout)
+        self.cross_attn = MVFuser(dim, state=state, dropout=dropout, backend=backend)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, text: Tensor, memory: Tensor) -> Tensor:
+        """text (B, K, D), memory (B, L, D) -> text (B, K, D)."""
+        text = text + self.self_attn(self.norm1(text))
+        queries, classes = self.norm2(text), text.shape[1]
+        mixed = self.cross_attn.mix(torch.cat([queries, memory, queries], 1))
+        # the first copy has seen no image yet, the last one all of it
+        text = text + mixed[:, :classes] + mixed[:, -classes:]
+        out: Tensor = text + self.dropout(self.mlp(self.norm3(text)))
+        return out
+
+
+class MTEnhancer(nn.Module):
+    """Class texts refined by what the image shows (paper, section 3.3).
+
+    Args:
+        text_dim: width of text and image embeddings.    dim: width inside.    heads: of the texts' self-attention.
+    """
+
+    def __init__(self, text_dim: int, *, dim: int = 256, heads: int = 4, layers: int = 1, state: int = 16,
+                 dropout: float = 0.1, backend: str = "auto") -> None:  # fmt: skip
+        super().__init__()
+        self.memory_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
+        self.decoder = nn.ModuleList(MTEnhancerLayer(dim, heads, state, dropout, backend) for _ in range(layers))
+        self.out_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, text_dim))
+        for module in self.modules():
+            # the release initialises every linear layer so, its scan's step sizes with them (softplus(0) = 0.69)
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        """What to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
+        memory, refined = self.memory_proj(visual), self.text_proj(text)
+        for layer in self.decoder:
+            refined = layer(refined, memory)
+        out: Tensor = self.out_proj(refined)
+        return out

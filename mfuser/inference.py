@@ -1,0 +1,51 @@
+"""Sliding-window inference over any Segmentor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mfuser.segmentor import Segmentor
+
+
+def slide(model: Segmentor, images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *,
+          windows_at_once: int = 16) -> Tensor:  # fmt: skip
+    """Scores (B, K, H, W) averaged over overlapping windows.
+
+    Windows start at multiples of the stride; the last one of a row or column is shifted back to the border. Images
+    smaller than the window are padded with zeros on the right and below, and the padding is cut off again.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].    crop, stride: (H, W) of the window and its step.
+        windows_at_once: how many windows go through the model together; changes memory, not the result.
+
+    Raises: ValueError for a stride beyond the window, which would leave pixels unseen.
+    """
+    if not (0 < stride[0] <= crop[0] and 0 < stride[1] <= crop[1]):
+        raise ValueError(f"stride {stride} must be positive and at most the window, {crop}")
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
+    rows, columns = (_starts(size, c, s) for size, c, s in zip(padded.shape[-2:], crop, stride, strict=True))
+    places = [(b, y, x) for y in rows for x in columns for b in range(batch)]
+    total: Tensor | None = None
+    seen = padded.new_zeros(padded.shape[-2:])
+    for first in range(0, len(places), windows_at_once):
+        part = places[first : first + windows_at_once]
+        scores = model(torch.stack([padded[b, :, y : y + crop[0], x : x + crop[1]] for b, y, x in part]))
+        if total is None:
+            total = scores.new_zeros(batch, scores.shape[1], *padded.shape[-2:])
+        for score, (b, y, x) in zip(scores, part, strict=True):
+            total[b, :, y : y + crop[0], x : x + crop[1]] += score
+    for y in rows:
+        for x in columns:
+            seen[y : y + crop[0], x : x + crop[1]] += 1
+    assert total is not None
+    return (total / seen)[:, :, :height, :width]
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    count = max(0, math.ceil((size - window) / stride)) + 1
+    return [min(i * stride, size - window) for i in range(count)]

@@ -1,0 +1,55 @@
+"""The methods: a file each, named like the method; this door lists them without importing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from mfuser.segmentor import Segmentor
+
+
+def names() -> list[str]:
+    """Every method's public name; nothing is imported."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+
+
+def module(name: str) -> ModuleType:
+    """The module of a method.
+
+    Raises: ValueError listing the methods there are.
+    """
+    if name not in names():
+        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def options(name: str) -> type[Any]:
+    """The method's Options dataclass."""
+    found: type[Any] = module(name).Options
+    return found
+
+
+def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:
+    """Build a method.
+
+    Args:
+        name: one of `names()`.    pretrained: load the towers' published weights, where they have any.
+        filled: draw what is left of large towers; False leaves it on the meta device for a checkpoint to fill.
+        given: fields of the method's Options.
+
+    Raises: ValueError for an unknown method or option; WeightsNotFound naming the files that are not on this machine.
+    """
+    made = module(name)
+    known = {f.name for f in dataclasses.fields(made.Options)}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"`{name}` has no option {', '.join(f'`{u}`' for u in unknown)}; it has {', '.join(sorted(known))}")
+    model: Segmentor = made.build(made.Options(**given), pretrained=pretrained)
+    model.method = name
+    if filled:
+        from mfuser.pretrained import fill
+
+        fill(model)
+    return model

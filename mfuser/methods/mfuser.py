@@ -1,0 +1,279 @@
+"""MFuser: a vision foundation tower and a vision-language tower, stepped block by block and fused after each.
+
+    v = vlm.block(v);  d = vfm.block(d);  dd, dv = fuser(d, v);  d += dd;  v += dv
+The fused tokens of four depths become feature maps; the last ones, with the class texts refined by them (MTEnhancer), feed
+a text-queried mask decoder ("Mamba as a Bridge", CVPR 2025). Everything follows the authors' release; where it departs
+from the paper, a comment says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, uniform
+from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
+from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.encoders import ENCODERS, VisionEncoder
+from mfuser.fusion import FUSERS, MTEnhancer
+from mfuser.ops import resolve
+from mfuser.pretrained import load_tower, require
+from mfuser.segmentor import Batch, Segmentor
+from mfuser.text import TextEncoder, tokenize
+
+TITLE = "MFuser"
+PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"
+
+# sizes by the vision-language tower; an option left at None takes them from here
+_FULL = {"decoder_dim": 256, "heads": 8, "pixel_layers": 6, "mask_layers": 9, "ffn_dim": 2048, "points": 4, "groups": 32,
+         "state": 16, "mte_dim": 256, "mte_heads": 4, "mask_points": 12544, "freeze_towers": True}  # fmt: skip
+_TINY = {"decoder_dim": 64, "heads": 4, "pixel_layers": 2, "mask_layers": 3, "ffn_dim": 128, "points": 4, "groups": 8,
+         "state": 4, "mte_dim": 64, "mte_heads": 2, "mask_points": 1024, "freeze_towers": False}  # fmt: skip
+_SMALL = {"decoder_dim": 128, "heads": 8, "pixel_layers": 3, "mask_layers": 6, "ffn_dim": 512, "points": 4, "groups": 32,
+          "state": 8, "mte_dim": 128, "mte_heads": 4, "mask_points": 4096, "freeze_towers": False}  # fmt: skip
+_SIZES = {"tiny": _TINY, "small": _SMALL}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `build` takes. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
+
+    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.encoders.ENCODERS
+    vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, tiny or small
+    fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
+    image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
+    patch: int | None = None  # pixels of a token's side; None: the vision-language tower's own
+    decoder_dim: int | None = None  # width of pixel and mask decoder
+    heads: int | None = None  # attention heads of both
+    pixel_layers: int | None = None
+    mask_layers: int | None = None
+    ffn_dim: int | None = None
+    points: int | None = None  # of deformable attention, per head and scale
+    groups: int | None = None  # of the decoder's group norms
+    state: int | None = None  # N, state size of the scans
+    mte_dim: int | None = None  # width of MTEnhancer
+    mte_heads: int | None = None
+    mask_points: int | None = None  # sampled per mask by the criterion
+    freeze_towers: bool | None = None  # image and text towers keep their weights
+    backend: str = "auto"  # of the custom operators
+    token_ids: list[list[int]] | None = None  # (K, 5); None: by the tower's tokenizer
+
+    def __post_init__(self) -> None:
+        for name, value in (_SIZES.get(self.vlm, _FULL)).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for kind in ("vfm", "vlm"):
+            if getattr(self, kind) not in ENCODERS:
+                raise ValueError(f"{kind} `{getattr(self, kind)}` is unknown; choose from {', '.join(sorted(ENCODERS))}")
+        if self.vlm not in _EMBEDDINGS:
+            raise ValueError(f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(_EMBEDDINGS))}")
+        if self.fuser not in FUSERS:
+            raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
+
+
+class SumEmbedding(nn.Module):
+    """EVA02's image embedding: both towers' normed tokens added, then the tower's linear head."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        if vfm.prefix != vlm.prefix:
+            raise ValueError(f"towers with {vfm.prefix} and {vlm.prefix} class tokens cannot be added token by token")
+        self.prefix = vlm.prefix
+        self.head = nn.Linear(vlm.dim, dim)
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) tokens of both towers -> global (B, 1, D) and visual (B, g*g, D)."""
+        embedded = self.head(vlm.finish(v) + vfm.finish(d))
+        return embedded[:, :1], embedded[:, self.prefix :]
+
+
+class ProjectedEmbedding(nn.Module):
+    """CLIP's: the foundation tokens enter through a linear layer, before CLIP's own norm and projection."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        self.adapter_proj3 = nn.Linear(vfm.dim, vlm.dim)
+        self.head = nn.Linear(vlm.dim, dim, bias=False)
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As SumEmbedding's; the foundation tower's final norm is not used."""
+        embedded = self.head(vlm.finish(v + self.adapter_proj3(d)))
+        return embedded[:, :1], embedded[:, 1:]
+
+
+class PooledEmbedding(nn.Module):
+    """SigLIP's: its attention-pooling head, asked once by its probe and once by every token."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        if dim != vlm.dim:
+            raise ValueError(f"text dim {dim} differs from the tower's width {vlm.dim}; the pooling head keeps the width")
+        self.skip = vfm.prefix - vlm.prefix
+        self.probe = nn.Parameter(torch.randn(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As SumEmbedding's."""
+        tokens = vlm.finish(v) + vfm.finish(d[:, self.skip :])
+        return self._pool(self.probe.expand(len(tokens), -1, -1), tokens), self._pool(tokens, tokens)
+
+    def _pool(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        attended, _ = self.attention(queries, tokens, tokens, need_weights=False)
+        out: Tensor = attended + self.mlp(self.norm(attended))
+        return out
+
+
+_EMBEDDINGS: dict[str, Any] = {
+    "eva02": SumEmbedding, "clip": ProjectedEmbedding, "siglip": PooledEmbedding, "tiny": SumEmbedding,
+    "small": SumEmbedding,
+}  # fmt: skip
+
+
+class MFuser(Segmentor):
+    """The model; see the module's head for the idea and `Options` for the sizes."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        o: Any = options
+        self.image_size = o.image_size
+        self.no_decay = ("norm",) if o.vlm == "clip" else ("norm", "level_embed", "query_embed")
+        # one grid for both towers: the vision-language tower's patch size decides
+        patch = o.patch or ENCODERS[o.vlm].patch
+        self.vfm = VisionEncoder(o.vfm, o.image_size, patch=patch)
+        self.vlm = VisionEncoder(o.vlm, o.image_size, patch=patch)
+        if self.vfm.depth != self.vlm.depth:
+            raise ValueError(f"`{o.vfm}` has {self.vfm.depth} blocks and `{o.vlm}` {self.vlm.depth}; they must be equal")
+        if self.vfm.dim != self.vlm.dim:
+            raise ValueError(f"`{o.vfm}` is {self.vfm.dim} wide and `{o.vlm}` {self.vlm.dim}; they must be equal")
+        dim, depth = self.vfm.dim, self.vfm.depth
+        # blocks 7, 11, 15 and 23 of 24
+        self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        self.adapters = nn.ModuleList(FUSERS[o.fuser](dim, state=o.state, backend=o.backend) for _ in range(depth))
+        # the release wraps CLIP's fusion alone in linear layers
+        wrapped = depth if o.vlm == "clip" else 0
+        self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
+        self.adapter_proj2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
+
+        self.text = TextEncoder(o.vlm, torch.tensor(o.token_ids), dim=o.decoder_dim)
+        width = self.text.dim
+        self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.text.contexts, self.text.width)))
+        # the release means 1e-4 and then overwrites it with a truncated normal of std 1
+        self.gamma = nn.Parameter(nn.init.trunc_normal_(torch.empty(width)))
+        self.embedding: nn.Module = _EMBEDDINGS[o.vlm](self.vfm, self.vlm, width)
+        self.context_decoder = MTEnhancer(width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, backend=o.backend)
+
+        channels = 2 * dim
+        self.fpn1 = nn.Sequential(
+            nn.ConvTranspose2d(channels, channels, 2, 2),
+            nn.BatchNorm2d(channels),
+            nn.GELU(),
+            nn.ConvTranspose2d(channels, channels, 2, 2),
+        )
+        self.fpn2 = nn.ConvTranspose2d(channels, channels, 2, 2)
+        self.pixel_decoder = PixelDecoder(
+            channels, width, dim=o.decoder_dim, layers=o.pixel_layers, heads=o.heads, points=o.points,
+            ffn_dim=o.ffn_dim, groups=o.groups, backend=o.backend,
+        )  # fmt: skip
+        self.mask_decoder = MaskDecoder(
+            width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim
+        )
+        self.criterion = MaskCriterion(len(self.classes), points=o.mask_points)
+        # scale of the score map in its loss: 1 / 0.07, or SigLIP's own
+        self.register_buffer("logit_scale", torch.tensor(1 / 0.07))
+        self.register_buffer("logit_bias", torch.tensor(0.0))
+        self.backend = o.backend
+        if o.freeze_towers:
+            frozen: list[nn.Module] = [self.vfm, self.vlm, self.text]
+            for part in frozen:
+                part.requires_grad_(False)
+            for name, parameter in self.embedding.named_parameters():
+                parameter.requires_grad_("adapter" in name)
+        else:
+            # words without a class would only drift by weight decay
+            self.text.tower.token_embedding.requires_grad_(False)
+
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
+        outputs, _ = self._decode(images)
+        scores = class_scores(*outputs[-1])
+        return F.interpolate(scores, self.image_size, mode="bilinear", align_corners=False)
+
+    def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
+        """Class, mask and dice terms of every decoder output, and the alignment of image and text."""
+        outputs, score_map = self._decode(batch.images)
+        terms = self.criterion(outputs, batch.labels, draw=draw)
+        logits = score_map * self.logit_scale + self.logit_bias
+        return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels)}
+
+    def backends(self) -> dict[str, str]:
+        """Which backend runs each operator here."""
+        probe = self.gamma.detach()
+        return {op: resolve(op, self.backend, probe).name for op in ("selective_scan", "ms_deform_attn")}
+
+    def _decode(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
+        features, global_, visual = self.encode(images)
+        text = self.texts(global_, visual)
+        score_map = torch.einsum("bld,bkd->bkl", F.normalize(visual, dim=-1), F.normalize(text, dim=-1))
+        mask_features, maps = self.pixel_decoder(features, text)
+        return self.mask_decoder(maps, mask_features, text), score_map.unflatten(2, self.vlm.grid)
+
+    def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Step both towers and fuse them after every block.
+
+        Returns: four maps (B, 2C, H, W) of 4, 2, 1 and 1/2 times the grid, and the embeddings, global (B, 1, D) and
+        visual (B, g*g, D).
+        """
+        self.check_size(images)
+        d, v = self.vfm.embed(images), self.vlm.embed(images)
+        tapped = []
+        for i, fuser in enumerate(self.adapters):
+            v, d = self.vlm.block(i, v), self.vfm.block(i, d)
+            if self.adapter_proj1:
+                dd, dv = fuser(self.adapter_proj1[i](d), v)
+                dd = self.adapter_proj2[i](dd)
+            else:
+                dd, dv = fuser(d, v)
+            d, v = d + dd, v + dv
+            tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
+        features = [self.fpn1(tapped[0]), self.fpn2(tapped[1]), tapped[2], F.max_pool2d(tapped[3], 2)]
+        global_, visual = self.embedding(self.vfm, self.vlm, d, v)
+        return features, global_, visual
+
+    def texts(self, global_: Tensor, visual: Tensor) -> Tensor:
+        """Class embeddings (B, K, D), refined by the image."""
+        text = self.text(self.contexts).expand(len(visual), -1, -1)
+        refined: Tensor = text + self.gamma * self.context_decoder(text, torch.cat([global_, visual], 1))
+        return refined
+
+
+def build(options: Options, *, pretrained: bool) -> Segmentor:
+    """Build the model; see `Options`.
+
+    Raises: WeightsNotFound naming the files that are missing when `pretrained`.
+    """
+    # before anything is built: a missing file should cost seconds, not minutes
+    files = require([options.vfm, options.vlm]) if pretrained else {}
+    # the ids travel with the model, so that loading it never asks for a tokenizer
+    options = replace(options, token_ids=options.token_ids or tokenize(options.vlm, Segmentor.classes))
+    model = MFuser(options)
+    model.options = asdict(options)
+    if options.vfm in files:
+        load_tower(options.vfm, files[options.vfm], {"trunk": model.vfm.trunk})
+    if options.vlm in files:
+        parts = {"trunk": model.vlm.trunk, "head": model.embedding, "text": model.text.tower}
+        scalars = load_tower(options.vlm, files[options.vlm], parts)
+        if "logit_bias" in scalars:  # SigLIP was trained with its own; the others' score maps use 1 / 0.07
+            model.logit_scale.copy_(scalars["logit_scale"].exp().reshape(()))
+            model.logit_bias.copy_(scalars["logit_bias"].reshape(()))
+    return model

@@ -1,0 +1,68 @@
+"""The floor: one tower, a linear head, plain fine-tuning on the source. Nothing in it knows of other domains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.encoders import VisionEncoder
+from mfuser.pretrained import load_tower, require
+from mfuser.segmentor import Batch, Segmentor
+
+TITLE = "Source only"
+PAPER = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `build` takes."""
+
+    backbone: str = "tiny"  # a row of mfuser.encoders.ENCODERS
+    patch: int | None = None  # pixels of a token's side; None: the tower's own
+    image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
+
+
+class SourceOnly(Segmentor):
+    """Tower, final norm, 1x1 convolution on the token grid, bilinear upsampling."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.image_size = options.image_size
+        self.encoder = VisionEncoder(options.backbone, options.image_size, patch=options.patch)
+        self.head = nn.Conv2d(self.encoder.dim, len(self.classes), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        return F.interpolate(self._coarse(images), self.image_size, mode="bilinear", align_corners=False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy over labelled pixels."""
+        # upsampling inside the loss keeps full-resolution logits of one batch only
+        logits = self(batch.images)
+        target = torch.where(batch.labels < logits.shape[1], batch.labels, -100)
+        total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-100)
+        return {"loss_seg": total / (target >= 0).sum().clamp(min=1)}
+
+    def _coarse(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        tokens = self.encoder.embed(images)
+        for i in range(self.encoder.depth):
+            tokens = self.encoder.block(i, tokens)
+        logits: Tensor = self.head(self.encoder.as_map(self.encoder.finish(tokens)))
+        return logits
+
+
+def build(options: Options, *, pretrained: bool) -> Segmentor:
+    """Build the model; see `Options`.
+
+    Raises: WeightsNotFound naming the file that is missing when `pretrained`.
+    """
+    files = require([options.backbone]) if pretrained else {}
+    model = SourceOnly(options)
+    model.options = asdict(options)
+    for tower, path in files.items():
+        load_tower(tower, path, {"trunk": model.encoder.trunk})
+    return model

@@ -1,0 +1,91 @@
+"""Multi-scale deformable attention: one differentiable operator, `mfuser::ms_deform_attn`, with several backends.
+
+A backend's module has `forward` and `backward` with the signatures of `reference.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfuser.ops.dispatch import lookup, resolve
+
+
+def ms_deform_attn(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Sum of values sampled bilinearly at a few points of each scale (Zhu et al. 2021, eq. 3); zero outside a map.
+
+    Args:
+        value: (B, sum of H W, M, D), the scales' cells one after the other, row by row.
+        shapes: (H, W) of each scale.
+        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map.
+        weights: (B, Q, M, S, P).
+        backend: "auto" or a name from `available("ms_deform_attn")`; a named backend runs or raises.
+    Returns: (B, Q, M * D) in value's dtype; sums are accumulated in fp32 (fp64 for fp64 inputs).
+    Raises:
+        ValueError: shapes that do not fit.
+        BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
+    """
+    flat = [int(side) for shape in shapes for side in shape]
+    cells = sum(height * width for height, width in shapes)
+    if value.dim() != 4 or value.shape[1] != cells:
+        raise ValueError(f"ms_deform_attn: value is {tuple(value.shape)}, expected (B, {cells}, M, D) for {list(shapes)}")
+    expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[-2], 2)
+    if locations.shape != expected:
+        raise ValueError(f"ms_deform_attn: locations are {tuple(locations.shape)}, expected {expected}")
+    if weights.shape != expected[:-1]:
+        raise ValueError(f"ms_deform_attn: weights are {tuple(weights.shape)}, expected {expected[:-1]}")
+    chosen = resolve("ms_deform_attn", backend, value, locations, weights).name
+    out: Tensor = _attend(value, flat, locations, weights, chosen)
+    return out
+
+
+def flops(batch: int, queries: int, heads: int, dim: int, scales: int, points: int) -> int:
+    """Multiply-adds of one forward: four neighbours and one weight per sampled channel. `dim` is per head."""
+    return batch * queries * heads * scales * points * dim * 5
+
+
+@torch.library.custom_op("mfuser::ms_deform_attn", mutates_args=())
+def _attend(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    out: Tensor = lookup("ms_deform_attn", backend).load().forward(value, shapes, locations, weights)
+    return out
+
+
+@_attend.register_fake
+def _(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+@torch.library.custom_op("mfuser::ms_deform_attn_bwd", mutates_args=())
+def _attend_bwd(
+    dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = lookup("ms_deform_attn", backend).load()
+    inputs = (value, locations, weights)
+    grads = kernel.backward(dout, value, shapes, locations, weights)
+    return tuple(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
+
+
+@_attend_bwd.register_fake
+def _(
+    dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(value), torch.empty_like(locations), torch.empty_like(weights)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.shapes, locations, weights, ctx.backend = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = ctx.saved_tensors
+    dvalue, dlocations, dweights = _attend_bwd(dout, value, ctx.shapes, locations, weights, ctx.backend)
+    return dvalue, None, dlocations, dweights, None
+
+
+_attend.register_autograd(_backward, setup_context=_setup)

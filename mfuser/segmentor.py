@@ -1,0 +1,72 @@
+"""What the benchmark knows of a model: images to scores, a batch to losses, parameters to optimizer groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+CITYSCAPES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """Training images and their labels.
+
+    images: (B, 3, H, W) in [0, 1].    labels: (B, H, W) train ids, 255 = ignore.
+    extra: further inputs that a method declares to need.
+    """
+
+    images: Tensor
+    labels: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Segmentor(nn.Module):
+    """Base of all methods.
+
+    Attributes:
+        method: the name it is built by.    options: JSON-able arguments that rebuild its structure, no network needed.
+        classes: names of the K classes.    image_size: (H, W) that `forward` takes.
+    """
+
+    method: str
+    options: dict[str, Any]
+    classes: tuple[str, ...] = CITYSCAPES
+    image_size: tuple[int, int]
+    # parameters whose names hold one of these get no weight decay
+    no_decay: tuple[str, ...] = ("norm",)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; their sum is what is minimised."""
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def backends(self) -> dict[str, str]:
+        """Which backend runs each custom operator on this model's device."""
+        return {}
+
+    def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay`."""
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (rest if any(part in name for part in self.no_decay) else decay).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": decay, "lr": lr, "weight_decay": weight_decay}]
+        return [*groups, {"params": rest, "lr": lr, "weight_decay": 0.0}] if rest else groups
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError unless the images have the size that the model was built for."""
+        if tuple(images.shape[-2:]) != tuple(self.image_size):
+            raise ValueError(
+                f"`{self.method}` was built for images of {tuple(self.image_size)} (H, W), got "
+                f"{tuple(images.shape[-2:])}; use mfuser.slide for larger ones"
+            )

@@ -1,0 +1,113 @@
+"""Text towers from open_clip with learnable context: class names to embeddings.
+
+The context rows go after the first token, as in the release: behind the start token where there is one, behind the
+first word piece of SigLIP, which has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfuser.pretrained import unfilled
+
+CONTEXT_LENGTH = 5  # tokens per class name, start and end included
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One row of TEXTS: open_clip's configuration of the tower, and how many context rows the release learns."""
+
+    open_clip: str | None  # configuration name; None: the tiny tower
+    contexts: int
+    tokenizer: str  # open_clip model whose tokenizer is used
+    causal: bool = True
+
+
+TEXTS: dict[str, TextTower] = {
+    "eva02": TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336"),
+    "clip": TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336"),
+    "siglip": TextTower("ViT-L-16-SigLIP-384", 5, "ViT-L-16-SigLIP-384", causal=False),
+    "tiny": TextTower(None, 5, "ViT-B-16"),
+    "small": TextTower(None, 5, "ViT-B-16"),
+}
+_TINY: dict[str, Any] = {"width": 64, "heads": 2, "layers": 2}
+
+
+class TextEncoder(nn.Module):
+    """An open_clip text tower over (K, 5) token ids with `contexts` inserted.
+
+    Attributes: width of its tokens; dim of its embeddings; contexts, the number of learned rows it expects.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, name: str, token_ids: Tensor, *, dim: int | None = None) -> None:
+        """Build with random weights.
+
+        Args:
+            name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize` or from a checkpoint.
+            dim: width of the embeddings of the tiny tower; the others have their own.
+        """
+        super().__init__()
+        from open_clip import get_model_config
+        from open_clip.model import CLIPTextCfg, _build_text_tower
+
+        if name not in TEXTS:
+            raise ValueError(f"unknown text tower `{name}`; choose from {', '.join(sorted(TEXTS))}")
+        row = TEXTS[name]
+        config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim or 64, "text_cfg": _TINY}
+        settings = dict(config["text_cfg"])
+        settings.pop("hf_tokenizer_name", None)
+        # the position table has the rows that are used, as in the release's checkpoints
+        settings["context_length"] = token_ids.shape[1] + row.contexts
+        if not row.causal:
+            settings["act_kwargs"] = {"approximate": "tanh"}
+        with unfilled() if row.open_clip else nullcontext():
+            self.tower: Any = _build_text_tower(
+                config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False)
+            )
+        self.name, self.causal, self.contexts = name, row.causal, row.contexts
+        self.width: int = settings["width"]
+        self.dim: int = config["embed_dim"]
+        self.register_buffer("token_ids", token_ids.long(), persistent=False)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """Class embeddings (K, dim), not normalised; contexts (1, n, width)."""
+        tower = self.tower
+        tokens = tower.token_embedding(self.token_ids)  # (K, 5, width)
+        rows = contexts.expand(len(tokens), -1, -1)
+        tokens = torch.cat([tokens[:, :1], rows, tokens[:, 1:]], 1)
+        length = tokens.shape[1]
+        tokens = tokens + tower.positional_embedding[:length]
+        mask = tower.attn_mask[:length, :length] if self.causal else None
+        tokens = tower.ln_final(tower.transformer(tokens, attn_mask=mask))
+        if self.causal:
+            # CLIP's end token has the largest id; its row moved back by the context
+            end = self.token_ids.argmax(-1) + contexts.shape[1]
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), end]
+        else:
+            pooled = tokens[:, -1]
+        projection = tower.text_projection
+        out: Tensor = projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
+        return out
+
+
+def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
+    """Token ids (K, 5) of the class names, by the tower's own tokenizer.
+
+    CLIP's vocabulary comes with open_clip; SigLIP's is fetched from the Hub.
+
+    Raises: ValueError if a name does not fit into five tokens.
+    """
+    from open_clip import get_tokenizer
+
+    row = TEXTS[name]
+    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
+    return [[int(i) for i in line] for line in ids]

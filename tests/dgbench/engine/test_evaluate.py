@@ -1,0 +1,91 @@
+"""Evaluation and prediction with real models on small scenes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgbench import metrics, results
+from dgbench.data.dataset import SegDataset
+from dgbench.engine.evaluate import evaluate
+from dgbench.engine.predict import predict
+from dgbench.engine.train import train
+from dgbench.errors import DataError, DgbenchError
+from dgbench.progress import Silent
+from dgbench.recipe import load_recipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["DGBENCH_CACHE"] = str(path)
+    yield path
+    del os.environ["DGBENCH_CACHE"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    path = tmp_path_factory.mktemp("runs") / "a-run"
+    small = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "data.val_images=5", "train.steps=8"]
+    recipe = load_recipe("streets/source-only", [*small, "train.batch_size=2", "eval.batch_size=2"])
+    train(recipe, path, progress=Silent(), device="cpu")
+    return path
+
+
+def test_a_record_says_all_that_a_score_depends_on(run):
+    source, city = evaluate(run, ["streets-city"], progress=Silent(), device="cpu", include_source=True)
+    assert (source.target, city.target) == ("streets-game", "streets-city")
+    assert city.n_images == 5
+    assert city.n_available == 100
+    assert not city.complete
+    assert city.backends is not None
+    assert len(city.checkpoint) == 64
+    assert city.environment["torch"]
+    assert 0 <= city.interval[0] <= city.miou <= city.interval[1] <= 1
+    assert source.protocol_hash != city.protocol_hash
+    assert results.read(city.path) == city
+
+
+def test_the_stored_matrices_give_the_score_and_count_every_labelled_pixel(run):
+    (record,) = evaluate(run, ["streets-world"], progress=Silent(), device="cpu")
+    counts = results.read_confusion(record)
+    dataset = SegDataset("streets-world", "val", size=(64, 128), limit=5)
+    for matrix, sample in zip(counts, (dataset[i] for i in range(5)), strict=True):
+        assert np.array_equal(matrix.sum(1), np.bincount(sample.label.ravel(), minlength=256)[:19])
+    assert metrics.miou(counts.sum(0)) == record.miou
+
+
+def test_scoring_twice_gives_the_same_matrices(run):
+    first, second = (evaluate(run, ["streets-fog@0.6"], progress=Silent(), device="cpu")[0] for _ in range(2))
+    assert first.target == "streets-fog@0.6"
+    assert np.array_equal(results.read_confusion(first), results.read_confusion(second))
+    assert first.id != second.id
+
+
+def test_an_unknown_target_costs_no_time(run):
+    with pytest.raises(DataError, match="unknown domain `streets-cty`"):
+        evaluate(run, ["streets-city", "streets-cty"], progress=Silent())
+
+
+@pytest.mark.parametrize("size", [(40, 30), (64, 128), (300, 500)])
+def test_a_photo_of_any_size_gets_an_overlay(run, tmp_path, size):
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)).save(photo)
+    (found,) = predict([photo], run, tmp_path / "overlay.png", device="cpu")
+    with Image.open(found.overlay) as picture:
+        assert picture.width == size[1]
+        assert picture.height > size[0]  # the legend is below
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_a_missing_photo_is_named(run, tmp_path):
+    with pytest.raises(DataError, match="no such image: .*nothing.jpg"):
+        predict([tmp_path / "nothing.jpg"], run, tmp_path / "overlay.png")
+
+
+def test_an_unknown_device_is_refused(run):
+    with pytest.raises(DgbenchError, match="unknown device `gpu`"):
+        evaluate(run, ["streets-city"], progress=Silent(), device="gpu")

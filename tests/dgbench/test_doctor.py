@@ -1,0 +1,69 @@
+"""The doctor looks at this very machine and tells nothing it should not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgbench.doctor import Check, doctor
+
+
+@pytest.fixture(scope="module")
+def checks() -> dict[str, Check]:
+    return {check.name: check for check in doctor()}
+
+
+def test_versions_and_cores_are_those_of_this_machine(checks: dict[str, Check]) -> None:
+    assert platform.python_version() in checks["python"].detail
+    assert torch.__version__ in checks["torch"].detail
+    assert str(len(os.sched_getaffinity(0))) in checks["cores"].detail
+
+
+def test_gpu_is_told_as_torch_sees_it(checks: dict[str, Check]) -> None:
+    assert ("gpu 0" in checks) == torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        assert checks["gpu"].state == "info"
+        assert checks["gpu"].hint
+
+
+def test_every_backend_of_every_op_is_listed_with_a_reason(checks: dict[str, Check]) -> None:
+    from mfuser import ops
+
+    for op in ("selective_scan", "ms_deform_attn"):
+        for backend, reason in ops.explain(op).items():
+            check = checks[f"{op}: {backend}"]
+            assert check.detail == (reason or "usable")
+            assert check.state == ("info" if reason else "ok")
+
+
+def test_nothing_fails_where_the_main_job_runs(checks: dict[str, Check]) -> None:
+    assert not [check for check in checks.values() if check.state == "fail"]
+
+
+def test_data_sets_are_found_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cityscapes").mkdir()
+    monkeypatch.setenv("DGBENCH_DATA", str(tmp_path))
+    assert {c.name: c.detail for c in doctor()}["data root"] == f"{tmp_path}: cityscapes"
+
+
+def test_the_hub_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DGBENCH_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
+    found = {check.name: check for check in doctor()}
+    assert found["hub"].detail == "logged in"
+    assert not [check for check in found.values() if "hf_not_a_real_one" in f"{check.detail}{check.hint}"]
+    monkeypatch.setenv("DGBENCH_OFFLINE", "1")
+    assert "DGBENCH_OFFLINE=1" in {c.name: c.detail for c in doctor()}["hub"]
+
+
+def test_a_folder_without_permission_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path / "cache"))
+    found = {check.name: check for check in doctor()}
+    assert found["cache folder"].state == "fail"

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from golden_files import VARIANTS, AuthorsWeights, description
+from safetensors.torch import load_file, save_file
+
+import mfuser
+from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
+from mfuser.keys import authors, is_dead
+from mfuser.methods import build
+from mfuser.pretrained import unfilled
+
+TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = mfuser.build("mfuser", **TINY).eval()
+    mfuser.save(model, folder)
+    return model, folder
+
+
+def altered(saved, tmp_path, change):
+    """A copy of the saved model whose tensors went through `change`."""
+    _, folder = saved
+    (tmp_path / "model.json").write_bytes((folder / "model.json").read_bytes())
+    save_file(change(load_file(folder / "model.safetensors")), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_saved_model_comes_back_equal_and_needs_no_tokenizer(saved, monkeypatch):
+    import open_clip
+
+    monkeypatch.delattr(open_clip, "get_tokenizer")
+    model, folder = saved
+    before = torch.random.get_rng_state()
+    again = mfuser.load(folder).eval()
+    assert torch.equal(before, torch.random.get_rng_state())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), again(images))
+    assert again.method == "mfuser"
+    assert not any(p.is_meta for p in again.parameters())
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, p in again.named_parameters() if p.requires_grad}
+
+
+def test_a_loaded_model_trains(saved):
+    model = mfuser.load(saved[1]).train()
+    batch = mfuser.Batch(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.long))
+    torch.stack(list(model.loss(batch).values())).sum().backward()
+    torch.optim.AdamW(model.groups(1e-3, 0.0)).step()
+
+
+def test_saving_leaves_nothing_half_written(saved, tmp_path):
+    mfuser.save(saved[0], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_what_does_not_match_is_named(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"gamma is \(3,\), expected"):
+        mfuser.load(altered(saved, tmp_path, lambda s: s | {"gamma": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"1 tensors missing \(gamma\)"):
+        mfuser.load(altered(saved, tmp_path, lambda s: {k: v for k, v in s.items() if k != "gamma"}))
+    with pytest.raises(ValueError, match=r"1 unknown \(surplus\)"):
+        mfuser.load(altered(saved, tmp_path, lambda s: s | {"surplus": torch.zeros(3)}))
+
+
+def test_damaged_and_missing_files_are_named(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no model: there is no model\.json"):
+        mfuser.load(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json is damaged"):
+        mfuser.load(tmp_path)
+    text = (saved[1] / "model.json").read_text()
+    (tmp_path / "model.json").write_text(json.dumps(json.loads(text) | {"format": 99}))
+    with pytest.raises(ValueError, match="has format 99; this version reads"):
+        mfuser.load(tmp_path)
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no weights"):
+        mfuser.load(tmp_path)
+    weights = (saved[1] / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        mfuser.load(tmp_path)
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def full_size(request):
+    """A full-size model without memory for its weights, and the authors' list of keys."""
+    layout = description(f"layout_{request.param}")
+    with unfilled():
+        model = build(
+            "mfuser", vlm=VARIANTS[request.param], vfm="dinov2_l", token_ids=layout["tokens"], pretrained=False, filled=False
+        )
+    return request.param, model, layout
+
+
+def test_every_authors_tensor_is_used_once_or_dead_and_every_one_of_ours_is_filled(full_size):
+    variant, model, layout = full_size
+    vlm = VARIANTS[variant]
+    state = model.state_dict()
+    sources = authors(vlm, state)
+    assert set(state) - set(sources) == {"logit_scale", "logit_bias"}
+    used = [key for source in sources.values() for key in source.keys]
+    assert len(used) == len(set(used))
+    assert all(is_dead(vlm, key) for key in set(layout["keys"]) - set(used))
+    assert not [key for key in used if key not in layout["keys"] or is_dead(vlm, key)]
+    for name, source in sources.items():
+        shapes = [tuple(layout["keys"][key]["shape"]) for key in source.keys]
+        theirs = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        theirs = theirs[::-1] if source.transposed else theirs
+        assert [n for n in theirs if n != 1] == [n for n in state[name].shape if n != 1], name
+
+
+def test_training_touches_what_the_authors_train_with_their_weight_decay(full_size):
+    variant, model, layout = full_size
+    rows, names = layout["keys"], {id(p): n for n, p in model.named_parameters()}
+    sources = authors(VARIANTS[variant], model.state_dict())
+    trained = set()
+    for group in model.groups(1e-4, layout["optimizer"]["weight_decay"]):
+        for parameter in group["params"]:
+            for key in sources[names[id(parameter)]].keys:
+                assert rows[key]["weight_decay"] == group["weight_decay"], key
+                assert rows[key]["lr"] == group["lr"], key
+                trained.add(key)
+    dead = {key for key in rows if is_dead(VARIANTS[variant], key)}
+    assert trained == {key for key, row in rows.items() if row["trainable"]} - dead
+
+
+def test_parameters_are_as_many_as_the_authors_without_the_dead(full_size):
+    variant, model, layout = full_size
+    for kind, trainable in (("trainable", True), ("frozen", False)):
+        dead = sum(
+            torch.Size(row["shape"]).numel()
+            for key, row in layout["keys"].items()
+            if is_dead(VARIANTS[variant], key) and row["kind"] == "param" and row["trainable"] is trainable
+        )
+        ours = sum(p.numel() for p in model.parameters() if p.requires_grad is trainable)
+        assert ours == layout["parameters"][kind] - dead
+
+
+def test_another_models_checkpoint_is_refused_and_changes_nothing(full_size):
+    variant, model, _ = full_size
+    other = AuthorsWeights("clip" if variant == "eva" else "eva")
+    with pytest.raises(ValueError, match="not an authors' checkpoint of MFuser with"):
+        load_authors_checkpoint(model, other)
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("vlm", sorted(VARIANTS.values()))
+def test_a_round_trip_through_the_authors_names_keeps_every_value(vlm):
+    # the maps on tensors of a few numbers each: stacking, transposing and squeezing must undo themselves
+    variant = next(v for v, name in VARIANTS.items() if name == vlm)
+    layout = description(f"layout_{variant}")
+    with unfilled():
+        model = build("mfuser", vlm=vlm, vfm="dinov2_l", token_ids=layout["tokens"], pretrained=False, filled=False)
+    for name, source in authors(vlm, model.state_dict()).items():
+        rows, columns = 6 * len(source.keys), 4
+        value = torch.rand(rows, columns)
+        written = source.write(value)
+        assert set(written) == set(source.keys), name
+        assert torch.equal(source.read(written), value), name

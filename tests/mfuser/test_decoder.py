@@ -1,0 +1,176 @@
+"""The decoder and its losses against numbers recorded from the authors' code (tests/goldens/README.md)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from named_weights import named_input, named_labels, named_tensor, uniform01
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mfuser.decoder.criterion import MaskCriterion, alignment_loss
+from mfuser.decoder.mask_decoder import MaskDecoder
+from mfuser.decoder.pixel_decoder import DeformableSelfAttention, PixelDecoder, sine_encoding
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+# our name -> the release's, below `decode_head.`
+RENAMES = [
+    (r"^pixel_decoder\.layers\.", "pixel_decoder.encoder.layers."),
+    (r"^pixel_decoder\.post_norm", "pixel_decoder.encoder.post_norm"),
+    (r"^pixel_decoder\.(lateral|output)_conv\.", r"pixel_decoder.\1_convs.0."),
+    (r"(pixel_decoder\.encoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.0."),
+    (r"(pixel_decoder\.encoder\.layers\.\d+)\.cross_attn\.", r"\1.attentions.1.attn."),
+    (r"^mask_decoder\.(text_proj|query_embed|level_embed|cls_embed|mask_embed)\.", r"\1."),
+    (r"^mask_decoder\.", "transformer_decoder."),
+    (r"(transformer_decoder\.layers\.\d+)\.cross_attn\.", r"\1.attentions.0.attn."),
+    (r"(transformer_decoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.1.attn."),
+    (r"\.ffn\.0\.", ".ffns.0.layers.0.0."),
+    (r"\.ffn\.2\.", ".ffns.0.layers.1."),
+    (r"\.norm([123])\.", lambda m: f".norms.{int(m[1]) - 1}."),
+]
+
+
+def official(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def goldens() -> dict[str, Tensor]:
+    return load_file(GOLDENS / "units.safetensors") | load_file(GOLDENS / "unit_loss.safetensors")
+
+
+def error(goldens: dict[str, Tensor], name: str, value: Tensor) -> float:
+    """Relative L2 error on what the golden stores: the whole tensor, or samples of it."""
+    expected = goldens[name].double().flatten()
+    actual = value.detach().double().flatten()
+    if f"{name}#index" in goldens:
+        actual = actual[goldens[f"{name}#index"].long()]
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm())
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixel_decoder = PixelDecoder(32, 48)
+        self.mask_decoder = MaskDecoder(48)
+
+
+def noise(name: str, *shape: int) -> Tensor:
+    return torch.from_numpy(named_input(name, shape, "noise"))
+
+
+def test_the_whole_head_equals_the_authors(goldens):
+    head = Head().eval()
+    for name, parameter in head.named_parameters():
+        # the unit's tensors are named as in the release, below its own prefix
+        parameter.data = torch.from_numpy(named_tensor(f"unit_head.{official(name)}", tuple(parameter.shape)))
+    sizes = [(24, 40), (12, 20), (6, 10), (3, 5)]
+    features = [noise(f"unit_head/feat{i}", 2, 32, h, w).requires_grad_() for i, (h, w) in enumerate(sizes)]
+    text = noise("unit_head/text", 2, 19, 48).requires_grad_()
+    mask_features, maps = head.pixel_decoder(features, text)
+    outputs = head.mask_decoder(maps, mask_features, text)
+    assert error(goldens, "unit_head/mask_feature", mask_features) < 1e-5
+    for i, m in enumerate(maps):
+        assert error(goldens, f"unit_head/ms/{i}", m) < 1e-5
+    total = torch.zeros(())
+    for i, (class_logits, mask_logits) in enumerate(outputs):
+        assert error(goldens, f"unit_head/cls/{i}", class_logits) < 2e-5
+        assert error(goldens, f"unit_head/mask/{i}", mask_logits) < 2e-5
+        total = total + (class_logits * noise(f"unit_head/probe_cls{i}", 2, 19, 20)).sum()
+        total = total + (mask_logits * noise(f"unit_head/probe_mask{i}", 2, 19, 24, 40)).sum()
+    total.backward()
+    for i, feature in enumerate(features):
+        # a sampling point within rounding of a cell border has its gradient from the other side
+        assert error(goldens, f"unit_head/grad/feat{i}", feature.grad) < 1e-3
+    assert error(goldens, "unit_head/grad/text", text.grad) < 1e-3
+    worst = max(
+        (error(goldens, f"unit_head/grad/{official(name)}", parameter.grad), name)
+        for name, parameter in head.named_parameters()
+    )
+    assert worst[0] < 1e-3, worst
+
+
+def test_deformable_attention_equals_the_authors(goldens):
+    attention = DeformableSelfAttention(256, 8, 3, 4)
+    for name, parameter in attention.named_parameters():
+        parameter.data = torch.from_numpy(named_tensor(f"unit_msda.{name}", tuple(parameter.shape)))
+    shapes = [(4, 5), (8, 10), (16, 20)]
+    query, position = (noise(f"unit_msda/{n}", 420, 2, 256).requires_grad_() for n in ("query", "query_pos"))
+    centres = [
+        torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)
+        for h, w in shapes
+    ]
+    reference = torch.cat([c.flatten(0, 1) for c in centres])
+    # the release adds one position per image; ours shares it, so images go one by one
+    ys = [
+        attention(query[:, b : b + 1].transpose(0, 1), position[:, b], reference, shapes).transpose(0, 1) + query[:, b : b + 1]
+        for b in range(2)
+    ]
+    y = torch.cat(ys, 1)
+    assert error(goldens, "unit_msda/y", y) < 1e-5
+    (y * noise("unit_msda/probe", 420, 2, 256)).sum().backward()
+    for name, parameter in attention.named_parameters():
+        assert error(goldens, f"unit_msda/grad/{name}", parameter.grad) < 1e-4, name
+    assert error(goldens, "unit_msda/grad/query", query.grad) < 1e-5
+    assert error(goldens, "unit_msda/grad/query_pos", position.grad) < 1e-5
+
+
+def test_sine_encoding_equals_the_authors(goldens):
+    encoded = sine_encoding(6, 9, 256).transpose(0, 1).reshape(1, 256, 6, 9)
+    assert error(goldens, "unit_sine/6x9", encoded) < 1e-6
+
+
+def draws(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+    return torch.from_numpy(uniform01(f"rand/{output}/{kind}", shape))
+
+
+def test_losses_equal_the_authors_with_the_same_draws(goldens):
+    expected = json.loads((GOLDENS / "unit_loss.json").read_text())
+    classes = [(2 * noise(f"unit_loss/cls{i}", 2, 19, 20)).requires_grad_() for i in range(2)]
+    masks = [(3 * noise(f"unit_loss/mask{i}", 2, 19, 32, 32)).requires_grad_() for i in range(2)]
+    score = (2 * noise("unit_loss/score", 2, 19, 32, 32)).requires_grad_()
+    labels = torch.from_numpy(named_labels("unit_loss/labels", (2, 128, 128), cell=16)).long()
+    terms = MaskCriterion()(list(zip(classes, masks, strict=True)), labels, draw=draws)
+    for name, value in expected["losses"].items():
+        assert terms[f"decode.{name}"].item() == pytest.approx(value, rel=1e-5), name
+    alignment = alignment_loss(score, labels)
+    assert alignment.item() == pytest.approx(expected["score_map_loss"], rel=1e-5)
+    (sum(terms.values()) + alignment).backward()
+    for i in range(2):
+        assert error(goldens, f"unit_loss/grad_cls/{i}", classes[i].grad) < 1e-5
+        assert error(goldens, f"unit_loss/grad_mask/{i}", masks[i].grad) < 1e-4
+    assert error(goldens, "unit_loss/grad_score", score.grad) < 1e-5
+
+
+def test_losses_of_random_draws_agree_with_the_authors_distribution():
+    expected = json.loads((GOLDENS / "unit_loss.json").read_text())["random_seeds"]
+    outputs = [
+        (2 * noise(f"unit_loss/cls{i}", 2, 19, 20), 3 * noise(f"unit_loss/mask{i}", 2, 19, 32, 32)) for i in range(2)
+    ]
+    labels = torch.from_numpy(named_labels("unit_loss/labels", (2, 128, 128), cell=16)).long()
+    runs = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        runs.append(MaskCriterion()(outputs, labels))
+    for name, row in expected.items():
+        mean = np.mean([run[f"decode.{name}"].item() for run in runs])
+        assert abs(mean - row["mean"]) < 3 * row["std"] + 1e-4, name
+
+
+def test_an_unlabelled_batch_has_zero_mask_losses_and_a_gradient():
+    class_logits, mask_logits = torch.zeros(2, 19, 20, requires_grad=True), torch.zeros(2, 19, 8, 8, requires_grad=True)
+    terms = MaskCriterion()([(class_logits, mask_logits)], torch.full((2, 32, 32), 255))
+    assert terms["decode.loss_mask"] == terms["decode.loss_dice"] == 0
+    sum(terms.values()).backward()
+    assert torch.isfinite(class_logits.grad).all()
+    assert (mask_logits.grad == 0).all()
+
+

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_files import fill_by_name, noise, numbers, relative_error
+from named_weights import named_tensor
+
+from mfuser.fusion import FUSERS, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
+from mfuser.ops import selective_scan
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    return numbers("units")
+
+
+@pytest.mark.parametrize(("dim", "batch", "length"), [(64, 2, 50), (1024, 1, 2594)])
+def test_mvfuser_equals_the_authors(goldens, dim, batch, length):
+    unit = f"unit_mvfuser{dim}"
+    fuser = MVFuser(dim).eval()
+    fill_by_name(fuser, unit)
+    x = noise(f"{unit}/x", batch, length, dim).requires_grad_()
+    y = fuser.mix(x)
+    assert relative_error(goldens, f"{unit}/y", y) < 1e-5
+    (y * noise(f"{unit}/probe", batch, length, dim)).sum().backward()
+    assert relative_error(goldens, f"{unit}/grad/x", x.grad) < 2e-5
+    for name, parameter in fuser.named_parameters():
+        assert relative_error(goldens, f"{unit}/grad/{name}", parameter.grad) < 1e-4, name
+
+
+def test_the_scan_equals_the_authors(goldens):
+    shapes = {"u": (2, 6, 20), "delta": (2, 6, 20), "B": (2, 4, 20), "C": (2, 4, 20), "D": (6,), "delta_bias": (6,)}
+    given = {name: noise(f"unit_scan/{name}", *shape) for name, shape in shapes.items()}
+    given["A"] = -noise("unit_scan/A", 6, 4).exp()
+    leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
+    y = selective_scan(
+        *(leaves[n] for n in ("u", "delta", "A", "B", "C", "D")), delta_bias=leaves["delta_bias"], delta_softplus=True
+    )
+    assert relative_error(goldens, "unit_scan/y", y) < 1e-5
+    (y * noise("unit_scan/probe", 2, 6, 20)).sum().backward()
+    for name, tensor in leaves.items():
+        assert relative_error(goldens, f"unit_scan/grad/{name}", tensor.grad) < 1e-5, name
+
+
+def test_the_gated_norm_equals_the_authors(goldens):
+    norm = GatedRMSNorm(8)
+    norm.weight.data = torch.from_numpy(named_tensor("unit_rmsgate.weight", (8,)))
+    y = norm(noise("unit_rmsgate/x", 2, 5, 8), noise("unit_rmsgate/z", 2, 5, 8))
+    assert relative_error(goldens, "unit_rmsgate/y", y) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("unit", "make", "dim"),
+    [("unit_mte", lambda: MTEnhancerLayer(256, 4, 16, 0.1, "auto"), 256), ("unit_ctx", lambda: MTEnhancer(768), 768)],
+)
+def test_the_enhancer_equals_the_authors(goldens, unit, make, dim):
+    module = make().eval()
+    fill_by_name(module, unit)
+    text, visual = noise(f"{unit}/text", 2, 19, dim).requires_grad_(), noise(f"{unit}/visual", 2, 50, dim).requires_grad_()
+    y = module(text, visual)
+    assert relative_error(goldens, f"{unit}/y", y) < 1e-5
+    (y * noise(f"{unit}/probe", 2, 19, dim)).sum().backward()
+    assert relative_error(goldens, f"{unit}/grad/text", text.grad) < 5e-5
+    assert relative_error(goldens, f"{unit}/grad/visual", visual.grad) < 5e-5
+    for name, parameter in module.named_parameters():
+        assert relative_error(goldens, f"{unit}/grad/{name}", parameter.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_every_fuser_returns_residuals_of_any_pair_of_lengths(name):
+    fuser = FUSERS[name](32, state=4)
+    for first, second in ((5, 5), (7, 3), (1, 12)):
+        vfm, vlm = (torch.randn(2, n, 32, requires_grad=True) for n in (first, second))
+        a, b = fuser(vfm, vlm)
+        assert a.shape == vfm.shape
+        assert b.shape == vlm.shape
+        (a.sum() + b.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fuser.parameters())
+
+
+def test_at_scale_zero_nothing_is_added():
+    fuser = MVFuser(32, state=4)
+    fuser.scale.data.zero_()
+    a, b = fuser(torch.randn(1, 4, 32), torch.randn(1, 4, 32))
+    assert not a.any()
+    assert not b.any()
+
+
+def test_information_flows_from_the_foundation_tower_to_the_other_alone():
+    fuser = MVFuser(32, state=4).eval()
+    fuser.scale.data.fill_(1.0)
+    vfm, vlm, other = (torch.randn(1, 6, 32) for _ in range(3))
+    first, second = fuser(vfm, vlm)
+    moved = fuser(vfm, other)[0]
+    # the convolution of width 3 lets the last foundation token see one ahead
+    torch.testing.assert_close(first[:, :-1], moved[:, :-1])
+    assert not torch.allclose(second, fuser(other, vlm)[1])
+
+
+def test_first_steps_are_between_a_thousandth_and_a_tenth():
+    step = torch.nn.functional.softplus(MVFuser(256).dt_proj.bias)
+    assert 9e-4 < float(step.min()) < 5e-3
+    assert 2e-2 < float(step.max()) < 0.11
+
+
+def test_dropout_is_of_training_alone():
+    fuser = MVFuser(32, state=4)
+    x = torch.randn(1, 9, 32)
+    assert not torch.equal(fuser.mix(x), fuser.mix(x))
+    fuser.eval()
+    assert torch.equal(fuser.mix(x), fuser.mix(x))

@@ -1,0 +1,118 @@
+"""What every method keeps, whatever is in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mfuser
+from mfuser.segmentor import Batch
+
+TINY = {"mfuser": {"vfm": "tiny", "vlm": "tiny"}, "source-only": {"backbone": "tiny"}}
+
+
+def build(name: str, size: tuple[int, int] = (64, 64)) -> mfuser.Segmentor:
+    return mfuser.build(name, **TINY[name], image_size=size)
+
+
+def batch(size: tuple[int, int] = (64, 64)) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.full((2, *size), 255)
+    labels[:, : size[0] // 2] = 0
+    labels[0, size[0] // 2 :, : size[1] // 2] = 13
+    images = torch.rand(2, 3, *size, generator=generator) * 0.1
+    images[labels[:, None].expand(-1, 3, -1, -1) == 13] += 0.8
+    return Batch(images, labels)
+
+
+@pytest.fixture(params=mfuser.methods())
+def name(request):
+    return request.param
+
+
+def test_the_list_of_methods_is_the_folder():
+    assert mfuser.methods() == sorted(TINY)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
+def test_images_become_scores_of_their_own_size(name, size):
+    model = build(name, size).eval()
+    with torch.no_grad():
+        scores = model(torch.rand(2, 3, *size))
+    assert scores.shape == (2, len(model.classes), *size)
+    assert torch.isfinite(scores).all()
+
+
+def test_an_image_is_scored_the_same_alone_and_in_a_batch(name):
+    model = build(name).eval()
+    images = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_few_steps_on_one_batch_lower_the_loss(name):
+    torch.manual_seed(0)
+    model = build(name).train()
+    optimizer = torch.optim.AdamW(model.groups(2e-3, 0.01))
+    values = []
+    for _ in range(6):
+        loss = torch.stack(list(model.loss(batch()).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    assert values[-1] < 0.9 * values[0], values
+
+
+def test_gradients_reach_every_trainable_parameter_and_no_other(name):
+    model = build(name).train()
+    terms = model.loss(batch())
+    assert all(term.dim() == 0 for term in terms.values())
+    torch.stack(list(terms.values())).sum().backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not without
+    assert not frozen
+
+
+def test_optimizer_groups_hold_each_trainable_parameter_once(name):
+    model = build(name)
+    groups = model.groups(1e-3, 0.05)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for n, p in model.named_parameters():
+        if p.requires_grad and "norm" in n:
+            assert decays[id(p)] == 0, n
+
+
+def test_an_unlabelled_batch_gives_a_finite_loss(name):
+    model = build(name).train()
+    given = batch()
+    given.labels.fill_(255)
+    torch.stack(list(model.loss(given).values())).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_other_sizes_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"built for images of \(64, 64\) \(H, W\), got \(64, 96\); use mfuser.slide"):
+        build(name).eval()(torch.rand(1, 3, 64, 96))
+
+
+def test_backends_are_named(name):
+    assert set(build(name).backends().values()) <= {"torch"}
+
+
+def test_an_unknown_method_or_option_says_what_there_is():
+    with pytest.raises(ValueError, match="unknown method `mfusr`; choose from mfuser, source-only"):
+        mfuser.build("mfusr")
+    with pytest.raises(ValueError, match="has no option `depht`"):
+        mfuser.build("mfuser", depht=3)
+    with pytest.raises(ValueError, match="vlm `tinny` is unknown"):
+        mfuser.build("mfuser", vlm="tinny")
+
+
+def test_mfuser_names_its_losses_as_the_release_does():
+    terms = build("mfuser").loss(batch())
+    assert {"decode.loss_cls", "decode.loss_mask", "decode.loss_dice", "decode.d0.loss_cls", "scr_map.loss_seg"} <= set(terms)

@@ -1,0 +1,181 @@
+"""The rules of the house: which room may import which, and what no file is called.
+
+Only imports that run at import time count: the module body, with `if TYPE_CHECKING:` left out. A function's own imports
+are how a light room reaches a heavy one.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for package in ("dgbench", "mfuser") for path in (ROOT / package).rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+HEAVY = ("torch", "torchvision", "timm", "open_clip", "accelerate", "datasets", "huggingface_hub", "mfuser")
+
+
+def head_imports(path: Path) -> set[str]:
+    """Return the absolute names of the modules that a file imports when it is imported."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                yield from statements(node.orelse)
+                continue
+            yield node
+            for part in ("body", "orelse", "finalbody"):
+                yield from statements(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from statements(handler.body)
+
+    package = path.parent.relative_to(ROOT).parts
+    found = set()
+    for node in statements(ast.parse(path.read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+            base = base if node.level else node.module or ""
+            found.add(base)
+            found |= {f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in MODULES}
+    return found
+
+
+IMPORTS = {name: head_imports(path) for name, path in MODULES.items()}
+
+
+def within(name: str, *rooms: str) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+def offences(room: str | tuple[str, ...], *forbidden: str, but: tuple[str, ...] = ()) -> list[str]:
+    rooms = (room,) if isinstance(room, str) else room
+    return [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        if within(module, *rooms) and not within(module, *but)
+        for name in sorted(names)
+        if within(name, *forbidden)
+    ]
+
+
+def test_the_walk_sees_imports() -> None:
+    assert "yaml" in IMPORTS["dgbench.recipe"]
+    assert "dgbench.errors" in IMPORTS["dgbench.recipe"]
+    assert not within("mfusers", "mfuser")
+
+
+def test_mfuser_never_imports_dgbench() -> None:
+    assert not offences("mfuser", "dgbench")
+
+
+def test_ops_import_torch_the_standard_library_and_themselves() -> None:
+    allowed = {*sys.stdlib_module_names, "torch"}
+    strangers = [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        if within(module, "mfuser.ops")
+        for name in names
+        if name.partition(".")[0] not in allowed and not within(name, "mfuser.ops") and name != "mfuser"
+    ]
+    assert not strangers
+
+
+def test_lower_rooms_of_mfuser_do_not_reach_up() -> None:
+    assert not offences("mfuser.ssm", "mfuser.fusion", "mfuser.segmentor", "mfuser.decoder", "mfuser.methods")
+    assert not offences("mfuser.fusion", "mfuser.segmentor", "mfuser.decoder", "mfuser.methods")
+    assert not offences(("mfuser.ops", "mfuser.ssm", "mfuser.fusion"), "timm", "open_clip")
+    assert not offences(("mfuser.segmentor", "mfuser.decoder", "mfuser.encoders", "mfuser.text"), "mfuser.methods")
+
+
+def test_methods_do_not_import_each_other() -> None:
+    methods = [name for name in MODULES if within(name, "mfuser.methods") and name != "mfuser.methods"]
+    for method in methods:
+        assert not offences(method, *(other for other in methods if other != method))
+
+
+def test_results_and_recipes_need_neither_torch_nor_models() -> None:
+    light = (
+        "dgbench.recipe", "dgbench.protocol", "dgbench.results", "dgbench.report", "dgbench.metrics", "dgbench.errors",
+        "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.data.domains", "dgbench.data.labels",
+        "dgbench.data.listing",
+    )  # fmt: skip
+    assert not offences(light, *HEAVY)
+
+
+def test_metrics_need_numpy_alone() -> None:
+    third_party = {name.partition(".")[0] for name in IMPORTS["dgbench.metrics"]} - set(sys.stdlib_module_names)
+    assert third_party == {"numpy"}
+
+
+def test_the_command_line_imports_typer_and_errors_alone() -> None:
+    allowed = {*sys.stdlib_module_names, "typer", "dgbench"}
+    assert {name.partition(".")[0] for name in IMPORTS["dgbench.cli"]} <= allowed
+    assert {name for name in IMPORTS["dgbench.cli"] if within(name, "dgbench")} <= {"dgbench", "dgbench.errors"}
+    assert not IMPORTS["dgbench"]
+
+
+def test_nothing_but_the_program_imports_the_command_line() -> None:
+    assert not offences(("dgbench", "mfuser"), "dgbench.cli", but=("dgbench.__main__", "dgbench.cli"))
+
+
+def test_each_heavy_helper_stays_in_its_room() -> None:
+    both = ("dgbench", "mfuser")
+    assert not offences(both, "rich", but=("dgbench.render",))
+    assert not offences(both, "yaml", but=("dgbench.recipe", "dgbench.report"))
+    assert not offences(both, "accelerate", "fvcore", but=("dgbench.engine",))
+    assert not offences(both, "datasets", "huggingface_hub")
+
+
+def test_data_and_results_do_not_reach_into_the_engine() -> None:
+    below = (
+        "dgbench.data",
+        "dgbench.recipe",
+        "dgbench.results",
+        "dgbench.metrics",
+        "dgbench.protocol",
+        "dgbench.report",
+    )
+    assert not offences(below, "dgbench.engine", "dgbench.cli", "dgbench.render")
+
+
+def test_compiled_backends_are_imported_in_backend_files_only() -> None:
+    backends = tuple(name for name in MODULES if name.endswith("_backend"))
+    assert not offences(("dgbench", "mfuser"), "triton", "mamba_ssm", "mfuser._C", but=backends)
+
+
+def test_no_file_is_a_drawer_for_anything() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
+    named = [path for path in FILES if path.stem in drawers or drawers & {part.lower() for part in path.parts[-3:-1]}]
+    assert not named
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    silent = [str(path.relative_to(ROOT)) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent
+
+
+def test_no_path_or_marker_of_a_developers_machine() -> None:
+    texts = {path: path.read_text() for path in [*FILES, *(ROOT / "recipes").rglob("*.yaml")]}
+    marks = ("/home/", "/root/", "/wo" + "rk/", "TO" + "DO", "FIX" + "ME")
+    assert not [f"{path.relative_to(ROOT)}: {mark}" for path, text in texts.items() for mark in marks if mark in text]
+
+
+@pytest.mark.parametrize(
+    "module", ["dgbench", "dgbench.cli", "dgbench.results", "dgbench.report.leaderboard", "mfuser"]
+)
+def test_light_modules_import_without_torch(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == ""

@@ -1,0 +1,422 @@
+"""Commands as they are typed: exit codes, what is printed where, several values after one option, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from dgbench import __version__, cli, results
+from dgbench.errors import DataError
+
+sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
+from records import model
+
+ROOT = Path(__file__).parents[1]
+DOMAINS = ["streets-game", "streets-city"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), prog_name="dgbench")
+
+
+def fails(*arguments: str, code: int = 1) -> str:
+    """Run what must fail; return stderr, which is a message and no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return str(result.stderr)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- several values after one option
+
+probe_app = typer.Typer()
+
+
+@probe_app.command(cls=cli.Command)
+def probe(
+    words: Annotated[list[str] | None, typer.Argument()] = None,
+    targets: cli.TargetsOpt = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", "-s")] = None,
+    device: Annotated[str, typer.Option()] = "",
+    flag: Annotated[bool, typer.Option("--flag")] = False,
+) -> None:
+    """Print what was understood."""
+    typer.echo(json.dumps([words or [], targets or [], settings or [], device, flag]))
+
+
+@pytest.mark.parametrize(
+    ("typed", "understood"),
+    [
+        ("--targets a b c", [[], ["a", "b", "c"], [], "", False]),
+        ("--targets a b --flag", [[], ["a", "b"], [], "", True]),
+        ("x --targets a --targets b c", [["x"], ["a", "b", "c"], [], "", False]),
+        ("--targets a b -- x y", [["x", "y"], ["a", "b"], [], "", False]),
+        ("--targets=a b --device cpu", [[], ["a", "b"], [], "cpu", False]),
+        ("--set a=1 b=-2 --targets c -s d=3 e=4", [[], ["c"], ["a=1", "b=-2", "d=3", "e=4"], "", False]),
+        ("x y --device cpu", [["x", "y"], [], [], "cpu", False]),
+        ("-- --targets a", [["--targets", "a"], [], [], "", False]),
+        ("", [[], [], [], "", False]),
+    ],
+)
+def test_an_option_takes_values_up_to_the_next_flag(typed: str, understood: list[object]) -> None:
+    result = CliRunner().invoke(probe_app, typed.split())
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == understood
+
+
+@pytest.mark.parametrize("typed", ["--targets", "--targets --flag", "--targets -- a", "--set --targets a"])
+def test_an_option_without_a_value_is_a_usage_error(typed: str) -> None:
+    result = CliRunner().invoke(probe_app, typed.split())
+    assert result.exit_code == 2
+    assert f"Invalid value for '{typed.split()[0]}': needs at least one value" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "leaderboard"])
+def test_help_shows_that_several_values_may_follow(command: str) -> None:
+    assert "--targets NAME..." in run(command, "--help").stdout
+
+
+# ---- completion, as a shell asks for it
+
+
+def completed(words: str, shell: str = "bash") -> list[str]:
+    """Return what a shell is offered for the last word of a line; a trailing space begins a new word."""
+    typed = words.split(" ")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_DGBENCH_COMPLETE": f"complete_{shell}"}
+    if shell == "bash":
+        environment |= {"COMP_WORDS": words, "COMP_CWORD": str(len(typed) - 1)}
+    else:
+        environment |= {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    code = "from dgbench.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("before", ["", "streets-city ", "streets-city streets-fog "])
+def test_every_value_of_targets_is_completed(before: str) -> None:
+    offered = completed(f"dgbench eval --targets {before}")
+    assert {"streets-world", "cityscapes"} <= set(offered)
+    assert not set(before.split()) & set(offered), "what is there already is not offered again"
+
+
+def test_a_begun_value_is_completed() -> None:
+    assert completed("dgbench eval --targets streets-city streets-w") == ["streets-world"]
+    assert completed("dgbench eval latest --targets streets-city --quiet --targets streets-w") == ["streets-world"]
+
+
+def test_other_shells_complete_as_well() -> None:
+    assert "streets-world" in completed("dgbench eval --targets streets-city streets-w", "zsh")[-1]
+    assert completed("dgbench eval --targets streets-city streets-w", "fish") == ["streets-world"]
+
+
+def test_values_end_at_the_next_flag() -> None:
+    assert "streets-world" not in completed("dgbench eval --targets streets-city --device ")
+    assert "streets-world" not in completed("dgbench eval --targets streets-city --device cpu ")
+    assert completed("dgbench eval --targets streets-city --json ") == ["latest"]
+    assert "--device" in completed("dgbench eval --targets streets-city --")
+
+
+def test_commands_recipes_keys_and_domains_are_completed() -> None:
+    assert completed("dgbench lea") == ["leaderboard"]
+    assert "streets/mfuser" in completed("dgbench train str")
+    assert completed("dgbench train --set train.steps=3 train.batch") == ["train.batch_size="]
+    assert completed("dgbench data show streets-n") == ["streets-night"]
+
+
+# ---- start-up
+
+BARE = """
+import typer
+app = typer.Typer(pretty_exceptions_enable=False)
+@app.callback()
+def program(): "A program"
+for name in {names!r}:
+    def command(a: str = "", b: str = "", c: int = 0): "Do it"
+    app.command(name)(command)
+app()
+"""
+
+
+def seconds_of_help(code: str) -> float:
+    """Return the best of several processor times: the machine may be busy."""
+    best = float("inf")
+    for _ in range(4):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        after = os.times()
+        assert done.returncode == 0, done.stderr
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        best = min(best, spent)
+    return best
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_help_needs_no_heavy_import_and_little_time(terminal: bool) -> None:
+    heavy = ("torch", "numpy", "yaml", "pydantic", "timm", "PIL", "mfuser")
+    blocked = "".join(f"sys.modules[{name!r}] = None; " for name in heavy)
+    drawn = f"sys.stdout.isatty = lambda: {terminal}; "
+    ours = seconds_of_help(f"import sys; {blocked}{drawn}from dgbench.cli import main; main()")
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert ours < 3 * seconds_of_help(BARE.format(names=names))
+
+
+@pytest.mark.parametrize("arguments", [["leaderboard"], ["data", "list"], ["--version"]])
+def test_light_commands_run_without_torch(arguments: list[str], here: Path) -> None:
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {arguments}; from dgbench.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert done.stderr == ""
+
+
+# ---- commands
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"dgbench {__version__}\n"
+
+
+def test_help_in_a_pipe_is_plain() -> None:
+    for arguments in ([], ["train"], ["data"], ["data", "show"]):
+        result = run(*arguments, "--help")
+        assert result.exit_code == 0
+        assert "Usage: dgbench" in result.stdout
+        assert not set("╭│╰─") & set(result.stdout)
+
+
+def test_data_list() -> None:
+    lines = run("data", "list").stdout.splitlines()
+    assert lines[0].split() == ["domain", "train", "/", "val", "W", "x", "H", "access", "licence", "where"]
+    listed = json.loads(run("data", "list", "--json").stdout)
+    assert {"streets-game", "cityscapes"} <= {row["name"] for row in listed}
+
+
+def test_data_list_says_what_is_on_the_disk(here: Path) -> None:
+    (here / "sets" / "cityscapes").mkdir(parents=True)
+    rows = {row["name"]: row["where"] for row in json.loads(run("data", "list", "--root", "sets", "--json").stdout)}
+    assert rows["cityscapes"] == "sets/cityscapes"
+    assert rows["mapillary"] is None
+    assert rows["streets-fog"] == "rendered"
+
+
+def test_leaderboard_shows_runs_and_published_rows_apart(here: Path) -> None:
+    for record in model(0.5, 0.4, 0.3):
+        results.write(record, here / "runs" / "20260101T000000Z-x")
+    text = run("leaderboard").stdout
+    assert text.index("mfuser (tiny + tiny)") < text.index("Published, trained on gta5")
+    assert "Published" not in run("leaderboard", "--no-published").stdout
+    board = json.loads(run("leaderboard", "--targets", "streets-world", "--json").stdout)
+    [group] = [g for g in board["groups"] if g["source"] == "streets-game" and g["protocol_hashes"]]
+    assert group["targets"] == ["streets-world"]
+    assert group["rows"][0]["mean"]["miou"] == pytest.approx(0.3)
+
+
+def test_a_broken_record_is_a_warning(here: Path) -> None:
+    (here / "runs" / "x").mkdir(parents=True)
+    (here / "runs" / "x" / "record-broken.json").write_text("{")
+    result = run("leaderboard", "--no-published")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: runs/x/record-broken.json is not valid JSON")
+
+
+def test_doctor() -> None:
+    result = run("doctor", "--json")
+    assert {"python", "torch", "cores", "memory", "recipes"} <= {check["name"] for check in json.loads(result.stdout)}
+    assert result.exit_code == int(any(check["state"] == "fail" for check in json.loads(result.stdout)))
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("typed", "message", "hint"),
+    [
+        ("train mfusr", "error: unknown method `mfusr`", "did you mean `mfuser`?"),
+        ("train streets/mfusr", "error: unknown recipe `streets/mfusr`", "did you mean `streets/mfuser`?"),
+        ("train nothing.yaml", "error: no recipe file nothing.yaml", "shipped recipes need no path"),
+        ("train --source streets-gme", "error: unknown domain `streets-gme`", "did you mean `streets-game`?"),
+        ("eval --targets strets-city", "error: unknown domain `strets-city`", "did you mean `streets-city`?"),
+        ("eval --targets streets-fog@2", "error: severity `2`", "streets-fog@0.6"),
+        ("eval", "error: no run with checkpoint in runs", "dgbench train"),
+        ("eval nowhere", "error: no run `nowhere`", "runs in runs"),
+        ("predict x.jpg", "error: no run with checkpoint in runs", "dgbench train"),
+        ("train --resume latest", "error: no run with recipe.yaml in runs", "dgbench train"),
+        ("leaderboard --source gta6", "error: unknown domain `gta6`", "did you mean `gta`?"),
+        ("data show strets-night", "error: unknown domain `strets-night`", "did you mean `streets-night`?"),
+        ("data show streets-night --split vall", "error: `streets-night` has no split `vall`", "train"),
+        ("data stats mapillary", "error: `mapillary` is not on this disk", "DGBENCH_DATA"),
+    ],
+)
+def test_a_mistake_is_one_message_and_a_hint(typed: str, message: str, hint: str, here: Path) -> None:
+    error, _, advice = fails(*typed.split()).partition("\n\nhint: ")
+    assert error.startswith(message)
+    assert hint in advice
+    assert not (here / "runs").exists()
+
+
+def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
+    error = fails("train", "streets/mfuser", "--set", "train.stepz=3", "train.steps=abc", "--seed", "-1")
+    assert "has 3 problems:" in error
+    assert "\n  train.stepz: unknown key, did you mean `steps`?\n" in error
+    assert "\n  train.steps: expected an integer, got 'abc'\n" in error
+    assert "\n  train.seed: must be at least 0, got -1\n" in error
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("evl", "No such command 'evl'. Did you mean 'eval'?"),
+        ("data shw x", "No such command 'shw'. Did you mean 'show'?"),
+        ("eval --taget x", "No such option: --taget"),
+        ("eval a --checkpoint b", "Invalid value for '--checkpoint': names the run a second time"),
+        ("train --resume latest --seed 3", "Invalid value for '--resume': goes on with the recorded recipe"),
+        ("predict", "Missing argument"),
+        ("data show streets-fog --n 0", "Invalid value for '--n'"),
+    ],
+)
+def test_usage_errors_exit_2(typed: str, message: str, here: Path) -> None:
+    assert message in fails(*typed.split(), code=2)
+
+
+def test_a_run_folder_in_use_is_refused(here: Path) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / "recipe.yaml").write_text("name: x\n")
+    error = fails("train", "streets/mfuser", "--out", "mine")
+    assert error == "error: mine holds a run already\n\nhint: go on with it: dgbench train --resume mine\n"
+
+
+class ForeignError(ValueError):
+    """Stands for an error of the models' package that carries a message and a hint."""
+
+    def __init__(self) -> None:
+        super().__init__("weights are missing: get them there")
+        self.message, self.hint = "weights are missing", "get them there"
+
+
+ForeignError.__module__ = "mfuser.encoders"
+
+
+def chained() -> BaseException:
+    """Return an error of a library that wraps a full disk."""
+    try:
+        try:
+            raise OSError(28, "No space left on device", "out/model.bin")
+        except OSError as full:
+            raise RuntimeError("writer failed") from full
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "printed"),
+    [
+        (DataError("bad", "do good"), 1, "error: bad\n\nhint: do good\n"),
+        (DataError("bad"), 1, "error: bad\n"),
+        (ForeignError(), 1, "error: weights are missing\n\nhint: get them there\n"),
+        (OSError(28, "No space left on device", "out/x"), 1, "error: no space left on the disk while writing out/x\n"),
+        (chained(), 1, "error: no space left on the disk while writing out/model.bin\n"),
+        (PermissionError(13, "Permission denied", "out/x"), 1, "error: no permission: out/x\n"),
+        (OSError(30, "Read-only file system", "out/x"), 1, "error: the file system is read-only: out/x\n"),
+        (NotADirectoryError(20, "Not a directory", "out/x"), 1, "error: not a directory: out/x\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_has_no_traceback(raised: BaseException, code: int, printed: str) -> None:
+    program = typer.Typer(cls=cli.Program, pretty_exceptions_enable=False)
+
+    @program.callback()
+    def _program() -> None:
+        """Have commands."""
+
+    @program.command(cls=cli.Command)
+    def go() -> None:
+        """Fail."""
+        raise raised
+
+    result = CliRunner().invoke(program, ["go"])
+    assert result.exit_code == code
+    assert result.stderr.startswith(printed)
+    assert "Traceback" not in result.stderr
+
+
+def test_a_mistake_of_ours_keeps_its_traceback() -> None:
+    program = typer.Typer(cls=cli.Program, pretty_exceptions_enable=False)
+
+    @program.callback()
+    def _program() -> None:
+        """Have commands."""
+
+    @program.command(cls=cli.Command)
+    def go() -> None:
+        """Fail."""
+        raise KeyError("ours")
+
+    assert isinstance(CliRunner().invoke(program, ["go"]).exception, KeyError)
+
+
+def in_a_shell(line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    program = f"{sys.executable} -m dgbench"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        ["bash", "-c", line.replace("dgbench", program)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    done = in_a_shell("dgbench eval", here, DGBENCH_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "Traceback" not in in_a_shell("dgbench eval", here).stderr
+
+
+def test_a_closed_pipe_is_quiet(here: Path) -> None:
+    done = in_a_shell("dgbench leaderboard --json | head -n 1", here)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+    assert in_a_shell("dgbench data list | true", here).stderr == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX signal")
+def test_ctrl_c_exits_130_with_one_line(here: Path) -> None:
+    code = (
+        "import typer, time\nfrom dgbench import cli\n"
+        "@cli.app.command()\ndef wait(): print('ready', flush=True); time.sleep(60)\n"
+        "cli.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "wait"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    child.send_signal(2)
+    _, error = child.communicate(timeout=20)
+    assert child.returncode == 130
+    assert error == "interrupted\n"
+    assert time.monotonic() - begun < 15
