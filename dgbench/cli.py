@@ -202,21 +202,15 @@ def _runs(incomplete: str) -> list[str]:
 
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-DeviceOpt = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")
-]
+DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
 RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,
-    typer.Option(
-        "--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=_domain_names
-    ),
+    typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=_domain_names),
 ]
 SplitOpt = Annotated[str, typer.Option(metavar="NAME", help="train or val.")]
-DomainArg = Annotated[
-    str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=_domain_names)
-]
+DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=_domain_names)]
 
 app = typer.Typer(
     cls=Program,
@@ -240,9 +234,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _dgbench(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Train on one domain, score on domains never seen."""
 
@@ -290,32 +282,22 @@ def data_stats(
     render.show(shares, as_json=as_json)
 
 
-@app.command(
-    cls=Command, rich_help_panel="Run", epilog="Example: dgbench train mfuser --vlm tiny --set train.steps=200"
-)
+@app.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench train mfuser --vlm tiny --set train.steps=200")
 def train(
     ctx: typer.Context,
     name: Annotated[
         str, typer.Argument(metavar="METHOD|RECIPE", help="A method, a recipe or a YAML file.", autocompletion=_recipes)
     ] = "mfuser",
-    vlm: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip.")
-    ] = None,
+    vlm: Annotated[str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip.")] = None,
     vfm: Annotated[str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l.")] = None,
-    source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=_domain_names)
-    ] = None,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=_domain_names)] = None,
     targets: TargetsOpt = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE...", help="Change recipe keys: train.steps=200.", autocompletion=_keys
-        ),
+        typer.Option("--set", metavar="KEY=VALUE...", help="Change recipe keys: train.steps=200.", autocompletion=_keys),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Same as --set train.seed=NUMBER.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: a new one in --runs.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: a new one in --runs.")] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a stopped run, or `latest`.", autocompletion=_runs)
     ] = None,
@@ -373,9 +355,7 @@ def train(
     render.note(f"run: {run}")
 
 
-@app.command(
-    "eval", cls=Command, rich_help_panel="Run", epilog="Example: dgbench eval --targets streets-city streets-fog@0.6"
-)
+@app.command("eval", cls=Command, rich_help_panel="Run", epilog="Example: dgbench eval --targets streets-city streets-fog@0.6")
 def eval_(
     ctx: typer.Context,
     run: Annotated[
@@ -442,9 +422,7 @@ def leaderboard(
     source: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only models trained on this.", autocompletion=_domain_names)
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")] = False,
     no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
     runs: RunsOpt = Path("runs"),
     as_json: JsonOpt = False,
@@ -457,9 +435,7 @@ def leaderboard(
 
     columns = [lookup(name).name for name in targets] if targets else None
     only = lookup(source).name if source else None
-    board = arrange(
-        results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published
-    )
+    board = arrange(results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published)
     render.show(board, as_json=as_json)
 
 

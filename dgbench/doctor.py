@@ -57,17 +57,13 @@ def _torch() -> tuple[Check, list[Check]]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        failed = Check(
-            "torch", "fail", str(error).splitlines()[0], "install it again: pip install --force-reinstall torch"
-        )
+        failed = Check("torch", "fail", str(error).splitlines()[0], "install it again: pip install --force-reinstall torch")
         return failed, []
     version = torch.__version__
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     if not torch.cuda.is_available():
         reason = "the torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver"
-        gpu = [
-            Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")
-        ]
+        gpu = [Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")]
         return Check("torch", "ok", f"{version}, {build}, {torch.get_num_threads()} threads"), gpu
     found = []
     for index in range(torch.cuda.device_count()):
@@ -189,11 +185,7 @@ def _folders(root: Path | None) -> list[Check]:
     cache = domains.cache_root()
     present = [name for name, row in domains.DOMAINS.items() if not row.procedural and row.root(base) is not None]
     detail = f"{base}: {', '.join(present) or 'no data sets'}" if base.is_dir() else f"{base} does not exist"
-    hint = (
-        None
-        if present
-        else "the streets domains need none; for others point DGBENCH_DATA at the folder that holds them"
-    )
+    hint = None if present else "the streets domains need none; for others point DGBENCH_DATA at the folder that holds them"
     return [Check("data root", "ok" if present else "info", detail, hint), _disk("cache folder", cache)]
 
 
@@ -215,6 +207,4 @@ def _hub() -> Check:
     except ImportError:
         return Check("hub", "warn", "huggingface_hub is not installed", "pip install huggingface-hub")
     # only whether there is a login; the token itself is nobody's business
-    return Check(
-        "hub", "ok" if get_token() else "info", "logged in" if get_token() else "not logged in: public files only"
-    )
+    return Check("hub", "ok" if get_token() else "info", "logged in" if get_token() else "not logged in: public files only")

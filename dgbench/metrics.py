@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 Counts = NDArray[np.int64]
 
 
-def confusion(
-    pred: NDArray[np.integer[Any]] | Tensor, label: NDArray[np.integer[Any]] | Tensor, classes: int
-) -> Counts:
+def confusion(pred: NDArray[np.integer[Any]] | Tensor, label: NDArray[np.integer[Any]] | Tensor, classes: int) -> Counts:
     """Count pixels by (label, prediction).
 
     Args:
@@ -81,9 +79,7 @@ def miou(confusion: NDArray[Any]) -> float:
     return float(_mean_over_present(iou(confusion)))
 
 
-def bootstrap(
-    per_image: NDArray[Any], *, resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap(per_image: NDArray[Any], *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile interval of the mIoU when images are drawn anew with replacement.
 
     It says how much the score would move with other images of the same domain; it does not cover other training runs.

@@ -28,9 +28,7 @@ class Protocol:
     )  # domain -> (H, W) box an image is fitted into; absent: file size
     interpolation: Literal["bilinear"] = "bilinear"  # of test images
     antialias: bool = False  # mmseg resizes with OpenCV, which has none; it shows when 2048 shrinks to 1024
-    halved: tuple[
-        str, ...
-    ] = ()  # domains whose images and labels are halved before anything else (Rein's offline script)
+    halved: tuple[str, ...] = ()  # domains whose images and labels are halved before anything else (Rein's offline script)
     label_grid: Literal["original", "halved"] = "original"  # scores are upsampled to the label's size
     window: Literal["crop", "whole"] = "crop"  # the sliding window is the training crop
     stride: float = 2 / 3  # of the window: 341 for 512, 683 for 1024
@@ -106,7 +104,5 @@ def protocol_hash(protocol: Protocol, domain_row: Mapping[str, Any]) -> str:
         domain_row: what fixes the pixels and labels of the domain: name, split, revision, label map, and for rendered
             domains the size. JSON-able.
     """
-    content = json.dumps(
-        {"protocol": asdict(protocol), "domain": dict(domain_row)}, sort_keys=True, separators=(",", ":")
-    )
+    content = json.dumps({"protocol": asdict(protocol), "domain": dict(domain_row)}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -235,9 +235,7 @@ def dump(recipe: Recipe, path: Path) -> Path:
     """Write the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
     content = recipe.model_dump(mode="json", by_alias=True)
     head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
-    return atomic.write(
-        path, head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
-    )
+    return atomic.write(path, head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None))
 
 
 def recipe_names() -> list[str]:
@@ -333,9 +331,7 @@ def _locate(name_or_path: str | Path) -> Path:
     path = Path(text)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
-            raise RecipeError(
-                f"no recipe file {path}", f"shipped recipes need no path or suffix: {', '.join(recipe_names())}"
-            )
+            raise RecipeError(f"no recipe file {path}", f"shipped recipes need no path or suffix: {', '.join(recipe_names())}")
         return path
     raise RecipeError(*unknown("recipe", text, recipe_names()))
 
@@ -381,12 +377,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         below = base.get(key)
         # another method's options would be nonsense for this one
-        replaces = (
-            key == "method" and isinstance(value, dict) and isinstance(below, dict) and _other_method(below, value)
-        )
-        result[key] = (
-            _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) and not replaces else value
-        )
+        replaces = key == "method" and isinstance(value, dict) and isinstance(below, dict) and _other_method(below, value)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) and not replaces else value
     return result
 
 
@@ -432,9 +424,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML text: {error}", "a recipe is a UTF-8 text file") from None
     if not isinstance(content, dict):
-        raise RecipeError(
-            f"{path}: expected `key: value` lines, got {type(content).__name__}", "see recipes/streets/mfuser.yaml"
-        )
+        raise RecipeError(f"{path}: expected `key: value` lines, got {type(content).__name__}", "see recipes/streets/mfuser.yaml")
     return content
 
 

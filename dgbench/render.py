@@ -305,9 +305,7 @@ def _records(records: Sequence[Record]) -> list[Table]:
     legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
     if first.run is not None:
         legend.append(f"Records: {first.run}")
-    return [
-        Table(title, ("domain", "mIoU", "interval", "images", "time", "images/s"), tuple(rows), legend=tuple(legend))
-    ]
+    return [Table(title, ("domain", "mIoU", "interval", "images", "time", "images/s"), tuple(rows), legend=tuple(legend))]
 
 
 def _checks(checks: Sequence[Check]) -> list[Table]:
@@ -497,8 +495,6 @@ class _Lines:
         parts = [f"{self._done}/{self._total} {self._unit}"]
         if self._fields:
             parts.append(_fields(self._fields))
-        parts.append(
-            f"{duration(elapsed * left / self._done)} left" if left and self._done else f"{duration(elapsed)} in all"
-        )
+        parts.append(f"{duration(elapsed * left / self._done)} left" if left and self._done else f"{duration(elapsed)} in all")
         note(f"{self._what}: {', '.join(parts)}")
         self._told_at, self._told_done = now, self._done

@@ -68,9 +68,7 @@ class Record:
     commit: str | None = None
     dirty: bool | None = None
     confusion: str | None = None  # file beside the record with the (n, K, K) counts
-    extra: dict[str, float | str | None] = field(
-        default_factory=dict
-    )  # what one kind alone measures, e.g. the last loss
+    extra: dict[str, float | str | None] = field(default_factory=dict)  # what one kind alone measures, e.g. the last loss
     schema: int = SCHEMA
     path: Path | None = field(default=None, compare=False)  # where it was read from; not in the file
 
@@ -119,9 +117,7 @@ def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = No
 def to_json(record: Record) -> str:
     """Return the record as it is stored: indented JSON in field order, non-finite numbers as null."""
     content = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "path"}
-    return json.dumps(
-        {"schema": content.pop("schema"), **finite(content)}, indent=1, ensure_ascii=False, allow_nan=False
-    )
+    return json.dumps({"schema": content.pop("schema"), **finite(content)}, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def read(path: Path) -> Record:
@@ -138,9 +134,7 @@ def read(path: Path) -> Record:
     except ValueError as error:
         raise ResultError(f"{path} is not valid JSON: {error}", "restore or remove the file") from None
     if not isinstance(content, dict) or "schema" not in content:
-        raise ResultError(
-            f"{path} is not a record of dgbench", "records are written by `dgbench train` and `dgbench eval`"
-        )
+        raise ResultError(f"{path} is not a record of dgbench", "records are written by `dgbench train` and `dgbench eval`")
     if content["schema"] != SCHEMA:
         raise ResultError(
             f"{path} has record schema {content['schema']}, this dgbench reads schema {SCHEMA}",
@@ -186,17 +180,13 @@ def read_confusion(record: Record) -> NDArray[np.int64]:
     import numpy as np
 
     if record.path is None or record.confusion is None:
-        raise ResultError(
-            f"record {record.id} has no per-image matrices", "score the checkpoint again with `dgbench eval`"
-        )
+        raise ResultError(f"record {record.id} has no per-image matrices", "score the checkpoint again with `dgbench eval`")
     path = record.path.parent / record.confusion
     try:
         with np.load(path, allow_pickle=False) as file:
             return np.asarray(file["confusion"], dtype=np.int64)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ResultError(
-            f"{path} cannot be read: {error}", "score the checkpoint again with `dgbench eval`"
-        ) from error
+        raise ResultError(f"{path} cannot be read: {error}", "score the checkpoint again with `dgbench eval`") from error
 
 
 def new_run(root: Path | str, stem: str) -> Path:
@@ -246,9 +236,7 @@ def find_run(text: str = "latest", root: Path | str = "runs", *, needs: str = "r
     folder = path.parent if path.is_file() else path
     if not (folder / needs).exists():
         what = "a run" if needs == "recipe.yaml" else f"a run with {needs}"
-        raise ResultError(
-            f"{folder} is not {what}: it has no {needs}", "give a run folder, a record in one, or `latest`"
-        )
+        raise ResultError(f"{folder} is not {what}: it has no {needs}", "give a run folder, a record in one, or `latest`")
     return folder
 
 

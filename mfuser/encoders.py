@@ -36,9 +36,7 @@ ENCODERS: dict[str, Tower] = {
     "dinov2_l": Tower("vit_large_patch14_dinov2", 14, *_IMAGENET),
     "eva02": Tower("eva02_large_patch14_clip_336", 14, *_CLIP),
     # the release adapts CLIP's 14-pixel patches to 16, and DINOv2's with them
-    "clip": Tower(
-        "vit_large_patch14_clip_quickgelu_336", 16, *_CLIP, {"drop_path_rate": 0.1}, class_token_twice=True
-    ),
+    "clip": Tower("vit_large_patch14_clip_quickgelu_336", 16, *_CLIP, {"drop_path_rate": 0.1}, class_token_twice=True),
     # its pooling head is asked in a way of our own, see methods/mfuser.py
     "siglip": Tower("vit_large_patch16_siglip_384", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU

@@ -112,9 +112,7 @@ class TextSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, K, D) -> (B, K, D)."""
-        q, k, v = (
-            p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         out: Tensor = self.dropout(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
         return out
 

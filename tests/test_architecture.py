@@ -170,9 +170,7 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
     assert not [f"{path.relative_to(ROOT)}: {mark}" for path, text in texts.items() for mark in marks if mark in text]
 
 
-@pytest.mark.parametrize(
-    "module", ["dgbench", "dgbench.cli", "dgbench.results", "dgbench.report.leaderboard", "mfuser"]
-)
+@pytest.mark.parametrize("module", ["dgbench", "dgbench.cli", "dgbench.results", "dgbench.report.leaderboard", "mfuser"])
 def test_light_modules_import_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

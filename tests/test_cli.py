@@ -159,9 +159,7 @@ def seconds_of_help(code: str) -> float:
     best = float("inf")
     for _ in range(4):
         before = os.times()
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
         after = os.times()
         assert done.returncode == 0, done.stderr
         spent = after.children_user + after.children_system - before.children_user - before.children_system

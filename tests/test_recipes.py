@@ -114,9 +114,7 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
 
 
 def test_method_options_are_checked_in_the_same_list(tmp_path: Path) -> None:
-    path = written(
-        tmp_path, PLAIN.replace("source-only}", "mfuser, vlm: tiny, vfm: tiny, fusr: x, image_size: [1, 1]}")
-    )
+    path = written(tmp_path, PLAIN.replace("source-only}", "mfuser, vlm: tiny, vfm: tiny, fusr: x, image_size: [1, 1]}"))
     found = problems(path, "train.steps=abc", check_method=True)
     assert "method.fusr: unknown key, did you mean `fuser`?" in found
     assert "method.image_size: set `data.crop` instead" in found

@@ -61,9 +61,7 @@ class Domain:
 
     def require_split(self, split: str) -> None:
         if split not in self.splits:
-            raise DataError(
-                f"`{self.name}` has no split `{split}`", f"its splits are {', '.join(f'`{s}`' for s in self.splits)}"
-            )
+            raise DataError(f"`{self.name}` has no split `{split}`", f"its splits are {', '.join(f'`{s}`' for s in self.splits)}")
 
 
 def _folders(name: str, title: str, size: str, label_map: str, licence: str, access: str, homepage: str,
@@ -156,9 +154,7 @@ def lookup(name: str) -> Domain:
 
 def _with_severity(row: Domain, text: str) -> Domain:
     if row.name not in _WITH_SEVERITY:
-        raise DataError(
-            f"`{row.name}` has no severity", f"these do: {', '.join(_WITH_SEVERITY)}; for example `streets-fog@0.6`"
-        )
+        raise DataError(f"`{row.name}` has no severity", f"these do: {', '.join(_WITH_SEVERITY)}; for example `streets-fog@0.6`")
     try:
         severity = float(text)
     except ValueError:

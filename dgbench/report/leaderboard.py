@@ -159,9 +159,7 @@ def references() -> list[Reference]:
         for origin in dict.fromkeys(row.origin for row in recipe.expect):
             miou = {row.target: row.miou for row in recipe.expect if row.origin == origin}
             method = recipe.method
-            found.append(
-                Reference(name, method.name, method.variant, recipe.data.source, recipe.eval.protocol, miou, origin)
-            )
+            found.append(Reference(name, method.name, method.variant, recipe.data.source, recipe.eval.protocol, miou, origin))
     return found
 
 
@@ -312,6 +310,5 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
     ordered = sorted(rows, key=order)
     means = [round(row.mean.miou, 4) for row in ordered if row.kind == "run" and row.mean]
     return [
-        replace(row, rank=means.index(round(row.mean.miou, 4)) + 1) if row.kind == "run" and row.mean else row
-        for row in ordered
+        replace(row, rank=means.index(round(row.mean.miou, 4)) + 1) if row.kind == "run" and row.mean else row for row in ordered
     ]

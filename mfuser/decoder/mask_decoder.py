@@ -31,9 +31,7 @@ class MaskDecoderLayer(nn.Module):
             queries + query_position, memory + key_position, memory, attn_mask=blocked, need_weights=False
         )
         queries = self.norm1(queries + attended)
-        attended, _ = self.self_attn(
-            queries + query_position, queries + query_position, queries, need_weights=False
-        )
+        attended, _ = self.self_attn(queries + query_position, queries + query_position, queries, need_weights=False)
         queries = self.norm2(queries + attended)
         out: Tensor = self.norm3(queries + self.ffn(queries))
         return out
@@ -56,9 +54,7 @@ class MaskDecoder(nn.Module):
         self.layers = nn.ModuleList(MaskDecoderLayer(dim, heads, ffn_dim) for _ in range(layers))
         self.post_norm = nn.LayerNorm(dim)
         self.cls_embed = nn.Linear(dim, classes + 1)
-        self.mask_embed = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
-        )
+        self.mask_embed = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, maps: Sequence[Tensor], mask_features: Tensor, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Decode.
@@ -67,9 +63,7 @@ class MaskDecoder(nn.Module):
             maps: three (B, D, H, W), coarsest first.    mask_features: (B, D, h, w).    text: (B, K, text_dim).
         Returns: per output, class logits (B, K, K + 1), the last column "no object", and mask logits (B, K, h, w).
         """
-        memories = [
-            m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)
-        ]
+        memories = [m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)]
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
         positions = [sine_encoding(h, w, mask_features.shape[1], device=mask_features.device) for h, w in sizes]
         queries = self.text_proj(text)

@@ -136,9 +136,7 @@ class PixelDecoder(nn.Module):
                  heads: int = 8, points: int = 4, ffn_dim: int = 2048, groups: int = 32,
                  backend: str = "auto") -> None:  # fmt: skip
         super().__init__()
-        self.input_convs = nn.ModuleList(
-            ConvNorm(in_channels, dim, 1, groups=groups, bias=True) for _ in range(self.SCALES)
-        )
+        self.input_convs = nn.ModuleList(ConvNorm(in_channels, dim, 1, groups=groups, bias=True) for _ in range(self.SCALES))
         self.level_encoding = nn.Embedding(self.SCALES, dim)
         self.text_proj = nn.Linear(text_dim, dim)
         self.text_pos_embed = nn.Embedding(classes, dim)

@@ -181,9 +181,7 @@ class MFuser(Segmentor):
             channels, width, dim=o.decoder_dim, layers=o.pixel_layers, heads=o.heads, points=o.points,
             ffn_dim=o.ffn_dim, groups=o.groups, backend=o.backend,
         )  # fmt: skip
-        self.mask_decoder = MaskDecoder(
-            width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim
-        )
+        self.mask_decoder = MaskDecoder(width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
         self.criterion = MaskCriterion(len(self.classes), points=o.mask_points)
         # scale of the score map in its loss: 1 / 0.07, or SigLIP's own
         self.register_buffer("logit_scale", torch.tensor(1 / 0.07))

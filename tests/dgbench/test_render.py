@@ -21,9 +21,7 @@ BOARD = [
     *model(0.44, 0.39, 0.31, half=0.012, method="source-only", variant="tiny", recipe="streets/source-only",
            recipe_hash="bbbbbbbbbbbb", checkpoint="c2"),
 ]  # fmt: skip
-REFERENCE = Reference(
-    "streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified", {"streets-city": 0.6}, "one H200"
-)
+REFERENCE = Reference("streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified", {"streets-city": 0.6}, "one H200")
 GLYPHS = re.compile("[\u2500-\u257f\u2580-\u259f\x1b]")
 
 

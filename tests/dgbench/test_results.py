@@ -225,9 +225,7 @@ def test_environment_names_versions_and_device() -> None:
 
 def test_commit_is_that_of_this_repository() -> None:
     here = Path(__file__).parents[2]
-    git = subprocess.run(
-        ["git", "ls-files", "--error-unmatch", "dgbench/results.py"], cwd=here, capture_output=True, check=False
-    )
+    git = subprocess.run(["git", "ls-files", "--error-unmatch", "dgbench/results.py"], cwd=here, capture_output=True, check=False)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     if git.returncode or head.returncode:
         pytest.skip("not a checkout")
@@ -239,9 +237,7 @@ def test_commit_of_an_installed_copy_is_not_that_of_the_folder_around_it(tmp_pat
     import shutil
 
     source = Path(results.__file__).parent
-    shutil.copytree(
-        source, tmp_path / "env" / "dgbench", ignore=shutil.ignore_patterns("__pycache__", "data", "engine")
-    )
+    shutil.copytree(source, tmp_path / "env" / "dgbench", ignore=shutil.ignore_patterns("__pycache__", "data", "engine"))
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "env"), "HOME": str(tmp_path)}
     for command in (
         ["init", "-q"],
@@ -249,8 +245,6 @@ def test_commit_of_an_installed_copy_is_not_that_of_the_folder_around_it(tmp_pat
     ):
         subprocess.run(["git", *command], cwd=tmp_path, env=environment, check=True)
     code = "from dgbench.results import commit, __file__ as f; print(commit(), f)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("(None, None)")
     assert str(tmp_path) in done.stdout

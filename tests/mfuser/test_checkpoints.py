@@ -8,7 +8,7 @@ from golden_files import VARIANTS, AuthorsWeights, description
 from safetensors.torch import load_file, save_file
 
 import mfuser
-from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
+from mfuser.checkpoints import load_authors_checkpoint
 from mfuser.keys import authors, is_dead
 from mfuser.methods import build
 from mfuser.pretrained import unfilled

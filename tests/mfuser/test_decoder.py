@@ -92,8 +92,7 @@ def test_the_whole_head_equals_the_authors(goldens):
         assert error(goldens, f"unit_head/grad/feat{i}", feature.grad) < 1e-3
     assert error(goldens, "unit_head/grad/text", text.grad) < 1e-3
     worst = max(
-        (error(goldens, f"unit_head/grad/{official(name)}", parameter.grad), name)
-        for name, parameter in head.named_parameters()
+        (error(goldens, f"unit_head/grad/{official(name)}", parameter.grad), name) for name, parameter in head.named_parameters()
     )
     assert worst[0] < 1e-3, worst
 
@@ -152,9 +151,7 @@ def test_losses_equal_the_authors_with_the_same_draws(goldens):
 
 def test_losses_of_random_draws_agree_with_the_authors_distribution():
     expected = json.loads((GOLDENS / "unit_loss.json").read_text())["random_seeds"]
-    outputs = [
-        (2 * noise(f"unit_loss/cls{i}", 2, 19, 20), 3 * noise(f"unit_loss/mask{i}", 2, 19, 32, 32)) for i in range(2)
-    ]
+    outputs = [(2 * noise(f"unit_loss/cls{i}", 2, 19, 20), 3 * noise(f"unit_loss/mask{i}", 2, 19, 32, 32)) for i in range(2)]
     labels = torch.from_numpy(named_labels("unit_loss/labels", (2, 128, 128), cell=16)).long()
     runs = []
     for seed in range(5):
@@ -172,5 +169,3 @@ def test_an_unlabelled_batch_has_zero_mask_losses_and_a_gradient():
     sum(terms.values()).backward()
     assert torch.isfinite(class_logits.grad).all()
     assert (mask_logits.grad == 0).all()
-
-

@@ -42,7 +42,10 @@ def recorded(model) -> Iterator[dict[str, Tensor]]:
     tokens("tokens/dino_in", model.vfm)
     tokens("tokens/vlm_in", model.vlm)
     for i, fuser in enumerate(model.adapters):
-        watch(fuser, lambda given, out, i=i: seen.update({f"adapter/{i}/in": torch.cat(given, 1), f"adapter/{i}/out": torch.cat(out, 1)}))
+        watch(
+            fuser,
+            lambda given, out, i=i: seen.update({f"adapter/{i}/in": torch.cat(given, 1), f"adapter/{i}/out": torch.cat(out, 1)}),
+        )
     watch(model.fpn1, lambda given, out: seen.update({"feat/0/before_fpn": given[0]}))
     watch(model.fpn2, lambda given, out: seen.update({"feat/1/before_fpn": given[0]}))
     watch(model.embedding, lambda given, out: seen.update(

@@ -25,13 +25,13 @@ def batch(size: tuple[int, int] = (64, 64)) -> Batch:
     return Batch(images, labels)
 
 
-@pytest.fixture(params=mfuser.methods())
+@pytest.fixture(params=mfuser.method_names())
 def name(request):
     return request.param
 
 
 def test_the_list_of_methods_is_the_folder():
-    assert mfuser.methods() == sorted(TINY)
+    assert mfuser.method_names() == sorted(TINY)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (32, 96)])

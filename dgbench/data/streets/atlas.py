@@ -156,9 +156,7 @@ def _roof() -> Tile:
 
 def _corrugated() -> Tile:
     phase = _column % 16
-    return _plain(
-        np.where(phase < 8, 0.88 + 0.03 * phase, 1.12 - 0.03 * (phase - 8)) * (0.94 + 0.12 * noise("rust", 4, 4))
-    )
+    return _plain(np.where(phase < 8, 0.88 + 0.03 * phase, 1.12 - 0.03 * (phase - 8)) * (0.94 + 0.12 * noise("rust", 4, 4)))
 
 
 def _pane(
@@ -197,12 +195,8 @@ def _pane(
             bar = inside & (np.abs(_row - (top + (bottom - top) * k / (transoms + 1) * 0.8)) < 2.0)
             shade, mix = np.where(bar, 1.25, shade), np.where(bar, 0.0, mix)
         if sill:
-            shade = np.where(
-                (_row >= bottom + frame) & (_row < bottom + frame + 4) & rim.any(axis=0)[None, :], 1.35, shade
-            )
-            shade = np.where(
-                (_row >= bottom + frame + 4) & (_row < bottom + frame + 9) & rim.any(axis=0)[None, :], 0.72, shade
-            )
+            shade = np.where((_row >= bottom + frame) & (_row < bottom + frame + 4) & rim.any(axis=0)[None, :], 1.35, shade)
+            shade = np.where((_row >= bottom + frame + 4) & (_row < bottom + frame + 9) & rim.any(axis=0)[None, :], 0.72, shade)
         if balcony:
             rail = (_row > 84) & (_row < 120) & (_column > 12) & (_column < 116)
             bars = rail & ((_column % 8 < 3) | (_row < 88))
@@ -243,9 +237,7 @@ def _glazing() -> Tile:
 
 
 def _crossing() -> Tile:
-    return _plain(
-        0.92 + 0.16 * noise("paint", 16, 3), ((_column >= 32) & (_column < 96)) * (noise("worn", 12, 3) > 0.3)
-    )
+    return _plain(0.92 + 0.16 * noise("paint", 16, 3), ((_column >= 32) & (_column < 96)) * (noise("worn", 12, 3) > 0.3))
 
 
 def _hedge() -> Tile:
@@ -378,9 +370,7 @@ class Atlas:
 
 
 def _bytes(image: Image, scale: float) -> NDArray[np.uint8]:
-    values: NDArray[np.uint8] = np.floor(np.clip(image * np.float32(scale), 0.0, 255.0) + np.float32(0.5)).astype(
-        np.uint8
-    )
+    values: NDArray[np.uint8] = np.floor(np.clip(image * np.float32(scale), 0.0, 255.0) + np.float32(0.5)).astype(np.uint8)
     return values
 
 
@@ -391,9 +381,7 @@ def _pyramid(level: NDArray[np.uint8]) -> NDArray[np.uint8]:
         parts.append(level.reshape(-1))
         if len(level) > 1:
             wide = level.astype(np.uint16)
-            level = ((wide[0::2, 0::2] + wide[1::2, 0::2] + wide[0::2, 1::2] + wide[1::2, 1::2] + 2) >> 2).astype(
-                np.uint8
-            )
+            level = ((wide[0::2, 0::2] + wide[1::2, 0::2] + wide[0::2, 1::2] + wide[1::2, 1::2] + 2) >> 2).astype(np.uint8)
     return np.concatenate(parts)
 
 

@@ -50,11 +50,7 @@ def paint_sky(colour: list[Image], where: NDArray[np.int64], column: Image, row:
     dim = (1.0 - look.night) * (1.0 - look.night)
     for k in range(3):
         glow = (0.035, 0.026, 0.022)[k] * look.night
-        base = (
-            f32(look.zenith[k] * dim)
-            + fade * f32((look.horizon[k] - look.zenith[k]) * dim + glow)
-            + f32(0.006 * look.night)
-        )
+        base = f32(look.zenith[k] * dim) + fade * f32((look.horizon[k] - look.zenith[k]) * dim + glow) + f32(0.006 * look.night)
         colour[k][where] = base + (f32(look.cloud[k] * dim + glow * 0.6) * (f32(0.8) + f32(0.4) * cloud) - base) * cover
 
 
@@ -80,17 +76,11 @@ def light_night(
     near = np.minimum(depth, f32(400.0))
     # a soft cone, below the level of the lens and fading with distance
     slope = y / depth
-    beam = (
-        f32(1.0)
-        / (f32(1.0) + (x / depth) * (x / depth) * f32(9.0))
-        * f32(1.0)
-        / (f32(1.0) + near * near * f32(1 / 260.0))
-    )
+    beam = f32(1.0) / (f32(1.0) + (x / depth) * (x / depth) * f32(9.0)) * f32(1.0) / (f32(1.0) + near * near * f32(1 / 260.0))
     beam *= np.where(slope < f32(-0.01), f32(0.75), f32(0.16))
     dim = (1.0 - look.night) * (1.0 - look.night)
     light = [
-        beam * f32(warm * look.night) + f32(dim + cool * look.night)
-        for warm, cool in ((1.0, 0.022), (0.94, 0.026), (0.8, 0.04))
+        beam * f32(warm * look.night) + f32(dim + cool * look.night) for warm, cool in ((1.0, 0.022), (0.94, 0.026), (0.8, 0.04))
     ]
     pools = [lamp for lamp in lights if lamp.pool and -2.0 < lamp.position[2] < 75.0]
     for lamp in sorted(pools, key=lambda lamp: lamp.position[2])[:9]:
@@ -108,9 +98,7 @@ def wet_road(colour: list[Image], ground: Image, view: View, look: Look) -> None
     rows = view.rows
     horizon = view.centre[1] + view.ahead[1] / max(view.up[1], 0.1) * view.focal
     index = np.arange(rows)
-    mirror = [
-        np.clip((2.0 * horizon + shift * rows / 256.0 - index).astype(np.int64), 0, rows - 1) for shift in (-9, 0, 10)
-    ]
+    mirror = [np.clip((2.0 * horizon + shift * rows / 256.0 - index).astype(np.int64), 0, rows - 1) for shift in (-9, 0, 10)]
     at = np.arange(view.columns, dtype=np.float32) * f32(160.0 / view.columns) + f32(512.0)
     down = np.maximum(index.astype(np.float32) - f32(horizon), f32(1.0)) * f32(256.0 / rows)
     puddle = _smooth(
@@ -167,9 +155,7 @@ def halos(colour: list[Image], depth: Image, lights: list[Light], view: View, lo
         x1, y1 = min(cx + reach + 1, view.columns), min(cy + reach + 1, view.rows)
         u = (np.arange(x0, x1) - cx + reach) * 64 // (2 * reach)
         v = (np.arange(y0, y1) - cy + reach) * 64 // (2 * reach)
-        glow = _halo()[v[:, None], u[None, :]] * f32(
-            power * float(transmission(np.array([z], np.float32), look.haze * 0.5)[0])
-        )
+        glow = _halo()[v[:, None], u[None, :]] * f32(power * float(transmission(np.array([z], np.float32), look.haze * 0.5)[0]))
         for k in range(3):
             colour[k][y0:y1, x0:x1] += glow * f32(lamp.colour[k])
 

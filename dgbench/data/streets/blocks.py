@@ -72,9 +72,7 @@ def _row(
         z += width
 
 
-def _boundary(
-    scene: Scene, dice: Dice, style: Style, x: float, z0: float, z1: float, bend: tuple[float, float]
-) -> None:
+def _boundary(scene: Scene, dice: Dice, style: Style, x: float, z0: float, z1: float, bend: tuple[float, float]) -> None:
     """A fence, wall or hedge along the frontage, or nothing."""
     kind = dice.weighted({"fence": 0.5, "wall": 0.22, "hedge": 0.16, "": 0.12})
     steps = 1 if bend[0] == bend[1] else 2
@@ -160,9 +158,7 @@ def _park(
     middle = (bend[0] + bend[1]) / 2
     size = (z1 - z0) / 10.0
     _garden(scene, dice, style, edge + side * 2.0 + middle, edge + side * 9.0 + middle, z0, z1, size * 0.7, size * 0.7)
-    _garden(
-        scene, dice, style, edge + side * 10.0 + middle, edge + side * 24.0 + middle, z0, z1, size * 1.2, size * 0.5
-    )
+    _garden(scene, dice, style, edge + side * 10.0 + middle, edge + side * 24.0 + middle, z0, z1, size * 1.2, size * 0.5)
     if dice.chance(0.5):
         z = dice.between(z0, z1)
         if z > 5.0:
@@ -264,9 +260,7 @@ def skyline(scene: Scene, dice: Dice, style: Style, shift: float, clear: float, 
     if dice.chance(0.6):
         mesh = scene.start()
         wooded = dice.chance(0.65)
-        slot = scene.colour(
-            tone(dice, dice.pick(style.leaves if wooded else style.terrain)), tone(dice, dice.pick(style.leaves))
-        )
+        slot = scene.colour(tone(dice, dice.pick(style.leaves if wooded else style.terrain)), tone(dice, dice.pick(style.leaves)))
         heights = [dice.between(6.0, 34.0) for _ in range(13)]
         for k in range(12):
             a, b = -330.0 + 55.0 * k, -275.0 + 55.0 * k

@@ -150,9 +150,7 @@ def building(
         _awning(mesh, dice, frame, slot + 4, half, base)
 
 
-def _gable(
-    mesh: Mesh, dice: Dice, frame: Frame, slot: int, half: float, depth: float, height: float, rise: float
-) -> None:
+def _gable(mesh: Mesh, dice: Dice, frame: Frame, slot: int, half: float, depth: float, height: float, rise: float) -> None:
     """A pitched roof: ridge along the street, or across it with the gable to the front."""
     at, over, tex = frame.at, 0.35, TEX["roof"]
     if dice.chance(0.6) or half > 7:

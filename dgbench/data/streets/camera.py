@@ -32,9 +32,7 @@ from dgbench.data.streets.mesh import (
 Array = NDArray[np.float64]
 
 NEAR = 0.25  # metres
-GUARD = (
-    3.0  # polygons are clipped where |x| or |y| exceeds this many image widths, to keep fixed-point coordinates small
-)
+GUARD = 3.0  # polygons are clipped where |x| or |y| exceeds this many image widths, to keep fixed-point coordinates small
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,12 @@ class View:
     def to_camera(self, world: Array) -> Array:
         """(..., 3) world points in camera axes. Sums are written out: a matrix product may round differently."""
         x, y, z = world[..., 0] - self.x, world[..., 1] - self.height, world[..., 2]
-        return np.stack(
-            [x * axis[0] + y * axis[1] + z * axis[2] for axis in (self.right, self.up, self.ahead)], axis=-1
-        )
+        return np.stack([x * axis[0] + y * axis[1] + z * axis[2] for axis in (self.right, self.up, self.ahead)], axis=-1)
 
     def to_screen(self, points: Array) -> Array:
         """(..., 3) camera points with z > 0 to (..., 2) pixel indices (a pixel's centre is a whole number)."""
         scale = self.focal / points[..., 2]
-        return np.stack(
-            [self.centre[0] - 0.5 + points[..., 0] * scale, self.centre[1] - 0.5 - points[..., 1] * scale], axis=-1
-        )
+        return np.stack([self.centre[0] - 0.5 + points[..., 0] * scale, self.centre[1] - 0.5 - points[..., 1] * scale], axis=-1)
 
     def faces(self, world: Array, attributes: Array) -> Faces:
         """Projects, culls and clips all faces of a scene: world (F, 10, 3), attributes (F, 15)."""
@@ -111,8 +105,7 @@ class View:
         self._plane_uv(points, world, attributes, normal, offset, planes)
         self._facing_uv(points, screen, attributes, planes)
         crossing = (kind == PLANE) & (
-            (nearest[keep] < NEAR)
-            | (np.maximum.reduce(np.abs(screen).reshape(len(keep), -1), axis=1) > GUARD * self.columns)
+            (nearest[keep] < NEAR) | (np.maximum.reduce(np.abs(screen).reshape(len(keep), -1), axis=1) > GUARD * self.columns)
         )
         clipped: dict[int, Array] = {}
         low, high = np.minimum.reduce(screen, axis=1), np.maximum.reduce(screen, axis=1)
@@ -157,9 +150,7 @@ class View:
         a, b = vector[:, 0] / self.focal, -vector[:, 1] / self.focal
         return a, b, vector[:, 2] + a * (0.5 - self.centre[0]) + b * (0.5 - self.centre[1])
 
-    def _plane_uv(
-        self, points: Array, world: Array, attributes: Array, normal: Array, offset: Array, planes: Array
-    ) -> None:
+    def _plane_uv(self, points: Array, world: Array, attributes: Array, normal: Array, offset: Array, planes: Array) -> None:
         flat = np.flatnonzero(attributes[:, KIND] == PLANE)
         p, n, d = points[flat], normal[flat], offset[flat]
         origin = p[:, 0]

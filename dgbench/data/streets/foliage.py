@@ -60,9 +60,7 @@ def _leafy(kind: str, name: str, size: int, noise: Callable[..., Image]) -> tupl
     return texture.astype(np.float32), np.clip(noise(name + "hue", 6, 3) * 2.2 - 0.6, 0, 1), keep.astype(np.float32)
 
 
-def _branch(
-    canvas: NDArray[np.uint8], dice: Dice, x: float, y: float, angle: float, length: float, width: float
-) -> None:
+def _branch(canvas: NDArray[np.uint8], dice: Dice, x: float, y: float, angle: float, length: float, width: float) -> None:
     """Draws a branch from (x, y) upwards and its forks; coordinates in texels."""
     c, s = turn(angle)
     tip = (x + s * length, y - c * length)

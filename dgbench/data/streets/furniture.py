@@ -41,9 +41,7 @@ def lamp(scene: Scene, dice: Dice, x: float, z: float, reach: float, height: flo
             away = 0.7 if end > x else -0.7
             mesh.capsule((end - away * 0.3, y, z), (end + away, y, z), 0.09, slot, POLE, tex=ROUND)
             mesh.capsule((end, y - 0.08, z), (end + away * 0.8, y - 0.08, z), 0.05, slot + 1, POLE, glow=LAMP, layer=1)
-        scene.lights.append(
-            Light((end, y, z), dice.pick(((1.0, 0.72, 0.4), (1.0, 0.85, 0.65), (0.9, 0.95, 1.0))), 1.3, True)
-        )
+        scene.lights.append(Light((end, y, z), dice.pick(((1.0, 0.72, 0.4), (1.0, 0.85, 0.65), (0.9, 0.95, 1.0))), 1.3, True))
 
 
 def pole(scene: Scene, dice: Dice, x: float, z: float, height: float, radius: float, *, crossarm: bool = False) -> None:
@@ -84,11 +82,7 @@ def _head(mesh: Mesh, scene: Scene, dice: Dice, centre: Point, facing: float, sc
     colours: tuple[Colour, ...] = ((0.95, 0.08, 0.05), (0.95, 0.6, 0.05), (0.1, 0.9, 0.45))
     for k in range(3):
         on = k == state
-        colour = (
-            colours[k]
-            if on
-            else (colours[k][0] * 0.12 + 0.03, colours[k][1] * 0.12 + 0.03, colours[k][2] * 0.12 + 0.03)
-        )
+        colour = colours[k] if on else (colours[k][0] * 0.12 + 0.03, colours[k][1] * 0.12 + 0.03, colours[k][2] * 0.12 + 0.03)
         slot = scene.colour(colour)
         cy, front = y + (0.32 - 0.32 * k) * scale, z - facing * (d + 0.01)
         points = []
@@ -121,9 +115,7 @@ def sign(scene: Scene, dice: Dice, style: Style, x: float, z: float, *, large: b
         width, low = dice.between(1.2, 2.2), dice.between(2.0, 4.2)
         high = low + dice.between(0.9, 1.6)
         for side in (-0.7, 0.7):
-            mesh.capsule(
-                (x + side * width, 0.0, z), (x + side * width, high, z), 0.06, grey, POLE, tex=ROUND, flags=BLUNT
-            )
+            mesh.capsule((x + side * width, 0.0, z), (x + side * width, high, z), 0.06, grey, POLE, tex=ROUND, flags=BLUNT)
         _plate(mesh, scene, dice, style, "text", x, z - 0.08, low, high, width)
         return
     height = dice.between(2.2, 2.9)

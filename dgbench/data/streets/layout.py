@@ -145,9 +145,7 @@ def _ground(scene: Scene, dice: Dice, style: Style, plan: Plan) -> None:
         (road_colour[0] * 0.8, road_colour[1] * 0.8, road_colour[2] * 0.82),
         tone(dice, dice.pick(style.road)),
     )
-    pavement = scene.colour(
-        tone(dice, dice.pick(style.paving)), tone(dice, (0.2, 0.2, 0.19)), tone(dice, (0.45, 0.44, 0.42))
-    )
+    pavement = scene.colour(tone(dice, dice.pick(style.paving)), tone(dice, (0.2, 0.2, 0.19)), tone(dice, (0.45, 0.44, 0.42)))
     paint = scene.colour(tone(dice, dice.pick(style.markings), 0.1), tone(dice, dice.pick(style.centre_line), 0.1))
     road_tex = "setts" if dice.chance(0.07) else "asphalt"
     paving_tex, paving_period = dice.pick(style.paving_textures), dice.between(1.6, 3.0)
@@ -246,9 +244,7 @@ def _markings(ground: Ground, dice: Dice, plan: Plan, road: int, paint: int) -> 
             for rail in (0.0, 1.435):
                 x = side * (plan.lane_width * 0.5) + rail - 0.72
                 ground.strip(x - 0.16, x + 0.16, -6.0, 110.0, road + 2, ROAD, tex="concrete", flags=plain)
-                ground.strip(
-                    x - 0.04, x + 0.04, -6.0, 110.0, ground.scene.colour((0.1, 0.095, 0.09)), ROAD, flags=plain
-                )
+                ground.strip(x - 0.04, x + 0.04, -6.0, 110.0, ground.scene.colour((0.1, 0.095, 0.09)), ROAD, flags=plain)
     dash, gap, worn = dice.between(2.5, 4.0), dice.between(3.0, 7.0), "asphalt"
     phase = dice.between(-4.0, 2.0)
     solid, marked = dice.chance(0.35), dice.chance(0.8)
@@ -259,15 +255,11 @@ def _markings(ground: Ground, dice: Dice, plan: Plan, road: int, paint: int) -> 
             x = lane * plan.lane_width
             if lane == 0 and solid:
                 for offset in (-0.14, 0.14):
-                    ground.strip(
-                        x + offset - 0.06, x + offset + 0.06, a, b - 2.0, paint + 1, ROAD, tex=worn, flags=plain
-                    )
+                    ground.strip(x + offset - 0.06, x + offset + 0.06, a, b - 2.0, paint + 1, ROAD, tex=worn, flags=plain)
                 continue
             z = a + phase + 6.0
             while z < min(b - 3.0, 75.0):
-                ground.strip(
-                    x - 0.07, x + 0.07, z, z + dash, paint + (1 if lane == 0 else 0), ROAD, tex=worn, flags=plain
-                )
+                ground.strip(x - 0.07, x + 0.07, z, z + dash, paint + (1 if lane == 0 else 0), ROAD, tex=worn, flags=plain)
                 z += dash + gap
         for side in (-1.0, 1.0):
             if plan.parking[side]:

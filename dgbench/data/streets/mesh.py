@@ -143,9 +143,7 @@ class Mesh:
     ) -> None:
         """Adds an upright cut-out that faces the camera; its shape is the alpha of atlas tile `tex`."""
         self.corners.append([centre] * CORNERS)
-        self.attributes.append(
-            (SPRITE, 4, half_width, half_height, layer, slot, slot2, tex, 0, 1.0, 1.0, 1.0, kind, flags, DARK)
-        )
+        self.attributes.append((SPRITE, 4, half_width, half_height, layer, slot, slot2, tex, 0, 1.0, 1.0, 1.0, kind, flags, DARK))
 
     def box(
         self,

@@ -60,9 +60,7 @@ def _figure(
         _limb(mesh, arm[1:], [0.052, 0.042], SKIN if short else TOP, kind, ROUND if short else CLOTH)
         mesh.capsule(arm[-1], (arm[-1][0], arm[-1][1] - 0.05, arm[-1][2]), 0.045, SKIN, kind, tex=ROUND)
     mesh.capsule(neck, (x, neck[1] + 0.1, neck[2] + 0.01), 0.055, SKIN, kind, tex=ROUND)
-    mesh.capsule(
-        (x, neck[1] + 0.16, neck[2] + 0.03), (x, neck[1] + 0.23, neck[2] + 0.025), 0.095, SKIN, kind, tex=ROUND
-    )
+    mesh.capsule((x, neck[1] + 0.16, neck[2] + 0.03), (x, neck[1] + 0.23, neck[2] + 0.025), 0.095, SKIN, kind, tex=ROUND)
     mesh.capsule((x, neck[1] + 0.19, neck[2] - 0.035), (x, neck[1] + 0.27, neck[2] + 0.0), 0.1, HAIR, kind, tex=CLOTH)
     if bag == "back":
         mesh.capsule((x, y + 0.15, z - 0.2), (x, y + 0.42, z - 0.18 + lean), 0.15, BAG, kind, tex=CLOTH)
@@ -77,9 +75,7 @@ def _walker(stride: float, swing: float, **options: bool | float | str) -> Templ
     arms: list[list[Point]] = []
     for side, phase in ((-1.0, 1.0), (1.0, -1.0)):
         step, lift = stride * phase, 0.1 * stride if phase < 0 else 0.0
-        legs.append(
-            [(side * 0.09, hip, 0.0), (side * 0.1, 0.48 + lift, step * 0.5 + 0.06), (side * 0.1, 0.08 + lift, step)]
-        )
+        legs.append([(side * 0.09, hip, 0.0), (side * 0.1, 0.48 + lift, step * 0.5 + 0.06), (side * 0.1, 0.08 + lift, step)])
         arms.append(
             [
                 (side * 0.23, 1.36, 0.0),

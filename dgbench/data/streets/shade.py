@@ -70,9 +70,7 @@ class Table:
     kind: NDArray[np.uint8]
 
 
-def table(
-    faces: Faces, attributes: NDArray[np.float64], palette: list[tuple[float, float, float]], light: Lighting
-) -> Table:
+def table(faces: Faces, attributes: NDArray[np.float64], palette: list[tuple[float, float, float]], light: Lighting) -> Table:
     """Lights the two colours of each visible face: Lambert sun, a sky and bounce hemisphere. Row 0 is the sky's."""
     rows = attributes[faces.source]
     normal = faces.normal
@@ -167,9 +165,7 @@ def shade(
     grain = np.take(maps.shade, fine).astype(np.float32) * np.float32(1 / 16384)
     tint *= grain + (np.float32(1 / 128) - grain) * mix
     # slow dirt at a scale of decimetres, whatever the pattern's own
-    dirt = ((fine_u * np.float32(23.0)).astype(np.int32) & 255) | (
-        ((fine_v * np.float32(23.0)).astype(np.int32) & 255) << 8
-    )
+    dirt = ((fine_u * np.float32(23.0)).astype(np.int32) & 255) | (((fine_v * np.float32(23.0)).astype(np.int32) & 255) << 8)
     tint *= np.float32(1.0) + np.float32(0.3) * np.take(maps.drift.reshape(-1), dirt)
 
     # tiles count from far below zero, so that truncation is floor
@@ -215,9 +211,7 @@ def _texel(u: Image, v: Image, level: NDArray[np.int32], tile: NDArray[np.int32]
     return index
 
 
-def _snow_cover(
-    face: NDArray[np.int64], u: Image, v: Image, tint: Image, faces: Table, light: Lighting
-) -> Image | None:
+def _snow_cover(face: NDArray[np.int64], u: Image, v: Image, tint: Image, faces: Table, light: Lighting) -> Image | None:
     """0..1 cover of upward faces: patchy, thicker where the texture is raised to the light; None without snow."""
     if light.snow <= 0.0:
         return None
@@ -227,10 +221,7 @@ def _snow_cover(
     )
     snowy = np.take(faces.snowy, face)
     cover = (
-        snowy * np.float32(1.5)
-        + patch * np.float32(1.7)
-        + np.minimum(tint, np.float32(1.4)) * np.float32(0.6)
-        - np.float32(0.95)
+        snowy * np.float32(1.5) + patch * np.float32(1.7) + np.minimum(tint, np.float32(1.4)) * np.float32(0.6) - np.float32(0.95)
     )
     thick: Image = np.minimum(np.maximum(cover * np.float32(3.0), np.float32(0.0)), np.float32(0.95)) * (snowy > 0)
     return thick

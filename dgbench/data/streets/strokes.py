@@ -22,9 +22,7 @@ def dot(canvas: NDArray[np.uint8], x: float, y: float, radius: float, value: int
     cv2.fillConvexPoly(canvas, np.array(corners, np.int32), value, cv2.LINE_8, 4)
 
 
-def line(
-    canvas: NDArray[np.uint8], start: tuple[float, float], end: tuple[float, float], width: float, value: int
-) -> None:
+def line(canvas: NDArray[np.uint8], start: tuple[float, float], end: tuple[float, float], width: float, value: int) -> None:
     """Fills a straight stroke from `start` to `end`, in pixels; its fill covers every pixel it touches."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     scale = 0.5 * max(width - 1.0, 0.0) / max(math.sqrt(dx * dx + dy * dy), 1e-6)

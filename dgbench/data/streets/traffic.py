@@ -113,9 +113,7 @@ def _person_colours(dice: Dice, style: Style) -> list[Colour]:
     ]
 
 
-def two_wheeler(
-    scene: Scene, dice: Dice, style: Style, kind: str, x: float, z: float, heading: float, *, rider: bool
-) -> None:
+def two_wheeler(scene: Scene, dice: Dice, style: Style, kind: str, x: float, z: float, heading: float, *, rider: bool) -> None:
     """A bicycle, motorcycle or scooter, with its rider or parked."""
     paint = [
         tone(dice, dice.pick(style.cars + style.accents)),
@@ -129,9 +127,7 @@ def two_wheeler(
         if kind != "bicycle" or dice.chance(0.5):
             body[1] = tone(dice, dice.pick(style.cars))
         scene.place(dice.pick(ridden()[kind]), x, z, paint + body, heading=heading)
-        scene.lights.append(
-            Light((x, 0.8, z - 0.8), (1.0, 0.15, 0.08) if -90 < heading < 90 else (1.0, 0.95, 0.8), 0.35, False)
-        )
+        scene.lights.append(Light((x, 0.8, z - 0.8), (1.0, 0.15, 0.08) if -90 < heading < 90 else (1.0, 0.95, 0.8), 0.35, False))
     else:
         scene.place(machines()[kind], x, z, paint, heading=heading)
     scene.shadow(x, z, 0.25, 0.85, 1.0, heading=heading)
@@ -142,9 +138,7 @@ def walker(
 ) -> None:
     scale = dice.between(0.6, 0.75) if child else dice.between(0.93, 1.08)
     wide = scale * dice.between(0.92, 1.12)
-    scene.place(
-        dice.pick(walkers()), x, z, _person_colours(dice, style), y=y, heading=heading, scale=(wide, scale, wide)
-    )
+    scene.place(dice.pick(walkers()), x, z, _person_colours(dice, style), y=y, heading=heading, scale=(wide, scale, wide))
     scene.shadow(x, z, 0.22, 0.22, 1.7 * scale)
 
 

@@ -86,14 +86,10 @@ def wheels(mesh: Mesh, half: float, radius: float, places: tuple[float, ...], ki
             disc(mesh, x + side * 0.02, radius, z, radius * 0.62, METAL, kind, 4, outward=side, tex=TEX["wheel"])
             inner = side * (half - 0.24)
             low, high = min(x, inner), max(x, inner)
-            mesh.box(
-                (low, 0.0, z - radius * 0.8), (high, radius * 1.3, z + radius * 0.8), TYRE, kind, sides="rf", layer=-1
-            )
+            mesh.box((low, 0.0, z - radius * 0.8), (high, radius * 1.3, z + radius * 0.8), TYRE, kind, sides="rf", layer=-1)
 
 
-def lamps(
-    mesh: Mesh, half: float, rear: float, front: float, low: float, high: float, kind: int, *, wide: float = 0.34
-) -> None:
+def lamps(mesh: Mesh, half: float, rear: float, front: float, low: float, high: float, kind: int, *, wide: float = 0.34) -> None:
     """Head and tail lights, plates and a grille, just outside the front and rear faces."""
     for side in (-1.0, 1.0):
         a, b = side * (half - 0.05), side * (half - 0.05 - wide)
@@ -115,9 +111,7 @@ def _windows(mesh: Mesh, base: Profile, half: float, top_half: float, posts: tup
 
     for left, right in itertools.pairwise(posts):
         a, b = left + 0.025, right - 0.025
-        mesh.poly(
-            [at(a, 0.08, 1), at(b, 0.08, 1), at(b, 0.86, 1), at(a, 0.86, 1)], GLASS, kind, layer=2, detail=TEX["cloud"]
-        )
+        mesh.poly([at(a, 0.08, 1), at(b, 0.08, 1), at(b, 0.86, 1), at(a, 0.86, 1)], GLASS, kind, layer=2, detail=TEX["cloud"])
         mesh.poly(
             [at(b, 0.08, -1), at(a, 0.08, -1), at(a, 0.86, -1), at(b, 0.86, -1)],
             GLASS,

@@ -21,9 +21,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     return out.flatten(2).to(value.dtype)
 
 
-def backward(
-    dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (value, locations, weights) in fp32 or fp64."""
     precise = _precise(value)
     dvalue = torch.zeros_like(value, dtype=precise)
@@ -45,9 +43,7 @@ def _precise(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _neighbours(
-    value: Tensor, shapes: list[int], locations: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
     """Yield, per scale and corner: the scale, the cells' values (B, Q, M, P, D), their bilinear shares (B, Q, M, P), the
     shares' slopes by location (B, Q, M, P, 2) and the cells' rows in `value` (B, Q, M, P)."""
     precise = _precise(value)

@@ -27,9 +27,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     return out.view(*locations.shape[:2], -1).to(value.dtype)
 
 
-def backward(
-    dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of (value, locations, weights); equations as in `reference.backward`."""
     if value.device.type == "cpu" and len(value) > 1:
         images = zip(dout.split(1), value.split(1), locations.split(1), weights.split(1), strict=True)

@@ -130,9 +130,7 @@ def test_transmission_is_the_exponential_of_the_optical_depth():
 def test_projection_and_depth_follow_the_pinhole_model():
     scene = Scene()
     mesh: Mesh = scene.start()
-    mesh.poly(
-        [(-2.0, 0.0, 12.0), (3.0, 0.0, 8.0), (3.0, 2.5, 8.0), (-2.0, 2.5, 12.0)], scene.colour((0.5, 0.5, 0.5)), 2
-    )
+    mesh.poly([(-2.0, 0.0, 12.0), (3.0, 0.0, 8.0), (3.0, 2.5, 8.0), (-2.0, 2.5, 12.0)], scene.colour((0.5, 0.5, 0.5)), 2)
     view = View(Pose(x=0.0, height=1.5, yaw=0.0, pitch=0.0, roll=0.0, focal=1.0), (100, 200))
     world, attributes, _ = scene.arrays()
     faces = view.faces(world, attributes)

@@ -27,8 +27,7 @@ def test_a_named_backend_never_falls_back(monkeypatch):
 
 def test_no_backend_lists_every_reason(monkeypatch):
     rows = tuple(
-        dispatch.Backend(name, "mfuser.ops.dispatch", refuse=lambda *_, name=name: f"{name} is tired")
-        for name in ("one", "two")
+        dispatch.Backend(name, "mfuser.ops.dispatch", refuse=lambda *_, name=name: f"{name} is tired") for name in ("one", "two")
     )
     monkeypatch.setitem(dispatch.TABLE, "an_op", rows)
     with pytest.raises(BackendError, match="one: one is tired; two: two is tired"):

@@ -143,9 +143,7 @@ def test_the_operator_is_well_formed(backend, optional):
     torch.library.opcheck(torch.ops.mfuser.selective_scan.default, arguments)
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     y, saved = torch.ops.mfuser.selective_scan(*detached)
-    torch.library.opcheck(
-        torch.ops.mfuser.selective_scan_bwd.default, (torch.ones_like(y), *detached[:-1], saved, backend)
-    )
+    torch.library.opcheck(torch.ops.mfuser.selective_scan_bwd.default, (torch.ones_like(y), *detached[:-1], saved, backend))
 
 
 def test_only_the_block_states_are_kept_for_the_backward():
