@@ -329,7 +329,7 @@ def train(
         from dgbench.engine.evaluate import evaluate
         from dgbench.engine.train import train as fit
 
-        fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
+        trained = fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
     except KeyboardInterrupt:
         if not (run / "recipe.yaml").is_file():
             raise
@@ -340,13 +340,14 @@ def train(
             run.rmdir()
     if no_eval:
         render.note(f"trained: {run}")
+        render.show([trained], as_json=True) if as_json else None
         return
     try:
         records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
     except KeyboardInterrupt:
         raise StoppedError(f"interrupted; training is complete, score it with: dgbench eval {run}") from None
     if as_json:
-        render.show(records, as_json=True)
+        render.show([trained, *records], as_json=True)
         return
     from dgbench.report.leaderboard import leaderboard, of_run, references
 

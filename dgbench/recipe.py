@@ -149,11 +149,10 @@ class TrainSpec(_Spec):
     batch_size: Count  # over all processes
     seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**31)] = 0
     workers: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0  # loader processes
-    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_no_is_text)] = "no"
+    precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_text)] = "no"
     log_every: Count = 10
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    compile: bool = False
 
 
 class OptimSpec(_Spec):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mfuser.pretrained import unfilled
 
@@ -40,15 +41,16 @@ ENCODERS: dict[str, Tower] = {
     # its pooling head is asked in a way of our own, see methods/mfuser.py
     "siglip": Tower("vit_large_patch16_siglip_384", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
-    "tiny": Tower(None, 8, *_IMAGENET, {"embed_dim": 64, "depth": 4, "num_heads": 2}),
+    "tiny": Tower(None, 8, *_IMAGENET, {"embed_dim": 64, "depth": 3, "num_heads": 2}),
     "small": Tower(None, 8, *_IMAGENET, {"embed_dim": 256, "depth": 8, "num_heads": 4}),
 }
 
 
 class ConvStem(nn.Module):
-    """Patch embedding by stride-2 convolutions instead of one large kernel: trains far faster from scratch.
+    """Patch embedding by stride-2 convolutions with residual blocks instead of one large kernel.
 
-    (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021.) Has the face of timm's PatchEmbed.
+    From scratch and in few steps, convolutions learn what takes a patch projection and several transformer blocks far
+    longer (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021). Has the face of timm's PatchEmbed.
     """
 
     def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96,
@@ -58,11 +60,27 @@ class ConvStem(nn.Module):
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         halvings = patch_size.bit_length() - 1
-        widths = [in_chans] + [max(24, embed_dim >> (halvings - 1 - i)) for i in range(halvings)]
+        widths = [in_chans, *(min(embed_dim, (3 * embed_dim) >> (halvings - i)) for i in range(halvings))]
         layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(widths):
+        for stage, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+            # at half the image's size a block costs the most and sees the least
+            layers += [ResidualBlock(b)] if stage else []
         self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip (He et al., CVPR 2016), (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True),
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.branch(x))
 
 
 class VisionEncoder(nn.Module):

@@ -74,7 +74,7 @@ def test_all_problems_come_at_once_with_their_key_paths(tmp_path: Path) -> None:
         "data.crop: expected more than 1 values",
         "data.flip: must be at most 1, got 2",
         "train.steps: expected an integer, got 'abc'",
-        "train.precision: expected 'no', 'bf16' or 'fp16', got 'fp8'",
+        "train.precision: expected 'no' or 'bf16', got 'fp8'",
         "train.stepz: unknown key, did you mean `steps`?",
         "optim.lr: expected a number, got True",
         "optim.weight_decay: must be at least 0, got -1",
@@ -138,13 +138,13 @@ def test_options_that_were_not_given_are_written_out(tmp_path: Path) -> None:
 
 def test_overrides_are_yaml_values(tmp_path: Path) -> None:
     overrides = ["optim.lr=1e-4", "train.precision=no", "data.size=null", "data.targets=[bdd, streets-fog@0.60]",
-                 "train.compile=true", "eval.protocol=paper-half"]  # fmt: skip
+                 "data.photometric=false", "eval.protocol=paper-half"]  # fmt: skip
     recipe = load_recipe(written(tmp_path, PLAIN), overrides, check_method=False)
     assert recipe.optim.lr == 1e-4
     assert recipe.train.precision == "no"
     assert recipe.data.size is None
     assert recipe.data.targets == ("bdd100k", "streets-fog@0.6")
-    assert recipe.train.compile is True
+    assert recipe.data.photometric is False
     assert recipe.eval.protocol == "paper-half"
 
 

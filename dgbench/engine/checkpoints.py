@@ -7,6 +7,7 @@ renamed when every byte is on disk, so whatever carries the final name is comple
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -86,6 +87,12 @@ def load_model(path: Path) -> Segmentor:
         return mfuser.load(folder).eval()
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}", "train again, or restore the folder") from error
+
+
+def sha256(folder: Path) -> str:
+    """What identifies the weights in a model folder."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dgbench.data import labels
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import lookup
 from dgbench.engine import checkpoints
-from dgbench.engine.device import pick_device
+from dgbench.engine.device import device_name, pick_device
 from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
@@ -85,7 +84,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     folder = checkpoints.folder_of(run)
     on = pick_device(device)
     model = checkpoints.load_model(folder).to(on)
-    sha = _sha256(folder / "model.safetensors")
+    sha = checkpoints.sha256(folder)
     return [_score(recipe, rules, model, dataset, run, sha, on, progress) for dataset in datasets]
 
 
@@ -118,7 +117,6 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
     counts = np.stack(matrices)
     iou = metrics.iou(counts.sum(0))
     commit, dirty = results.commit()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     record = results.Record(
         id=results.new_id(), kind="eval", created=results.now_iso(), method=model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
@@ -128,7 +126,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         n_images=len(dataset), n_available=dataset.available,
         seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
         steps=recipe.train.steps, checkpoint=sha, backends=model.backends(),
-        environment=results.environment(name, torch.get_num_threads()), commit=commit, dirty=dirty,
+        environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
     )  # fmt: skip
     return results.write(record, run, counts)
 
@@ -173,7 +171,3 @@ def domain_row(dataset: SegDataset) -> dict[str, Any]:
         row["size"] = list(dataset.size)
     return row
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

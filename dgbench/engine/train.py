@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import mfuser
-from dgbench import atomic
+from dgbench import atomic, results
 from dgbench.data.dataset import SegDataset
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView
 from dgbench.engine import checkpoints
-from dgbench.engine.device import pick_device
+from dgbench.engine.device import device_name, peak_gib, pick_device
 from dgbench.errors import CheckpointError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
@@ -44,11 +44,12 @@ class _Loss(nn.Module):
 
 
 def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None,
-          root: Path | None = None) -> Path:  # fmt: skip
-    """Train `recipe` in the folder `run` and return its last checkpoint.
+          root: Path | None = None) -> results.Record:  # fmt: skip
+    """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
     Raises: RecipeError, DataError, CheckpointError for what a user can mend.
     """
+    begun = time.perf_counter()
     spec = recipe.train
     accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=spec.precision)
     main = accelerator.is_main_process
@@ -67,7 +68,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     start = found[1] if found else 0
     loader = _loader(recipe, dataset, start, accelerator, progress)
     groups = model.groups(recipe.optim.lr, recipe.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True)
     peak = [group["lr"] for group in optimizer.param_groups]
     if accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -100,7 +101,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
 
             images_seen += len(images) * accelerator.num_processes
             done = step + 1
-            if main and (done % spec.log_every == 0 or done == spec.steps):
+            checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
+            if main and (done % spec.log_every == 0 or checkpoint_due):
                 value = loss.item()
                 if not math.isfinite(value):
                     raise RecipeError(
@@ -113,13 +115,36 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
                 progress.advance(0, loss=value, images_per_second=rate)
             if main:
                 progress.advance(1)
-            if main and (done % spec.checkpoint_every == 0 or done == spec.steps):
+            if main and checkpoint_due:
                 checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done)
     finally:
         if main:
             progress.stop()
     accelerator.wait_for_everyone()
-    return checkpoints.folder_of(run)
+    seconds = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
+    return _record(recipe, run, model, dataset, accelerator.device, seconds, start, write=main)
+
+
+def _record(recipe: Recipe, run: Path, model: Segmentor, dataset: SegDataset, device: torch.device,
+            seconds: dict[str, float | None], start: int, *, write: bool) -> results.Record:  # fmt: skip
+    """The record of a complete training; of a resumed one, seconds and speed are those of its last part."""
+    trained = recipe.train.steps - start
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    commit, dirty = results.commit()
+    record = results.Record(
+        id=results.new_id(), kind="train", created=results.now_iso(), method=recipe.method.name,
+        variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
+        target=recipe.data.source, split="train", n_images=len(dataset), n_available=dataset.available,
+        seconds=seconds, seed=recipe.train.seed, steps=recipe.train.steps,
+        checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=model.backends(),
+        environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
+        extra={
+            "loss": last["loss"], "resumed_at_step": float(start), "peak_gib": peak_gib(device),
+            "images_per_second": trained * recipe.train.batch_size / (seconds["train"] or math.inf),
+        },
+    )  # fmt: skip
+    # a finished run that is resumed once more has nothing to add
+    return results.write(record, run) if write and trained else record
 
 
 def schedule(step: int, steps: int, optim: OptimSpec) -> float:

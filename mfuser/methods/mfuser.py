@@ -31,11 +31,11 @@ PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language 
 
 # sizes by the vision-language tower; an option left at None takes them from here
 _FULL = {"decoder_dim": 256, "heads": 8, "pixel_layers": 6, "mask_layers": 9, "ffn_dim": 2048, "points": 4, "groups": 32,
-         "state": 16, "mte_dim": 256, "mte_heads": 4, "mask_points": 12544, "freeze_towers": True}  # fmt: skip
-_TINY = {"decoder_dim": 64, "heads": 4, "pixel_layers": 2, "mask_layers": 3, "ffn_dim": 128, "points": 4, "groups": 8,
-         "state": 4, "mte_dim": 64, "mte_heads": 2, "mask_points": 1024, "freeze_towers": False}  # fmt: skip
+         "state": 16, "mte_dim": 256, "mte_heads": 4, "mask_points": 12544, "dropout": 0.1, "freeze_towers": True}  # fmt: skip
+_TINY = {"decoder_dim": 64, "heads": 4, "pixel_layers": 1, "mask_layers": 3, "ffn_dim": 128, "points": 2, "groups": 8,
+         "state": 4, "mte_dim": 64, "mte_heads": 2, "mask_points": 1024, "dropout": 0.0, "freeze_towers": False}  # fmt: skip
 _SMALL = {"decoder_dim": 128, "heads": 8, "pixel_layers": 3, "mask_layers": 6, "ffn_dim": 512, "points": 4, "groups": 32,
-          "state": 8, "mte_dim": 128, "mte_heads": 4, "mask_points": 4096, "freeze_towers": False}  # fmt: skip
+          "state": 8, "mte_dim": 128, "mte_heads": 4, "mask_points": 4096, "dropout": 0.1, "freeze_towers": False}  # fmt: skip
 _SIZES = {"tiny": _TINY, "small": _SMALL}
 
 
@@ -59,6 +59,7 @@ class Options:
     mte_dim: int | None = None  # width of MTEnhancer
     mte_heads: int | None = None
     mask_points: int | None = None  # sampled per mask by the criterion
+    dropout: float | None = None  # of fusers and MTEnhancer
     freeze_towers: bool | None = None  # image and text towers keep their weights
     backend: str = "auto"  # of the custom operators
     token_ids: list[list[int]] | None = None  # (K, 5); None: by the tower's tokenizer
@@ -155,7 +156,9 @@ class MFuser(Segmentor):
         dim, depth = self.vfm.dim, self.vfm.depth
         # blocks 7, 11, 15 and 23 of 24
         self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
-        self.adapters = nn.ModuleList(FUSERS[o.fuser](dim, state=o.state, backend=o.backend) for _ in range(depth))
+        self.adapters = nn.ModuleList(
+            FUSERS[o.fuser](dim, state=o.state, dropout=o.dropout, backend=o.backend) for _ in range(depth)
+        )
         # the release wraps CLIP's fusion alone in linear layers
         wrapped = depth if o.vlm == "clip" else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
@@ -167,7 +170,9 @@ class MFuser(Segmentor):
         # the release means 1e-4 and then overwrites it with a truncated normal of std 1
         self.gamma = nn.Parameter(nn.init.trunc_normal_(torch.empty(width)))
         self.embedding: nn.Module = _EMBEDDINGS[o.vlm](self.vfm, self.vlm, width)
-        self.context_decoder = MTEnhancer(width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, backend=o.backend)
+        self.context_decoder = MTEnhancer(
+            width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, dropout=o.dropout, backend=o.backend
+        )
 
         channels = 2 * dim
         self.fpn1 = nn.Sequential(

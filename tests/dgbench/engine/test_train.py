@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgbench import results
 from dgbench.engine import checkpoints
 from dgbench.engine.train import schedule, train
 from dgbench.errors import CheckpointError, RecipeError
@@ -85,6 +86,18 @@ def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(name
     assert losses(killed) == losses(whole)
     expected = weights(whole)
     assert all(torch.equal(expected[k], v) for k, v in weights(killed).items())
+
+
+def test_a_training_leaves_one_record_of_what_it_took(tmp_path):
+    record = train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
+    assert record.kind == "train"
+    assert results.read(record.path) == record
+    assert record.checkpoint == checkpoints.sha256(tmp_path / "checkpoint" / "step-000003")
+    assert record.extra["loss"] == losses(tmp_path)[-1]["loss"]
+    assert record.extra["images_per_second"] > 0
+    assert 0.05 < record.extra["peak_gib"] < 64
+    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
+    assert list(tmp_path.glob("record-*.json")) == [record.path]
 
 
 def test_leftovers_of_a_killed_checkpoint_write_are_never_read(tmp_path):

@@ -1,0 +1,90 @@
+"""The README's commands, run as they stand: in the README's order, in one folder, with trainings cut to seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+LINES = [line for language, text in BLOCKS if not language for line in text.splitlines()]
+INLINE = list(dict.fromkeys(re.findall(r"`(dgbench [a-z-][^`]*)`", README)))
+SET_UP = [line for line in LINES if line.startswith("pip install")]
+COMMANDS = [line for line in [*LINES, *INLINE] if line.startswith("dgbench ")]
+SMALL = (
+    " --set data.size=[64,128] data.crop=[64,64] data.train_images=6 data.val_images=3 train.steps=2"
+    " train.batch_size=2 train.log_every=1"
+)
+# commands that must end otherwise than with 0
+ENDS = {"dgbench train --vlm eva02": 1}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("user")
+    pixels = np.random.default_rng(0).integers(256, size=(90, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+    yield folder
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line as its user would: the installed program, an own home, no network, nothing cached."""
+    environment = {
+        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder),
+        "DGBENCH_CACHE": str(folder / "cache"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
+        "SHELL": "/bin/bash", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    assert SET_UP == ["pip install -e . && dgbench train streets/mfuser", "pip install -e '.[test]' && pytest"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
+    starts_training = command.startswith("dgbench train") and command not in ENDS and "--resume" not in command
+    done = shell(command + SMALL if starts_training else command, here)
+    assert done.returncode == ENDS.get(command, 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout if not done.returncode else done.stderr.startswith("error: ")
+    for name in re.findall(r"--out (\S+)", command):
+        with Image.open(here / name) as picture:
+            picture.verify()
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    import torch
+
+    for text in [text for language, text in BLOCKS if language == "python"]:
+        scope = {"images": torch.rand(1, 3, 256, 512)}
+        exec(text, scope)
+        assert scope["scores"].shape == (1, 19, 256, 512)
+
+
+def test_pictures_and_links_of_the_texts_are_there() -> None:
+    for text in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)", text.read_text(encoding="utf-8"))
+        targets += re.findall(r'src="([^"]+)"', text.read_text(encoding="utf-8"))
+        assert not [target for target in targets if not (text.parent / target).exists()], text
+
+
+@pytest.mark.full
+def test_the_main_job_trains_scores_and_ranks(here: Path) -> None:
+    done = shell(SET_UP[0].partition(" && ")[2] + " --json", here)
+    assert done.returncode == 0, done.stderr
+    scores = {record["target"]: record for record in json.loads(done.stdout) if record["kind"] == "eval"}
+    assert list(scores) == ["streets-game", "streets-city", "streets-adverse", "streets-world"]
+    assert all(record["n_images"] == record["n_available"] == 100 for record in scores.values())
+    assert scores["streets-game"]["miou"] > 0.3
+    assert max(record["miou"] for target, record in scores.items() if target != "streets-game") < scores["streets-game"]["miou"]
