@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,11 @@ ENDS = {"dgbench train --vlm eva02": 1}
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     pixels = np.random.default_rng(0).integers(256, size=(90, 160, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.jpg")
-    yield folder
+    return folder
 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ import torch
 
 import mfuser
 from dgbench.errors import CheckpointError
+from dgbench.recipe import Recipe
 from mfuser.segmentor import Segmentor
 
 _PARTIAL = ".partial-"
@@ -87,6 +88,24 @@ def load_model(path: Path) -> Segmentor:
         return mfuser.load(folder).eval()
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}", "train again, or restore the folder") from error
+
+
+def load_for(recipe: Recipe, path: Path) -> Segmentor:
+    """The model of a run or model folder, if it is what the recipe trains.
+
+    Raises: CheckpointError when it is another method's, was built with other options, or cannot be loaded.
+    """
+    model = load_model(path)
+    wanted = {"name": recipe.method.name, **recipe.method.options}
+    found: dict[str, Any] = {"name": model.method, **model.options}
+    for key, value in wanted.items():
+        # what a recipe leaves to the model (None) is filled in by it
+        if value is not None and found.get(key) != value:
+            raise CheckpointError(
+                f"{folder_of(path)} holds a model with {key} `{found.get(key)}`, but the recipe says `{value}`",
+                "put back the run's own checkpoint, or give the folder that the model was trained in",
+            )
+    return model
 
 
 def sha256(folder: Path) -> str:

@@ -83,7 +83,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     ]
     folder = checkpoints.folder_of(run)
     on = pick_device(device)
-    model = checkpoints.load_model(folder).to(on)
+    model = checkpoints.load_for(recipe, folder).to(on)
     sha = checkpoints.sha256(folder)
     return [_score(recipe, rules, model, dataset, run, sha, on, progress) for dataset in datasets]
 
@@ -170,4 +170,3 @@ def domain_row(dataset: SegDataset) -> dict[str, Any]:
     if dataset.size is not None:
         row["size"] = list(dataset.size)
     return row
-

@@ -121,7 +121,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         if main:
             progress.stop()
     accelerator.wait_for_everyone()
-    seconds = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
+    seconds: dict[str, float | None] = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
     return _record(recipe, run, model, dataset, accelerator.device, seconds, start, write=main)
 
 
@@ -161,13 +161,7 @@ def schedule(step: int, steps: int, optim: OptimSpec) -> float:
 
 def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
     if checkpoint is not None:
-        model = checkpoints.load_model(checkpoint)
-        if model.method != recipe.method.name:
-            raise CheckpointError(
-                f"{checkpoint} holds `{model.method}`, but the recipe trains `{recipe.method.name}`",
-                "resume with the run's own recipe: dgbench train --resume RUN",
-            )
-        return model
+        return checkpoints.load_for(recipe, checkpoint)
     set_seed(seed)
     return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
 

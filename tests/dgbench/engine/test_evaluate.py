@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from dgbench.data.dataset import SegDataset
 from dgbench.engine.evaluate import evaluate
 from dgbench.engine.predict import predict
 from dgbench.engine.train import train
-from dgbench.errors import DataError, DgbenchError
+from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Silent
-from dgbench.recipe import load_recipe
+from dgbench.recipe import dump, load_recipe
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,6 +85,16 @@ def test_a_photo_of_any_size_gets_an_overlay(run, tmp_path, size):
 def test_a_missing_photo_is_named(run, tmp_path):
     with pytest.raises(DataError, match="no such image: .*nothing.jpg"):
         predict([tmp_path / "nothing.jpg"], run, tmp_path / "overlay.png")
+
+
+@pytest.mark.parametrize(("setting", "said"), [("method.patch=16", "patch `None`"), (None, "name `source-only`")])
+def test_another_models_checkpoint_is_refused(run, tmp_path, setting, said):
+    other = load_recipe("streets/source-only", [setting]) if setting else load_recipe("streets/mfuser")
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    dump(other, tmp_path / "recipe.yaml")
+    with pytest.raises(CheckpointError, match=f"holds a model with {said}, but the recipe says"):
+        evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
+    assert not list(tmp_path.glob("record-*"))
 
 
 def test_an_unknown_device_is_refused(run):
