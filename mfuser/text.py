@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfuser.pretrained import unfilled
+from mfuser.pretrained import WeightsNotFound, unfilled
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
 
@@ -104,10 +104,18 @@ def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
 
     CLIP's vocabulary comes with open_clip; SigLIP's is fetched from the Hub.
 
-    Raises: ValueError if a name does not fit into five tokens.
+    Raises: WeightsNotFound if the tokenizer is not on this machine.
     """
     from open_clip import get_tokenizer
 
     row = TEXTS[name]
-    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
+    try:
+        tokenizer = get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)
+    except (ImportError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsNotFound(
+            f"the tokenizer of `{name}` cannot be loaded: {reason}",
+            "install `transformers` and run once where there is a network, or give the ids: token_ids=[[...], ...], (19, 5)",
+        ) from error
+    ids = np.asarray(tokenizer(list(classes)))
     return [[int(i) for i in line] for line in ids]

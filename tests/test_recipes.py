@@ -51,13 +51,15 @@ def test_a_shipped_recipe_loads_and_says_its_command(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_shipped_recipes_model_builds_without_weights(name: str) -> None:
-    import torch
-
     import mfuser
+    from mfuser.pretrained import unfilled
 
     recipe = load_recipe(name)
-    with torch.device("meta"):
-        model = mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=False)
+    options = {**recipe.method.options, "image_size": recipe.data.crop}
+    if options.get("vlm") == "siglip":  # its tokenizer is on the Hub
+        options["token_ids"] = [[1] * 5] * 19
+    with unfilled():
+        model = mfuser.build(recipe.method.name, **options, pretrained=False, filled=False)
     assert sum(p.numel() for p in model.parameters()) > 0
 
 

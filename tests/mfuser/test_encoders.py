@@ -73,7 +73,7 @@ def test_pixels_beyond_the_last_whole_patch_do_not_matter():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="not a multiple of the tiny tower's patch, 8"):
+    with pytest.raises(ValueError, match="not a multiple of the patch of `tiny`, 8"):
         VisionEncoder("tiny", (60, 64))
     tower = VisionEncoder("tiny", (64, 64))
     with pytest.raises(ValueError, match=r"grid of \(8, 16\); it was built for \(8, 8\)"):

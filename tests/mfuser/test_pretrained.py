@@ -69,8 +69,7 @@ def test_every_tensor_of_a_tower_is_in_open_clips_own_model(vlm):
     # the file on the Hub is open_clip's state_dict: its names and shapes are known without it
     import open_clip
 
-    with torch.device("meta"):
-        theirs = open_clip.create_model(OPEN_CLIP[vlm], pretrained=None, load_weights=False).state_dict()
+    theirs = open_clip.create_model(OPEN_CLIP[vlm], pretrained=None, load_weights=False, device="meta").state_dict()
     variant = next(v for v, name in VARIANTS.items() if name == vlm)
     with unfilled():
         model = build(
