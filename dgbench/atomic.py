@@ -16,6 +16,10 @@ def write(path: Path, data: bytes | str) -> Path:
     Raises: OSError naming `path` if the folder cannot be written or the disk is full; the old file is untouched then.
     """
     content = data.encode() if isinstance(data, str) else data
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # /dev/stdout, /dev/null, a pipe: these are written to, never replaced
+        path.write_bytes(content)
+        return path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

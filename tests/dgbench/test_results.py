@@ -248,3 +248,13 @@ def test_commit_of_an_installed_copy_is_not_that_of_the_folder_around_it(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("(None, None)")
     assert str(tmp_path) in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a named pipe")
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
+    atomic.write(pipe, "through")
+    assert reader.communicate(timeout=20)[0] == b"through"
+    assert pipe.is_fifo()
