@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from mfuser.inference import slide
     from mfuser.methods import build, options
     from mfuser.methods import names as method_names
+    from mfuser.pretrained import WeightsNotFound
     from mfuser.segmentor import Batch, Segmentor
 
 _HOMES = {
     "Batch": "mfuser.segmentor:Batch",
     "Segmentor": "mfuser.segmentor:Segmentor",
+    "WeightsNotFound": "mfuser.pretrained:WeightsNotFound",
     "build": "mfuser.methods:build",
     "load": "mfuser.checkpoints:load",
     "method_names": "mfuser.methods:names",
@@ -27,7 +29,7 @@ _HOMES = {
     "save": "mfuser.checkpoints:save",
     "slide": "mfuser.inference:slide",
 }
-__all__ = ["Batch", "Segmentor", "build", "load", "method_names", "options", "save", "slide"]
+__all__ = ["Batch", "Segmentor", "WeightsNotFound", "build", "load", "method_names", "options", "save", "slide"]
 
 
 def __getattr__(name: str) -> Any:

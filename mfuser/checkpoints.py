@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,22 @@ FORMAT = 1
 
 
 def save(model: Segmentor, folder: Path | str) -> Path:
-    """Write a model into `folder`, which is made if need be. The description comes last: it marks a complete model."""
+    """Write a model into `folder`, which is made if need be. The description comes last: it marks a complete model.
+
+    Raises: OSError naming the file that cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     weights = folder / ".model.safetensors.tmp"
-    save_file(state, weights)
+    try:
+        save_file(state, weights)
+    except SafetensorError as error:
+        # it wraps the system's refusal in a text
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / "model.safetensors")) from error
     with weights.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(weights, folder / "model.safetensors")

@@ -57,6 +57,8 @@ def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
     assert done.returncode == ENDS.get(command, 0), done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout if not done.returncode else done.stderr.startswith("error: ")
+    if "eva02" in command:
+        assert "hf download timm/eva02_large_patch14_clip_336" in done.stderr
     for name in re.findall(r"--out (\S+)", command):
         with Image.open(here / name) as picture:
             picture.verify()

@@ -175,6 +175,10 @@ def _write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
     try:
         Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
         os.replace(temporary, path)
+    except OSError as error:
+        # a full disk raises without a file name
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

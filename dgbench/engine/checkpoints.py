@@ -30,10 +30,18 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
     mfuser.save(model, partial)
-    with (partial / "optimizer.pt").open("wb") as file:
-        torch.save(optimizer.state_dict(), file)
-        file.flush()
-        os.fsync(file.fileno())
+    moments = partial / "optimizer.pt"
+    try:
+        with moments.open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch wraps a full disk in an error of its own; neither names the file
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(moments)) from error
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
     os.replace(partial, final)

@@ -26,7 +26,7 @@ from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView
 from dgbench.engine import checkpoints
 from dgbench.engine.device import device_name, peak_gib, pick_device
-from dgbench.errors import CheckpointError, RecipeError
+from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
 from mfuser.segmentor import Batch, Segmentor
@@ -53,7 +53,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     spec = recipe.train
     accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=spec.precision)
     main = accelerator.is_main_process
-    dataset = SegDataset(recipe.data.source, "train", root=root, size=recipe.data.size, limit=recipe.data.train_images)
+    dataset = _source(recipe, root)
     found = checkpoints.newest(run) if resume else None
     _check_resumable(recipe, run) if resume else None
     model = _model(recipe, found[0] if found else None, spec.seed)
@@ -157,6 +157,20 @@ def schedule(step: int, steps: int, optim: OptimSpec) -> float:
     floor = optim.min_lr / optim.lr
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
     return float((1 - floor) * (1 - progress) ** optim.power + floor)
+
+
+def _source(recipe: Recipe, root: Path | None) -> SegDataset:
+    data = recipe.data
+    try:
+        return SegDataset(data.source, "train", root=root, size=data.size, limit=data.train_images)
+    except DataError as missing:
+        try:
+            _model(recipe, None, recipe.train.seed)
+        except mfuser.WeightsNotFound as weights:
+            # everything that has to be fetched, at once
+            hints = "\n".join(filter(None, (weights.hint, missing.hint)))
+            raise DataError(f"{weights.message}\nand {missing.message}", hints) from None
+        raise
 
 
 def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
