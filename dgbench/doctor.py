@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from dgbench.resources import usable_cores
+
 State = Literal["ok", "warn", "fail", "info"]
 
 
@@ -128,14 +130,13 @@ def _backends() -> list[Check]:
 
 
 def _cores() -> Check:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # a container may be allowed less time than it has cores
     quota = _cgroup("cpu.max")
     allowed = ""
     if quota and quota.split()[0] != "max":
         limit, period = map(int, quota.split())
         allowed = f", limited to {limit / period:.1f} by the container"
-    return Check("cores", "ok", f"{usable}{allowed}")
+    return Check("cores", "ok", f"{usable_cores()}{allowed}")
 
 
 def _memory() -> Check:

@@ -15,3 +15,14 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(0)  # libraries under test may use the global generator
     for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, so that `-m full` alone works anywhere."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

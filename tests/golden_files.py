@@ -28,7 +28,7 @@ def description(name: str) -> dict[str, Any]:
 def relative_error(goldens: Mapping[str, Tensor], name: str, value: Tensor) -> float:
     """Relative L2 error on what the golden stores: the whole tensor, or samples of it."""
     expected = goldens[name].double().flatten()
-    actual = value.detach().double().flatten()
+    actual = value.detach().cpu().double().flatten()
     if f"{name}#index" in goldens:
         actual = actual[goldens[f"{name}#index"].long()]
     assert actual.shape == expected.shape, name

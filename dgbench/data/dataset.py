@@ -21,6 +21,7 @@ from dgbench.data.domains import Domain, cache_root, data_root, lookup
 from dgbench.data.labels import LABEL_MAPS, LabelMap
 from dgbench.errors import DataError
 from dgbench.progress import Progress
+from dgbench.resources import usable_cores
 
 _FEW = 16  # images that are rendered sooner than a pool of processes starts
 
@@ -96,9 +97,9 @@ class SegDataset:
         return Sample(name, image, label)
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Only the label, (H, W) train ids: cheaper than the whole sample where images are files."""
+        """Only the label, (H, W) train ids: cheaper than the whole sample."""
         if self.domain.procedural:
-            return self[index].label
+            return _cached_label(self._render_key(), index)
         return read_label(self._files[index][2], self.label_map)
 
     def _render_key(self) -> _RenderKey:
@@ -113,7 +114,7 @@ class SegDataset:
         missing = [i for i in range(self._count) if not key.image(i).exists()]
         if not missing:
             return
-        workers = workers or min(len(os.sched_getaffinity(0)), 32)
+        workers = workers or min(usable_cores(), 32)
         progress.start(f"rendering {self.domain.name} {self.split}", len(missing), "images")
         try:
             if workers == 1 or len(missing) <= _FEW:
@@ -193,6 +194,15 @@ def _cached_render(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDAr
     except (OSError, UnidentifiedImageError):
         # the cache is ours and reproducible to the byte, so a damaged file is rendered again
         return _render_one(key, index)
+
+
+def _cached_label(key: _RenderKey, index: int) -> NDArray[np.uint8]:
+    if key.image(index).exists():
+        try:
+            return np.asarray(Image.open(key.label(index)))
+        except (OSError, UnidentifiedImageError):
+            pass  # rendered again, as above
+    return _cached_render(key, index)[1]
 
 
 def _index(domain: Domain, split: str, root: Path) -> list[tuple[str, Path, Path]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import cache_root
 from dgbench.data.labels import CLASSES
 from dgbench.progress import Progress
+from dgbench.resources import usable_cores
 
 # DAFormer keeps images with at least 3000 of GTA5's 1914 x 1052 pixels of the drawn class
 MIN_SHARE = 3000 / (1914 * 1052)
@@ -76,15 +78,21 @@ def class_counts(dataset: SegDataset, progress: Progress) -> NDArray[np.int64]:
     counts = np.zeros((len(dataset), len(CLASSES)), np.int64)
     progress.start(f"counting classes of {dataset.domain.name} {dataset.split}", len(dataset), "images")
     try:
-        for i in range(len(dataset)):
-            counts[i] = np.bincount(dataset.label(i).ravel(), minlength=256)[: len(CLASSES)]
-            progress.advance()
+        # threads: decoding and counting run outside the interpreter's lock
+        with ThreadPoolExecutor(min(usable_cores(), 16)) as pool:
+            for i, row in enumerate(pool.map(lambda i: _count(dataset.label(i)), range(len(dataset)))):
+                counts[i] = row
+                progress.advance()
     finally:
         progress.stop()
     buffer = io.BytesIO()
     np.save(buffer, counts, allow_pickle=False)
     atomic.write(path, buffer.getvalue())
     return counts
+
+
+def _count(label: NDArray[np.uint8]) -> NDArray[np.int64]:
+    return np.bincount(label.ravel(), minlength=256)[: len(CLASSES)]
 
 
 def _cache_file(dataset: SegDataset) -> Path:

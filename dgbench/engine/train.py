@@ -72,6 +72,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     peak = [group["lr"] for group in optimizer.param_groups]
     if accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # convolutions are a tenth of a step faster so; weights are stored as ever
+    model.to(memory_format=torch.channels_last)
     loss_of, optimizer = accelerator.prepare(_Loss(model), optimizer)
     if found:
         # after prepare(): the moments must land on the parameters' device
@@ -89,7 +91,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
             factor = schedule(step, spec.steps, recipe.optim)
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * factor
-            images = images.to(accelerator.device, non_blocking=True)
+            images = images.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
             labels = labels.to(accelerator.device, non_blocking=True)
             terms: dict[str, Tensor] = loss_of(images, labels)
             loss = torch.stack(list(terms.values())).sum()

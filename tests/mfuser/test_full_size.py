@@ -75,11 +75,14 @@ def loaded(request):
     return request.param, model, report
 
 
-def test_every_stage_of_a_forward_equals_the_authors(loaded):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_stage_of_a_forward_equals_the_authors(loaded, device, monkeypatch):
     variant, model, _ = loaded
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the numbers are fp32's
+    model.to(device)
     goldens, given = numbers(f"forward_{variant}"), description(f"forward_{variant}")["input"]
     with torch.no_grad(), recorded(model) as seen:
-        outputs, score_map = model._decode(image(given["name"], given["shape"]))
+        outputs, score_map = model._decode(image(given["name"], given["shape"]).to(device))
         seen["score_map"] = score_map
         for i, (classes, masks) in enumerate(outputs):
             seen |= {f"head/cls/{i}": classes, f"head/mask/{i}": masks}
@@ -88,7 +91,9 @@ def test_every_stage_of_a_forward_equals_the_authors(loaded):
     stages = {name for name in goldens if "#" not in name and name not in ("out/logits", "out/argmax")}
     # equal to after_fpn there, or the pooling's input
     assert stages - set(errors) <= {"feat/2/before_fpn", "feat/3/before_fpn"}
-    limit = {"text/raw": 3e-4} if variant == "siglip" else {}
+    # with these weights SigLIP's 24 text layers amplify rounding, and on a GPU what they feed as well
+    siglip = {"text/raw": 3e-4} if device == "cpu" else dict.fromkeys(errors, 3e-4)
+    limit = siglip if variant == "siglip" else {}
     wrong = {name: e for name, e in errors.items() if not e < limit.get(name, 1e-4)}
     assert not wrong
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dgbench.data.dataset import Sample
 from dgbench.data.sampling import RareClassSampler, UniformSampler
-from dgbench.data.transforms import Augmentation, StepBatches, TrainView, random_crop
+from dgbench.data.transforms import Augmentation, StepBatches, TrainView, photometric, random_crop
 
 PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
 
@@ -135,6 +135,20 @@ def test_photometric_distortion_leaves_labels_and_the_global_generator_alone():
         _, label = view[i]
         assert label.max() < 19
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_photometric_distortion_stays_within_its_ranges_and_never_swaps_channels():
+    # hue turns by at most 36 degrees, so what is red stays reddest; grey has neither hue nor saturation to change
+    red = np.full((4, 4, 3), (150, 60, 60), np.uint8)
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    rng = np.random.default_rng(0)
+    reds, greys = (np.stack([photometric(image, rng)[0, 0] for _ in range(400)]).astype(int) for image in (red, grey))
+    assert (reds.argmax(1) == 0).all()
+    assert (np.ptp(greys, 1) == 0).all()
+    assert greys.min() >= (100 - 32) * 0.5 - 1
+    assert greys.max() <= (100 + 32) * 1.5
+    # brightness and contrast are each left alone in half of the draws
+    assert (greys[:, 0] == 100).mean() == pytest.approx(0.25, abs=0.08)
 
 
 def test_contact_sheet_has_image_overlay_and_legend(tmp_path):
