@@ -117,7 +117,8 @@ def photometric(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[n
 def _affine(values: NDArray[np.uint8], gain: float, offset: float) -> NDArray[np.uint8]:
     """A look-up table: eight-bit values have no more than 256 results."""
     table = np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
-    return table[values]
+    mapped: NDArray[np.uint8] = table[values]
+    return mapped
 
 
 def _acceptable(label: NDArray[np.uint8], cat_max_ratio: float, wanted: int | None, area: int) -> bool:
