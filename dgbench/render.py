@@ -186,13 +186,18 @@ def duration(seconds: float) -> str:
 
 
 def _leaderboard(board: Leaderboard) -> list[Table]:
-    tables = [_own(group) for group in board.groups]
+    tables: list[Table] = []
+    for group in board.groups:
+        # what two groups of one title differ in is inside their protocol hashes
+        alike = any((g.source, g.targets, g.protocol) == (group.source, group.targets, group.protocol)
+                    for g in board.groups[: len(tables)])  # fmt: skip
+        tables.append(_own(group, "; at another image size or label map than the table above" if alike else ""))
     if not tables:
         tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
     return tables + [_published(group) for group in board.published]
 
 
-def _own(group: Group) -> Table:
+def _own(group: Group, remark: str = "") -> Table:
     ranked = [row for row in group.rows if row.rank is not None]
     columns = [_all_scores(row) for row in ranked]
     best = [_best(column) for column in zip(*columns, strict=True)]
@@ -210,7 +215,7 @@ def _own(group: Group) -> Table:
         dim = row.kind == "reference"
         wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
         narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
-    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better"
+    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better{remark}"
     compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, intervals=False))
     return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, intervals=True), compact=compact)
 
