@@ -441,7 +441,7 @@ def progress(*, quiet: bool = False) -> Progress:
 @contextlib.contextmanager
 def transfers(*, quiet: bool = False) -> Iterator[Progress]:
     """Within, downloads are told on stderr: a line before each, and on a terminal huggingface_hub's own bar."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not quiet:
         yield _Lines()

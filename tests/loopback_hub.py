@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
@@ -30,6 +31,11 @@ class Hub:
         return [(path, ranged) for method, path, ranged in self.requests if method == "GET" and path in self.files]
 
 
+@functools.cache
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 @contextmanager
 def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
@@ -54,7 +60,7 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                 self.end_headers()
                 return
             content = hub.files[path]
-            size, etag = len(content), hashlib.sha256(content).hexdigest()
+            size, etag = len(content), sha256(content)
             if hub.fault == "small":
                 etag = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
             if hub.fault == "changed":

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from loopback_hub import Hub, serving
 from typer.testing import CliRunner, Result
 
+import mfuser
 from dgbench import cli
+from mfuser.encoders import VisionEncoder
 from mfuser.hub import download, models
-from mfuser.pretrained import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, require
+from mfuser.pretrained import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, load_tower, require
 
 ROOT = Path(__file__).parents[1]
 DINO = WEIGHTS["dinov2_l"]
@@ -152,6 +155,44 @@ def test_a_file_damaged_in_the_cache_is_found_when_it_is_linked_again(near: Hub,
     message, _ = refused(run("download", "dinov2_l"), tmp_path / "cache")
     assert "is damaged: its sha256" in message
     assert run("download", "dinov2_l").exit_code == 0
+
+
+def test_quiet_says_nothing_on_stderr(near: Hub) -> None:
+    done = run("download", "dinov2_l", "--quiet")
+    assert done.exit_code == 0
+    assert done.stderr == ""
+
+
+def test_what_was_downloaded_is_what_a_tower_is_filled_from(near: Hub) -> None:
+    from safetensors.torch import save
+    from timm.models.vision_transformer import VisionTransformer
+
+    small = {"embed_dim": 64, "depth": 2, "num_heads": 2, "init_values": 1e-1}
+    theirs = VisionTransformer(img_size=42, patch_size=14, num_classes=0, **small)
+    near.files[NAME] = save(theirs.state_dict())
+    assert run("download", "dinov2_l").exit_code == 0
+    tower = VisionEncoder("dinov2_l", (42, 42), **small)
+    load_tower("dinov2_l", require(["dinov2_l"])["dinov2_l"], {"trunk": tower.trunk})
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(tower.trunk.state_dict()[name], value), name
+
+
+@pytest.mark.full
+def test_a_file_of_the_published_size_is_downloaded_and_built_from(near: Hub, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save
+
+    theirs = timm.create_model("vit_large_patch14_dinov2", num_classes=0)  # timm's own: 518 pixels, 37 x 37 positions
+    near.files[NAME] = save(theirs.state_dict())
+    done = program("download", "dinov2_l", "--json", folder=tmp_path, endpoint=near.url)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["bytes"] > 1.2e9
+    model = mfuser.build("source-only", backbone="dinov2_l", image_size=(112, 112), pretrained=True)
+    for name, value in theirs.state_dict().items():
+        if name != "pos_embed":
+            assert torch.equal(model.encoder.trunk.state_dict()[name], value), name
+    assert model.encoder.trunk.pos_embed.shape == (1, 65, 1024)
+    assert model(torch.rand(1, 3, 112, 112)).shape == (1, 19, 112, 112)
 
 
 @pytest.mark.parametrize(
