@@ -1,8 +1,8 @@
 """Published weights from the Hugging Face Hub: what there is, what is here, and fetching the rest.
 
 The only file of this package that opens a socket, and only in `download`. huggingface_hub moves the bytes, into its own
-cache, and takes up a cut transfer where it stopped; here each file is then held against the size and the hash that the
-Hub states for it, and one that differs is removed, so that the next try starts clean.
+cache, and takes up a cut transfer where it stopped (one that the user stops begins anew). Each file is then held against
+the size and the hash that the Hub states for it; one that differs is removed, so that the next try starts clean.
 """
 
 from __future__ import annotations
