@@ -239,6 +239,30 @@ def _dgbench(
     """Train on one domain, score on domains never seen."""
 
 
+@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench download dinov2_l eva02")
+def download(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Towers, see `dgbench models`.")],
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Fetch towers' published weights from the Hugging Face Hub and check them."""
+    from dgbench import render
+    from dgbench.download import download as fetch
+
+    with render.transfers(quiet=quiet) as progress:
+        fetched = fetch(names, progress)
+    render.show(fetched, as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench models --json")
+def models(as_json: JsonOpt = False) -> None:
+    """List the towers: role, weights, licence, and whether they are on this disk."""
+    from dgbench import render
+    from mfuser.hub import models as towers
+
+    render.show(towers(), as_json=as_json)
+
+
 @data.command("list", cls=Command, epilog="Example: dgbench data list")
 def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
     """List the domains and where each lies on this disk."""
