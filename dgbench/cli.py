@@ -263,6 +263,26 @@ def models(as_json: JsonOpt = False) -> None:
     render.show(towers(), as_json=as_json)
 
 
+@app.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench convert mfuser_eva02.pth runs/authors-eva02")
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="AUTHORS.pth", help="A checkpoint of the authors' release.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The run folder to make.")],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="What it was trained by; default: mfuser/<tower>-gta.")
+    ] = None,
+    token_ids: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON with the 19x5 token ids, where there is no tokenizer.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Make a run of a checkpoint that the authors of MFuser published; no code of it is run."""
+    from dgbench import render
+    from dgbench.engine import convert as conversion
+
+    ids = conversion.read_token_ids(token_ids) if token_ids else None
+    render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), as_json=as_json)
+
+
 @data.command("list", cls=Command, epilog="Example: dgbench data list")
 def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
     """List the domains and where each lies on this disk."""

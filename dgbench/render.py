@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dgbench.data.listing import ClassShare, DomainState, Sheet
     from dgbench.doctor import Check
+    from dgbench.engine.convert import Converted
     from dgbench.engine.predict import Prediction
     from dgbench.report.leaderboard import Group, Leaderboard, Row, Score
     from dgbench.results import Record
@@ -395,6 +396,14 @@ def _fetched(fetched: Sequence[Fetched]) -> list[Table]:
     return [Table("", ("tower", "file", "size", "state", "checked"), tuple(rows), keys=2, left=True, legend=places)]
 
 
+def _converted(done: Converted) -> list[Table]:
+    legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
+    legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
+    return [
+        Table(f"{done.source}: MFuser with {done.vlm}, now the run {done.run} of {done.recipe}", (), (), legend=tuple(legend))
+    ]
+
+
 # by name: looking up a class must not import the engine
 _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Leaderboard": _leaderboard,
@@ -406,6 +415,7 @@ _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Sheet": _sheet,
     "Model": _models,
     "Fetched": _fetched,
+    "Converted": _converted,
 }
 
 

@@ -178,6 +178,12 @@ _DEAD = {
     "clip": (r"dinov2\.mask_token$",),
     "siglip": (r"adapter_proj[123]\.", r"dinov2\.mask_token$"),
 }
+# a tensor that only the checkpoints with this tower have
+AUTHORS_MARKS = {
+    "eva02": "backbone.rope.freqs_cos",
+    "clip": "backbone.class_embedding",
+    "siglip": "backbone.embeddings.position_embedding.weight",
+}
 # ours alone: the authors keep them outside the checkpoint
 _OURS = ("logit_scale", "logit_bias")
 
