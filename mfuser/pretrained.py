@@ -83,10 +83,12 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
 def hub_file(tower: str) -> HubFile | None:
     """Where a tower's weights are, None if it has none; of a `timm:<model>`, where timm says.
 
-    Raises: ValueError for a model that timm has no weights of.
+    Raises: ValueError for an unknown tower, and for a model that timm has no weights of.
     """
-    if not tower.startswith("timm:"):
+    if tower in WEIGHTS:
         return WEIGHTS[tower]
+    if not tower.startswith("timm:"):
+        raise ValueError(f"unknown tower `{tower}`; choose from {', '.join(sorted(WEIGHTS))}, or timm:<model>")
     import timm
 
     model = tower.removeprefix("timm:")
