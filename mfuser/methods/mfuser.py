@@ -31,7 +31,7 @@ from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
 from mfuser.fusion import FUSERS, MTEnhancer
 from mfuser.ops import resolve
-from mfuser.pretrained import load_tower, require
+from mfuser.pretrained import WeightsNotFound, load_tower, require, unfilled
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.text import TextEncoder, tokenize
 
@@ -165,6 +165,22 @@ _EMBEDDINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
+    """Foundation and vision-language tower.
+
+    Raises: ValueError for two that cannot be fused block by block.
+    """
+    # one grid for both towers: the vision-language tower's patch size decides
+    patch = options.patch or ENCODERS[options.vlm].patch
+    vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
+    vlm = VisionEncoder(options.vlm, options.image_size, patch=patch, sane=options.variant == "sane")
+    if vfm.depth != vlm.depth:
+        raise ValueError(f"`{options.vfm}` has {vfm.depth} blocks and `{options.vlm}` {vlm.depth}; they must be equal")
+    if vfm.dim != vlm.dim:
+        raise ValueError(f"`{options.vfm}` is {vfm.dim} wide and `{options.vlm}` {vlm.dim}; they must be equal")
+    return vfm, vlm
+
+
 class MFuser(Segmentor):
     """The model; see the module's head for the idea and `Options` for the sizes."""
 
@@ -177,14 +193,7 @@ class MFuser(Segmentor):
         if sane:
             self.no_decay = ("norm", "level_embed", "level_encoding", "query_embed", "A_log", ".D")
             self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-        # one grid for both towers: the vision-language tower's patch size decides
-        patch = o.patch or ENCODERS[o.vlm].patch
-        self.vfm = VisionEncoder(o.vfm, o.image_size, patch=patch)
-        self.vlm = VisionEncoder(o.vlm, o.image_size, patch=patch, sane=sane)
-        if self.vfm.depth != self.vlm.depth:
-            raise ValueError(f"`{o.vfm}` has {self.vfm.depth} blocks and `{o.vlm}` {self.vlm.depth}; they must be equal")
-        if self.vfm.dim != self.vlm.dim:
-            raise ValueError(f"`{o.vfm}` is {self.vfm.dim} wide and `{o.vlm}` {self.vlm.dim}; they must be equal")
+        self.vfm, self.vlm = _towers(options)
         dim, depth = self.vfm.dim, self.vfm.depth
         # blocks 7, 11, 15 and 23 of 24
         self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
@@ -299,7 +308,13 @@ def build(options: Options, *, pretrained: bool) -> Segmentor:
     Raises: WeightsNotFound naming the files that are missing when `pretrained`.
     """
     # before anything is built: a missing file should cost seconds, not minutes
-    files = require([options.vfm, options.vlm]) if pretrained else {}
+    try:
+        files = require([options.vfm, options.vlm]) if pretrained else {}
+    except WeightsNotFound:
+        # of two towers that do not fit, neither need be downloaded
+        with torch.random.fork_rng(devices=[]), unfilled():
+            _towers(options)
+        raise
     # the ids travel with the model, so that loading it never asks for a tokenizer
     options = replace(options, token_ids=options.token_ids or tokenize(options.vlm, Segmentor.classes))
     model = MFuser(options)

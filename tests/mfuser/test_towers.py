@@ -54,6 +54,9 @@ def test_towers_that_do_not_match_are_refused_with_both_numbers():
         full("eva02", "timm:vit_base_patch16_dinov3")
     with pytest.raises(ValueError, match="`timm:vit_tiny_patch16_224` is 192 wide and `.*` 64; they must be equal"):
         mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="twelve", token_ids=[[1] * 5] * 19, pretrained=False)
+    # before anything is downloaded
+    with pytest.raises(ValueError, match="has 12 blocks and `tiny` 3; they must be equal"):
+        mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="tiny", image_size=(64, 64), pretrained=True)
 
 
 def test_a_model_of_timms_is_no_language_tower():
