@@ -239,6 +239,50 @@ def _dgbench(
     """Train on one domain, score on domains never seen."""
 
 
+@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench download dinov2_l eva02")
+def download(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Towers, see `dgbench models`.")],
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Fetch towers' published weights from the Hugging Face Hub and check them."""
+    from dgbench import render
+    from dgbench.download import download as fetch
+
+    with render.transfers(quiet=quiet) as progress:
+        fetched = fetch(names, progress)
+    render.show(fetched, as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench models --json")
+def models(as_json: JsonOpt = False) -> None:
+    """List the towers: role, weights, licence, and whether they are on this disk."""
+    from dgbench import render
+    from mfuser.hub import models as towers
+
+    render.show(towers(), as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench convert mfuser_eva02.pth runs/authors-eva02")
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="AUTHORS.pth", help="A checkpoint of the authors' release.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The run folder to make.")],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="What it was trained by; default: mfuser/<tower>-gta.")
+    ] = None,
+    token_ids: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON with the 19x5 token ids, where there is no tokenizer.")
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Make a run of a checkpoint that the authors of MFuser published; no code of it is run."""
+    from dgbench import render
+    from dgbench.engine import convert as conversion
+
+    ids = conversion.read_token_ids(token_ids) if token_ids else None
+    render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), as_json=as_json)
+
+
 @data.command("list", cls=Command, epilog="Example: dgbench data list")
 def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
     """List the domains and where each lies on this disk."""

@@ -11,9 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dgbench.errors import RecipeError, unknown
+
+if TYPE_CHECKING:
+    from dgbench.data.domains import Domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,17 @@ def lookup(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise RecipeError(*unknown("protocol", name, PROTOCOLS))
     return PROTOCOLS[name]
+
+
+def label_map(protocol: Protocol, domain: Domain) -> str:
+    """Return the label map by which this domain's labels are read."""
+    return f"mapillary-{protocol.mapillary_map}" if domain.base == "mapillary" else domain.label_map
+
+
+def domain_row(domain: Domain, split: str, label_map: str, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Return what fixes the pixels and labels of a scored split; enters the hash."""
+    row: dict[str, Any] = {"name": domain.name, "split": split, "revision": domain.revision(), "label_map": label_map}
+    return row if size is None else row | {"size": list(size)}
 
 
 def protocol_hash(protocol: Protocol, domain_row: Mapping[str, Any]) -> str:

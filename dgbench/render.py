@@ -5,13 +5,14 @@ Results go to stdout, everything else to stderr. Meaning never rests on colour: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
     from dgbench.data.listing import ClassShare, DomainState, Sheet
     from dgbench.doctor import Check
+    from dgbench.engine.convert import Converted
     from dgbench.engine.predict import Prediction
     from dgbench.report.leaderboard import Group, Leaderboard, Row, Score
     from dgbench.results import Record
+    from mfuser.hub import Fetched, Model
 
 WIDTH = 100
 ABSENT = "–"
@@ -186,13 +189,18 @@ def duration(seconds: float) -> str:
 
 
 def _leaderboard(board: Leaderboard) -> list[Table]:
-    tables = [_own(group) for group in board.groups]
+    tables: list[Table] = []
+    for group in board.groups:
+        # what two groups of one title differ in is inside their protocol hashes
+        alike = any((g.source, g.targets, g.protocol) == (group.source, group.targets, group.protocol)
+                    for g in board.groups[: len(tables)])  # fmt: skip
+        tables.append(_own(group, "; at another image size or label map than the table above" if alike else ""))
     if not tables:
         tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
     return tables + [_published(group) for group in board.published]
 
 
-def _own(group: Group) -> Table:
+def _own(group: Group, remark: str = "") -> Table:
     ranked = [row for row in group.rows if row.rank is not None]
     columns = [_all_scores(row) for row in ranked]
     best = [_best(column) for column in zip(*columns, strict=True)]
@@ -210,7 +218,7 @@ def _own(group: Group) -> Table:
         dim = row.kind == "reference"
         wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
         narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
-    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better"
+    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better{remark}"
     compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, intervals=False))
     return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, intervals=True), compact=compact)
 
@@ -355,6 +363,47 @@ def _sheet(sheet: Sheet) -> list[Table]:
     return [Table(f"{sheet.path}: {sheet.n_images} images of {sheet.domain} {sheet.split}", (), ())]
 
 
+def _models(models: Sequence[Model]) -> list[Table]:
+    rows = []
+    for model in models:
+        if model.repo is None:
+            rows.append(
+                (*(Cell(text) for text in (model.name, model.role, ABSENT, ABSENT, ABSENT)), Cell("trained from scratch"))
+            )
+            continue
+        if not model.missing:
+            here = Cell("here", "good")
+        else:
+            here = Cell(f"all but {', '.join(model.missing)}", "warn") if model.path else Cell("not here", "dim")
+        size = ABSENT if model.gigabytes is None else f"{model.gigabytes:g} GB"
+        texts = (model.name, model.role, size, model.licence or ABSENT)
+        rows.append((*map(Cell, texts), here, Cell(model.repo)))
+    legend = (
+        "vfm: vision foundation model, vlm: vision-language model. Fetch by name: dgbench download NAME...",
+        "Licences are those of the weights, by their owners; --json has the paths.",
+    )
+    header = ("tower", "role", "size", "licence", "on disk", "Hub repository")
+    return [Table("", header, tuple(rows), left=True, legend=legend)]
+
+
+def _fetched(fetched: Sequence[Fetched]) -> list[Table]:
+    rows = []
+    for row in fetched:
+        size = ABSENT if row.bytes is None else f"{row.bytes / 1e6:,.1f} MB"
+        state = {"here": "already here"}.get(row.state, row.state)
+        rows.append((Cell(row.name), Cell(row.file or ABSENT), Cell(size), Cell(state), Cell(row.checked or ABSENT)))
+    places = tuple(f"{row.name}: {row.path}" for row in fetched if row.path)
+    return [Table("", ("tower", "file", "size", "state", "checked"), tuple(rows), keys=2, left=True, legend=places)]
+
+
+def _converted(done: Converted) -> list[Table]:
+    legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
+    legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
+    return [
+        Table(f"{done.source}: MFuser with {done.vlm}, now the run {done.run} of {done.recipe}", (), (), legend=tuple(legend))
+    ]
+
+
 # by name: looking up a class must not import the engine
 _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Leaderboard": _leaderboard,
@@ -364,6 +413,9 @@ _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "DomainState": _domain_states,
     "ClassShare": _class_shares,
     "Sheet": _sheet,
+    "Model": _models,
+    "Fetched": _fetched,
+    "Converted": _converted,
 }
 
 
@@ -399,6 +451,21 @@ def progress(*, quiet: bool = False) -> Progress:
         return Silent()
     console = _console(stderr=True)
     return _Bar(console) if console.is_terminal and not console.is_dumb_terminal else _Lines()
+
+
+@contextlib.contextmanager
+def transfers(*, quiet: bool = False) -> Iterator[Progress]:
+    """Within, downloads are told on stderr: a line before each, and on a terminal huggingface_hub's own bar."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+
+    if not quiet:
+        yield _Lines()
+        return
+    disable_progress_bars()
+    try:
+        yield Silent()
+    finally:
+        enable_progress_bars()
 
 
 def _fields(values: Mapping[str, float | str]) -> str:

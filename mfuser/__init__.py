@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mfuser.checkpoints import load, save
+    from mfuser.checkpoints import LoadReport, load, load_authors_checkpoint, save, to_authors_state_dict
     from mfuser.inference import slide
     from mfuser.methods import build, options
     from mfuser.methods import names as method_names
@@ -20,16 +20,32 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "mfuser.segmentor:Batch",
+    "LoadReport": "mfuser.checkpoints:LoadReport",
     "Segmentor": "mfuser.segmentor:Segmentor",
     "WeightsNotFound": "mfuser.pretrained:WeightsNotFound",
     "build": "mfuser.methods:build",
     "load": "mfuser.checkpoints:load",
+    "load_authors_checkpoint": "mfuser.checkpoints:load_authors_checkpoint",
     "method_names": "mfuser.methods:names",
     "options": "mfuser.methods:options",
     "save": "mfuser.checkpoints:save",
     "slide": "mfuser.inference:slide",
+    "to_authors_state_dict": "mfuser.checkpoints:to_authors_state_dict",
 }
-__all__ = ["Batch", "Segmentor", "WeightsNotFound", "build", "load", "method_names", "options", "save", "slide"]
+__all__ = [
+    "Batch",
+    "LoadReport",
+    "Segmentor",
+    "WeightsNotFound",
+    "build",
+    "load",
+    "load_authors_checkpoint",
+    "method_names",
+    "options",
+    "save",
+    "slide",
+    "to_authors_state_dict",
+]
 
 
 def __getattr__(name: str) -> Any:

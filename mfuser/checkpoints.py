@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mfuser.keys import authors, is_dead
+from mfuser.keys import AUTHORS_MARKS, authors, is_dead
 from mfuser.methods import build
 from mfuser.pretrained import unfilled
 from mfuser.segmentor import Segmentor
@@ -92,6 +95,61 @@ class LoadReport:
     dead: tuple[str, ...]  # tensors that the authors' model holds and never reads
 
 
+class _Inert:
+    """Stands for an object of the authors' tools (a log's history, a NumPy scalar): takes anything, does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# what the authors' trainer keeps beside the weights; of other modules nothing is accepted, not even inertly
+_KNOWN_MODULES = ("mmengine", "mmcv", "mmseg", "numpy", "_codecs")
+
+
+def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
+    """The `state_dict` of a checkpoint file that mmcv or mmengine wrote, read without running any code of it.
+
+    Raises: ValueError for a file that is no such checkpoint, is damaged, or asks for code to be run.
+    """
+    path = Path(path)
+    # files from before torch 1.6 are no archives: only plain tensors are read from those
+    archive = zipfile.is_zipfile(path)
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
+        if hostile := sorted(name for name in foreign if name.partition(".")[0] not in _KNOWN_MODULES):
+            raise ValueError(f"{path} asks to run {', '.join(hostile)}, which no checkpoint of MFuser needs; it was not loaded")
+        inert: list[Any] = [(_Inert, name) for name in foreign]
+        with torch.serialization.safe_globals(inert):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no `state_dict` of tensors; a checkpoint of the authors' trainer is expected")
+    return {str(key): value for key, value in state.items()}
+
+
+def authors_tower(state: Mapping[str, torch.Tensor]) -> str:
+    """The vision-language tower of one of the authors' checkpoints, told by its names.
+
+    Raises: ValueError if they fit none.
+    """
+    for vlm, key in AUTHORS_MARKS.items():
+        if key in state:
+            return vlm
+    raise ValueError(
+        f"this is not an authors' checkpoint of MFuser: none of {', '.join(AUTHORS_MARKS.values())} is among its "
+        f"{len(state)} tensors ({', '.join(sorted(state)[:3])}, ...)"
+    )
+
+
 def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor]) -> LoadReport:
     """Fill an MFuser with the tensors of one of the authors' checkpoints; nothing is changed unless all fits.
 
@@ -117,7 +175,7 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
         value = source.read(state)
         if value.squeeze().shape != target[name].squeeze().shape:
             raise ValueError(f"{source.keys[0]} is {tuple(value.shape)}, expected {tuple(target[name].shape)}")
-        values[name] = value.reshape(target[name].shape).contiguous()
+        values[name] = value.reshape(target[name].shape).to(target[name].dtype).contiguous()
     model.load_state_dict(values, strict=False, assign=True)
     return LoadReport(tuple(sorted(used)), tuple(dead))
 

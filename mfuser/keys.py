@@ -18,10 +18,14 @@ Rules = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of ours comes from: one or several foreign tensors, stacked by rows, perhaps transposed."""
+    """Where a tensor of ours comes from: one or several foreign tensors, stacked by rows, perhaps transposed.
+
+    `bare` says that theirs lacks the leading dimensions of size 1 that ours has.
+    """
 
     keys: tuple[str, ...]
     transposed: bool = False
+    bare: bool = False
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
         """Our tensor, up to dimensions of size 1.
@@ -33,16 +37,21 @@ class Source:
         return value.T if self.transposed else value
 
     def write(self, value: Tensor) -> dict[str, Tensor]:
-        """The foreign tensors that `read` would take `value` from, up to dimensions of size 1."""
+        """The foreign tensors that `read` would take `value` from."""
         value = value.T if self.transposed else value
+        while self.bare and value.shape[0] == 1:
+            value = value[0]
+        if len(self.keys) == 1:
+            return {self.keys[0]: value}
         return dict(zip(self.keys, value.chunk(len(self.keys)), strict=True))
 
 
 def _renamed(name: str, rules: Rules) -> Source:
+    """Apply the rules in order; a name that ends in `^T` is transposed there, one in `^1` bare."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
-    keys = _split(name)
-    return Source(tuple(key.removesuffix("^T") for key in keys), transposed=name.endswith("^T"))
+    name, _, mark = name.partition("^")
+    return Source(tuple(_split(name)), transposed=mark == "T", bare=mark == "1")
 
 
 def _split(name: str) -> list[str]:
@@ -63,8 +72,8 @@ _EVA: Rules = [
     (r"mlp\.fc2\.", "mlp.w3."),
 ]
 _OPENAI: Rules = [
-    (r"^cls_token$", "class_embedding"),
-    (r"^pos_embed$", "positional_embedding"),
+    (r"^cls_token$", "class_embedding^1"),
+    (r"^pos_embed$", "positional_embedding^1"),
     (r"^patch_embed\.proj\.", "conv1."),
     (r"^norm_pre\.", "ln_pre."),
     (r"^norm\.", "ln_post."),
@@ -77,7 +86,7 @@ _OPENAI: Rules = [
 ]
 _SIGLIP_IMAGE: Rules = [
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^pos_embed$", "embeddings.position_embedding.weight"),
+    (r"^pos_embed$", "embeddings.position_embedding.weight^1"),
     (r"^norm\.", "post_layernorm."),
     (r"^blocks\.", "encoder.layers."),
     (r"\.norm([12])\.", r".layer_norm\1."),
@@ -171,6 +180,12 @@ _DEAD = {
     "eva02": (r"^random_text$", r"rope\.freqs_(cos|sin)$", r"dinov2\.mask_token$"),
     "clip": (r"dinov2\.mask_token$",),
     "siglip": (r"adapter_proj[123]\.", r"dinov2\.mask_token$"),
+}
+# a tensor that only the checkpoints with this tower have
+AUTHORS_MARKS = {
+    "eva02": "backbone.rope.freqs_cos",
+    "clip": "backbone.class_embedding",
+    "siglip": "backbone.embeddings.position_embedding.weight",
 }
 # ours alone: the authors keep them outside the checkpoint
 _OURS = ("logit_scale", "logit_bias")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfuser.pretrained import WeightsNotFound, unfilled
+from mfuser.pretrained import TOKENIZERS, WeightsNotFound, how_to_get, unfilled
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
 
@@ -26,16 +26,16 @@ class TextTower:
 
     open_clip: str | None  # configuration name; None: the tiny tower
     contexts: int
-    tokenizer: str  # open_clip model whose tokenizer is used
+    tokenizer: str | None  # open_clip model whose tokenizer is used; None: a file of its own, see pretrained.TOKENIZERS
     causal: bool = True
-    pad: int | None = None  # the id behind the words, of a tower that reads its last position
+    pad: int = 0  # what fills lines of a tokenizer from a file
 
 
 TEXTS: dict[str, TextTower] = {
     "eva02": TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336"),
     "clip": TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336"),
-    "siglip": TextTower("ViT-L-16-SigLIP-384", 5, "ViT-L-16-SigLIP-384", causal=False, pad=1),
-    "siglip2": TextTower("ViT-L-16-SigLIP2-512", 5, "ViT-L-16-SigLIP2-512", causal=False, pad=0),
+    "siglip": TextTower("ViT-L-16-SigLIP-384", 5, None, causal=False, pad=1),
+    "siglip2": TextTower("ViT-L-16-SigLIP2-512", 5, None, causal=False),
     "tiny": TextTower(None, 5, "ViT-B-16"),
     "small": TextTower(None, 5, "ViT-B-16"),
 }
@@ -78,7 +78,7 @@ class TextEncoder(nn.Module):
             )
         self.name, self.causal, self.contexts = name, row.causal, row.contexts
         self.start = 0 if sane and not row.causal else 1  # tokens before the context
-        self.pad = row.pad if sane else None
+        self.pad = row.pad if sane and not row.causal else None
         self.width: int = settings["width"]
         self.dim: int = config["embed_dim"]
         self.register_buffer("token_ids", token_ids.long(), persistent=False)
@@ -112,20 +112,36 @@ class TextEncoder(nn.Module):
 def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
     """Token ids (K, 5) of the class names, by the tower's own tokenizer.
 
-    CLIP's vocabulary comes with open_clip; SigLIP's is fetched from the Hub.
+    CLIP's vocabulary comes with open_clip; SigLIP's is a file of the Hub, read from the local cache.
 
-    Raises: WeightsNotFound if the tokenizer is not on this machine.
+    Raises: WeightsNotFound if that file is not on this machine, or not whole.
     """
+    row = TEXTS[name]
+    if row.tokenizer is None:
+        return _from_file(name, classes)
     from open_clip import get_tokenizer
 
-    row = TEXTS[name]
-    try:
-        tokenizer = get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)
-    except (ImportError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsNotFound(
-            f"the tokenizer of `{name}` cannot be loaded: {reason}",
-            "install `transformers` and run once where there is a network, or give the ids: token_ids=[[...], ...], (19, 5)",
-        ) from error
-    ids = np.asarray(tokenizer(list(classes)))
+    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
     return [[int(i) for i in line] for line in ids]
+
+
+def _from_file(name: str, classes: Sequence[str]) -> list[list[int]]:
+    # what open_clip does through `transformers`, with the library that does the work there
+    from open_clip.tokenizer import get_clean_fn
+    from tokenizers import Tokenizer
+
+    file = TOKENIZERS[name]
+    path = file.where
+    if path is None:
+        raise WeightsNotFound(
+            f"the tokenizer of `{name}` is not on this machine: {file}",
+            f"{how_to_get([name])}, or give the ids: token_ids=[[...], ...], ({len(classes)}, {CONTEXT_LENGTH})",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise WeightsNotFound(f"{path} is damaged: {error}", f"delete it and run: dgbench download {name}") from None
+    tokenizer.enable_truncation(CONTEXT_LENGTH)
+    tokenizer.enable_padding(length=CONTEXT_LENGTH, pad_id=TEXTS[name].pad)
+    clean = get_clean_fn("canonicalize")
+    return [list(line.ids) for line in tokenizer.encode_batch([clean(text) for text in classes])]

@@ -107,7 +107,7 @@ def test_results_and_recipes_need_neither_torch_nor_models() -> None:
     light = (
         "dgbench.recipe", "dgbench.protocol", "dgbench.results", "dgbench.report", "dgbench.metrics", "dgbench.errors",
         "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.data.domains", "dgbench.data.labels",
-        "dgbench.data.listing",
+        "dgbench.data.listing", "dgbench.download",
     )  # fmt: skip
     assert not offences(light, *HEAVY)
 
@@ -134,6 +134,20 @@ def test_each_heavy_helper_stays_in_its_room() -> None:
     assert not offences(both, "yaml", but=("dgbench.recipe", "dgbench.report"))
     assert not offences(both, "accelerate", "fvcore", but=("dgbench.engine",))
     assert not offences(both, "datasets", "huggingface_hub")
+
+
+def test_sockets_are_opened_in_named_places() -> None:
+    callers = {
+        "hf_hub_download", "snapshot_download", "get_hf_file_metadata", "HfApi", "load_dataset", "urlopen", "urlretrieve",
+        "httpx", "requests", "socket",
+    }  # fmt: skip
+    named = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and callers & {alias.name for alias in node.names}
+    }
+    assert named == {"mfuser.hub"}
 
 
 def test_data_and_results_do_not_reach_into_the_engine() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dgbench.data.domains import Domain, cache_root, data_root, lookup
+from dgbench.data.domains import RENDER_SIZE, Domain, cache_root, data_root, lookup
 from dgbench.data.labels import LABEL_MAPS, LabelMap
 from dgbench.errors import DataError
 from dgbench.progress import Progress
@@ -57,7 +57,7 @@ class SegDataset:
         self.label_map = LABEL_MAPS[label_map or self.domain.label_map]
         self.domain.require_split(split)
         self.split = split
-        self.size = size if size or not self.domain.procedural else (256, 512)
+        self.size = size if size or not self.domain.procedural else RENDER_SIZE
         self.available = self.domain.splits[split]
         self._files: list[tuple[str, Path, Path]] = []
         if self.domain.procedural:

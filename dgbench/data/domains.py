@@ -71,6 +71,7 @@ def _folders(name: str, title: str, size: str, label_map: str, licence: str, acc
 
 
 STREETS_SPLITS = {"train": 4000, "val": 100}
+RENDER_SIZE = (256, 512)  # (H, W) where nothing else is asked for
 
 _STREETS = {
     "streets-game": "clean, saturated, one camera: the source",

@@ -78,7 +78,14 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
         raise DataError("no target domain to score", "name some: --targets streets-city streets-world")
     rules = protocol.lookup(recipe.eval.protocol)
     datasets = [
-        SegDataset(d, "val", root=root, size=recipe.data.size, limit=recipe.data.val_images, label_map=_map(rules, d))
+        SegDataset(
+            d,
+            "val",
+            root=root,
+            size=recipe.data.size,
+            limit=recipe.data.val_images,
+            label_map=protocol.label_map(rules, lookup(d)),
+        )
         for d in domains
     ]
     folder = checkpoints.folder_of(run)
@@ -86,10 +93,6 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     model = checkpoints.load_for(recipe, folder).to(on)
     sha = checkpoints.sha256(folder)
     return [_score(recipe, rules, model, dataset, run, sha, on, progress) for dataset in datasets]
-
-
-def _map(rules: protocol.Protocol, domain: str) -> str | None:
-    return f"mapillary-{rules.mapillary_map}" if lookup(domain).base == "mapillary" else None
 
 
 def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset, run: Path, sha: str,
@@ -117,11 +120,12 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
     counts = np.stack(matrices)
     iou = metrics.iou(counts.sum(0))
     commit, dirty = results.commit()
+    row = protocol.domain_row(dataset.domain, dataset.split, dataset.label_map.name, dataset.size)
     record = results.Record(
         id=results.new_id(), kind="eval", created=results.now_iso(), method=model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
         target=dataset.domain.name, split=dataset.split, protocol=rules.name,
-        protocol_hash=protocol.protocol_hash(rules, domain_row(dataset)), miou=metrics.miou(counts.sum(0)),
+        protocol_hash=protocol.protocol_hash(rules, row), miou=metrics.miou(counts.sum(0)),
         iou=tuple(None if np.isnan(v) else float(v) for v in iou), interval=metrics.bootstrap(counts),
         n_images=len(dataset), n_available=dataset.available,
         seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
@@ -160,13 +164,3 @@ def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, cro
             score = F.interpolate(score[None], tuple(item.label.shape), mode="bilinear", align_corners=False)[0]
         predictions.append(score.argmax(0))
     return predictions
-
-
-def domain_row(dataset: SegDataset) -> dict[str, Any]:
-    """What fixes the pixels and labels of a scored split; enters the protocol hash."""
-    domain = dataset.domain
-    row: dict[str, Any] = {"name": domain.name, "split": dataset.split, "revision": domain.revision()}
-    row["label_map"] = dataset.label_map.name
-    if dataset.size is not None:
-        row["size"] = list(dataset.size)
-    return row

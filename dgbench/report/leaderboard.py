@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from dgbench.data.domains import names
+from dgbench import protocol as protocols
+from dgbench.data.domains import RENDER_SIZE, lookup, names
 from dgbench.results import Record
+
+if TYPE_CHECKING:
+    from dgbench.recipe import Recipe
 
 PUBLISHED = Path(__file__).parents[1] / "published.yaml"
 
@@ -86,6 +90,7 @@ class Reference:
     protocol: str
     miou: Mapping[str, float]  # target -> 0..1; the source stands for its validation split
     origin: str
+    hashes: Mapping[str, str] = field(default_factory=dict)  # column -> protocol hash that the recipe scores under
 
 
 @dataclass(slots=True)
@@ -132,14 +137,19 @@ def leaderboard(
     parts: dict[tuple[str, str], list[_Model]] = {}
     for key, model in _models(records).items():
         parts.setdefault((key[0], key[1]), []).append(model)
-    groups = [
-        _group(source, protocol, cluster, references, targets, every=every)
-        for (source, protocol), models in parts.items()
-        for cluster in _compatible(models)
-    ]
-    shown = {(group.source, group.protocol) for group in groups}
-    lonely = sorted({(r.source, r.protocol) for r in references} - shown)
-    groups += [_group(source, protocol, [], references, targets, every=every) for source, protocol in lonely]
+    groups, shown = [], []
+    for (source_, protocol), models in parts.items():
+        for cluster in _compatible(models):
+            hashes = {column: value for model in cluster for column, value in model.hashes.items()}
+            mine = [r for r in references if _belongs(r, source_, protocol, hashes)]
+            groups.append(_group(source_, protocol, cluster, mine, targets, every=every))
+            shown.append((source_, protocol, hashes))
+    lonely = [r for r in references if not any(_belongs(r, *group) for group in shown)]
+    while lonely:
+        first = lonely[0]
+        together = [r for r in lonely if _belongs(r, first.source, first.protocol, first.hashes)]
+        groups.append(_group(first.source, first.protocol, [], together, targets, every=every))
+        lonely = [r for r in lonely if r not in together]
     tables = [table for table in load_published() if source in (None, table.source)] if published else []
     return Leaderboard(tuple(groups), tuple(tables))
 
@@ -158,9 +168,16 @@ def references() -> list[Reference]:
         recipe = load_recipe(name, check_method=False)
         for origin in dict.fromkeys(row.origin for row in recipe.expect):
             miou = {row.target: row.miou for row in recipe.expect if row.origin == origin}
-            method = recipe.method
-            found.append(Reference(name, method.name, method.variant, recipe.data.source, recipe.eval.protocol, miou, origin))
+            method, source = recipe.method, recipe.data.source
+            hashes = {_SOURCE if target == source else target: _expected_hash(recipe, target) for target in miou}
+            found.append(Reference(name, method.name, method.variant, source, recipe.eval.protocol, miou, origin, hashes))
     return found
+
+
+def _expected_hash(recipe: Recipe, target: str) -> str:
+    rules, domain = protocols.lookup(recipe.eval.protocol), lookup(target)
+    size = recipe.data.size or (RENDER_SIZE if domain.procedural else None)
+    return protocols.protocol_hash(rules, protocols.domain_row(domain, "val", protocols.label_map(rules, domain), size))
 
 
 def load_published(path: Path = PUBLISHED) -> tuple[Group, ...]:
@@ -199,6 +216,13 @@ def _models(records: Iterable[Record]) -> dict[tuple[str, ...], _Model]:
     return models
 
 
+def _belongs(reference: Reference, source: str, protocol: str, hashes: Mapping[str, str]) -> bool:
+    """Whether a reference was scored as the models of a group were."""
+    shared = hashes.keys() & reference.hashes.keys()
+    same = all(hashes[column] == reference.hashes[column] for column in shared)
+    return (reference.source, reference.protocol) == (source, protocol) and same
+
+
 def _compatible(models: Sequence[_Model]) -> list[list[_Model]]:
     """Split models, newest first, into clusters whose protocol hashes agree wherever two share a column."""
     clusters: list[tuple[dict[str, str], list[_Model]]] = []
@@ -223,12 +247,11 @@ def _group(
     *,
     every: bool,
 ) -> Group:
-    mine = [r for r in references if (r.source, r.protocol) == (source, protocol)]
-    columns = tuple(targets) if targets is not None else _usual_targets(models, mine)
+    columns = tuple(targets) if targets is not None else _usual_targets(models, references)
     kept = list(models) if every else _not_replaced(models)
     rows = [_run_row(model, columns) for model in kept]
     own = {row.recipe for row in rows}
-    rows += [_reference_row(reference, columns) for reference in mine if reference.recipe not in own]
+    rows += [_reference_row(reference, columns) for reference in references if reference.recipe not in own]
     hashes = {column: value for model in models for column, value in model.hashes.items()}
     others = sorted({c for model in kept for c in model.records} - {*columns, _SOURCE})
     used = tuple(hashes[column] for column in (*columns, _SOURCE) if column in hashes)

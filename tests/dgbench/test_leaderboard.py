@@ -10,7 +10,7 @@ import pytest
 import yaml
 from records import model, record
 
-from dgbench.report.leaderboard import PUBLISHED, Reference, leaderboard, load_published, of_run
+from dgbench.report.leaderboard import PUBLISHED, Reference, leaderboard, load_published, of_run, references
 
 REFERENCE = Reference(
     "streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified",
@@ -139,6 +139,28 @@ def test_reference_rows_stand_in_without_a_rank() -> None:
 def test_a_run_of_ones_own_takes_the_reference_rows_place() -> None:
     [group] = leaderboard(model(0.5, 0.4, 0.4, recipe="streets/mfuser-gpu"), [REFERENCE]).groups
     assert [row.kind for row in group.rows] == ["run"]
+
+
+def test_a_reference_scored_otherwise_gets_a_group_of_its_own() -> None:
+    records = model(0.5, 0.4, 0.4)
+    hashes = {"streets-city": records[1].protocol_hash}
+    [group] = leaderboard(records, [dataclasses.replace(REFERENCE, hashes=hashes)]).groups
+    assert [row.kind for row in group.rows] == ["run", "reference"]
+    groups = leaderboard(records, [dataclasses.replace(REFERENCE, hashes={"streets-city": "another"})]).groups
+    assert [[row.kind for row in group.rows] for group in groups] == [["run"], ["reference"]]
+
+
+def test_shipped_references_hold_the_hashes_that_their_recipes_score_under(tmp_path: Path) -> None:
+    """A run of the recipe and its reference belong together: both hash the same rules and rendered size."""
+    from dgbench import protocol
+    from dgbench.data.dataset import SegDataset
+
+    shipped = {reference.recipe: reference for reference in references()}
+    tiny, gpu = shipped["streets/mfuser"], shipped["streets/mfuser-gpu"]
+    dataset = SegDataset("streets-city", "val", size=(128, 256))
+    row = protocol.domain_row(dataset.domain, "val", dataset.label_map.name, dataset.size)
+    assert tiny.hashes["streets-city"] == protocol.protocol_hash(protocol.lookup("unified"), row)
+    assert not set(tiny.hashes.values()) & set(gpu.hashes.values())
 
 
 def test_references_are_shown_before_anything_was_run() -> None:

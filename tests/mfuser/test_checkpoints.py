@@ -145,6 +145,25 @@ def test_parameters_are_as_many_as_the_authors_without_the_dead(full_size):
         assert ours == layout["parameters"][kind] - dead
 
 
+def test_every_component_has_as_many_parameters_as_the_authors(full_size):
+    variant, model, layout = full_size
+    parts = {"text.": "text_encoder", "vfm.": "dinov2", "vlm.": "vlm_image_encoder", "embedding.adapter": "adapter_proj",
+             "embedding.": "vlm_image_encoder", "adapters.": "adapter", "adapter_proj": "adapter_proj", "fpn": "fpn",
+             "context_decoder.": "context_decoder", "pixel_decoder.": "pixel_decoder", "contexts": "contexts", "gamma": "gamma",
+             "mask_decoder.layers.": "transformer_decoder", "mask_decoder.post_norm.": "transformer_decoder",
+             "mask_decoder.": "decode_head_other"}  # fmt: skip
+    ours = dict.fromkeys(layout["components"], 0)
+    for name, parameter in model.named_parameters():
+        ours[next(part for prefix, part in parts.items() if name.startswith(prefix))] += parameter.numel()
+    dead = dict.fromkeys(layout["components"], 0)
+    if variant == "eva":
+        dead["random_text"] = 14592
+    if variant == "siglip":
+        dead["adapter_proj"] = layout["components"]["adapter_proj"]["trainable"]
+    dead["dinov2"] = 1024  # mask_token
+    assert ours == {part: sum(count.values()) - dead[part] for part, count in layout["components"].items()}
+
+
 def test_another_models_checkpoint_is_refused_and_changes_nothing(full_size):
     variant, model, _ = full_size
     other = AuthorsWeights("clip" if variant == "eva" else "eva")

@@ -10,7 +10,7 @@ import mfuser
 from mfuser.encoders import VisionEncoder
 from mfuser.keys import published
 from mfuser.methods import build
-from mfuser.pretrained import WeightsNotFound, fill, fitted, load_tower, unfilled
+from mfuser.pretrained import WeightsNotFound, files, fill, fitted, load_tower, unfilled
 
 OPEN_CLIP = {"eva02": "EVA02-L-14-336", "clip": "ViT-L-14-336-quickgelu", "siglip": "ViT-L-16-SigLIP-384",
              "siglip2": "ViT-L-16-SigLIP2-512"}  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_file_that_is_not_the_towers_is_named(tmp_path):
     tower = VisionEncoder("dinov2_l", (28, 28), embed_dim=64, depth=1, num_heads=2, patch=14)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*; delete it and download it again"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .*; delete it and run: dgbench download dinov2_l"):
         load_tower("dinov2_l", file, {"trunk": tower.trunk})
     save_file({"something": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="is not `dinov2_l`: it has no tensor 'cls_token'"):
@@ -127,8 +127,9 @@ def test_missing_weights_name_every_file_and_what_to_do(vlm, tmp_path, monkeypat
     with pytest.raises(WeightsNotFound) as caught:
         mfuser.build("mfuser", vlm=vlm, pretrained=True)
     assert "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors (1.2 GB)" in caught.value.message
-    assert caught.value.message.count("timm/") == 2
-    assert "hf download timm/vit_large_patch14_dinov2.lvd142m model.safetensors" in caught.value.hint
+    for row in files(vlm):
+        assert f"{row.repo}/{row.file} ({row.size})" in caught.value.message
+    assert f"run: dgbench download dinov2_l {vlm} (the files go to {tmp_path};" in caught.value.hint
 
 
 def test_tiny_towers_need_no_file():

@@ -1,19 +1,98 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from golden_files import VARIANTS, description
 
-from mfuser.pretrained import fill
+from mfuser.pretrained import TOKENIZERS, HubFile, WeightsNotFound, fill
 from mfuser.segmentor import CITYSCAPES
-from mfuser.text import TextEncoder, tokenize
+from mfuser.text import TEXTS, TextEncoder, tokenize
 
 
 @pytest.mark.parametrize("variant", ["eva", "clip"])
 def test_class_names_become_the_authors_token_ids(variant):
     assert tokenize(VARIANTS[variant], CITYSCAPES) == description(f"layout_{variant}")["tokens"]
+
+
+def siglip_vocabulary(path: Path) -> None:
+    """A file as SigLIP's on the Hub: SentencePiece's unigrams with T5's end of line, in small."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    words = sorted({word for name in CITYSCAPES for word in name.split()} - {"motorcycle", "sidewalk"})
+    pieces = ["▁side", "walk", "▁motor", "cycle", "▁a", *(f"▁{word}" for word in words), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -float(i)) for i, piece in enumerate(pieces, 1))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    tokenizer.normalizer = normalizers.Replace(" {2,}", " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+
+
+@pytest.fixture
+def vocabulary(tmp_path, monkeypatch):
+    """SigLIP's vocabulary in the Hub cache, as far as `tokenize` can tell: ids by piece."""
+    from tokenizers import Tokenizer
+
+    file = tmp_path / "tokenizer.json"
+    siglip_vocabulary(file)
+    monkeypatch.setattr(HubFile, "where", property(lambda row: file if row == TOKENIZERS["siglip"] else None))
+    return Tokenizer.from_file(str(file)).get_vocab()
+
+
+@pytest.mark.parametrize("pad", [1, 0])
+def test_siglips_lines_are_cleaned_ended_padded_and_cut(pad, vocabulary, monkeypatch):
+    monkeypatch.setitem(TEXTS, "siglip", replace(TEXTS["siglip"], pad=pad))
+    a, road, side, walk, traffic, light = (vocabulary[p] for p in ("▁a", "▁road", "▁side", "walk", "▁traffic", "▁light"))
+    assert tokenize("siglip", ["road", "sidewalk", "Traffic_LIGHT!", " A  road. ", "a road a road a road", ""]) == [
+        [road, 1, pad, pad, pad],
+        [side, walk, 1, pad, pad],
+        [traffic, light, 1, pad, pad],
+        [a, road, 1, pad, pad],
+        [a, road, a, road, 1],
+        [1, pad, pad, pad, pad],
+    ]
+    ids = tokenize("siglip", CITYSCAPES)
+    assert (len(ids), {len(line) for line in ids}) == (19, {5})
+    assert not any(2 in line for line in ids)
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_a_vocabulary_that_open_clip_looks_for_on_the_hub_is_a_file_of_ours(name):
+    import open_clip
+
+    row = TEXTS[name]
+    rule = open_clip.get_model_config(row.open_clip)["text_cfg"] if row.open_clip else {}
+    repo = TOKENIZERS[name].repo if name in TOKENIZERS else None
+    assert repo == rule.get("hf_tokenizer_name")
+    assert (repo is None) == (row.tokenizer is not None)
+    assert repo is None or rule["tokenizer_kwargs"] == {"clean": "canonicalize"}
+
+
+def test_siglips_names_are_cleaned_as_open_clip_cleans_them(vocabulary):
+    from open_clip.tokenizer import canonicalize_text
+
+    names = ["Traffic_Light", "PERSON rider!", "a\tcar,  a bus", "side-walk"]
+    assert tokenize("siglip", names) == tokenize("siglip", [canonicalize_text(name) for name in names])
+    assert tokenize("siglip", ["person &amp; rider"]) == tokenize("siglip", ["person rider"])
+
+
+def test_a_missing_or_damaged_tokenizer_says_what_to_do(vocabulary, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(WeightsNotFound, match=r"tokenizer\.json is damaged: .*; delete it and run: dgbench download siglip"):
+        tokenize("siglip", CITYSCAPES)
+    monkeypatch.setattr(HubFile, "where", None)
+    with pytest.raises(WeightsNotFound) as caught:
+        tokenize("siglip", CITYSCAPES)
+    assert caught.value.message == (
+        "the tokenizer of `siglip` is not on this machine: timm/ViT-B-16-SigLIP/tokenizer.json (2.4 MB)"
+    )
+    assert "run: dgbench download siglip (the files go to" in caught.value.hint
+    assert "or give the ids: token_ids=[[...], ...], (19, 5)" in caught.value.hint
 
 
 def test_context_rows_stand_where_words_would():

@@ -11,7 +11,7 @@ from mfuser import encoders, pretrained
 from mfuser.checkpoints import load_authors_checkpoint
 from mfuser.encoders import ENCODERS, Tower, VisionEncoder
 from mfuser.methods.mfuser import PooledEmbedding, ProjectedEmbedding, SumEmbedding, counterparts
-from mfuser.pretrained import HubFile, WeightsNotFound, hub_file, load_tower, unfilled
+from mfuser.pretrained import HubFile, WeightsNotFound, files, hub_file, load_tower, unfilled
 from mfuser.segmentor import Batch
 
 IDS = {"eva02": "eva", "clip": "clip", "siglip": "siglip", "siglip2": "siglip"}
@@ -178,11 +178,13 @@ def test_a_model_of_timms_is_filled_from_its_file_and_its_positions_fitted(model
 
 def test_weights_of_every_tower_have_a_place():
     assert set(pretrained.WEIGHTS) >= {n for n, row in ENCODERS.items() if row.timm}
+    assert [row.file for row in files("siglip2")] == ["open_clip_model.safetensors", "tokenizer.json"]
     # 303 M parameters of four bytes
     found = hub_file("timm:vit_large_patch16_dinov3.lvd1689m")
-    assert (found.repo, found.file, found.gigabytes) == ("timm/vit_large_patch16_dinov3.lvd1689m", "model.safetensors", 1.21)
+    assert (found.repo, found.file, found.gigabytes) == ("timm/vit_large_patch16_dinov3.lvd1689m", "model.safetensors", 1.2)
     tagless = hub_file("timm:vit_tiny_patch16_224")
     assert isinstance(tagless, HubFile)
+    assert (tagless.size, tagless.licence) == ("23 MB", "apache-2.0")
     assert tagless.repo == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     with pytest.raises(ValueError, match="timm has no weights of `vit_base_patch16_gap_224` on the Hub"):
         hub_file("timm:vit_base_patch16_gap_224")

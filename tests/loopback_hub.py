@@ -1,0 +1,102 @@
+"""A Hub on the loopback: enough of its HTTP face for huggingface_hub to download from, with faults to order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@dataclass
+class Hub:
+    """Files by `repo/file`; what is wrong with the next answers; and the requests that came."""
+
+    url: str
+    files: dict[str, bytes]
+    # "cut" breaks the first body off, "short" sends less than was stated and says so, "changed" alters a byte,
+    # "small" gives git's object id as etag, "page" lacks what a Hub says of a file, an int is the status of every answer
+    fault: str | int | None = None
+    error_code: str | None = None  # the Hub's own word beside the status
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, `repo/file`, Range
+
+    def bodies(self) -> list[tuple[str, str | None]]:
+        """The files whose content was asked for; huggingface_hub has questions of its own besides."""
+        return [(path, ranged) for method, path, ranged in self.requests if method == "GET" and path in self.files]
+
+
+@functools.cache
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+            path = "/".join(asked.groups()) if asked else self.path
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            if isinstance(hub.fault, int) or path not in hub.files:
+                self.send_response(hub.fault if isinstance(hub.fault, int) else 404)
+                code = hub.error_code if isinstance(hub.fault, int) else "EntryNotFound"
+                if code:
+                    self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            content = hub.files[path]
+            size, etag = len(content), sha256(content)
+            if hub.fault == "small":
+                etag = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+            if hub.fault == "changed":
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            if hub.fault == "short":
+                content = content[: size // 2]
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
+            self.send_response(206 if start else 200)
+            for name, value in {
+                "ETag": f'"{etag}"', "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size, "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes", "Content-Length": len(content) - start,
+            }.items():  # fmt: skip
+                if hub.fault != "page" or name == "Content-Length":
+                    self.send_header(name, str(value))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.end_headers()
+            if not body:
+                return
+            if hub.fault == "cut":
+                hub.fault = None
+                self.wfile.write(content[: size // 2])
+                self.close_connection = True
+                return
+            self.wfile.write(content[start:])
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub = Hub(f"http://127.0.0.1:{server.server_port}", dict(files))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
