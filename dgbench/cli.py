@@ -332,8 +332,12 @@ def train(
     name: Annotated[
         str, typer.Argument(metavar="METHOD|RECIPE", help="A method, a recipe or a YAML file.", autocompletion=_recipes)
     ] = "mfuser",
-    vlm: Annotated[str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip.")] = None,
-    vfm: Annotated[str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l.")] = None,
+    vlm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.")
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.")
+    ] = None,
     source: Annotated[str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=_domain_names)] = None,
     targets: TargetsOpt = None,
     settings: Annotated[

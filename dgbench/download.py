@@ -19,11 +19,19 @@ def download(names: Sequence[str], progress: Progress | None = None) -> list[Fet
     Raises: DgbenchError for a name that is unknown or a domain's; mfuser's DownloadError, see there.
     """
     from mfuser import hub
-    from mfuser.pretrained import WEIGHTS
+    from mfuser.pretrained import WEIGHTS, files
 
     folders = {alias: row for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases)}
     for name in names:
         if name in WEIGHTS:
+            continue
+        if name.startswith("timm:"):
+            from mfuser.encoders import tower
+
+            try:
+                tower(name), files(name)
+            except ValueError as error:
+                raise DgbenchError(str(error), "docs/mfuser.md says which models of timm's are towers") from None
             continue
         if name.partition("@")[0] not in folders:
             raise DgbenchError(*unknown("tower or domain", name, [*WEIGHTS, *folders]))

@@ -97,11 +97,12 @@ class MethodSpec(BaseModel):
 
     @property
     def variant(self) -> str:
-        """What tells two builds of a method apart on a leaderboard: its towers, and its fuser if not the usual one."""
+        """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in ("vfm", "vlm", "backbone", "tower") if options.get(key))
-        fuser = options.get("fuser")
-        return f"{towers}, {fuser}" if towers and fuser not in (None, "mvfuser") else towers
+        unusual = [options.get(key) for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
+                   if options.get(key) not in (None, usual)]  # fmt: skip
+        return ", ".join([towers, *map(str, unusual)]) if towers else ""
 
 
 class DataSpec(_Spec):

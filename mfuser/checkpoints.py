@@ -156,8 +156,9 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
     Args:
         model: as `build("mfuser", vlm=...)` makes it, of the same towers.    state: the checkpoint's `state_dict`.
 
-    Raises: ValueError naming tensors that are missing, unknown, or of another shape.
+    Raises: ValueError for the variant `sane`, or naming tensors that are missing, unknown, or of another shape.
     """
+    _as_released(model)
     target, vlm = model.state_dict(), str(model.options.get("vlm"))
     sources = authors(vlm, target)
     used = {key for source in sources.values() for key in source.keys}
@@ -180,12 +181,24 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
 
 
 def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
-    """The model's tensors by the authors' names, without those that their model holds and never reads."""
+    """The model's tensors by the authors' names, without those that their model holds and never reads.
+
+    Raises: ValueError for the variant `sane`, which their code would run otherwise.
+    """
+    _as_released(model)
     state = model.state_dict()
     written: dict[str, torch.Tensor] = {}
     for name, source in authors(str(model.options.get("vlm")), state).items():
         written |= source.write(state[name])
     return written
+
+
+def _as_released(model: Segmentor) -> None:
+    if model.options.get("variant", "release") != "release":
+        raise ValueError(
+            "the authors' weights were trained with the release's accidents, which the variant "
+            f'`{model.options["variant"]}` has not; build the model with variant="release"'
+        )
 
 
 def _check(model: Segmentor, state: dict[str, torch.Tensor], path: Path) -> None:

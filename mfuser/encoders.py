@@ -1,12 +1,15 @@
 """Vision towers from timm, stepped block by block.
 
-One class serves all: DINOv2, EVA02-CLIP, CLIP and SigLIP at full size, and tiny towers that train on a CPU. A tower is
-built for one grid; resampling of positions and patch kernels happens when weights are loaded, never in `forward`.
+One class serves all: DINOv2 and 3, EVA02-CLIP, CLIP and SigLIP at full size, tiny towers that train on a CPU, and by
+`timm:<model>` whatever else timm has of the same build. A tower is built for one grid; resampling of positions and patch
+kernels happens when weights are loaded, never in `forward`.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +38,55 @@ class Tower:
 
 ENCODERS: dict[str, Tower] = {
     "dinov2_l": Tower("vit_large_patch14_dinov2", 14, *_IMAGENET),
+    "dinov2_l_reg4": Tower("vit_large_patch14_reg4_dinov2", 14, *_IMAGENET),
+    # rotary positions alone, a class token and four registers
+    "dinov3_l": Tower("vit_large_patch16_dinov3", 16, *_IMAGENET),
     "eva02": Tower("eva02_large_patch14_clip_336", 14, *_CLIP),
     # the release adapts CLIP's 14-pixel patches to 16, and DINOv2's with them
     "clip": Tower("vit_large_patch14_clip_quickgelu_336", 16, *_CLIP, {"drop_path_rate": 0.1}, class_token_twice=True),
     # its pooling head is asked in a way of our own, see methods/mfuser.py
     "siglip": Tower("vit_large_patch16_siglip_384", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
+    "siglip2": Tower("vit_large_patch16_siglip_512", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
     "tiny": Tower(None, 8, *_IMAGENET, {"embed_dim": 64, "depth": 3, "num_heads": 2}),
     "small": Tower(None, 8, *_IMAGENET, {"embed_dim": 256, "depth": 8, "num_heads": 4}),
 }
+
+TIMM = "timm:"  # before the name of a model of timm's
+_FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transformers
+
+
+def tower(name: str) -> Tower:
+    """The row of a tower: one of ENCODERS, or for `timm:<model>` what timm says of it.
+
+    Raises: ValueError for a name that neither knows, and for a model that is no plain transformer.
+    """
+    if name in ENCODERS:
+        return ENCODERS[name]
+    if not name.startswith(TIMM):
+        raise ValueError(f"unknown vision tower `{name}`; choose from {', '.join(sorted(ENCODERS))}, or {TIMM}<model>")
+    import timm
+
+    model = name.removeprefix(TIMM)
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models("*vit*") + timm.list_models("eva*"))
+        raise ValueError(f"timm has no model `{architecture}`" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    family = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    if family not in _FAMILIES:
+        raise ValueError(
+            f"`{name}` is one of timm's `{family}` and cannot be stepped block by block; "
+            f"plain transformers are in {', '.join(_FAMILIES)}"
+        )
+    try:
+        described = timm.get_pretrained_cfg(model)
+    except RuntimeError:
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+        raise ValueError(f"timm has no weights `{tag}` of `{architecture}`; there are: {', '.join(tags)}") from None
+    mean, std = (described.mean, described.std) if described else _IMAGENET
+    # timm's constructors take 16 where a name does not say
+    patch = re.search(r"patch(\d+)", architecture)
+    return Tower(model, int(patch[1]) if patch else 16, mean, std)
 
 
 class ConvStem(nn.Module):
@@ -88,32 +131,34 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         dim, depth: width and number of blocks.    grid: (rows, columns) of patch tokens.
-        prefix: class and register tokens, which come before the patches.
+        prefix: class and register tokens, which come before the patches.    classes: class tokens among them, 0 or 1.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, image_size: tuple[int, int], *, patch: int | None = None, **options: Any) -> None:
+    def __init__(self, name: str, image_size: tuple[int, int], *, patch: int | None = None, sane: bool = False,
+                 **options: Any) -> None:  # fmt: skip
         """Build with random weights.
 
         Args:
-            name: a row of ENCODERS.    image_size: (H, W) of the images; the grid is their number of whole patches.
+            name: a row of ENCODERS, or `timm:<model>`.
+            image_size: (H, W) of the images; the grid is their number of whole patches.
             patch: another patch size than the row's.    options: further arguments of timm's constructor.
+            sane: add the class embedding once, and no stochastic depth, where the release does otherwise (CLIP).
 
-        Raises: ValueError for an unknown name.
+        Raises: ValueError for an unknown name, a size without a patch, or a model that cannot be stepped block by block.
         """
         super().__init__()
-        import timm
         from timm.models.vision_transformer import VisionTransformer
 
-        if name not in ENCODERS:
-            raise ValueError(f"unknown vision tower `{name}`; choose from {', '.join(sorted(ENCODERS))}")
-        row = ENCODERS[name]
+        row = tower(name)
         self.name, self.patch = name, patch or row.patch
         self.grid = (image_size[0] // self.patch, image_size[1] // self.patch)
         covered = (self.grid[0] * self.patch, self.grid[1] * self.patch)
-        settings = {**row.options, **options}
+        if 0 in self.grid:
+            raise ValueError(f"image size {tuple(image_size)} holds no whole patch of `{name}`, {self.patch}")
+        settings = {**row.options, **({"drop_path_rate": 0.0} if sane and "drop_path_rate" in row.options else {}), **options}
         if row.timm is None:
             if any(side % self.patch for side in image_size):
                 raise ValueError(f"image size {image_size} is not a multiple of the patch of `{name}`, {self.patch}")
@@ -123,13 +168,12 @@ class VisionEncoder(nn.Module):
         else:
             # large: its parameters stay on the meta device until they are loaded, or drawn by `pretrained.fill`
             with unfilled():
-                self.trunk = timm.create_model(
-                    row.timm, pretrained=False, img_size=covered, patch_size=self.patch, num_classes=0, **settings
-                )
+                self.trunk = _created(name, row.timm, img_size=covered, patch_size=self.patch, **settings)
         self.dim: int = self.trunk.embed_dim
         self.depth = len(self.trunk.blocks)
         self.prefix: int = self.trunk.num_prefix_tokens
-        self.class_token_twice = row.class_token_twice
+        self.classes = int(self.trunk.cls_token is not None)
+        self.class_token_twice = row.class_token_twice and not sane
         self._rope: Tensor | None = None
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
@@ -137,7 +181,8 @@ class VisionEncoder(nn.Module):
     @property
     def norm(self) -> nn.Module:
         """The tower's final norm; `finish` applies it."""
-        norm: nn.Module = self.trunk.norm
+        # models that classify by the mean of their tokens keep it behind the mean
+        norm: nn.Module = self.trunk.fc_norm if isinstance(self.trunk.norm, nn.Identity) else self.trunk.norm
         return norm
 
     def embed(self, images: Tensor) -> Tensor:
@@ -161,7 +206,11 @@ class VisionEncoder(nn.Module):
     def block(self, index: int, tokens: Tensor) -> Tensor:
         """One transformer block, (B, L, dim) -> (B, L, dim)."""
         block = self.trunk.blocks[index]
-        out: Tensor = block(tokens) if self._rope is None else block(tokens, rope=self._rope)
+        if self._rope is None:
+            out: Tensor = block(tokens)
+        else:
+            # some models learn a table for each block
+            out = block(tokens, rope=self._rope[index] if self.trunk.rope_mixed else self._rope)
         return out
 
     def finish(self, tokens: Tensor) -> Tensor:
@@ -170,5 +219,25 @@ class VisionEncoder(nn.Module):
         return out
 
     def as_map(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, L, C), class tokens dropped, as a map (B, C, rows, columns)."""
+        """Patch tokens (B, L, C), class and registers dropped, as a map (B, C, rows, columns)."""
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+
+
+def _created(name: str, model: str, **settings: Any) -> Any:
+    """A model of timm's for one grid, without a head.
+
+    Raises: ValueError for a model of a plain family that is not plain itself.
+    """
+    import timm
+    from timm.layers import PatchEmbed
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    # DINOv3 would take any grid and lay its tokens out otherwise
+    trunk = timm.create_model(model, pretrained=False, num_classes=0, dynamic_img_size=False, **settings)
+    plain = any(type(trunk).forward_features is known.forward_features for known in (VisionTransformer, Eva))
+    if not plain or type(trunk.patch_embed) is not PatchEmbed:
+        raise ValueError(f"`{name}` is a {type(trunk).__name__} that cannot be stepped block by block")
+    # its pooling is never asked: parameters without a gradient
+    trunk.attn_pool = None
+    return trunk

@@ -51,10 +51,13 @@ class MVFuser(Fuser):
 
     Args:
         dim: C.    state: N.    dropout: of the output, in training.
+        sane: the steps' bias is added once and the gate passes SiLU once; the release does both twice.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto") -> None:
+    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto",
+                 sane: bool = False) -> None:  # fmt: skip
         super().__init__()
+        self.sane = sane
         half, rank = dim // 2, math.ceil(dim / 16)
         self.state, self.rank, self.backend = state, rank, backend
         self.in_proj = nn.Linear(dim, dim, bias=False)
@@ -69,35 +72,68 @@ class MVFuser(Fuser):
         self.out_proj = nn.Linear(half, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.scale = nn.Parameter(torch.tensor(0.001))
-        self.reset_steps()
-
-    def reset_steps(self, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-        """Step sizes log-uniform in low..high, as Mamba starts; softplus(bias) is the step."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        step = torch.exp(torch.rand(len(self.dt_proj.bias)) * (math.log(high) - math.log(low)) + math.log(low))
-        step = step.clamp(min=floor)
-        with torch.no_grad():
-            # the inverse of softplus, in a form that keeps its digits for small steps
-            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        reset_steps(self.dt_proj)
 
     def mix(self, joint: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         x, z = self.in_proj(joint).transpose(1, 2).chunk(2, 1)  # (B, C/2, L) each
-        x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
-        rank, B, C = self.x_proj(x.transpose(1, 2)).split([self.rank, self.state, self.state], -1)
-        # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
-        delta = self.dt_proj(rank).transpose(1, 2)
-        y = selective_scan(
-            x, delta, -self.A_log.float().exp(), B.transpose(1, 2), C.transpose(1, 2), self.D.float(),
-            delta_bias=self.dt_proj.bias.float(), delta_softplus=True, backend=self.backend,
-        )  # fmt: skip
-        # z went through SiLU above and goes through it again inside the norm, as in the release
-        gated = self.norm(y.transpose(1, 2), z.transpose(1, 2))
+        x, z = F.silu(self.conv1d_x(x)), self.conv1d_z(z)
+        # the norm's gate is SiLU, so that z goes through it twice in the release
+        z = z if self.sane else F.silu(z)
+        gated = self.norm(self._scanned(x).transpose(1, 2), z.transpose(1, 2))
         out: Tensor = self.dropout(self.out_proj(gated)) * self.scale
         return out
 
+    def _scanned(self, x: Tensor) -> Tensor:
+        """(B, C/2, L) -> (B, C/2, L)."""
+        return self._scan(x, self.x_proj, self.dt_proj, self.A_log, self.D)
 
-FUSERS: dict[str, type[MVFuser]] = {"mvfuser": MVFuser}
+    def _scan(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Tensor:
+        rank, B, C = x_proj(x.transpose(1, 2)).split([self.rank, self.state, self.state], -1)
+        # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
+        delta = (F.linear(rank, dt_proj.weight) if self.sane else dt_proj(rank)).transpose(1, 2)
+        return selective_scan(
+            x, delta, -A_log.float().exp(), B.transpose(1, 2), C.transpose(1, 2), D.float(),
+            delta_bias=dt_proj.bias.float(), delta_softplus=True, backend=self.backend,
+        )  # fmt: skip
+
+
+class BidirectionalMVFuser(MVFuser):
+    """MVFuser that is scanned both ways, so that the vision-language tower informs the foundation tower, too.
+
+    The bidirectional block of Vision Mamba (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with
+    Bidirectional State Space Model", ICML 2024): (B, L, C) -> (B, L, C) with projections, convolutions and gate shared
+    by both directions, which are (B, C/2, L) each and are added before the gated norm. Steps, B, C, A and D are each
+    direction's own. The convolutions look both ways already, so that the second direction needs none of its own.
+    """
+
+    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto",
+                 sane: bool = False) -> None:  # fmt: skip
+        super().__init__(dim, state=state, dropout=dropout, backend=backend, sane=sane)
+        half = dim // 2
+        self.x_proj_b = nn.Linear(half, self.rank + 2 * state, bias=False)
+        self.dt_proj_b = nn.Linear(self.rank, half)
+        self.A_log_b = nn.Parameter(self.A_log.detach().clone())
+        self.D_b = nn.Parameter(torch.ones(half))
+        reset_steps(self.dt_proj_b)
+
+    def _scanned(self, x: Tensor) -> Tensor:
+        backward = self._scan(x.flip(-1), self.x_proj_b, self.dt_proj_b, self.A_log_b, self.D_b)
+        return super()._scanned(x) + backward.flip(-1)
+
+
+def reset_steps(dt_proj: nn.Linear, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+    """Step sizes log-uniform in low..high, as Mamba starts; softplus(bias) is the step."""
+    bound = dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, -bound, bound)
+    step = torch.exp(torch.rand(len(dt_proj.bias)) * (math.log(high) - math.log(low)) + math.log(low))
+    step = step.clamp(min=floor)
+    with torch.no_grad():
+        # the inverse of softplus, in a form that keeps its digits for small steps
+        dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+FUSERS: dict[str, type[MVFuser]] = {"mvfuser": MVFuser, "mvfuser_bidir": BidirectionalMVFuser}
 
 
 class TextSelfAttention(nn.Module):
@@ -120,11 +156,11 @@ class TextSelfAttention(nn.Module):
 class MTEnhancerLayer(nn.Module):
     """Texts attend to each other, then are scanned before and after the image tokens, then an MLP."""
 
-    def __init__(self, dim: int, heads: int, state: int, dropout: float, backend: str) -> None:
+    def __init__(self, dim: int, heads: int, state: int, dropout: float, backend: str, sane: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attn = TextSelfAttention(dim, heads, dropout)
-        self.cross_attn = MVFuser(dim, state=state, dropout=dropout, backend=backend)
+        self.cross_attn = MVFuser(dim, state=state, dropout=dropout, backend=backend, sane=sane)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
@@ -144,14 +180,15 @@ class MTEnhancer(nn.Module):
 
     Args:
         text_dim: width of text and image embeddings.    dim: width inside.    heads: of the texts' self-attention.
+        sane: as MVFuser's, and its steps start as Mamba's do.
     """
 
     def __init__(self, text_dim: int, *, dim: int = 256, heads: int = 4, layers: int = 1, state: int = 16,
-                 dropout: float = 0.1, backend: str = "auto") -> None:  # fmt: skip
+                 dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.memory_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
-        self.decoder = nn.ModuleList(MTEnhancerLayer(dim, heads, state, dropout, backend) for _ in range(layers))
+        self.decoder = nn.ModuleList(MTEnhancerLayer(dim, heads, state, dropout, backend, sane) for _ in range(layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, text_dim))
         for module in self.modules():
             # the release initialises every linear layer so, its scan's step sizes with them (softplus(0) = 0.69)
@@ -159,6 +196,9 @@ class MTEnhancer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if sane and isinstance(module, MVFuser):
+                reset_steps(module.dt_proj)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
         """What to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""

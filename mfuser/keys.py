@@ -109,6 +109,8 @@ _SIGLIP_TEXT: Rules = [
 # tower -> part (image trunk, image head, text tower) -> rules from our name in that part to the published file's
 PUBLISHED: dict[str, dict[str, Rules]] = {
     "dinov2_l": {"trunk": []},
+    "dinov2_l_reg4": {"trunk": []},
+    "dinov3_l": {"trunk": []},
     "eva02": {
         "trunk": [(r"^", "visual.trunk.")],
         "head": [(r"^head\.", "visual.trunk.head.")],
@@ -132,6 +134,7 @@ PUBLISHED: dict[str, dict[str, Rules]] = {
         "text": [(r"^", "text.")],
     },
 }
+PUBLISHED["siglip2"] = PUBLISHED["siglip"]
 
 _DECODER: Rules = [
     (r"^pixel_decoder\.(layers|post_norm)\.", r"decode_head.pixel_decoder.encoder.\1."),
@@ -190,7 +193,9 @@ _OURS = ("logit_scale", "logit_bias")
 
 def published(tower: str, part: str) -> Callable[[str], Source]:
     """Return the map from our names in a part of a tower (`trunk`, `head`, `text`) to those of its file on the Hub."""
-    return lambda name: _renamed(name, PUBLISHED[tower][part])
+    # a model by its name in timm has timm's own names
+    rules: Rules = [] if tower.startswith("timm:") else PUBLISHED[tower][part]
+    return lambda name: _renamed(name, rules)
 
 
 def authors(vlm: str, names: Iterable[str]) -> dict[str, Source]:

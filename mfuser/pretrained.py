@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +48,25 @@ class HubFile:
 
 WEIGHTS: dict[str, HubFile | None] = {
     "dinov2_l": HubFile("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors", 1.2, "Apache-2.0"),
+    "dinov2_l_reg4": HubFile("timm/vit_large_patch14_reg4_dinov2.lvd142m", "model.safetensors", 1.2, "Apache-2.0"),
+    "dinov3_l": HubFile("timm/vit_large_patch16_dinov3.lvd1689m", "model.safetensors", 1.2, "DINOv3"),
     "eva02": HubFile("timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k", "open_clip_model.safetensors", 1.7, "MIT"),
     "clip": HubFile("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors", 1.7, "MIT"),
     "siglip": HubFile("timm/ViT-L-16-SigLIP-384", "open_clip_model.safetensors", 2.6, "Apache-2.0"),
+    "siglip2": HubFile("timm/ViT-L-16-SigLIP2-512", "open_clip_model.safetensors", 3.5, "Apache-2.0"),
     "tiny": None,  # trained from scratch, like the next
     "small": None,
 }
 # vocabularies that open_clip does not bring along; open_clip's configuration of the tower names the repository
 TOKENIZERS: dict[str, HubFile] = {
     "siglip": HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0"),
+    "siglip2": HubFile("timm/ViT-L-16-SigLIP2-512", "tokenizer.json", 0.034, "Apache-2.0"),
 }
 
 
 def files(tower: str) -> list[HubFile]:
     """The files that a tower is loaded from: weights, and the tokenizer's vocabulary where it is a file of its own."""
-    return [row for row in (WEIGHTS[tower], TOKENIZERS.get(tower)) if row is not None]
+    return [row for row in (hub_file(tower), TOKENIZERS.get(tower)) if row is not None]
 
 
 class WeightsNotFound(ValueError):
@@ -80,7 +85,7 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     missing: dict[str, list[HubFile]] = {}
     for tower in dict.fromkeys(towers):
-        row = WEIGHTS[tower]
+        row = hub_file(tower)
         if row is None:
             continue
         if path := row.where:
@@ -91,6 +96,26 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
         listed = ", ".join(str(file) for rows in missing.values() for file in rows)
         raise WeightsNotFound(f"pretrained weights are not on this machine: {listed}", how_to_get(missing))
     return found
+
+
+def hub_file(tower: str) -> HubFile | None:
+    """Where a tower's weights are, None if it has none; of a `timm:<model>`, where timm says.
+
+    Raises: ValueError for an unknown tower, and for a model that timm has no weights of.
+    """
+    if tower in WEIGHTS:
+        return WEIGHTS[tower]
+    if not tower.startswith("timm:"):
+        raise ValueError(f"unknown tower `{tower}`; choose from {', '.join(sorted(WEIGHTS))}, or timm:<model>")
+    import timm
+
+    model = tower.removeprefix("timm:")
+    described = timm.get_pretrained_cfg(model)
+    if not described or not described.hf_hub_id:
+        raise ValueError(f"timm has no weights of `{model}` on the Hub; build it with pretrained=False")
+    with unfilled():
+        size = sum(4 * p.numel() for p in timm.create_model(model).parameters()) / 1e9
+    return HubFile(described.hf_hub_id, "model.safetensors", float(f"{size:.2g}"), described.license or "see its page")
 
 
 def how_to_get(towers: Iterable[str]) -> str:
@@ -110,7 +135,8 @@ def unfilled() -> Iterator[None]:
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None:
+        # timm derives buffers from learned rotary frequencies as it builds
+        if parameter is not None and name != "freqs":
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
@@ -159,7 +185,11 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
                 value = source.read(state)
             except KeyError as error:
                 raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
-            value = fitted(tower, name, value, target, getattr(module, "num_prefix_tokens", 0))
+            # towers with registers keep positions of their patches alone
+            prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+            embed: Any = getattr(module, "patch_embed", None)
+            grid = embed.grid_size if embed is not None else None
+            value = fitted(tower, name, value, target, prefix, grid)
             if value.shape != target.shape:
                 raise ValueError(f"{file}: {source.keys[0]} is {tuple(value.shape)}, `{tower}` needs {tuple(target.shape)}")
             values[name] = value.to(torch.float32).contiguous()
@@ -167,11 +197,13 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
     return {name: value for name, value in state.items() if value.numel() == 1}
 
 
-def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int) -> Tensor:
-    """Resample a published tensor to our grid, kernel or context length; without antialiasing, as released."""
-    mode = "bicubic" if tower in ("dinov2_l", "eva02") else "bilinear"
+def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int,
+           grid: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+    """Resample a published tensor to our grid (None: a square), kernel or context length; without antialiasing, as released."""
+    mode = "bilinear" if tower in ("clip", "siglip", "siglip2") else "bicubic"
     if name == "pos_embed":
-        return resampled_positions(value.reshape(-1, value.shape[-1]), target.shape[1] - prefix, prefix, mode)[None]
+        side = round((target.shape[1] - prefix) ** 0.5)
+        return resampled_positions(value.reshape(-1, value.shape[-1]), grid or (side, side), prefix, mode)[None]
     if name == "patch_embed.proj.weight" and value.shape[2:] != target.shape[2:]:
         return F.interpolate(value.float(), target.shape[2:], mode=mode, align_corners=False)
     if name == "positional_embedding":
@@ -179,16 +211,16 @@ def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int) ->
     return value.reshape(target.shape) if value.numel() == target.numel() else value
 
 
-def resampled_positions(table: Tensor, cells: int, prefix: int, mode: str) -> Tensor:
-    """Position table (prefix + s*s, C) of a square grid to (prefix + cells, C) of another; class rows are kept.
+def resampled_positions(table: Tensor, grid: tuple[int, int], prefix: int, mode: str) -> Tensor:
+    """Position table (prefix + s*s, C) of a square grid to (prefix + rows * columns, C); class rows are kept.
 
-    Raises: ValueError if either grid is not a square.
+    Raises: ValueError if the table is not a square's.
     """
-    before, after = (round(n**0.5) for n in (len(table) - prefix, cells))
-    if before**2 != len(table) - prefix or after**2 != cells:
-        raise ValueError(f"published positions are resampled between square grids only, not {len(table) - prefix} to {cells}")
-    if before == after:
+    side = round((len(table) - prefix) ** 0.5)
+    if side**2 != len(table) - prefix:
+        raise ValueError(f"published positions are of a square grid; {len(table) - prefix} are no square")
+    if (side, side) == tuple(grid):
         return table
-    grid = table[prefix:].float().T.reshape(1, -1, before, before)
-    grid = F.interpolate(grid, (after, after), mode=mode, align_corners=False)
-    return torch.cat([table[:prefix].float(), grid.flatten(2)[0].T])
+    cells = table[prefix:].float().T.reshape(1, -1, side, side)
+    cells = F.interpolate(cells, tuple(grid), mode=mode, align_corners=False)
+    return torch.cat([table[:prefix].float(), cells.flatten(2)[0].T])

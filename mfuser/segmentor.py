@@ -40,6 +40,8 @@ class Segmentor(nn.Module):
     image_size: tuple[int, int]
     # parameters whose names hold one of these get no weight decay
     no_decay: tuple[str, ...] = ("norm",)
+    # nor do the parameters of these modules, whatever they are called
+    no_decay_types: tuple[type[nn.Module], ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
@@ -54,12 +56,15 @@ class Segmentor(nn.Module):
         return {}
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay`."""
+        """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay` and `no_decay_types`."""
+        spared = [m for m in self.modules() if isinstance(m, self.no_decay_types)]
+        exempt = {id(p) for module in spared for p in module.parameters(recurse=False)}
         decay: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (rest if any(part in name for part in self.no_decay) else decay).append(parameter)
+                named = any(part in name for part in self.no_decay)
+                (rest if named or id(parameter) in exempt else decay).append(parameter)
         groups: list[dict[str, Any]] = [{"params": decay, "lr": lr, "weight_decay": weight_decay}]
         return [*groups, {"params": rest, "lr": lr, "weight_decay": 0.0}] if rest else groups
 
@@ -68,5 +73,6 @@ class Segmentor(nn.Module):
         if tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(
                 f"`{self.method}` was built for images of {tuple(self.image_size)} (H, W), got "
-                f"{tuple(images.shape[-2:])}; use mfuser.slide for larger ones"
+                f"{tuple(images.shape[-2:])}; use mfuser.slide for larger ones, or build with "
+                f"image_size={tuple(images.shape[-2:])}"
             )

@@ -1,7 +1,7 @@
 """Text towers from open_clip with learnable context: class names to embeddings.
 
 The context rows go after the first token, as in the release: behind the start token where there is one, behind the
-first word piece of SigLIP, which has none.
+first word piece of SigLIP, which has none. `sane` has them before SigLIP's words.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TEXTS: dict[str, TextTower] = {
     "eva02": TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336"),
     "clip": TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336"),
     "siglip": TextTower("ViT-L-16-SigLIP-384", 5, None, causal=False, pad=1),
+    "siglip2": TextTower("ViT-L-16-SigLIP2-512", 5, None, causal=False),
     "tiny": TextTower(None, 5, "ViT-B-16"),
     "small": TextTower(None, 5, "ViT-B-16"),
 }
@@ -49,12 +50,13 @@ class TextEncoder(nn.Module):
 
     token_ids: Tensor
 
-    def __init__(self, name: str, token_ids: Tensor, *, dim: int | None = None) -> None:
+    def __init__(self, name: str, token_ids: Tensor, *, dim: int | None = None, sane: bool = False) -> None:
         """Build with random weights.
 
         Args:
             name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize` or from a checkpoint.
             dim: width of the embeddings of the tiny tower; the others have their own.
+            sane: a tower without a start token gets the context first, and is read at its last token that is no padding.
         """
         super().__init__()
         from open_clip import get_model_config
@@ -75,6 +77,8 @@ class TextEncoder(nn.Module):
                 config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False)
             )
         self.name, self.causal, self.contexts = name, row.causal, row.contexts
+        self.start = 0 if sane and not row.causal else 1  # tokens before the context
+        self.pad = row.pad if sane and not row.causal else None
         self.width: int = settings["width"]
         self.dim: int = config["embed_dim"]
         self.register_buffer("token_ids", token_ids.long(), persistent=False)
@@ -84,7 +88,7 @@ class TextEncoder(nn.Module):
         tower = self.tower
         tokens = tower.token_embedding(self.token_ids)  # (K, 5, width)
         rows = contexts.expand(len(tokens), -1, -1)
-        tokens = torch.cat([tokens[:, :1], rows, tokens[:, 1:]], 1)
+        tokens = torch.cat([tokens[:, : self.start], rows, tokens[:, self.start :]], 1)
         length = tokens.shape[1]
         tokens = tokens + tower.positional_embedding[:length]
         mask = tower.attn_mask[:length, :length] if self.causal else None
@@ -93,6 +97,11 @@ class TextEncoder(nn.Module):
             # CLIP's end token has the largest id; its row moved back by the context
             end = self.token_ids.argmax(-1) + contexts.shape[1]
             pooled = tokens[torch.arange(len(tokens), device=tokens.device), end]
+        elif self.pad is not None:
+            # SigLIP's end token and its padding share an id: the last word is read there
+            place = torch.arange(self.token_ids.shape[1], device=tokens.device)
+            last = ((self.token_ids != self.pad) * place).amax(-1) + contexts.shape[1]
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), last]
         else:
             pooled = tokens[:, -1]
         projection = tower.text_projection

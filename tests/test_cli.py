@@ -272,6 +272,12 @@ def test_a_mistake_is_one_message_and_a_hint(typed: str, message: str, hint: str
     assert not (here / "runs").exists()
 
 
+def test_towers_that_do_not_fit_are_one_message_and_a_hint(here: Path) -> None:
+    error = fails("train", "streets/smoke", "--set", "method.vfm=timm:vit_tiny_patch16_224")
+    assert "error: `mfuser` cannot be built: `timm:vit_tiny_patch16_224` has 12 blocks and `tiny` 3; they must be equal" in error
+    assert "hint: change `method` or `data.crop`" in error
+
+
 def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
     error = fails("train", "streets/mfuser", "--set", "train.stepz=3", "train.steps=abc", "--seed", "-1")
     assert "has 3 problems:" in error

@@ -101,10 +101,12 @@ def test_models_says_what_is_on_the_disk(near: Hub) -> None:
     assert listed["dinov2_l"]["path"] == row.path
     assert listed["siglip"]["path"] is None
     assert listed["siglip"]["missing"] == ["open_clip_model.safetensors", "tokenizer.json"]
-    lines = {line.split()[0]: line for line in run("models").stdout.splitlines()}
+    # on a narrow terminal the repositories stand in a second table below
+    shown = run("models").stdout
+    lines = {line.split()[0]: line for line in reversed(shown.splitlines())}
     assert lines["dinov2_l"].split()[1:6] == ["vfm", "1.2", "GB", "Apache-2.0", "here"]
     assert "not here" in lines["siglip"]
-    assert lines["tiny"].endswith("trained from scratch")
+    assert any(line.startswith("tiny ") and line.endswith("trained from scratch") for line in shown.splitlines())
 
 
 def test_a_cut_transfer_goes_on_where_it_stopped(near: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,3 +312,31 @@ def test_every_published_tower_states_its_size_and_licence() -> None:
         assert row.gigabytes > 0
         assert row.licence != HubFile("", "", 0).licence, row
     assert {row.name: row.role for row in models()}.items() >= {"dinov2_l": "vfm", "siglip": "vlm", "tiny": "both"}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm:vit_tiny_patch61_224", "timm has no model `vit_tiny_patch61_224`; did you mean"),
+        ("timm:resnet18", "one of timm's `resnet` and cannot be stepped block by block"),
+        ("timm:vit_base_patch16_gap_224", "timm has no weights of `vit_base_patch16_gap_224` on the Hub"),
+    ],
+)
+def test_models_of_timms_that_are_no_towers(name: str, message: str, near: Hub, tmp_path: Path) -> None:
+    error, _ = refused(run("download", "dinov2_l", name), tmp_path / "cache")
+    assert message in error
+    assert not near.requests
+
+
+def test_a_model_of_timms_is_fetched_from_where_timm_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    (row,) = files("timm:vit_tiny_patch16_224")
+    with serving({f"{row.repo}/{row.file}": CONTENT}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        result = run("download", "timm:vit_tiny_patch16_224")
+    assert result.exit_code == 0
+    assert require(["timm:vit_tiny_patch16_224"])["timm:vit_tiny_patch16_224"].read_bytes() == CONTENT

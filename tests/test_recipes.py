@@ -261,3 +261,24 @@ def test_key_paths_are_keys_that_can_be_set() -> None:
     assert "train.steps" in key_paths()
     sections = Recipe.model_fields.keys()
     assert {path.partition(".")[0] for path in key_paths()} <= set(sections)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], "tiny + tiny"),
+        (["method.variant=sane"], "tiny + tiny, sane"),
+        (["method.fuser=mvfuser_bidir"], "tiny + tiny, mvfuser_bidir"),
+        (["method.fuser=mvfuser_bidir", "method.variant=sane"], "tiny + tiny, mvfuser_bidir, sane"),
+    ],
+)
+def test_a_record_names_what_is_not_as_usual(settings: list[str], expected: str) -> None:
+    recipe = load_recipe("streets/mfuser", settings)
+    assert recipe.method.variant == expected
+    assert (recipe_hash(recipe) == recipe_hash(load_recipe("streets/mfuser"))) == (not settings)
+
+
+@pytest.mark.parametrize("setting", ["method.variant=paper", "method.vfm=timm:resnet18", "method.vlm=timm:vit_tiny_patch16_224"])
+def test_a_variant_or_tower_that_there_is_not_is_a_problem_of_the_recipe(setting: str) -> None:
+    with pytest.raises(RecipeError, match="method"):
+        load_recipe("streets/mfuser", [setting])

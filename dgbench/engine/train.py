@@ -179,7 +179,12 @@ def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
     if checkpoint is not None:
         return checkpoints.load_for(recipe, checkpoint)
     set_seed(seed)
-    return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
+    try:
+        return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
+    except mfuser.WeightsNotFound:
+        raise
+    except ValueError as error:  # towers that do not fit each other, or the crop
+        raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
 
 
 def _check_resumable(recipe: Recipe, run: Path) -> None:

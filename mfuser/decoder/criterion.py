@@ -104,14 +104,16 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, :, 0]
 
 
-def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def alignment_loss(logits: Tensor, labels: Tensor, *, labelled_only: bool = False) -> Tensor:
     """Cross entropy of the score map (B, K, h, w), upsampled to the labels (B, H, W).
 
-    The mean is over all pixels: ignored ones cost nothing but count in the divisor, as in the release.
+    The mean is over all pixels: ignored ones cost nothing but count in the divisor, as in the release; `labelled_only`
+    leaves them out of it.
     """
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     target = torch.where(labels < logits.shape[1], labels, -100)
-    return F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) / labels.numel()
+    count = (target >= 0).sum().clamp(min=1) if labelled_only else labels.numel()
+    return F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) / count
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:

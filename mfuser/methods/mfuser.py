@@ -4,6 +4,15 @@
 The fused tokens of four depths become feature maps; the last ones, with the class texts refined by them (MTEnhancer), feed
 a text-queried mask decoder ("Mamba as a Bridge", CVPR 2025). Everything follows the authors' release; where it departs
 from the paper, a comment says so.
+
+The release has accidents, and its weights rely on them. The variant `sane` has none of these:
+- MVFuser adds the bias of its steps twice and passes its gate through SiLU twice (`fusion.MVFuser`);
+- MTEnhancer's steps start at 0.69, not in 1e-3..1e-1 (`fusion.MTEnhancer`), and gamma as noise of std 1, not at 1e-4;
+- the pixel decoder's feed-forward width is 2048, not the configured 1024;
+- CLIP's class embedding is added twice, and its frozen blocks drop paths in training (`encoders.VisionEncoder`);
+- weight decay on group and batch norms, on layer norms not called "norm", on A_log, D and the level encodings;
+- the alignment loss is divided by ignored pixels, too (`criterion.alignment_loss`);
+- SigLIP's context comes after the first word piece, and its text is read at a padding token (`text.TextEncoder`).
 """
 
 from __future__ import annotations
@@ -19,10 +28,10 @@ from torch.nn import functional as F
 from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, uniform
 from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
-from mfuser.encoders import ENCODERS, VisionEncoder
+from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
 from mfuser.fusion import FUSERS, MTEnhancer
 from mfuser.ops import resolve
-from mfuser.pretrained import load_tower, require
+from mfuser.pretrained import WeightsNotFound, load_tower, require, unfilled
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.text import TextEncoder, tokenize
 
@@ -43,9 +52,10 @@ _SIZES = {"tiny": _TINY, "small": _SMALL}
 class Options:
     """What `build` takes. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.encoders.ENCODERS
-    vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, tiny or small
+    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.encoders.ENCODERS or `timm:<model>`
+    vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, siglip2, tiny or small
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
+    variant: str = "release"  # or "sane", without the release's accidents; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the vision-language tower's own
     decoder_dim: int | None = None  # width of pixel and mask decoder
@@ -69,12 +79,34 @@ class Options:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for kind in ("vfm", "vlm"):
-            if getattr(self, kind) not in ENCODERS:
-                raise ValueError(f"{kind} `{getattr(self, kind)}` is unknown; choose from {', '.join(sorted(ENCODERS))}")
+            name = getattr(self, kind)
+            if name not in ENCODERS and not name.startswith(TIMM):
+                raise ValueError(
+                    f"{kind} `{name}` is unknown; choose from {', '.join(sorted(ENCODERS))}, or {TIMM}<model> for vfm"
+                )
         if self.vlm not in _EMBEDDINGS:
-            raise ValueError(f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(_EMBEDDINGS))}")
+            raise ValueError(
+                f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(_EMBEDDINGS))}; other towers are for vfm"
+            )
+        tower(self.vfm)  # timm knows the model
         if self.fuser not in FUSERS:
             raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
+        if self.variant not in ("release", "sane"):
+            raise ValueError(f"variant `{self.variant}` is unknown; choose from release, sane")
+
+
+def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
+    """The foundation tokens (B, L1, C) that go with each of the other tower's, (B, L2, C).
+
+    Class token goes with class token and patch with patch. Registers have no counterpart; the mean of the patches
+    stands in for a class token that only the other tower has.
+    """
+    if vfm.prefix == vlm.classes == vfm.classes:
+        return d
+    patches = d[:, vfm.prefix :]
+    if not vlm.classes:
+        return patches
+    return torch.cat([d[:, :1] if vfm.classes else patches.mean(1, keepdim=True), patches], 1)
 
 
 class SumEmbedding(nn.Module):
@@ -82,15 +114,12 @@ class SumEmbedding(nn.Module):
 
     def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
         super().__init__()
-        if vfm.prefix != vlm.prefix:
-            raise ValueError(f"towers with {vfm.prefix} and {vlm.prefix} class tokens cannot be added token by token")
-        self.prefix = vlm.prefix
         self.head = nn.Linear(vlm.dim, dim)
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, C) tokens of both towers -> global (B, 1, D) and visual (B, g*g, D)."""
-        embedded = self.head(vlm.finish(v) + vfm.finish(d))
-        return embedded[:, :1], embedded[:, self.prefix :]
+        embedded = self.head(vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d)))
+        return embedded[:, :1], embedded[:, 1:]
 
 
 class ProjectedEmbedding(nn.Module):
@@ -103,7 +132,7 @@ class ProjectedEmbedding(nn.Module):
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As SumEmbedding's; the foundation tower's final norm is not used."""
-        embedded = self.head(vlm.finish(v + self.adapter_proj3(d)))
+        embedded = self.head(vlm.finish(v + self.adapter_proj3(counterparts(vfm, vlm, d))))
         return embedded[:, :1], embedded[:, 1:]
 
 
@@ -114,7 +143,6 @@ class PooledEmbedding(nn.Module):
         super().__init__()
         if dim != vlm.dim:
             raise ValueError(f"text dim {dim} differs from the tower's width {vlm.dim}; the pooling head keeps the width")
-        self.skip = vfm.prefix - vlm.prefix
         self.probe = nn.Parameter(torch.randn(1, 1, dim))
         self.attention = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -122,7 +150,7 @@ class PooledEmbedding(nn.Module):
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As SumEmbedding's."""
-        tokens = vlm.finish(v) + vfm.finish(d[:, self.skip :])
+        tokens = vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d))
         return self._pool(self.probe.expand(len(tokens), -1, -1), tokens), self._pool(tokens, tokens)
 
     def _pool(self, queries: Tensor, tokens: Tensor) -> Tensor:
@@ -132,9 +160,25 @@ class PooledEmbedding(nn.Module):
 
 
 _EMBEDDINGS: dict[str, Any] = {
-    "eva02": SumEmbedding, "clip": ProjectedEmbedding, "siglip": PooledEmbedding, "tiny": SumEmbedding,
-    "small": SumEmbedding,
+    "eva02": SumEmbedding, "clip": ProjectedEmbedding, "siglip": PooledEmbedding, "siglip2": PooledEmbedding,
+    "tiny": SumEmbedding, "small": SumEmbedding,
 }  # fmt: skip
+
+
+def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
+    """Foundation and vision-language tower.
+
+    Raises: ValueError for two that cannot be fused block by block.
+    """
+    # one grid for both towers: the vision-language tower's patch size decides
+    patch = options.patch or ENCODERS[options.vlm].patch
+    vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
+    vlm = VisionEncoder(options.vlm, options.image_size, patch=patch, sane=options.variant == "sane")
+    if vfm.depth != vlm.depth:
+        raise ValueError(f"`{options.vfm}` has {vfm.depth} blocks and `{options.vlm}` {vlm.depth}; they must be equal")
+    if vfm.dim != vlm.dim:
+        raise ValueError(f"`{options.vfm}` is {vfm.dim} wide and `{options.vlm}` {vlm.dim}; they must be equal")
+    return vfm, vlm
 
 
 class MFuser(Segmentor):
@@ -144,34 +188,31 @@ class MFuser(Segmentor):
         super().__init__()
         o: Any = options
         self.image_size = o.image_size
+        self.sane = sane = o.variant == "sane"
         self.no_decay = ("norm",) if o.vlm == "clip" else ("norm", "level_embed", "query_embed")
-        # one grid for both towers: the vision-language tower's patch size decides
-        patch = o.patch or ENCODERS[o.vlm].patch
-        self.vfm = VisionEncoder(o.vfm, o.image_size, patch=patch)
-        self.vlm = VisionEncoder(o.vlm, o.image_size, patch=patch)
-        if self.vfm.depth != self.vlm.depth:
-            raise ValueError(f"`{o.vfm}` has {self.vfm.depth} blocks and `{o.vlm}` {self.vlm.depth}; they must be equal")
-        if self.vfm.dim != self.vlm.dim:
-            raise ValueError(f"`{o.vfm}` is {self.vfm.dim} wide and `{o.vlm}` {self.vlm.dim}; they must be equal")
+        if sane:
+            self.no_decay = ("norm", "level_embed", "level_encoding", "query_embed", "A_log", ".D")
+            self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+        self.vfm, self.vlm = _towers(options)
         dim, depth = self.vfm.dim, self.vfm.depth
         # blocks 7, 11, 15 and 23 of 24
         self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
         self.adapters = nn.ModuleList(
-            FUSERS[o.fuser](dim, state=o.state, dropout=o.dropout, backend=o.backend) for _ in range(depth)
+            FUSERS[o.fuser](dim, state=o.state, dropout=o.dropout, backend=o.backend, sane=sane) for _ in range(depth)
         )
         # the release wraps CLIP's fusion alone in linear layers
         wrapped = depth if o.vlm == "clip" else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
         self.adapter_proj2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
 
-        self.text = TextEncoder(o.vlm, torch.tensor(o.token_ids), dim=o.decoder_dim)
+        self.text = TextEncoder(o.vlm, torch.tensor(o.token_ids), dim=o.decoder_dim, sane=sane)
         width = self.text.dim
         self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.text.contexts, self.text.width)))
         # the release means 1e-4 and then overwrites it with a truncated normal of std 1
-        self.gamma = nn.Parameter(nn.init.trunc_normal_(torch.empty(width)))
+        self.gamma = nn.Parameter(torch.full((width,), 1e-4) if sane else nn.init.trunc_normal_(torch.empty(width)))
         self.embedding: nn.Module = _EMBEDDINGS[o.vlm](self.vfm, self.vlm, width)
         self.context_decoder = MTEnhancer(
-            width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, dropout=o.dropout, backend=o.backend
+            width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, dropout=o.dropout, backend=o.backend, sane=sane
         )
 
         channels = 2 * dim
@@ -184,7 +225,8 @@ class MFuser(Segmentor):
         self.fpn2 = nn.ConvTranspose2d(channels, channels, 2, 2)
         self.pixel_decoder = PixelDecoder(
             channels, width, dim=o.decoder_dim, layers=o.pixel_layers, heads=o.heads, points=o.points,
-            ffn_dim=o.ffn_dim, groups=o.groups, backend=o.backend,
+            # the release configures 1024 and overrides it with the mask decoder's width
+            ffn_dim=min(o.ffn_dim, 1024) if sane else o.ffn_dim, groups=o.groups, backend=o.backend,
         )  # fmt: skip
         self.mask_decoder = MaskDecoder(width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
         self.criterion = MaskCriterion(len(self.classes), points=o.mask_points)
@@ -216,7 +258,7 @@ class MFuser(Segmentor):
         outputs, score_map = self._decode(batch.images)
         terms = self.criterion(outputs, batch.labels, draw=draw)
         logits = score_map * self.logit_scale + self.logit_bias
-        return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels)}
+        return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, labelled_only=self.sane)}
 
     def backends(self) -> dict[str, str]:
         """Which backend runs each operator here."""
@@ -266,7 +308,13 @@ def build(options: Options, *, pretrained: bool) -> Segmentor:
     Raises: WeightsNotFound naming the files that are missing when `pretrained`.
     """
     # before anything is built: a missing file should cost seconds, not minutes
-    files = require([options.vfm, options.vlm]) if pretrained else {}
+    try:
+        files = require([options.vfm, options.vlm]) if pretrained else {}
+    except WeightsNotFound:
+        # of two towers that do not fit, neither need be downloaded
+        with torch.random.fork_rng(devices=[]), unfilled():
+            _towers(options)
+        raise
     # the ids travel with the model, so that loading it never asks for a tokenizer
     options = replace(options, token_ids=options.token_ids or tokenize(options.vlm, Segmentor.classes))
     model = MFuser(options)

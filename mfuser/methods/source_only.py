@@ -20,7 +20,7 @@ PAPER = ""
 class Options:
     """What `build` takes."""
 
-    backbone: str = "tiny"  # a row of mfuser.encoders.ENCODERS
+    backbone: str = "tiny"  # a row of mfuser.encoders.ENCODERS, or `timm:<model>`
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
 

@@ -156,3 +156,13 @@ def test_an_unlabelled_batch_has_zero_mask_losses_and_a_gradient():
     sum(terms.values()).backward()
     assert torch.isfinite(class_logits.grad).all()
     assert (mask_logits.grad == 0).all()
+
+
+def test_the_alignment_loss_counts_ignored_pixels_unless_told_otherwise():
+    logits, labels = torch.randn(2, 19, 4, 4), torch.randint(0, 19, (2, 4, 4))
+    labels[0, :3] = 255
+    pixels = [(b, y, x) for b in range(2) for y in range(4) for x in range(4) if labels[b, y, x] < 19]
+    costs = [logits[b, :, y, x].logsumexp(0) - logits[b, labels[b, y, x], y, x] for b, y, x in pixels]
+    torch.testing.assert_close(alignment_loss(logits, labels), sum(costs) / 32)
+    torch.testing.assert_close(alignment_loss(logits, labels, labelled_only=True), sum(costs) / 20)
+    assert alignment_loss(logits, torch.full_like(labels, 255), labelled_only=True) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_files import fill_by_name, noise, numbers, relative_error
 
-from mfuser.fusion import FUSERS, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
+from mfuser.fusion import FUSERS, BidirectionalMVFuser, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
 from mfuser.ops import selective_scan
 
 
@@ -108,3 +108,78 @@ def test_dropout_is_of_training_alone():
     assert not torch.equal(fuser.mix(x), fuser.mix(x))
     fuser.eval()
     assert torch.equal(fuser.mix(x), fuser.mix(x))
+
+
+def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) -> torch.Tensor:
+    """MVFuser written token by token and channel by channel for u (L, C), after the paper and Vision Mamba's algorithm 1."""
+    w = {name: p.detach().double() for name, p in fuser.named_parameters()}
+    u, half = u.double(), u.shape[1] // 2
+    x, z = (u @ w["in_proj.weight"].T).split(half, 1)
+
+    def convolved(rows, kernel):
+        padded = torch.cat([torch.zeros(1, half), rows, torch.zeros(1, half)])
+        return torch.stack([(padded[t : t + 3] * kernel[:, 0].T).sum(0) for t in range(len(rows))])
+
+    def silu(value):
+        return value / (1 + (-value).exp())
+
+    def scanned(rows, tail):
+        out, state = torch.zeros_like(rows), torch.zeros(half, fuser.state).double()
+        for t, row in enumerate(rows):
+            rank, B, C = (w[f"x_proj{tail}.weight"] @ row).split([fuser.rank, fuser.state, fuser.state])
+            bias = w[f"dt_proj{tail}.bias"]
+            step = torch.log1p((w[f"dt_proj{tail}.weight"] @ rank + (bias if sane else bias + bias)).exp())
+            for c in range(half):
+                decay = (-w[f"A_log{tail}"][c].exp() * step[c]).exp()
+                state[c] = decay * state[c] + step[c] * row[c] * B
+                out[t, c] = (state[c] * C).sum() + w[f"D{tail}"][c] * row[c]
+        return out
+
+    x, z = silu(convolved(x, w["conv1d_x.weight"])), convolved(z, w["conv1d_z.weight"])
+    y = scanned(x, "")
+    if both_ways:
+        y = y + scanned(x.flip(0), "_b").flip(0)
+    y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * w["norm.weight"]
+    gate = silu(z) if sane else silu(silu(z))
+    return (y * gate) @ w["out_proj.weight"].T * w["scale"]
+
+
+@pytest.mark.parametrize("sane", [False, True])
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_every_fuser_equals_a_plain_loop(name, sane):
+    fuser = FUSERS[name](12, state=3, sane=sane).eval()
+    with torch.no_grad():
+        for parameter in fuser.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    u = torch.randn(9, 12)
+    expected = by_loops(fuser, u, sane=sane, both_ways=name == "mvfuser_bidir").float()
+    torch.testing.assert_close(fuser.mix(u[None])[0], expected, rtol=1e-3, atol=1e-4)
+    # the other variant is another function
+    other = by_loops(fuser, u, sane=not sane, both_ways=name == "mvfuser_bidir").float()
+    assert not torch.allclose(expected, other, rtol=1e-2)
+
+
+def test_scanned_both_ways_each_tower_informs_the_other():
+    fuser = BidirectionalMVFuser(32, state=4).eval()
+    fuser.scale.data.fill_(1.0)
+    vfm, vlm, other = (torch.randn(1, 6, 32) for _ in range(3))
+    first, second = fuser(vfm, vlm)
+    changed = (first - fuser(vfm, other)[0]).abs().amax(-1)
+    assert (changed > 1e-6).all(), "every foundation token, not only the one that the convolution lets look ahead"
+    assert not torch.allclose(second, fuser(other, vlm)[1])
+
+
+def test_both_directions_start_alike_and_learn_apart():
+    fuser = BidirectionalMVFuser(64)
+    assert torch.equal(fuser.A_log, fuser.A_log_b)
+    assert fuser.A_log.data_ptr() != fuser.A_log_b.data_ptr()
+    one_way = {name for name, _ in MVFuser(64).named_parameters()}
+    added = {name for name, _ in fuser.named_parameters()} - one_way
+    assert added == {"x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias", "A_log_b", "D_b"}
+
+
+def test_the_enhancers_steps_start_as_mambas_in_the_sane_variant_alone():
+    for sane, low, high in ((False, 0.69, 0.7), (True, 9e-4, 0.11)):
+        step = torch.nn.functional.softplus(MTEnhancer(64, sane=sane).decoder[0].cross_attn.dt_proj.bias)
+        assert low < step.min().item() <= step.max().item() < high
+    assert step.max() / step.min() > 10

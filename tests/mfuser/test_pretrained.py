@@ -12,7 +12,8 @@ from mfuser.keys import published
 from mfuser.methods import build
 from mfuser.pretrained import WeightsNotFound, files, fill, fitted, load_tower, unfilled
 
-OPEN_CLIP = {"eva02": "EVA02-L-14-336", "clip": "ViT-L-14-336-quickgelu", "siglip": "ViT-L-16-SigLIP-384"}
+OPEN_CLIP = {"eva02": "EVA02-L-14-336", "clip": "ViT-L-14-336-quickgelu", "siglip": "ViT-L-16-SigLIP-384",
+             "siglip2": "ViT-L-16-SigLIP2-512"}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -70,7 +71,8 @@ def test_every_tensor_of_a_tower_is_in_open_clips_own_model(vlm):
     import open_clip
 
     theirs = open_clip.create_model(OPEN_CLIP[vlm], pretrained=None, load_weights=False, device="meta").state_dict()
-    variant = next(v for v, name in VARIANTS.items() if name == vlm)
+    # SigLIP's ids do for SigLIP2
+    variant = next(v for v, name in VARIANTS.items() if vlm.startswith(name))
     with unfilled():
         model = build(
             "mfuser", vlm=vlm, vfm="dinov2_l", token_ids=description(f"layout_{variant}")["tokens"], pretrained=False,
@@ -119,7 +121,7 @@ def test_a_file_that_is_not_the_towers_is_named(tmp_path):
         load_tower("dinov2_l", file, {"trunk": tower.trunk})
 
 
-@pytest.mark.parametrize("vlm", ["eva02", "clip", "siglip"])
+@pytest.mark.parametrize("vlm", sorted(OPEN_CLIP))
 def test_missing_weights_name_every_file_and_what_to_do(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsNotFound) as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +124,36 @@ def test_gradients_reach_the_context_through_a_frozen_tower(name):
     context = torch.randn(1, encoder.contexts, encoder.width, requires_grad=True)
     encoder(context).square().sum().backward()
     assert context.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_sane_siglip_has_its_context_first_and_is_read_at_the_last_word(name):
+    pad = {"siglip": 1, "siglip2": 0}[name]
+    ids = torch.tensor([[7, pad, pad, pad, pad], [9, 11, 5, pad, pad], [9, 11, 5, 4, 8]])
+    encoder = TextEncoder(name, ids, sane=True)
+    encoder.tower.transformer.resblocks = encoder.tower.transformer.resblocks[:1]
+    with torch.no_grad():
+        encoder.tower.token_embedding = torch.nn.Embedding(20, encoder.width)
+        fill(encoder)
+        for parameter in encoder.tower.parameters():
+            parameter.normal_(std=0.05)
+    words = torch.tensor([[12, 13, 14, 15, 16]])
+    actual = encoder(encoder.tower.token_embedding(words))
+    # open_clip's own tower, which reads its last position: of the same sentence, its positions turned until the word is last
+    for row, last, given in zip(ids, (5, 7, 9), actual, strict=True):
+        sentence = torch.cat([words[0], row])
+        turn = torch.roll(torch.arange(10), 9 - last)
+        tower = copy.deepcopy(encoder.tower)
+        tower.positional_embedding.data = tower.positional_embedding.data[turn]
+        torch.testing.assert_close(tower(sentence[turn][None])[0], given, rtol=1e-3, atol=1e-4)
+
+
+def test_sane_changes_no_tower_with_a_start_token():
+    ids = torch.tensor(tokenize("tiny", CITYSCAPES))
+    torch.manual_seed(0)
+    released = TextEncoder("tiny", ids, dim=32).eval()
+    torch.manual_seed(0)
+    context = torch.randn(1, 5, 64)
+    sane = TextEncoder("tiny", ids, dim=32, sane=True).eval()
+    sane.load_state_dict(released.state_dict())
+    assert torch.equal(released(context), sane(context))
