@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_files import VARIANTS, description
 from loopback_hub import Hub, serving
 from typer.testing import CliRunner, Result
 
@@ -21,7 +22,9 @@ import mfuser
 from dgbench import cli
 from mfuser.encoders import VisionEncoder
 from mfuser.hub import download, models
+from mfuser.keys import published
 from mfuser.pretrained import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, load_tower, require
+from mfuser.text import TEXTS
 
 ROOT = Path(__file__).parents[1]
 DINO = WEIGHTS["dinov2_l"]
@@ -195,6 +198,34 @@ def test_a_file_of_the_published_size_is_downloaded_and_built_from(near: Hub, tm
             assert torch.equal(model.encoder.trunk.state_dict()[name], value), name
     assert model.encoder.trunk.pos_embed.shape == (1, 65, 1024)
     assert model(torch.rand(1, 3, 112, 112)).shape == (1, 19, 112, 112)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("vlm", ["eva02", "clip", "siglip"])
+def test_a_pair_of_towers_of_the_published_size_is_downloaded_and_built_from(vlm: str, near: Hub, tmp_path: Path) -> None:
+    import open_clip
+    import timm
+    from safetensors.torch import save
+
+    row, tower = WEIGHTS[vlm], TEXTS[vlm].open_clip
+    assert row is not None
+    near.files[NAME] = save(timm.create_model("vit_large_patch14_dinov2", num_classes=0).state_dict())
+    # the file on the Hub is the state of open_clip's own model
+    state = open_clip.create_model(tower, pretrained=None, load_weights=False).state_dict()
+    near.files[f"{row.repo}/{row.file}"] = save({name: value.contiguous() for name, value in state.items()})
+    done = program("download", "dinov2_l", vlm, "--json", folder=tmp_path, endpoint=near.url)
+    assert done.returncode == 0, done.stderr
+    assert sum(part["bytes"] for part in json.loads(done.stdout)) > 2.8e9
+    near.files.clear()
+    variant = next(name for name, ours in VARIANTS.items() if ours == vlm)
+    model = mfuser.build("mfuser", vlm=vlm, token_ids=description(f"layout_{variant}")["tokens"], pretrained=True)
+    for part, module in (("trunk", model.vlm.trunk), ("text", model.text.tower)):
+        ours = module.state_dict()
+        for name in [name for name in ours if ".11." in name or name.startswith("norm.")]:
+            assert torch.equal(ours[name].squeeze(), published(vlm, part)(name).read(state).squeeze()), name
+    expected = state["logit_scale"].exp() if vlm == "siglip" else torch.tensor(1 / 0.07)
+    assert torch.allclose(model.logit_scale, expected)
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
