@@ -77,11 +77,13 @@ def test_the_whole_head_equals_the_authors(goldens):
     assert sorted(errors)[len(errors) // 2] < 5e-6
     assert max(errors) < 1e-3
     total.backward()
-    # such a key moves every gradient before it; so does a sampling point within rounding of a cell's border
+    # such a key moves every gradient before it; so does a sampling point within rounding of a cell's border, or a unit
+    # of a feed-forward layer within rounding of zero: which ones depends on the order that a machine sums in
     grads = [error(goldens, f"unit_head/grad/feat{i}", feature.grad) for i, feature in enumerate(features)]
     grads += [error(goldens, f"unit_head/grad/{official(name)}", p.grad) for name, p in head.named_parameters()]
     grads.append(error(goldens, "unit_head/grad/text", text.grad))
-    assert max(grads) < (1e-3 if max(errors) < 2e-5 else 5e-2)
+    assert max(grads) < (1e-2 if max(errors) < 2e-5 else 5e-2)
+    assert sorted(grads)[len(grads) // 2] < (1e-5 if max(errors) < 2e-5 else 5e-2)
 
 
 def test_deformable_attention_equals_the_authors(goldens):

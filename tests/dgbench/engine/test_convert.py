@@ -67,7 +67,7 @@ def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path, legacy):
 
 def test_a_bare_pickle_is_refused_and_runs_nothing(tmp_path):
     mark = tmp_path / "was-run"
-    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile(mark)))
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Hostile(mark), protocol=2))
     with pytest.raises(ValueError, match="cannot be read as a PyTorch checkpoint"):
         read_authors(tmp_path / "bad.pth")
     assert not mark.exists()
