@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +17,14 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(0)  # libraries under test may use the global generator
     for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _full_size_models_go(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models hang in reference cycles: the next test of several GB must not wait for the collector's turn."""
+    yield
+    if request.node.get_closest_marker("full"):
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

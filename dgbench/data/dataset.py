@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -198,10 +199,8 @@ def _cached_render(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDAr
 
 def _cached_label(key: _RenderKey, index: int) -> NDArray[np.uint8]:
     if key.image(index).exists():
-        try:
+        with suppress(OSError, UnidentifiedImageError):  # a damaged one is rendered again
             return np.asarray(Image.open(key.label(index)))
-        except (OSError, UnidentifiedImageError):
-            pass  # rendered again, as above
     return _cached_render(key, index)[1]
 
 
