@@ -1,8 +1,8 @@
 """The training view of a dataset: draw, random scale and crop with a class-share rule, flip, photometric distortion.
 
 All randomness of a sample comes from a generator made of (seed, position), so a batch is the same whichever worker makes
-it and whenever training resumes. Cropping comes before resizing: the same window as resizing
-first, at a fraction of the cost; only the interpolation at the window's border differs.
+it and whenever training resumes. Cropping comes before resizing: the same window as resizing first, at a fraction of the
+cost; only the interpolation at the window's border differs.
 """
 
 from __future__ import annotations

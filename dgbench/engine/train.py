@@ -72,7 +72,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     peak = [group["lr"] for group in optimizer.param_groups]
     if accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # convolutions are a tenth of a step faster so; weights are stored as ever
+    # convolutions like it: a step takes a tenth less on a CPU; checkpoints are written in the usual order all the same
     model.to(memory_format=torch.channels_last)
     loss_of, optimizer = accelerator.prepare(_Loss(model), optimizer)
     if found:

@@ -138,12 +138,12 @@ def leaderboard(
     for key, model in _models(records).items():
         parts.setdefault((key[0], key[1]), []).append(model)
     groups, shown = [], []
-    for (source_, protocol), models in parts.items():
+    for (trained_on, protocol), models in parts.items():
         for cluster in _compatible(models):
             hashes = {column: value for model in cluster for column, value in model.hashes.items()}
-            mine = [r for r in references if _belongs(r, source_, protocol, hashes)]
-            groups.append(_group(source_, protocol, cluster, mine, targets, every=every))
-            shown.append((source_, protocol, hashes))
+            mine = [r for r in references if _belongs(r, trained_on, protocol, hashes)]
+            groups.append(_group(trained_on, protocol, cluster, mine, targets, every=every))
+            shown.append((trained_on, protocol, hashes))
     lonely = [r for r in references if not any(_belongs(r, *group) for group in shown)]
     while lonely:
         first = lonely[0]
