@@ -299,7 +299,7 @@ def _records(records: Sequence[Record]) -> list[Table]:
     rows = []
     for record in records:
         low, high = record.interval
-        interval = ABSENT if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+        interval = ABSENT if low is None or high is None or math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
         miou = ABSENT if record.miou is None else f"{100 * record.miou:.1f}"
         total = record.seconds.get("total")
         count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"

@@ -25,6 +25,7 @@ from dgbench.engine.device import device_name, pick_device
 from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
+from dgbench.resources import usable_cores
 from mfuser.segmentor import Segmentor
 
 
@@ -137,9 +138,8 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
 
 def _batches(dataset: SegDataset, rules: protocol.Protocol, recipe: Recipe) -> Iterator[tuple[list[_Item], float]]:
     """Lists of items of one size, and the seconds spent waiting for them."""
-    loader = DataLoader(
-        _TestView(dataset, rules), batch_size=recipe.eval.batch_size, num_workers=recipe.train.workers, collate_fn=list
-    )
+    workers = min(recipe.train.workers, usable_cores())
+    loader = DataLoader(_TestView(dataset, rules), batch_size=recipe.eval.batch_size, num_workers=workers, collate_fn=list)
     before = time.perf_counter()
     for items in loader:
         waited = time.perf_counter() - before

@@ -29,6 +29,7 @@ from dgbench.engine.device import device_name, peak_gib, pick_device
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
+from dgbench.resources import usable_cores
 from mfuser.segmentor import Batch, Segmentor
 
 
@@ -216,13 +217,14 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
         )
     batches = StepBatches(start, spec.steps, per_process, accelerator.process_index, accelerator.num_processes)
     view = TrainView(dataset, sampler, augmentation, spec.seed)
+    workers = min(spec.workers, usable_cores())  # more would only wait; samples do not depend on who makes them
     return DataLoader(
         view,
         batch_sampler=batches,
-        num_workers=spec.workers,
+        num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
-        prefetch_factor=4 if spec.workers else None,
+        prefetch_factor=4 if workers else None,
     )
 
 

@@ -88,6 +88,11 @@ def test_records_say_domain_interval_and_count(capsys: pytest.CaptureFixture[str
     assert lines[3].split() == ["streets-city", "–", "–", "3", "of", "100", "–", "–"]
 
 
+def test_one_image_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = record("streets-city", 0.4, n_images=1, interval=(float("nan"), float("nan")))
+    assert "nan" not in shown([alone], capsys)
+
+
 def test_checks_keep_their_hints(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown([Check("gpu", "info", "none", "use the CPU"), Check("disk", "fail", "full")], capsys)
     assert text == "state  check  found\ninfo   gpu    none\nfail   disk   full\nhint (gpu): use the CPU\n"
