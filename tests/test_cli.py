@@ -407,8 +407,10 @@ def test_a_closed_pipe_is_quiet(here: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX signal")
 def test_ctrl_c_exits_130_with_one_line(here: Path) -> None:
+    # a shell starts background jobs deaf to Ctrl-C, and this test may run in one
     code = (
-        "import typer, time\nfrom dgbench import cli\n"
+        "import signal, typer, time\nfrom dgbench import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "@cli.app.command()\ndef wait(): print('ready', flush=True); time.sleep(60)\n"
         "cli.main()"
     )
