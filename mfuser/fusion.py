@@ -80,20 +80,20 @@ class MVFuser(Fuser):
         x, z = F.silu(self.conv1d_x(x)), self.conv1d_z(z)
         # the norm's gate is SiLU, so that z goes through it twice in the release
         z = z if self.sane else F.silu(z)
-        gated = self.norm(self._scanned(x).transpose(1, 2), z.transpose(1, 2))
+        gated = self.norm(self._scanned(x.transpose(1, 2)), z.transpose(1, 2))
         out: Tensor = self.dropout(self.out_proj(gated)) * self.scale
         return out
 
     def _scanned(self, x: Tensor) -> Tensor:
-        """(B, C/2, L) -> (B, C/2, L)."""
+        """(B, L, C/2) -> (B, L, C/2)."""
         return self._scan(x, self.x_proj, self.dt_proj, self.A_log, self.D)
 
     def _scan(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Tensor:
-        rank, B, C = x_proj(x.transpose(1, 2)).split([self.rank, self.state, self.state], -1)
+        rank, B, C = x_proj(x).split([self.rank, self.state, self.state], -1)
         # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
-        delta = (F.linear(rank, dt_proj.weight) if self.sane else dt_proj(rank)).transpose(1, 2)
+        delta = F.linear(rank, dt_proj.weight) if self.sane else dt_proj(rank)
         return selective_scan(
-            x, delta, -A_log.float().exp(), B.transpose(1, 2), C.transpose(1, 2), D.float(),
+            x, delta, -A_log.float().exp(), B, C, D.float(),
             delta_bias=dt_proj.bias.float(), delta_softplus=True, backend=self.backend,
         )  # fmt: skip
 
@@ -103,7 +103,7 @@ class BidirectionalMVFuser(MVFuser):
 
     The bidirectional block of Vision Mamba (Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with
     Bidirectional State Space Model", ICML 2024): (B, L, C) -> (B, L, C) with projections, convolutions and gate shared
-    by both directions, which are (B, C/2, L) each and are added before the gated norm. Steps, B, C, A and D are each
+    by both directions, which are (B, L, C/2) each and are added before the gated norm. Steps, B, C, A and D are each
     direction's own. The convolutions look both ways already, so that the second direction needs none of its own.
     """
 
@@ -118,8 +118,8 @@ class BidirectionalMVFuser(MVFuser):
         reset_steps(self.dt_proj_b)
 
     def _scanned(self, x: Tensor) -> Tensor:
-        backward = self._scan(x.flip(-1), self.x_proj_b, self.dt_proj_b, self.A_log_b, self.D_b)
-        return super()._scanned(x) + backward.flip(-1)
+        backward = self._scan(x.flip(1), self.x_proj_b, self.dt_proj_b, self.A_log_b, self.D_b)
+        return super()._scanned(x) + backward.flip(1)
 
 
 def reset_steps(dt_proj: nn.Linear, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:

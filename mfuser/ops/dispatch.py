@@ -25,7 +25,7 @@ class Backend:
 
     name: str
     module: str
-    refuse: Callable[..., str | None] = lambda *_: None  # why it cannot take these tensors, else None
+    refuse: Callable[..., str | None] = lambda *_: None  # why it cannot take the op's tensors (None: absent), else None
     auto: bool = True  # False: runs only when named
 
     def load(self) -> ModuleType:
@@ -66,7 +66,7 @@ def lookup(op: str, name: str) -> Backend:
     raise BackendError(f"{op} has no backend `{name}`; there are: {', '.join(b.name for b in rows(op))}")
 
 
-def unusable(backend: Backend, *tensors: Tensor) -> str | None:
+def unusable(backend: Backend, *tensors: Tensor | None) -> str | None:
     """Say why `backend` cannot take `tensors`; None when it can."""
     try:
         backend.load()
@@ -75,7 +75,7 @@ def unusable(backend: Backend, *tensors: Tensor) -> str | None:
     return backend.refuse(*tensors)
 
 
-def resolve(op: str, requested: str, *tensors: Tensor) -> Backend:
+def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     """Return the backend that runs `op` on `tensors`.
 
     Args:
@@ -95,11 +95,11 @@ def resolve(op: str, requested: str, *tensors: Tensor) -> Backend:
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
 
 
-def explain(op: str, *tensors: Tensor) -> dict[str, str | None]:
+def explain(op: str, *tensors: Tensor | None) -> dict[str, str | None]:
     """Return every backend of `op` with the reason why it cannot run here, or None when it can."""
     return {backend.name: unusable(backend, *tensors) for backend in rows(op)}
 
 
-def available(op: str, *tensors: Tensor) -> list[str]:
+def available(op: str, *tensors: Tensor | None) -> list[str]:
     """Return the names of the backends of `op` that run here."""
     return [name for name, reason in explain(op, *tensors).items() if reason is None]

@@ -32,9 +32,8 @@ def test_the_scan_equals_the_authors(goldens):
     given = {name: noise(f"unit_scan/{name}", *shape) for name, shape in shapes.items()}
     given["A"] = -noise("unit_scan/A", 6, 4).exp()
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
-    y = selective_scan(
-        *(leaves[n] for n in ("u", "delta", "A", "B", "C", "D")), delta_bias=leaves["delta_bias"], delta_softplus=True
-    )
+    tokens = {name: leaves[name].mT for name in ("u", "delta", "B", "C")}  # recorded as (B, D, L)
+    y = selective_scan(**{**leaves, **tokens}, delta_softplus=True).mT
     assert relative_error(goldens, "unit_scan/y", y) < 1e-5
     (y * noise("unit_scan/probe", 2, 6, 20)).sum().backward()
     for name, tensor in leaves.items():

@@ -3,16 +3,35 @@
 Inputs are checked here and the backend is resolved here, once per call; its name travels with the operator, so that a
 compiler sees one node and the backward runs where the forward ran. A backend's module has `forward`, `backward` and
 `saved_shape` with the signatures of `reference.py`.
+
+Tokens come before channels, (B, L, D), as every linear layer has them: a GPU reads a token's channels in one piece, and
+nothing is transposed on the way in or out (Mamba's own interface is (B, D, L)).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mfuser.ops.dispatch import lookup, resolve
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
+    return_final_state: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, z: Tensor | None = ...,
+    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
+    return_final_state: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(
@@ -23,30 +42,37 @@ def selective_scan(
     C: Tensor,
     D: Tensor | None = None,
     *,
+    z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Input-dependent linear recurrence along L (S6; Gu & Dao 2023, Alg. 2).
 
-        h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = C[t] h[t] + D u[t]
+        h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = (C[t] h[t] + D u[t]) silu(z[t])
 
     Args:
-        u, delta: (B, D, L).    A: (D, N), real, negative.    B, C: (B, N, L).    D: (D,).
+        u, delta, z: (B, L, D); without z there is no gate.
+        A: (D, N), real, negative.    B, C: (B, L, N).    D: (D,).
         delta_bias: (D,), added to delta before the softplus.
         delta_softplus: delta becomes softplus(delta + bias); else it must be positive already.
+        initial_state: h before the first step, (B, D, N); zero if absent.
+        return_final_state: also return h after the last step.
         backend: "auto" or a name from `available("selective_scan")`; a named backend runs or raises.
-    Returns: (B, D, L) in u's dtype; the state is accumulated in fp32 (fp64 for fp64 inputs).
+    Returns: y (B, L, D) in u's dtype; the final state is (B, D, N) in fp32, in which the state is kept (fp64 for fp64).
     Raises:
         ValueError: shapes that do not fit.
         BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
     """
-    batch, dim, length = _checked(u, delta, A, B, C, D, delta_bias)
-    if length == 0 or batch == 0 or dim == 0:
-        return torch.zeros_like(u)
-    chosen = resolve("selective_scan", backend, u, delta, A, B, C).name
-    y: Tensor = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus, chosen)[0]
-    return y
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if u.numel() == 0:
+        state = u.new_zeros(u.shape[0], *A.shape, dtype=_precise(u)) if initial_state is None else initial_state.to(_precise(u))
+        return (torch.zeros_like(u), state) if return_final_state else torch.zeros_like(u)
+    chosen = resolve("selective_scan", backend, u, delta, A, B, C, D, z, delta_bias, initial_state).name
+    y, state, _ = _scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, chosen)
+    return (y, state) if return_final_state else y
 
 
 def flops(batch: int, dim: int, length: int, state: int) -> int:
@@ -54,27 +80,33 @@ def flops(batch: int, dim: int, length: int, state: int) -> int:
     return batch * length * dim * (4 * state + 1)
 
 
-def _checked(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None
-) -> tuple[int, int, int]:
+def _precise(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    initial: Tensor | None,
+) -> None:  # fmt: skip
     if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"selective_scan needs u (B, D, L) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
-    batch, dim, length = u.shape
+        raise ValueError(f"selective_scan needs u (B, L, D) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, length, dim = u.shape
     state = A.shape[1]
     expected = {
-        "delta": (delta, (batch, dim, length)),
+        "delta": (delta, (batch, length, dim)),
         "A": (A, (dim, state)),
-        "B": (B, (batch, state, length)),
-        "C": (C, (batch, state, length)),
+        "B": (B, (batch, length, state)),
+        "C": (C, (batch, length, state)),
         "D": (D, (dim,)),
+        "z": (z, (batch, length, dim)),
         "delta_bias": (bias, (dim,)),
+        "initial_state": (initial, (batch, dim, state)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, expected {shape}")
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"selective_scan: {name} must be real and floating point, got {tensor.dtype}")
-    return batch, dim, length
 
 
 @torch.library.custom_op("mfuser::selective_scan", mutates_args=())
@@ -85,12 +117,15 @@ def _scan(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    y, saved = lookup("selective_scan", backend).load().forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    return y, saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = lookup("selective_scan", backend).load()
+    y, state, saved = kernel.forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    return y, state, saved
 
 
 @_scan.register_fake
@@ -101,67 +136,81 @@ def _(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    shape = lookup("selective_scan", backend).load().saved_shape(u, A)
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return torch.empty_like(u), u.new_empty(shape, dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel, precise = lookup("selective_scan", backend).load(), _precise(u)
+    state = u.new_empty(u.shape[0], *A.shape, dtype=precise)
+    return u.new_empty(u.shape), state, u.new_empty(kernel.saved_shape(u, A), dtype=precise)
 
 
 @torch.library.custom_op("mfuser::selective_scan_bwd", mutates_args=())
 def _scan_bwd(
     dy: Tensor,
+    dstate: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
     saved: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = lookup("selective_scan", backend).load()
-    grads = kernel.backward(dy, u, delta, A, B, C, D, delta_bias, delta_softplus, saved)
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    results = []
-    for grad, tensor in zip(grads, inputs, strict=True):
-        # an operator returns tensors only: an absent input's gradient is an empty one
-        result = u.new_empty(0) if tensor is None else torch.empty_like(tensor)
-        results.append(result if tensor is None else result.copy_(grad))
+    grads = kernel.backward(dy, dstate, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, saved)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    # an operator returns tensors only: an absent input's gradient is an empty one
+    results = [
+        u.new_empty(0) if t is None else g if g.dtype == t.dtype and g.is_contiguous() else t.new_empty(t.shape).copy_(g)
+        for g, t in zip(grads, inputs, strict=True)
+    ]
     return tuple(results)  # type: ignore[return-value]
 
 
 @_scan_bwd.register_fake
 def _(
     dy: Tensor,
+    dstate: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
     saved: Tensor,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    return tuple(u.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)  # type: ignore[return-value]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    u, delta, A, B, C, D, delta_bias, ctx.softplus, ctx.backend = inputs
-    ctx.save_for_backward(u, delta, A, B, C, D, delta_bias, output[1])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.softplus, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    # the gradient of what was saved would be a tensor of zeros as large as it
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    u, delta, A, B, C, D, delta_bias, saved = ctx.saved_tensors
-    grads = _scan_bwd(dy, u, delta, A, B, C, D, delta_bias, ctx.softplus, saved, ctx.backend)
-    present = [None if t is None else g for g, t in zip(grads, (u, delta, A, B, C, D, delta_bias), strict=True)]
+def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, saved = ctx.saved_tensors
+    if dy is None:
+        if dstate is None:
+            return (None,) * 11
+        dy = torch.zeros_like(tensors[0])
+    grads = _scan_bwd(dy, dstate, *tensors, ctx.softplus, saved, ctx.backend)
+    present = [None if t is None else g for g, t in zip(grads, tensors, strict=True)]
     return *present, None, None
 
 

@@ -20,18 +20,21 @@ _DEVICE_BLOCK = 2**26
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
     """Shape of what `forward` keeps for `backward` besides the inputs: the state before each block, (blocks, B, N, D)."""
-    return (-(-u.shape[2] // _block(u, A)), u.shape[0], A.shape[1], A.shape[0])
+    return (-(-u.shape[1] // _block(u, A)), u.shape[0], A.shape[1], A.shape[0])
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None, softplus: bool
-) -> tuple[Tensor, Tensor]:
-    """Return y (B, D, L) in u's dtype and the states before each block. Shapes as in `selective_scan`."""
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    initial: Tensor | None, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each block."""
     block, saved = _block(u, A), u.new_empty(saved_shape(u, A), dtype=_precise(u))
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
     inflow, y = step * x, torch.empty_like(x)
     decay, states = (_Steps(x, A, block) for _ in range(2))
     h = torch.zeros_like(saved[0])  # (B, N, D)
+    if initial is not None:
+        h.copy_(initial.mT)
     for i, part in enumerate(_parts(len(x), block)):
         saved[i] = h
         a, s = decay.first(part), states.first(part)  # (T, B, N, D)
@@ -42,38 +45,41 @@ def forward(
         torch.sum(s.mul_(C[part]), 2, out=y[part])
     if D is not None:
         y.addcmul_(x, D.to(x.dtype))
-    out = torch.empty_like(u)
-    out.copy_(y.permute(1, 2, 0))
-    return out, saved
+    if z is not None:
+        y.mul_(F.silu(z.transpose(0, 1).to(x.dtype)))
+    out = u.new_empty(u.shape)
+    out.copy_(y.transpose(0, 1))
+    return out, h.mT.contiguous(), saved
 
 
 def backward(
-    dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    saved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of (u, delta, A, B, C, D, bias); equations as in `reference.backward`."""
+    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
     block = _block(u, A)
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
-    dy = dy.permute(2, 0, 1).to(x.dtype).contiguous()  # (L, B, D)
+    dy = dy.transpose(0, 1).to(x.dtype).contiguous()  # (L, B, D)
+    y = dgated = gate = share = None
+    if z is not None:
+        gate = z.transpose(0, 1).to(x.dtype)
+        share, dgated, y = torch.sigmoid(gate), dy, torch.empty_like(x)
+        dy = dy * gate * share
     inflow = step * x
     dinflow, ddecay = torch.empty_like(x), torch.empty_like(x)
     dA = torch.zeros_like(A)
     dB, dC = x.new_empty(B.shape[:3]), x.new_empty(B.shape[:3])  # (L, B, N)
     decay, source, states, back = (_Steps(x, A, block) for _ in range(4))
     later = torch.zeros_like(saved[0])  # exp(delta[t+1] A) g[t+1]
+    if dstate is not None:
+        later.copy_(dstate.mT)
     for i, part in reversed(list(enumerate(_parts(len(x), block)))):
         a, b, s, g = (buffer.first(part) for buffer in (decay, source, states, back))  # (T, B, N, D)
         torch.mul(step[part, :, None], A, out=a).exp_()
         torch.mul(inflow[part, :, None], B[part], out=b)
         _scan(decay, states.take(b), len(a), saved[i])
+        if y is not None:
+            torch.sum(s * C[part], 2, out=y[part])
         dC[part] = torch.matmul(s.flatten(0, 1), dy[part].flatten(0, 1)[..., None]).view(dC[part].shape)
         torch.mul(C[part], dy[part, :, None], out=g)
         g[-1] += later
@@ -86,15 +92,20 @@ def backward(
         dA += torch.einsum("tbnd,tbd->nd", carried, step[part])
         torch.sum(carried.mul_(A), 2, out=ddecay[part])
     du, ddelta = dinflow * step, ddecay.addcmul_(dinflow, x)
-    dD = None
+    dD = dz = None
     if D is not None:
         du.addcmul_(dy, D.to(x.dtype))
         dD = (dy * x).sum((0, 1))
+    if dgated is not None and y is not None and gate is not None and share is not None:
+        y = y if D is None else y.addcmul_(x, D.to(x.dtype))
+        dz = (dgated * y * share * (1 + gate * (1 - share))).transpose(0, 1)
     if softplus:
         # softplus'(z) = sigmoid(z) = 1 - exp(-softplus(z))
         ddelta.mul_(torch.expm1(-step).neg_())
     dbias = None if bias is None else ddelta.sum((0, 1))
-    return du.permute(1, 2, 0), ddelta.permute(1, 2, 0), dA.mT, dB.permute(1, 2, 0), dC.permute(1, 2, 0), dD, dbias
+    dinitial = None if initial is None else later.mT
+    du, ddelta, dB, dC = (grad.transpose(0, 1) for grad in (du, ddelta, dB, dC))
+    return du, ddelta, dA.mT, dB, dC, dD, dz, dbias, dinitial
 
 
 class _Steps:
@@ -133,7 +144,7 @@ def _expand(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Time first and channels last: u, delta (L, B, D), A (N, D), B, C (L, B, N, 1); delta made positive."""
     precise = _precise(u)
-    x, step, B, C = (tensor.permute(2, 0, 1).to(precise).contiguous() for tensor in (u, delta, B, C))
+    x, step, B, C = (tensor.transpose(0, 1).to(precise).contiguous() for tensor in (u, delta, B, C))
     if bias is not None:
         step = step + bias.to(precise)
     if softplus:

@@ -46,9 +46,9 @@ def test_the_environment_names_the_backend_of_auto_alone(monkeypatch):
     assert resolve("selective_scan", "auto").name == "reference"
     assert resolve("selective_scan", "torch").name == "torch"
     monkeypatch.setenv("MFUSER_BACKEND", "nonsense")
-    u = torch.zeros(1, 2, 3)
+    u = torch.zeros(1, 3, 2)
     with pytest.raises(BackendError, match="nonsense"):
-        selective_scan(u, u, torch.zeros(2, 1), torch.zeros(1, 1, 3), torch.zeros(1, 1, 3))
+        selective_scan(u, u, torch.zeros(2, 1), torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))
 
 
 def test_auto_never_picks_the_reference():
