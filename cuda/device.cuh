@@ -97,6 +97,11 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
 
 // weak, and so once in the library however many sources include this
 extern "C" MFUSER_VISIBLE __attribute__((used)) inline const char* mfuser_device_type() { return MFUSER_DEVICE_TYPE; }
+// The library has a CUDA runtime of its own, whose current device torch does not set. The first call also shows whether
+// the driver is recent enough for that runtime.
+extern "C" MFUSER_VISIBLE __attribute__((used)) inline int mfuser_use_device(int index) {
+    return static_cast<int>(cudaSetDevice(index));
+}
 extern "C" MFUSER_VISIBLE __attribute__((used)) inline const char* mfuser_error_string(int error) {
     return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
