@@ -1,0 +1,107 @@
+// All that the kernels know of the platform. nvcc compiles the sources for a GPU; g++ with -DMFUSER_ON_CPU compiles
+// the same sources against tests/cuda_on_cpu/cuda_on_cpu.h, which runs each grid on the CPU.
+//
+//   bf16, fp16                     storage types
+//   to_float(x), from_float<T>(x)  float, bf16, fp16 <-> float, to nearest even
+//   exp2_fast(x), rcp_fast(x)      one instruction on the GPU, about 2 and 1 units in the last place; denormals become 0
+//   MFUSER_SHARED(name)            declares `unsigned char* name`: the block's dynamic shared memory, aligned to 16 bytes
+//   MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
+//                                  launches and returns a cudaError_t; `(kernel<...>)` in parentheses; more than 48 KB of
+//                                  shared memory is asked for
+//   MFUSER_EXPORT(name, Params)    stands before the definition of `extern "C" int name(const Params*, void* stream)`:
+//                                  makes it visible and adds name_size(), by which Python checks its copy of the struct
+//
+// Ordinary CUDA names work on both sides: see the list at the head of cuda_on_cpu.h for what the CPU knows of them.
+#pragma once
+
+#ifdef MFUSER_ON_CPU
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+__host__ __device__ __forceinline__ float to_float(float x) { return x; }
+__host__ __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__host__ __device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+template <typename T>
+__host__ __device__ __forceinline__ T from_float(float x);
+template <>
+__host__ __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__host__ __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__host__ __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
+
+#ifdef MFUSER_ON_CPU
+
+__device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
+__device__ __forceinline__ float rcp_fast(float x) { return 1.0f / x; }
+
+#define MFUSER_SHARED(name) unsigned char* const name = on_cpu::dynamic_shared()
+#define MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+    on_cpu::launch(#kernel, kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define MFUSER_DEVICE_TYPE "cpu"
+
+#else
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rcp_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+namespace mfuser {
+
+template <typename T>
+struct Same {
+    using type = T;
+};
+
+// cudaLaunchKernel returns this launch's own error; <<<>>> would leave it in a state that other calls share
+template <typename... P>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   typename Same<P>::type... args) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > 48 * 1024) {
+        cudaError_t error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    void* pointers[] = {&args..., nullptr};
+    return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace mfuser
+
+#define MFUSER_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define MFUSER_LAUNCH(kernel, ...) mfuser::launch(kernel, __VA_ARGS__)
+#define MFUSER_DEVICE_TYPE "cuda"
+
+#endif
+
+#define MFUSER_VISIBLE __attribute__((visibility("default")))
+#define MFUSER_EXPORT(name, Params)                                                          \
+    extern "C" MFUSER_VISIBLE int name##_size() { return static_cast<int>(sizeof(Params)); } \
+    extern "C" MFUSER_VISIBLE int name(const Params* params, void* stream)
+
+// weak, and so once in the library however many sources include this
+extern "C" MFUSER_VISIBLE __attribute__((used)) inline const char* mfuser_device_type() { return MFUSER_DEVICE_TYPE; }
+// The library has a CUDA runtime of its own, whose current device torch does not set. The first call also shows whether
+// the driver is recent enough for that runtime.
+extern "C" MFUSER_VISIBLE __attribute__((used)) inline int mfuser_use_device(int index) {
+    return static_cast<int>(cudaSetDevice(index));
+}
+extern "C" MFUSER_VISIBLE __attribute__((used)) inline const char* mfuser_error_string(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}

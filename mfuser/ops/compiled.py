@@ -1,0 +1,350 @@
+"""The CUDA kernels of `cuda/` as one shared library: compiled by nvcc ahead of time, called through ctypes.
+
+The library has a C interface and its own CUDA runtime, so it depends on neither torch's nor Python's version. It is
+kept as `<folder>/<hash of sources and flags>/<architectures>-cuda<version>.so`, where `<folder>` is MFUSER_KERNELS or
+else `mfuser/kernels` in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
+_LAST_LINES = 30
+BUILD_COMMAND = "dgbench kernels build"
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled; the message holds the command and the compiler's last lines."""
+
+
+class Library:
+    """A loaded library; `device` is the type of the tensors that its kernels take, "cuda" or (under test) "cpu"."""
+
+    def __init__(self, path: Path) -> None:
+        """Load `path`.
+
+        Raises: OSError with the loader's text.
+        """
+        self.path = path
+        self._dll = ctypes.CDLL(str(path))
+        try:
+            for function in (self._dll.mfuser_device_type, self._dll.mfuser_error_string):
+                function.restype = ctypes.c_char_p
+            self._use_device = self._dll.mfuser_use_device
+        except AttributeError as error:
+            raise OSError(str(error)) from error
+        self.device = self._dll.mfuser_device_type().decode()
+        self._functions: dict[str, Callable[..., int]] = {}
+
+    def run(self, name: str, params: ctypes.Structure, *, like: Tensor) -> None:
+        """Call the launcher `name` with `params`, on the device and the current stream of `like`.
+
+        Raises: RuntimeError with CUDA's text when the launch fails, or for a library that does not fit this Python code.
+        """
+        function = self._functions.get(name) or self._checked(name, type(params))
+        if like.device.type != self.device:
+            raise RuntimeError(f"{name} of {self.path} takes {self.device} tensors, got one on {like.device}")
+        if self.device == "cpu":
+            self.check(name, function(ctypes.byref(params), None))
+            return
+        index = like.device.index
+        if index != torch.cuda.current_device():
+            # the guard puts the caller's device back
+            with torch.cuda.device(index):
+                self._launch(name, function, params, index)
+        else:
+            self._launch(name, function, params, index)
+
+    def check(self, what: str, error: int) -> None:
+        """Raise RuntimeError with CUDA's text unless `error` is 0."""
+        if error:
+            raise RuntimeError(f"{what}: CUDA error {error}: {self._dll.mfuser_error_string(error).decode()}")
+
+    def use_device(self, index: int) -> None:
+        """Make the GPU `index` current in the library's own CUDA runtime.
+
+        Raises: RuntimeError with CUDA's text, such as that of a driver older than the runtime.
+        """
+        self.check(f"GPU {index}", self._use_device(index))
+
+    def _launch(self, name: str, function: Callable[..., int], params: ctypes.Structure, index: int) -> None:
+        self.use_device(index)
+        self.check(name, function(ctypes.byref(params), torch.cuda.current_stream(index).cuda_stream))
+
+    def _checked(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
+        try:
+            function, size = self._dll[name], self._dll[f"{name}_size"]()
+        except AttributeError as error:
+            raise RuntimeError(f"{self.path} has no {name}: {error}") from error
+        if size != ctypes.sizeof(kind):
+            raise RuntimeError(f"{name}: {kind.__name__} has {ctypes.sizeof(kind)} bytes in Python and {size} in {self.path}")
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        self._functions[name] = function
+        return function
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is of the compiled kernels; `reason` says why they do not run, None when they do."""
+
+    sources: tuple[Path, ...]  # the .cu files
+    nvcc: str | None  # its path and version
+    architecture: str | None  # of the current GPU
+    folder: Path  # holds the libraries of these sources
+    built: tuple[Path, ...]
+    reason: str | None
+
+
+_used: Library | None = None
+
+
+def library() -> Library:
+    """Return the library that was built from the present sources for the current GPU.
+
+    Both the library and the reason of a failure are kept until `build` succeeds in this process.
+
+    Raises: ImportError with the reason, and the command that helps.
+    """
+    if _used is not None:
+        return _used
+    found = _installed(os.environ.get("MFUSER_KERNELS"), os.environ.get("XDG_CACHE_HOME"))
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found
+
+
+@contextmanager
+def use(path: Path) -> Iterator[Library]:
+    """Let `library` return the one at `path`, whatever is built, until the context ends.
+
+    Raises: OSError if it does not load.
+    """
+    global _used
+    before = _used
+    _used = Library(path)
+    try:
+        yield _used
+    finally:
+        _used = before
+
+
+def status() -> Status:
+    """Look at sources, compiler, GPU and library; changes nothing."""
+    sources = sources_dir()
+    nvcc = _nvcc()
+    architecture = _architecture()
+    try:
+        library()
+        reason = None
+    except ImportError as error:
+        reason = str(error)
+    return Status(
+        sources=tuple(_kernels(sources)),
+        nvcc=nvcc and f"{nvcc} {_version(nvcc)}",
+        architecture=architecture if architecture.startswith("sm_") else None,
+        folder=_folder(sources),
+        built=tuple(_built(sources)),
+        reason=reason,
+    )
+
+
+def build(
+    architectures: Sequence[str] | None = None,
+    *,
+    sources: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Path:
+    """Compile all kernels into one library, unless it is there already, and return its path.
+
+    Needs nvcc, but no GPU when `architectures` are given. Safe when several processes build at once.
+
+    Args:
+        architectures: such as ["sm_80", "sm_90"]; by default those of the GPUs present.
+        sources: the folder of the .cu files; by default the shipped one.
+        on_line: takes each line of progress and of the compiler's output.
+
+    Raises:
+        BuildError: no sources, no nvcc, no GPU to take the architecture from, or the compiler failed.
+        ValueError: for a malformed architecture.
+    """
+    sources = sources or sources_dir()
+    tell = on_line or (lambda _: None)
+    kernels = _kernels(sources)
+    if not kernels:
+        raise BuildError(f"there are no kernel sources in {sources}")
+    nvcc = _nvcc()
+    if nvcc is None:
+        raise BuildError("nvcc is missing: install the CUDA toolkit, or set CUDA_HOME to its folder")
+    names = sorted(set(architectures or _present()), key=_parsed)
+    target = _folder(sources) / f"{'+'.join(names)}-cuda{_version(nvcc)}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # in the same folder, so that the finished library can be renamed into place
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as temporary:
+            built = _compile(nvcc, kernels, names, Path(temporary), tell)
+            os.replace(built, target)
+    _installed.cache_clear()
+    return target
+
+
+def sources_dir() -> Path:
+    """The folder of the kernel sources: at the repository's top level, and inside the package in a wheel."""
+    package = Path(__file__).parents[1]
+    packaged = package / "cuda"
+    return packaged if packaged.is_dir() else package.parent / "cuda"
+
+
+def kernels_dir() -> Path:
+    """Where libraries are kept: MFUSER_KERNELS, else the user's cache folder."""
+    if path := os.environ.get("MFUSER_KERNELS"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mfuser" / "kernels"
+
+
+@functools.cache
+def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
+    """The library, or why there is none. The arguments are those variables of the environment that decide where it is."""
+    sources = sources_dir()
+    if not _kernels(sources):
+        return f"there are no kernel sources in {sources}"
+    architecture = _architecture()
+    if not architecture.startswith("sm_"):
+        return architecture
+    built = _built(sources)
+    path = next((path for path in built if any(_runs(name, architecture) for name in _names(path))), None)
+    if path is None:
+        if built:
+            there = ", ".join(sorted({name for path in built for name in _names(path)}, key=_parsed))
+            problem = f"built for {there}, but this GPU is {architecture}"
+        else:
+            problem = f"not built for {architecture}"
+        if _nvcc() is None:
+            return f"{problem}, and nvcc is missing: install the CUDA toolkit, then run `{BUILD_COMMAND}`"
+        return f"{problem}: run `{BUILD_COMMAND}`"
+    try:
+        loaded = Library(path)
+        loaded.use_device(torch.cuda.current_device())
+    except OSError as error:
+        return f"{path} does not load: {error}; delete it and run `{BUILD_COMMAND}`"
+    except RuntimeError as error:
+        return f"{path} does not run: {error}"
+    return loaded
+
+
+def _architecture() -> str:
+    """The current GPU's "sm_<number>", or why there is none."""
+    if torch.version.cuda is None:
+        return "this torch build has no CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except RuntimeError as error:  # in a forked process
+        return str(error)
+    return f"sm_{major}{minor}"
+
+
+def _present() -> list[str]:
+    if not torch.cuda.is_available():
+        raise BuildError("torch finds no CUDA GPU: name the architectures to build for, such as sm_90")
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return [f"sm_{major}{minor}" for major, minor in capabilities]
+
+
+def _parsed(architecture: str) -> tuple[int, int, str]:
+    found = re.fullmatch(r"sm_(\d+)(\d)([af]?)", architecture)
+    if not found:
+        raise ValueError(f"`{architecture}` is no architecture: write sm_80, sm_90, sm_100 or the like")
+    return int(found[1]), int(found[2]), found[3]
+
+
+def _runs(built: str, present: str) -> bool:
+    """Machine code runs on later minor versions of its architecture; that of sm_90a and the like on its own alone."""
+    (major, minor, special), (gpu_major, gpu_minor, _) = _parsed(built), _parsed(present)
+    return major == gpu_major and (minor == gpu_minor if special else minor <= gpu_minor)
+
+
+def _kernels(sources: Path) -> list[Path]:
+    return sorted(sources.glob("*.cu"))
+
+
+def _folder(sources: Path) -> Path:
+    digest = hashlib.sha256(repr(_FLAGS).encode())
+    for path in sorted((*_kernels(sources), *sources.glob("*.cuh"))):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return kernels_dir() / digest.hexdigest()[:16]
+
+
+def _built(sources: Path) -> list[Path]:
+    """The libraries of these sources, the newest first."""
+    return sorted(_folder(sources).glob("sm_*-cuda*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _names(library: Path) -> list[str]:
+    return library.name.partition("-cuda")[0].split("+")
+
+
+def _nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    named, path, usual = ([str(Path(home, "bin"))] if home else [] for home in homes)
+    return shutil.which("nvcc", path=os.pathsep.join([*named, *path, os.environ.get("PATH", os.defpath), *usual]))
+
+
+def _version(nvcc: str) -> str:
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", _output([nvcc, "--version"]))
+    return found[1] if found else "unknown"
+
+
+def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: Path, tell: Callable[[str], None]) -> Path:
+    targets = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
+    objects = [folder / f"{path.stem}.o" for path in kernels]
+    commands = {
+        path.name: [nvcc, *_FLAGS, *targets, "-c", str(path), "-o", str(obj)] for path, obj in zip(kernels, objects, strict=True)
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {pool.submit(_output, command): name for name, command in commands.items()}
+        tell(f"compiling {', '.join(commands)} for {', '.join(architectures)}")
+        try:
+            for done in as_completed(running):
+                for line in [*done.result().splitlines(), f"compiled {running[done]}"]:
+                    tell(line)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    library = folder / "library.so"
+    for line in _output([nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]).splitlines():
+        tell(line)
+    return library
+
+
+def _output(command: list[str]) -> str:
+    """Run `command` and return all that it prints.
+
+    Raises: BuildError with the command and the last lines if it fails.
+    """
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise BuildError(f"{shlex.join(command)}: {error}") from error
+    if done.returncode:
+        lines = "\n".join(done.stdout.splitlines()[-_LAST_LINES:])
+        raise BuildError(f"failed with exit status {done.returncode}: {shlex.join(command)}\n{lines}")
+    return done.stdout
