@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -10,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[3]
 HEADERS = ROOT / "tests" / "cuda_on_cpu"
@@ -35,6 +39,19 @@ def compile_on_cpu(sources: Sequence[Path], folder: Path, *flags: str) -> Path:
     library = folder / "on_cpu.so"
     _run([compiler, *_CHECKS, "-shared", *map(str, objects), "-o", str(library)])
     return library
+
+
+def fenced(tensor: Tensor, *, before: bool = False) -> Tensor:
+    """Return a contiguous copy of `tensor` that ends (or begins) at a page which kills the process when touched."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    fence = ctypes.c_void_p(address if before else address + room)
+    assert libc.mprotect(fence, ctypes.c_size_t(page), 0) == 0, os.strerror(ctypes.get_errno())
+    offset = page if before else room - size
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape).copy_(tensor)
 
 
 def _run(command: list[str]) -> None:
