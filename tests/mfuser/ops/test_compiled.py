@@ -131,15 +131,20 @@ def test_shuffles_move_values_as_cuda_says(probes):
     assert out.tolist() == expected
 
 
-def test_votes_count_lanes(probes):
-    values = torch.randn(64)
+@pytest.mark.parametrize("threads", [64, 50])
+def test_votes_count_the_lanes_that_are_there(probes, threads):
+    values = torch.randn(threads)
     values[32:] = 1.0
-    out = torch.full((4, 64), -1, dtype=torch.int32, device=probes.device)
+    out = torch.full((5, threads), -1, dtype=torch.int32, device=probes.device)
     run_case(probes, "kVotes", values, out)
-    bits = [sum(1 << lane for lane in range(32) if values[warp + lane] > 0) for warp in (0, 32)]
-    ballots = torch.tensor([bits[0]] * 32 + [bits[1]] * 32)
-    odd = torch.where(torch.arange(64) % 2 == 1, ballots & 0xAAAAAAAA, 0)
-    expected = torch.stack([ballots, torch.ones(64).long(), torch.tensor([0] * 32 + [1] * 32), odd])
+    expected = torch.zeros(5, threads, dtype=torch.int64)
+    for t in range(threads):
+        warp = range(t // 32 * 32, min(t // 32 * 32 + 32, threads))
+        ballot = sum(1 << (i % 32) for i in warp if values[i] > 0)
+        total = sum(i % 32 for i in warp if i % 32 != 3)
+        expected[:, t] = torch.tensor([ballot, 1, t >= 32, ballot & 0xAAAAAAAA if t % 2 else 0, total])
+        if t % 32 == 3:
+            expected[4, t] = 0xFFFFFFFF
     assert (out.cpu().long() & 0xFFFFFFFF).equal(expected)
 
 
