@@ -25,7 +25,8 @@ class Backend:
 
     name: str
     module: str
-    refuse: Callable[..., str | None] = lambda *_: None  # why it cannot take the op's tensors (None: absent), else None
+    # why it cannot take the op's tensors (None: absent), else None; by default the module's own `refuse`, if it has one
+    refuse: Callable[..., str | None] | None = None
     auto: bool = True  # False: runs only when named
 
     def load(self) -> ModuleType:
@@ -35,6 +36,7 @@ class Backend:
 _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
+        Backend("cuda", f"{_SCAN}.cuda_backend"),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
@@ -69,10 +71,11 @@ def lookup(op: str, name: str) -> Backend:
 def unusable(backend: Backend, *tensors: Tensor | None) -> str | None:
     """Say why `backend` cannot take `tensors`; None when it can."""
     try:
-        backend.load()
+        module = backend.load()
     except ImportError as error:
         return str(error)
-    return backend.refuse(*tensors)
+    refuse = backend.refuse or getattr(module, "refuse", None)
+    return refuse(*tensors) if refuse else None
 
 
 def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
