@@ -19,7 +19,7 @@
 #include "device.cuh"
 
 struct ScanParams {
-    // activations: channels (or states) are contiguous, batch and row strides are given
+    // activations: channels (or states) are contiguous and a multiple of four; rows begin at a multiple of four elements
     const void *u, *delta, *B, *C, *z;
     const float *A, *D, *bias, *initial;  // contiguous
     int64_t u_batch, delta_batch, B_batch, C_batch, z_batch, dy_batch;  // strides in elements
@@ -122,6 +122,31 @@ __device__ __forceinline__ int sum_over_lanes(float* p, int index) {
     return first;
 }
 
+// Sums over the warp's channels: v[0..3] for dB and v[4..7] for dC, of four states. The sums go to row[state] and
+// row[states + state], each written by one lane.
+template <int LANES, int G>
+__device__ __forceinline__ void sum_over_channels(float (&v)[8], int index, float* row, int states) {
+    if constexpr (LANES >= 8) {
+        // Lanes hold their states in the order s ^ (index % 4). A lane keeps its registers 0 and 1 and gives 2 and 3, which
+        // are the other's 0 and 1; then it keeps 0 and gives 1: the same registers in every lane.
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            v[i] += __shfl_xor_sync(kAll, v[i + 2], 2 * G);
+            v[i + 1] += __shfl_xor_sync(kAll, v[i + 3], 2 * G);
+            v[i] += __shfl_xor_sync(kAll, v[i + 1], G);
+        }
+        const bool is_C = index & 4;
+        const float keep = is_C ? v[4] : v[0], give = is_C ? v[0] : v[4];
+        float sum = keep + __shfl_xor_sync(kAll, give, 4 * G);
+        if constexpr (LANES > 8) sum += __shfl_xor_sync(kAll, sum, 8 * G);
+        if (LANES == 8 || index < 8) row[(is_C ? states : 0) + index % 4] = sum;
+    } else {
+        const int first = sum_over_lanes<8, LANES, G>(v, index);
+#pragma unroll
+        for (int i = 0; i < 8 / LANES; i++) row[(first + i) / 4 * states + (first + i) % 4] = v[i];
+    }
+}
+
 // Where a thread stands in the recurrence: lane = channel in the warp * G + g, with S states from g * S.
 template <int S, int G, int WARPS>
 struct Place {
@@ -129,7 +154,7 @@ struct Place {
     static constexpr int kStates = S * G;              // N, padded
     static constexpr int kWarpChannels = 32 / G;
     static constexpr int kChannels = WARPS * kWarpChannels;  // per block
-    static_assert(kThreads % kChannels == 0, "a staging thread keeps to one channel");
+    static_assert(S == 4 && kThreads % kChannels == 0, "a staging thread keeps to one channel");
 
     int g, slot, channel, warp;  // slot: the channel within the block
     __device__ Place() {
@@ -145,19 +170,19 @@ struct Place {
 template <int S>
 __device__ __forceinline__ void load_states(float (&h)[S], const float* p, int g, int state_size, bool there) {
 #pragma unroll
-    for (int s = 0; s < S; s++) h[s] = there && g * S + s < state_size ? p[g * S + s] : 0.0f;
+    for (int s = 0; s < S; s += 4) {
+        const bool held = there && g * S + s < state_size;
+        const float4 four = held ? *reinterpret_cast<const float4*>(p + g * S + s) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        h[s] = four.x, h[s + 1] = four.y, h[s + 2] = four.z, h[s + 3] = four.w;
+    }
 }
 
 template <int S>
 __device__ __forceinline__ void store_states(float* p, const float (&h)[S], int g, int state_size, bool there) {
-    if (!there) return;
-    if (S == 4 && state_size % 4 == 0) {
-        if (g * S < state_size) *reinterpret_cast<float4*>(p + g * S) = make_float4(h[0], h[1], h[2], h[3]);
-        return;
-    }
 #pragma unroll
-    for (int s = 0; s < S; s++)
-        if (g * S + s < state_size) p[g * S + s] = h[s];
+    for (int s = 0; s < S; s += 4)
+        if (there && g * S + s < state_size)
+            *reinterpret_cast<float4*>(p + g * S + s) = make_float4(h[s], h[s + 1], h[s + 2], h[s + 3]);
 }
 
 template <int S>
@@ -172,48 +197,89 @@ __device__ __forceinline__ void read_states(float (&v)[S], const float* row, int
 template <typename T>
 constexpr bool kExact = sizeof(T) == 4;
 
-// One tile of a tensor with rows of channels (or states): `THREADS / COLUMNS` rows at a time, a thread keeping to one
-// column. Fetched into registers one tile ahead. Rows beyond the last one repeat it and columns beyond the last repeat
-// that, so that every load is legal without a test; whoever uses the values makes them count for nothing.
+// Element s of h moves to s ^ by, 0 <= by < 4. Doing it twice undoes it.
+__device__ __forceinline__ void permute(float (&h)[4], int by) {
+    const float a = by & 1 ? h[1] : h[0], b = by & 1 ? h[0] : h[1], c = by & 1 ? h[3] : h[2], d = by & 1 ? h[2] : h[3];
+    h[0] = by & 2 ? c : a, h[1] = by & 2 ? d : b, h[2] = by & 2 ? a : c, h[3] = by & 2 ? b : d;
+}
+
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+    T v[4];
+    __device__ __forceinline__ float operator[](int i) const { return to_float(v[i]); }
+};
+
+// One tile of a tensor with rows of channels (or states), four columns to a thread, which keeps to them. Fetched into
+// registers one tile ahead. Rows beyond the last one repeat it, and columns beyond the last repeat the last four, so that
+// every load is legal without a test; whoever uses the values makes them count for nothing.
 template <typename T, int STEPS, int COLUMNS, int THREADS>
 struct Tile {
-    static constexpr int kRows = THREADS / COLUMNS, kEach = kRows < STEPS ? STEPS / kRows : 1;
-    static_assert(kRows * kEach % STEPS == 0 && THREADS % COLUMNS == 0, "a tile is whole rows of threads");
-    T held[kEach];
+    static constexpr int kGroups = COLUMNS / 4;       // threads along a row
+    static constexpr int kRows = THREADS / kGroups;   // rows at a time
+    static constexpr int kEach = kRows < STEPS ? STEPS / kRows : 1;
+    static_assert(kRows * kEach % STEPS == 0 && THREADS % kGroups == 0, "a tile is whole rows of threads");
+    Four<T> held[kEach];
 
-    static __device__ __forceinline__ int column() { return threadIdx.x % COLUMNS; }
-    static __device__ __forceinline__ int step(int k) { return threadIdx.x / COLUMNS + k * kRows; }
+    static __device__ __forceinline__ int column() { return threadIdx.x % kGroups * 4; }
+    static __device__ __forceinline__ int step(int k) {
+        return kRows <= STEPS ? threadIdx.x / kGroups + k * kRows : threadIdx.x / kGroups % STEPS;
+    }
+    // where there are more threads than places, a place has several threads: its copies 0, 1, ...
+    static __device__ __forceinline__ int copy() { return threadIdx.x / (kGroups * STEPS); }
+    static __device__ __forceinline__ bool covers() { return kRows <= STEPS || copy() == 0; }
 
-    // at: this thread's column of the tile's first row; left: rows from there to the end, at least one
+    // at: this thread's columns of the tile's first row; left: rows from there to the end, at least one
     __device__ __forceinline__ void fetch(const char* at, int row, int left) {
 #pragma unroll
-        for (int k = 0; k < kEach; k++) held[k] = *reinterpret_cast<const T*>(at + int64_t(min(step(k), left - 1)) * row);
+        for (int k = 0; k < kEach; k++)
+            held[k] = *reinterpret_cast<const Four<T>*>(at + int64_t(min(step(k), left - 1)) * row);
     }
-    __device__ __forceinline__ float operator[](int k) const { return to_float(held[k]); }
 
     __device__ __forceinline__ void put(float* shared, bool there) const {
 #pragma unroll
-        for (int k = 0; k < kEach; k++)
-            if (kRows <= STEPS || step(k) < STEPS) shared[threadIdx.x + k * THREADS] = there ? to_float(held[k]) : 0.0f;
+        for (int k = 0; k < kEach; k++) {
+            const Four<T>& x = held[k];
+            if (covers())
+                reinterpret_cast<float4*>(shared)[threadIdx.x + k * THREADS] =
+                    there ? make_float4(x[0], x[1], x[2], x[3]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+    }
+
+    // Four copies of each row, one after the other, copy c with its states in the order s ^ c (see `permute`).
+    __device__ __forceinline__ void put_permuted(float* shared, bool there) const {
+        static_assert(kRows >= 4 * STEPS, "a thread for each copy of each place");
+        float x[4] = {held[0][0], held[0][1], held[0][2], held[0][3]};
+        permute(x, copy());
+        if (copy() < 4)
+            *reinterpret_cast<float4*>(shared + (step(0) * 4 + copy()) * COLUMNS + column()) =
+                there ? make_float4(x[0], x[1], x[2], x[3]) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 };
 
 template <typename T>
 __device__ __forceinline__ const char* corner_of(const void* base, int64_t batch, int image, int column, int columns) {
-    return reinterpret_cast<const char*>(static_cast<const T*>(base) + image * batch + min(column, columns - 1));
+    return reinterpret_cast<const char*>(static_cast<const T*>(base) + image * batch + min(column, columns - 4));
 }
 
 // delta after bias and softplus
 template <bool EXACT>
-__device__ __forceinline__ float step_size(float raw, float bias, int softplus) {
+__device__ __forceinline__ float step_size(float raw, float bias, bool softplus) {
     const float x = raw + bias;
     return softplus ? softplus_of<EXACT>(x, exp_minus_abs<EXACT>(x)) : x;
+}
+
+// x, or 0 where `kept` is false: without a branch around what x is computed from
+__device__ __forceinline__ float only(bool kept, float x) { return __uint_as_float(__float_as_uint(x) & (kept ? ~0u : 0u)); }
+
+// four channels' values of a vector that may be absent
+__device__ __forceinline__ Four<float> four_of(const float* p, int channel) {
+    return p ? *reinterpret_cast<const Four<float>*>(p + channel) : Four<float>{};
 }
 
 // First pass: what a chunk hands on when nothing comes in.
 //   forward:  h = exp(delta A) h + delta u B           of chunks 0 .. chunks - 2, in order
 //   REVERSE:  h = exp(delta A) (h + dy C)              of chunks 1 .. chunks - 1, from last step to first
-template <typename T, int S, int G, bool REVERSE, bool GATED>
+template <typename T, int S, int G, bool REVERSE, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p) {
     using P = Place<S, G, kForwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates;
@@ -234,8 +300,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p)
 
     using Values = Tile<T, kTile, channels, threads>;
     using Rows = Tile<T, kTile, states, threads>;
-    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 1);  // the staged channel
-    const float bias = p.bias ? p.bias[mine] : 0.0f;
+    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 4);  // the first staged channel
+    const Four<float> bias = four_of(p.bias, mine);
     const char* const delta = corner_of<T>(p.delta, p.delta_batch, image, mine, p.dim);
     const char* const source = REVERSE ? corner_of<T>(p.dy, p.dy_batch, image, mine, p.dim)
                                        : corner_of<T>(p.u, p.u_batch, image, mine, p.dim);
@@ -262,10 +328,19 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p)
 #pragma unroll
         for (int k = 0; k < Values::kEach; k++) {
             const bool counts = Values::step(k) < left;  // a step beyond the end changes nothing
-            const float d = counts ? step_size<exact>(raw_delta[k], bias, p.softplus) : 0.0f;
-            float v = REVERSE && !counts ? 0.0f : raw_source[k];
-            if (GATED) v *= raw_gate[k] * sigmoid<exact>(raw_gate[k]);
-            steps[threadIdx.x + k * threads] = make_float2(d, REVERSE ? v : d * v);
+            float d[4], v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                d[i] = only(counts, step_size<exact>(raw_delta.held[k][i], bias[i], SOFTPLUS));
+                v[i] = only(!REVERSE || counts, raw_source.held[k][i]);
+                if (GATED) v[i] *= raw_gate.held[k][i] * sigmoid<exact>(raw_gate.held[k][i]);
+                if (!REVERSE) v[i] *= d[i];
+            }
+            float4* const place = reinterpret_cast<float4*>(steps) + 2 * (threadIdx.x + k * threads);
+            if (Values::covers()) {
+                place[0] = make_float4(d[0], v[0], d[1], v[1]);
+                place[1] = make_float4(d[2], v[2], d[3], v[3]);
+            }
         }
         raw_rows.put(rows, Rows::column() < p.state_size);
         __syncthreads();
@@ -303,7 +378,7 @@ __device__ __forceinline__ void fold(float (&h)[S], const float (&a)[S], const S
     }
 }
 
-template <typename T, int S, int G, bool GATED>
+template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p) {
     using P = Place<S, G, kForwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates;
@@ -330,8 +405,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
     using Values = Tile<T, kTile, channels, threads>;
     using Rows = Tile<T, kTile, states, threads>;
     const bool staged = int(blockIdx.x) * channels + Values::column() < p.dim;
-    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 1);
-    const float bias = p.bias ? p.bias[mine] : 0.0f, skip = p.D ? p.D[mine] : 0.0f;
+    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 4);
+    const Four<float> bias = four_of(p.bias, mine), skip = four_of(p.D, mine);
     const char* const delta = corner_of<T>(p.delta, p.delta_batch, image, mine, p.dim);
     const char* const u = corner_of<T>(p.u, p.u_batch, image, mine, p.dim);
     const char* const z = GATED ? corner_of<T>(p.z, p.z_batch, image, mine, p.dim) : nullptr;
@@ -356,8 +431,18 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
         Values raw_z;
 #pragma unroll
         for (int k = 0; k < Values::kEach; k++) {
-            const float d = Values::step(k) < stop - first ? step_size<exact>(raw_delta[k], bias, p.softplus) : 0.0f;
-            steps[threadIdx.x + k * threads] = make_float2(d, d * raw_u[k]);
+            const bool counts = Values::step(k) < stop - first;  // a step beyond the end changes nothing
+            float d[4], v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                d[i] = only(counts, step_size<exact>(raw_delta.held[k][i], bias[i], SOFTPLUS));
+                v[i] = d[i] * raw_u.held[k][i];
+            }
+            float4* const place = reinterpret_cast<float4*>(steps) + 2 * (threadIdx.x + k * threads);
+            if (Values::covers()) {
+                place[0] = make_float4(d[0], v[0], d[1], v[1]);
+                place[1] = make_float4(d[2], v[2], d[3], v[3]);
+            }
         }
         raw_B.put(B_rows, !padded);
         raw_C.put(C_rows, !padded);
@@ -396,25 +481,41 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
         T* const out = y + int64_t(first) * p.dim;
 #pragma unroll
         for (int k = 0; k < Values::kEach; k++) {
-            float value = fmaf(skip, held_u[k], steps[threadIdx.x + k * threads].x);
-            if (GATED) value *= raw_z[k] * sigmoid<exact>(raw_z[k]);
-            if (staged && Values::step(k) < stop - first) out[int64_t(Values::step(k)) * p.dim] = from_float<T>(value);
+            if (!Values::covers() || !staged || Values::step(k) >= stop - first) continue;
+            const float4* const place = reinterpret_cast<const float4*>(steps) + 2 * (threadIdx.x + k * threads);
+            const float4 low = place[0], high = place[1];
+            const float sums[4] = {low.x, low.z, high.x, high.z};
+            Four<T> value;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float x = fmaf(skip[i], held_u.held[k][i], sums[i]);
+                if (GATED) x *= raw_z.held[k][i] * sigmoid<exact>(raw_z.held[k][i]);
+                value.v[i] = from_float<T>(x);
+            }
+            *reinterpret_cast<Four<T>*>(out + int64_t(Values::step(k)) * p.dim) = value;
         }
         __syncthreads();  // B and C rows have been read, too
     }
     if (stop == p.length) store_states<S>(p.state + corner, h, at.g, p.state_size, there);
 }
 
-template <typename T, int S, int G, bool GATED>
+template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_backward(ScanParams p) {
     using P = Place<S, G, kBackwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates, lanes = P::kWarpChannels;
-    constexpr int sums = 2 * S > lanes ? 2 * S / lanes : 1;  // of dB and dC that a lane ends with
+    // With eight channels or more in a warp, lanes hold their four states in an order of their own, so that halving sums
+    // over channels need not choose registers by lane: see sum_over_channels.
+    constexpr bool permuted = lanes >= 8;
+    constexpr int copies = permuted ? 4 : 1;
     MFUSER_SHARED(shared);
     float4* const steps = reinterpret_cast<float4*>(shared);  // (kSub, channels): delta, delta u, dy, -; then delta, gB, dd, y
     float* const B_rows = reinterpret_cast<float*>(steps + kSub * channels);  // (kSub, states)
-    float* const C_rows = B_rows + kSub * states;
-    float* const over_warps = C_rows + kSub * states;  // (warps, kSub, 2, states): dB and dC of each warp's channels
+    float* const C_rows = B_rows + kSub * states * copies;
+    float* const over_warps = C_rows + kSub * states * copies;  // (warps, kSub, 2, states): dB and dC of each warp's channels
+    // (8, threads): dD and dbias of each thread's four channels; seldom touched, and registers are dear
+    LongSum* const ends = reinterpret_cast<LongSum*>(over_warps + kBackwardWarps * kSub * 2 * states);
+#pragma unroll
+    for (int i = 0; i < 8; i++) ends[i * threads + threadIdx.x] = LongSum();
 
     const P at;
     const int chunk = blockIdx.y, image = blockIdx.z;
@@ -422,20 +523,22 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
     const bool there = at.channel < p.dim;
 
     float A[S], a[S], later[S];  // later: exp(delta[t+1] A) g[t+1]
-    LongSum dA[S], dD, dbias;
+    LongSum dA[S];
+    const int index = threadIdx.x % 32 / G, order = permuted ? index % 4 : 0;  // register s holds state s ^ order
     load_states<S>(A, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
 #pragma unroll
     for (int s = 0; s < S; s++) a[s] = A[s] * kLog2e, later[s] = 0.0f;
     const int64_t corner = (int64_t(image) * p.dim + at.channel) * p.state_size;
     if (p.dstate) load_states<S>(later, p.dstate + corner, at.g, p.state_size, there);
     fold<S>(later, a, p, image, p.chunks - 1, chunk, -1, at.channel, at.g, there);
+    permute(A, order), permute(a, order), permute(later, order);
 
     constexpr bool exact = kExact<T>;
     using Values = Tile<T, kSub, channels, threads>;
     using Rows = Tile<T, kSub, states, threads>;
     const bool staged = int(blockIdx.x) * channels + Values::column() < p.dim;
-    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 1);
-    const float bias = p.bias ? p.bias[mine] : 0.0f, skip = p.D ? p.D[mine] : 0.0f;
+    const int mine = min(int(blockIdx.x) * channels + Values::column(), p.dim - 4);
+    const Four<float> bias = four_of(p.bias, mine), skip = four_of(p.D, mine);
     const char* const delta = corner_of<T>(p.delta, p.delta_batch, image, mine, p.dim);
     const char* const u = corner_of<T>(p.u, p.u_batch, image, mine, p.dim);
     const char* const z = GATED ? corner_of<T>(p.z, p.z_batch, image, mine, p.dim) : nullptr;
@@ -465,13 +568,22 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
         for (int k = 0; k < Values::kEach; k++) {
             // a step beyond the end, or a channel: no decay, no inflow, no gradient
             const bool counts = staged && Values::step(k) < stop - first;
-            const float d = counts ? step_size<exact>(held_delta[k], bias, p.softplus) : 0.0f;
-            float g = counts ? held_dy[k] : 0.0f;
-            if (GATED) g *= held_z[k] * sigmoid<exact>(held_z[k]);
-            steps[threadIdx.x + k * threads] = make_float4(d, d * held_u[k], g, 0.0f);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float d = only(counts, step_size<exact>(held_delta.held[k][i], bias[i], SOFTPLUS));
+                float g = only(counts, held_dy.held[k][i]);
+                if (GATED) g *= held_z.held[k][i] * sigmoid<exact>(held_z.held[k][i]);
+                if (Values::covers())
+                    steps[4 * (threadIdx.x + k * threads) + i] = make_float4(d, d * held_u.held[k][i], g, 0.0f);
+            }
         }
-        raw_B.put(B_rows, !padded);
-        raw_C.put(C_rows, !padded);
+        if constexpr (permuted) {
+            raw_B.put_permuted(B_rows, !padded);
+            raw_C.put_permuted(C_rows, !padded);
+        } else {
+            raw_B.put(B_rows, !padded);
+            raw_C.put(C_rows, !padded);
+        }
         __syncthreads();
         if (first > begin) fetch(first - kSub);
 
@@ -479,11 +591,12 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
         float h[kSub + 1][S], decays[kHoldDecays ? kSub : 1][S];
         const int64_t row = (int64_t(image) * kept + first / kSub) * p.dim + at.channel;
         load_states<S>(h[0], p.saved + row * p.state_size, at.g, p.state_size, there);
+        permute(h[0], order);
 #pragma unroll
         for (int t = 0; t < kSub; t++) {
             const float4 now = steps[t * channels + at.slot];
             float b[S];
-            read_states<S>(b, B_rows + t * states, at.g);
+            read_states<S>(b, B_rows + (t * copies + order) * states, at.g);
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 const float decay = exp2_fast(now.x * a[s]);
@@ -500,8 +613,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                 const int t = t1 + j;
                 const float4 now = steps[t * channels + at.slot];
                 float b[S], c[S], both[2 * S];
-                read_states<S>(b, B_rows + t * states, at.g);
-                read_states<S>(c, C_rows + t * states, at.g);
+                read_states<S>(b, B_rows + (t * copies + order) * states, at.g);
+                read_states<S>(c, C_rows + (t * copies + order) * states, at.g);
                 gB[j] = dd[j] = y[j] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
@@ -515,16 +628,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                     dd[j] = fmaf(carried, A[s], dd[j]);
                     if (GATED) y[j] = fmaf(h[t + 1][s], c[s], y[j]);
                 }
-                const int index = (threadIdx.x % 32) / G;
-                const int which = sum_over_lanes<2 * S, lanes, G>(both, index);
-                float* const mean = over_warps + ((at.warp * kSub + t) * 2) * states + at.g * S;
-                if (index % (lanes / (2 * S) > 1 ? lanes / (2 * S) : 1) == 0) {
-#pragma unroll
-                    for (int i = 0; i < sums; i++) {
-                        const int value = which + i;
-                        mean[(value / S) * states + value % S] = both[i];
-                    }
-                }
+                sum_over_channels<lanes, G>(both, index, over_warps + (at.warp * kSub + t) * 2 * states + at.g * S, states);
             }
             sum_over_lanes<G, G, 1>(gB, at.g);
             sum_over_lanes<G, G, 1>(dd, at.g);
@@ -536,29 +640,39 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
         for (int s = 0; s < S; s++) dA[s].add(tile_dA[s]);
         __syncthreads();
 
-        float tile_dD = 0.0f, tile_dbias = 0.0f;
+        float tile_dD[4] = {}, tile_dbias[4] = {};
         const int64_t tile = out + int64_t(first) * p.dim;
 #pragma unroll
         for (int k = 0; k < Values::kEach; k++) {
-            if (!staged || Values::step(k) >= stop - first) continue;
-            const float4 now = steps[threadIdx.x + k * threads];
-            const float x = held_u[k];
-            float g = held_dy[k];
+            if (!Values::covers() || !staged || Values::step(k) >= stop - first) continue;
             const int64_t place = tile + int64_t(Values::step(k)) * p.dim;
-            if (GATED) {
-                const float gate = held_z[k], share = sigmoid<exact>(gate);
-                static_cast<T*>(p.dz)[place] =
-                    from_float<T>(g * fmaf(skip, x, now.w) * share * fmaf(gate, 1.0f - share, 1.0f));
-                g *= gate * share;
+            Four<T> du, ddelta, dz;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float4 now = steps[4 * (threadIdx.x + k * threads) + i];
+                const float x = held_u.held[k][i];
+                float g = held_dy.held[k][i];
+                if (GATED) {
+                    const float gate = held_z.held[k][i], share = sigmoid<exact>(gate);
+                    dz.v[i] = from_float<T>(g * fmaf(skip[i], x, now.w) * share * fmaf(gate, 1.0f - share, 1.0f));
+                    g *= gate * share;
+                }
+                float dstep = fmaf(now.y, x, now.z);
+                if (SOFTPLUS) dstep *= sigmoid<exact>(held_delta.held[k][i] + bias[i]);
+                du.v[i] = from_float<T>(fmaf(now.y, now.x, skip[i] * g));
+                ddelta.v[i] = from_float<T>(dstep);
+                tile_dD[i] = fmaf(g, x, tile_dD[i]);
+                tile_dbias[i] += dstep;
             }
-            float dstep = fmaf(now.y, x, now.z);
-            if (p.softplus) dstep *= sigmoid<exact>(held_delta[k] + bias);
-            static_cast<T*>(p.du)[place] = from_float<T>(fmaf(now.y, now.x, skip * g));
-            static_cast<T*>(p.ddelta)[place] = from_float<T>(dstep);
-            tile_dD = fmaf(g, x, tile_dD);
-            tile_dbias += dstep;
+            *reinterpret_cast<Four<T>*>(static_cast<T*>(p.du) + place) = du;
+            *reinterpret_cast<Four<T>*>(static_cast<T*>(p.ddelta) + place) = ddelta;
+            if (GATED) *reinterpret_cast<Four<T>*>(static_cast<T*>(p.dz) + place) = dz;
         }
-        dD.add(tile_dD), dbias.add(tile_dbias);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            ends[i * threads + threadIdx.x].add(tile_dD[i]);
+            ends[(4 + i) * threads + threadIdx.x].add(tile_dbias[i]);
+        }
         for (int i = threadIdx.x; i < kSub * 2 * states; i += threads) {
             const int t = first + i / (2 * states), n = i % states;
             if (t >= stop || n >= p.state_size) continue;
@@ -575,18 +689,22 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
     float dA_sum[S];
 #pragma unroll
     for (int s = 0; s < S; s++) dA_sum[s] = dA[s].sum;
+    permute(dA_sum, order), permute(later, order);
     store_states<S>(p.part_A + (place + at.channel) * p.state_size, dA_sum, at.g, p.state_size, there);
     if (chunk == 0 && p.dinitial) store_states<S>(p.dinitial + corner, later, at.g, p.state_size, there);
 
-    // the block's threads / channels sums of each channel
-    float2* const ends = reinterpret_cast<float2*>(shared);
-    ends[threadIdx.x] = make_float2(dD.sum, dbias.sum);
-    __syncthreads();
-    if (threadIdx.x < channels && staged) {
-        float2 sum = make_float2(0.0f, 0.0f);
-        for (int i = threadIdx.x; i < threads; i += channels) sum.x += ends[i].x, sum.y += ends[i].y;
-        p.part_D[place + mine] = sum.x;
-        p.part_bias[place + mine] = sum.y;
+    // the sums of all threads that staged a channel
+    if (threadIdx.x < channels) {
+        const int group = threadIdx.x / 4, i = threadIdx.x % 4, channel = blockIdx.x * channels + threadIdx.x;
+        float sum_D = 0.0f, sum_bias = 0.0f;
+        for (int t = group; t < threads; t += Values::kGroups) {
+            sum_D += ends[i * threads + t].sum;
+            sum_bias += ends[(4 + i) * threads + t].sum;
+        }
+        if (channel < p.dim) {
+            p.part_D[place + channel] = sum_D;
+            p.part_bias[place + channel] = sum_bias;
+        }
     }
 }
 
@@ -617,55 +735,73 @@ dim3 grid_of(const ScanParams& p, int chunks) {
     return dim3((p.dim + channels - 1) / channels, chunks, p.batch);
 }
 
-template <typename T, int S, int G, bool GATED>
+template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
 cudaError_t forward(const ScanParams& p, void* stream) {
     using P = Place<S, G, kForwardWarps>;
     constexpr size_t steps = kTile * P::kChannels * sizeof(float2), rows = kTile * P::kStates * sizeof(float);
     if (p.chunks > 1) {
         const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, S, G, false, false>), grid, P::kThreads, steps + rows, stream, p);
+            MFUSER_LAUNCH((scan_summary<T, S, G, false, SOFTPLUS, false>), grid, P::kThreads, steps + rows, stream, p);
         if (error != cudaSuccess) return error;
     }
     const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks);
-    return MFUSER_LAUNCH((scan_forward<T, S, G, GATED>), grid, P::kThreads, steps + 2 * rows, stream, p);
+    return MFUSER_LAUNCH((scan_forward<T, S, G, SOFTPLUS, GATED>), grid, P::kThreads, steps + 2 * rows, stream, p);
 }
 
-template <typename T, int S, int G, bool GATED>
+template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
 cudaError_t backward(const ScanParams& p, void* stream) {
     if (p.chunks > 1) {
         using P = Place<S, G, kForwardWarps>;
         constexpr size_t bytes = kTile * (P::kChannels * sizeof(float2) + P::kStates * sizeof(float));
         const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, S, G, true, GATED>), grid, P::kThreads, bytes, stream, p);
+            MFUSER_LAUNCH((scan_summary<T, S, G, true, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
         if (error != cudaSuccess) return error;
     }
     using P = Place<S, G, kBackwardWarps>;
     constexpr size_t bytes =
-        kSub * (P::kChannels * sizeof(float4) + 2 * P::kStates * sizeof(float) * (1 + kBackwardWarps));
+        kSub * (P::kChannels * sizeof(float4) + 2 * P::kStates * sizeof(float) * ((G <= 4 ? 4 : 1) + kBackwardWarps)) +
+        8 * P::kThreads * sizeof(LongSum);
     const dim3 grid = grid_of<S, G, kBackwardWarps>(p, p.chunks);
-    const cudaError_t error = MFUSER_LAUNCH((scan_backward<T, S, G, GATED>), grid, P::kThreads, bytes, stream, p);
+    const cudaError_t error = MFUSER_LAUNCH((scan_backward<T, S, G, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
     if (error != cudaSuccess) return error;
     const int64_t all = 2 * int64_t(p.batch) * p.length * p.state_size + int64_t(p.dim) * (p.state_size + 2);
     return MFUSER_LAUNCH((scan_finish<T>), dim3((all + 255) / 256), 256, 0, stream, p, int(grid.x));
 }
 
+// a template argument for each switch
+template <typename T, int S, int G>
+cudaError_t forward_as(const ScanParams& p, void* stream) {
+    if (p.softplus) return p.z ? forward<T, S, G, true, true>(p, stream) : forward<T, S, G, true, false>(p, stream);
+    return p.z ? forward<T, S, G, false, true>(p, stream) : forward<T, S, G, false, false>(p, stream);
+}
+
+template <typename T, int S, int G>
+cudaError_t backward_as(const ScanParams& p, void* stream) {
+    if (p.softplus) return p.z ? backward<T, S, G, true, true>(p, stream) : backward<T, S, G, true, false>(p, stream);
+    return p.z ? backward<T, S, G, false, true>(p, stream) : backward<T, S, G, false, false>(p, stream);
+}
+
+inline bool well_formed(const ScanParams& p) {
+    return p.sub == kSub && p.chunk % kSub == 0 && p.dim % 4 == 0 && p.state_size % 4 == 0 && p.state_size <= 64;
+}
+
 // lanes per channel by N: 8 and 16 states fit exactly, others are padded with zeros
 template <typename T>
 cudaError_t forward_any(const ScanParams& p, void* stream) {
-    if (p.sub != kSub || p.chunk % kSub) return cudaErrorInvalidValue;
-    if (p.state_size <= 8) return p.z ? forward<T, 4, 2, true>(p, stream) : forward<T, 4, 2, false>(p, stream);
-    if (p.state_size <= 16) return p.z ? forward<T, 4, 4, true>(p, stream) : forward<T, 4, 4, false>(p, stream);
-    return p.z ? forward<T, 4, 16, true>(p, stream) : forward<T, 4, 16, false>(p, stream);
+    if (!well_formed(p)) return cudaErrorInvalidValue;
+    if (p.state_size <= 8) return forward_as<T, 4, 2>(p, stream);
+    if (p.state_size <= 16) return forward_as<T, 4, 4>(p, stream);
+    return forward_as<T, 4, 16>(p, stream);
 }
 
 template <typename T>
 cudaError_t backward_any(const ScanParams& p, void* stream) {
-    if (p.sub != kSub || p.chunk % kSub) return cudaErrorInvalidValue;
-    if (p.state_size <= 8) return p.z ? backward<T, 4, 2, true>(p, stream) : backward<T, 4, 2, false>(p, stream);
-    if (p.state_size <= 16) return p.z ? backward<T, 4, 4, true>(p, stream) : backward<T, 4, 4, false>(p, stream);
-    return p.z ? backward<T, 4, 16, true>(p, stream) : backward<T, 4, 16, false>(p, stream);
+    if (!well_formed(p)) return cudaErrorInvalidValue;
+    if (p.state_size <= 8) return backward_as<T, 4, 2>(p, stream);
+    if (p.state_size <= 16) return backward_as<T, 4, 4>(p, stream);
+    return backward_as<T, 4, 16>(p, stream);
 }
 
 }  // namespace
