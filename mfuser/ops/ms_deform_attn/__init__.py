@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve
+from mfuser.ops.dispatch import resolve, running
 
 
 def ms_deform_attn(
@@ -51,7 +51,7 @@ def flops(batch: int, queries: int, heads: int, dim: int, scales: int, points: i
 
 @torch.library.custom_op("mfuser::ms_deform_attn", mutates_args=())
 def _attend(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
-    out: Tensor = lookup("ms_deform_attn", backend).load().forward(value, shapes, locations, weights)
+    out: Tensor = running("ms_deform_attn", backend).forward(value, shapes, locations, weights)
     return out
 
 
@@ -64,7 +64,7 @@ def _(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, back
 def _attend_bwd(
     dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = lookup("ms_deform_attn", backend).load()
+    kernel = running("ms_deform_attn", backend)
     inputs = (value, locations, weights)
     grads = kernel.backward(dout, value, shapes, locations, weights)
     return tuple(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]

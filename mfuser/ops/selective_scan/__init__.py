@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve
+from mfuser.ops.dispatch import lookup, resolve, running
 
 
 @overload
@@ -123,7 +123,7 @@ def _scan(
     delta_softplus: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = lookup("selective_scan", backend).load()
+    kernel = running("selective_scan", backend)
     y, state, saved = kernel.forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
     return y, state, saved
 
@@ -164,7 +164,7 @@ def _scan_bwd(
     saved: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = lookup("selective_scan", backend).load()
+    kernel = running("selective_scan", backend)
     grads = kernel.backward(dy, dstate, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, saved)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     # an operator returns tensors only: an absent input's gradient is an empty one
