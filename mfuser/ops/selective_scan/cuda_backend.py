@@ -37,12 +37,14 @@ class _Params(ctypes.Structure):
     )
 
 
-def refuse(u: Tensor, *others: Tensor | None) -> str | None:
-    """Say why the kernels cannot take these tensors, or None when they can."""
+def refuse(u: Tensor | None = None, *others: Tensor | None) -> str | None:
+    """Say why the kernels cannot take the op's tensors (or, without any, run at all), or None when they can."""
     try:
         device = compiled.library().device
     except ImportError as error:
         return str(error)
+    if u is None:
+        return None
     if u.device.type != device:
         return f"runs on {device} tensors, these are on {u.device.type}"
     wide = next((t.dtype for t in (u, *others) if t is not None and t.dtype not in _NAMES), None)

@@ -35,7 +35,7 @@ def test_no_backend_lists_every_reason(monkeypatch):
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: torch, reference"):
+    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: cuda, torch, reference"):
         resolve("selective_scan", "cudaa")
     with pytest.raises(BackendError, match="unknown op `scan`"):
         resolve("scan", "auto")
