@@ -36,6 +36,7 @@ class Backend:
     # why it cannot take the op's tensors (None: absent), else None; by default the module's own `refuse`, if it has one
     refuse: Callable[..., str | None] | None = None
     auto: bool = True  # False: runs only when named
+    gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
         return import_module(self.module)
@@ -44,11 +45,13 @@ class Backend:
 _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
-        Backend("cuda", f"{_SCAN}.cuda_backend"),
+        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
     "ms_deform_attn": (
+        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True),
+        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True),
         Backend("torch", f"{_DEFORM}.torch_backend"),
         Backend("reference", f"{_DEFORM}.reference", auto=False),
     ),
@@ -97,7 +100,11 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     requested = _wanted(op, requested)
     if requested == "auto":
         requested = _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
-    tried = [b for b in rows(op) if b.auto] if requested == "auto" else [lookup(op, requested)]
+    if requested == "auto":
+        on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
+        tried = [b for b in rows(op) if b.auto and not (b.gpu and on_cpu)]
+    else:
+        tried = [lookup(op, requested)]
     reasons = []
     for backend in tried:
         reason = unusable(backend, *tensors)

@@ -22,7 +22,8 @@ def ms_deform_attn(
     Args:
         value: (B, sum of H W, M, D), the scales' cells one after the other, row by row.
         shapes: (H, W) of each scale.
-        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map.
+        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map. Of any type, but worth fp32: they are
+            placed in fp32 at least, and 16 bits cannot tell the cells of a large map apart.
         weights: (B, Q, M, S, P).
         backend: "auto" or a name from `available("ms_deform_attn")`; a named backend runs or raises.
     Returns: (B, Q, M * D) in value's dtype; sums are accumulated in fp32 (fp64 for fp64 inputs).
@@ -31,6 +32,8 @@ def ms_deform_attn(
         BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
     """
     flat = [int(side) for shape in shapes for side in shape]
+    if not flat or min(flat) < 1:
+        raise ValueError(f"ms_deform_attn: shapes are {list(shapes)}, expected one (H, W) or more, none of them empty")
     cells = sum(height * width for height, width in shapes)
     if value.dim() != 4 or value.shape[1] != cells:
         raise ValueError(f"ms_deform_attn: value is {tuple(value.shape)}, expected (B, {cells}, M, D) for {list(shapes)}")
@@ -67,7 +70,14 @@ def _attend_bwd(
     kernel = running("ms_deform_attn", backend)
     inputs = (value, locations, weights)
     grads = kernel.backward(dout, value, shapes, locations, weights)
-    return tuple(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
+    return tuple(_like(g, t) for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """`gradient` in the type and layout that the fake kernel promises; a copy only where it has another."""
+    if gradient.dtype == tensor.dtype and gradient.stride() == torch.empty_like(tensor, device="meta").stride():
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
 
 
 @_attend_bwd.register_fake
