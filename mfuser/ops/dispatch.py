@@ -25,8 +25,10 @@ class Backend:
 
     name: str
     module: str
-    refuse: Callable[..., str | None] = lambda *_: None  # why it cannot take the op's tensors (None: absent), else None
+    # why it cannot take the op's tensors (None: absent), else None; by default the module's own `refuse`, if it has one
+    refuse: Callable[..., str | None] | None = None
     auto: bool = True  # False: runs only when named
+    gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
         return import_module(self.module)
@@ -69,10 +71,11 @@ def lookup(op: str, name: str) -> Backend:
 def unusable(backend: Backend, *tensors: Tensor | None) -> str | None:
     """Say why `backend` cannot take `tensors`; None when it can."""
     try:
-        backend.load()
+        module = backend.load()
     except ImportError as error:
         return str(error)
-    return backend.refuse(*tensors)
+    refuse = backend.refuse or getattr(module, "refuse", None)
+    return refuse(*tensors) if refuse else None
 
 
 def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
@@ -85,7 +88,11 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     """
     if requested == "auto":
         requested = os.environ.get("MFUSER_BACKEND") or "auto"
-    tried = [b for b in rows(op) if b.auto] if requested == "auto" else [lookup(op, requested)]
+    if requested == "auto":
+        on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
+        tried = [b for b in rows(op) if b.auto and not (b.gpu and on_cpu)]
+    else:
+        tried = [lookup(op, requested)]
     reasons = []
     for backend in tried:
         reason = unusable(backend, *tensors)

@@ -34,8 +34,16 @@ def test_no_backend_lists_every_reason(monkeypatch):
         resolve("an_op", "auto")
 
 
+def test_auto_leaves_a_cpu_to_backends_that_are_meant_for_it(monkeypatch):
+    rows = (dispatch.Backend("kernels", "mfuser.ops.dispatch", gpu=True), dispatch.Backend("fine", "mfuser.ops.dispatch"))
+    monkeypatch.setitem(dispatch.TABLE, "an_op", rows)
+    assert resolve("an_op", "auto", torch.zeros(1)).name == "fine"
+    assert resolve("an_op", "auto", torch.zeros(1, device="meta")).name == "kernels"
+    assert resolve("an_op", "kernels", torch.zeros(1)).name == "kernels"
+
+
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: torch, reference"):
+    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: .*torch, reference"):
         resolve("selective_scan", "cudaa")
     with pytest.raises(BackendError, match="unknown op `scan`"):
         resolve("scan", "auto")
