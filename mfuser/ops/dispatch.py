@@ -37,6 +37,7 @@ class Backend:
 _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
+        Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
