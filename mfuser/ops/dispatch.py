@@ -38,6 +38,7 @@ _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
         Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
+        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
