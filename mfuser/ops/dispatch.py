@@ -46,6 +46,8 @@ _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
         Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
+        Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
+        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),

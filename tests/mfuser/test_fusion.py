@@ -5,7 +5,7 @@ import torch
 from golden_files import fill_by_name, noise, numbers, relative_error
 
 from mfuser.fusion import FUSERS, BidirectionalMVFuser, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
-from mfuser.ops import selective_scan
+from mfuser.ops import explain, selective_scan
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,19 @@ def goldens():
 
 @pytest.mark.parametrize(("dim", "batch", "length"), [(64, 2, 50), (1024, 1, 2594)])
 def test_mvfuser_equals_the_authors(goldens, dim, batch, length):
+    check_mvfuser(goldens, "auto", dim, batch, length)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_mvfuser_equals_the_authors_with_every_backend_of_the_scan(goldens, backend):
+    if reason := explain("selective_scan", torch.zeros(1))[backend]:
+        pytest.skip(f"{backend}: {reason}")
+    check_mvfuser(goldens, backend, 64, 2, 50)
+
+
+def check_mvfuser(goldens, backend: str, dim: int, batch: int, length: int) -> None:
     unit = f"unit_mvfuser{dim}"
-    fuser = MVFuser(dim).eval()
+    fuser = MVFuser(dim, backend=backend).eval()
     fill_by_name(fuser, unit)
     x = noise(f"{unit}/x", batch, length, dim).requires_grad_()
     y = fuser.mix(x)

@@ -43,7 +43,7 @@ def test_auto_leaves_a_cpu_to_backends_that_are_meant_for_it(monkeypatch):
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: cuda, torch, reference"):
+    with pytest.raises(BackendError, match="has no backend `cudaa`; there are: .*torch, reference"):
         resolve("selective_scan", "cudaa")
     with pytest.raises(BackendError, match="unknown op `scan`"):
         resolve("scan", "auto")
