@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,7 +185,7 @@ def test_tuning_does_not_change_the_results_of_triton(backend, monkeypatch):
     maps = [(1, 2), (3, 4)]
     given = inputs(1, 14, 1, 4, 2, maps, dtype=torch.float32, backend=backend)
     expected = run(attend(backend, maps), given)
-    for name, setting in {"_TILE": 16, "_ENTRIES": 2, "_STEPS": 64}.items():
+    for name, setting in {"_TILE": 16, "_CELLS": 2, "_ENTRIES": 2, "_STEPS": 64, "_BLOCK": 64}.items():
         monkeypatch.setattr(module, name, setting)
     for a, e in zip(run(attend(backend, maps), given), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
@@ -304,6 +308,19 @@ def test_no_points_give_zeros(backend):
     assert out.shape == (1, 3, 8)
     assert not out.any()
     assert not dvalue.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_triton_compiles_for_a_gpu(dtype, tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "ms_deform_attn", dtype],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_probe", "_collect", "_gather"}
 
 
 def check_golden(backend: str) -> None:
