@@ -160,11 +160,17 @@ def test_the_same_bits_every_time(backend, monkeypatch):
             assert torch.equal(a, b)
 
 
+TUNING = [
+    {"repeat": 2},
+    {"cell_tile": 3, "gather_threads": 64},
+    {"query_bits": 1, "threads": 32},
+    {"processors": 7, "threads": 1024},
+]
+
+
 @by_backend("cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "changed", [{"repeat": 2}, {"cell_tile": 3, "gather_threads": 64}, {"query_bits": 1, "threads": 32}], ids=str
-)
+@pytest.mark.parametrize("changed", TUNING, ids=str)
 def test_tuning_does_not_change_the_results_of_cuda(backend, dtype, changed, monkeypatch):
     tuning = import_module("mfuser.ops.ms_deform_attn.cuda_backend")._TUNING
     for queries in (420, 133):
