@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -112,6 +113,10 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
+
+
+# a compiler takes the answer for a constant and does not look inside
+torch.compiler.assume_constant_result(resolve)
 
 
 def _wanted(op: str, requested: str) -> str:
