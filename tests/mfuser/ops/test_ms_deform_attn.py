@@ -148,6 +148,15 @@ def test_kernels_are_as_exact_as_plain_torch(backend, dtype):
         assert error <= factor * allowed + 1e-6
 
 
+def test_a_backward_under_autocast_rounds_nothing():
+    maps = [(3, 4), (6, 7)]
+    given = inputs(1, 5, 2, 8, 2, maps, dtype=torch.float32)
+    expected = run(attend("torch", maps), given)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(attend("torch", maps), given)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @by_backend(*KERNELS)
 def test_the_same_bits_every_time(backend, monkeypatch):
     maps = [(4, 4), (2, 3)]

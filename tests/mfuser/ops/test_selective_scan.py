@@ -178,6 +178,15 @@ def test_inputs_of_several_types(backend):
     assert {n: t.dtype for n, t in actual.items() if n in mixed} == {n: t.dtype for n, t in mixed.items()}
 
 
+@by_backend("cuda", "torch")
+def test_a_backward_under_autocast_rounds_nothing(backend):
+    given = inputs(1, 9, 5, 4, "float32", on=backend)
+    expected = run(given, backend)
+    with torch.autocast(given["u"].device.type, torch.bfloat16):
+        actual = run(given, backend)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @by_backend(*BACKENDS)
 def test_the_same_inputs_give_the_same_bits(backend):
     given = inputs(2, 10, 5, 16, "float32", on=backend)
