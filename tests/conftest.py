@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+# Triton reads this when it is imported, which any test module may do
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
