@@ -40,8 +40,7 @@ def doctor(root: Path | None = None) -> list[Check]:
         *_packages(),
         *gpu,
         _driver(),
-        _nvcc(),
-        *_backends(),
+        *_kernels(),
         _cores(),
         _memory(),
         _disk("disk (here)", Path.cwd()),
@@ -99,14 +98,6 @@ def _driver() -> Check:
     return Check("driver", "ok", f"NVIDIA {text.splitlines()[0]}" if text else "nvidia-smi lists no GPU")
 
 
-def _nvcc() -> Check:
-    text = _output("nvcc", "--version")
-    if text is None:
-        return Check("nvcc", "info", "not found: CUDA kernels cannot be compiled here, Triton and torch serve")
-    line = next((line for line in text.splitlines() if "release" in line), text.splitlines()[-1])
-    return Check("nvcc", "ok", f"{line.split('release')[-1].strip()} ({shutil.which('nvcc')})")
-
-
 def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -114,18 +105,30 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _backends() -> list[Check]:
+def _kernels() -> list[Check]:
     try:
         from mfuser import ops
+        from mfuser.ops import compiled, dispatch
     except (ImportError, OSError) as error:
         return [Check("ops", "fail", f"cannot be imported: {error}")]
-    checks = []
-    for op in ("selective_scan", "ms_deform_attn"):
+    found = compiled.status()
+    if found.nvcc is None:
+        nvcc = Check("nvcc", "info", "not found: CUDA kernels cannot be compiled here, Triton and torch serve")
+    else:
+        path, _, version = found.nvcc.rpartition(" ")
+        nvcc = Check("nvcc", "ok", f"{version} ({path})")
+    if found.reason is None:
+        library = Check("kernel library", "ok", str(compiled.library().path))
+    else:
+        # worth the command only where it would work and something would use the result
+        helps = found.nvcc is not None and found.architecture is not None and found.sources
+        hint = f"{compiled.BUILD_COMMAND}; until then Triton or torch serves" if helps else None
+        library = Check("kernel library", "info", found.reason, hint)
+    checks = [nvcc, library]
+    for op in dispatch.TABLE:
         for backend, reason in ops.explain(op).items():
-            if reason is None:
-                checks.append(Check(f"{op}: {backend}", "ok", "usable"))
-            else:
-                checks.append(Check(f"{op}: {backend}", "info", reason))
+            state: State = "ok" if reason is None else "info"
+            checks.append(Check(f"{op}: {backend}", state, reason or "usable"))
     return checks
 
 

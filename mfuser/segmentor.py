@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfuser.ops import resolve
+
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -32,12 +34,15 @@ class Segmentor(nn.Module):
     Attributes:
         method: the name it is built by.    options: JSON-able arguments that rebuild its structure, no network needed.
         classes: names of the K classes.    image_size: (H, W) that `forward` takes.
+        ops: the operators of `mfuser.ops` that it runs.    backend: who runs them, "auto" or a name.
     """
 
     method: str
     options: dict[str, Any]
     classes: tuple[str, ...] = CITYSCAPES
     image_size: tuple[int, int]
+    ops: tuple[str, ...] = ()
+    backend: str = "auto"
     # parameters whose names hold one of these get no weight decay
     no_decay: tuple[str, ...] = ("norm",)
     # nor do the parameters of these modules, whatever they are called
@@ -51,9 +56,13 @@ class Segmentor(nn.Module):
         """Named scalar terms, already weighted; their sum is what is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
-    def backends(self) -> dict[str, str]:
-        """Which backend runs each custom operator on this model's device."""
-        return {}
+    def check_backends(self) -> None:
+        """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
+
+        Raises: BackendError with the reason.
+        """
+        for op in self.ops:
+            resolve(op, self.backend)
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay` and `no_decay_types`."""

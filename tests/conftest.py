@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +16,7 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fix the seeds; forget variables that change what is printed or where files go."""
     random.seed(0)
     np.random.seed(0)  # libraries under test may use the global generator
+    torch.manual_seed(0)
     for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
@@ -29,8 +31,6 @@ def _full_size_models_go(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, so that `-m full` alone works anywhere."""
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:

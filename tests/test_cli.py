@@ -195,7 +195,7 @@ def test_version() -> None:
 
 
 def test_help_in_a_pipe_is_plain() -> None:
-    for arguments in ([], ["train"], ["data"], ["data", "show"]):
+    for arguments in ([], ["train"], ["data"], ["data", "show"], ["kernels"], ["kernels", "bench"]):
         result = run(*arguments, "--help")
         assert result.exit_code == 0
         assert "Usage: dgbench" in result.stdout
@@ -276,6 +276,13 @@ def test_towers_that_do_not_fit_are_one_message_and_a_hint(here: Path) -> None:
     error = fails("train", "streets/smoke", "--set", "method.vfm=timm:vit_tiny_patch16_224")
     assert "error: `mfuser` cannot be built: `timm:vit_tiny_patch16_224` has 12 blocks and `tiny` 3; they must be equal" in error
     assert "hint: change `method` or `data.crop`" in error
+
+
+def test_a_backend_that_cannot_run_is_one_message_and_a_hint(here: Path) -> None:
+    error = fails("train", "streets/smoke", "--set", "method.backend=nonsense")
+    assert error.startswith("error: selective_scan has no backend `nonsense`; there are: ")
+    assert error.endswith("hint: `dgbench kernels list` says what runs on this machine\n")
+    assert not list((here / "runs").iterdir())
 
 
 def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:

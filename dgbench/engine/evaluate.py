@@ -26,6 +26,7 @@ from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
+from mfuser import ops
 from mfuser.segmentor import Segmentor
 
 
@@ -68,7 +69,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
         targets: domain names; None takes the recipe's.
         include_source: score the source's validation split too, first.
 
-    Raises: DataError, CheckpointError for what a user can mend. Domains scored before an error keep their records.
+    Raises: DataError, CheckpointError, BackendError for what a user can mend. Domains scored before an error keep their records.
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
     names = list(targets) if targets is not None else list(recipe.data.targets)
@@ -92,6 +93,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     folder = checkpoints.folder_of(run)
     on = pick_device(device)
     model = checkpoints.load_for(recipe, folder).to(on)
+    model.check_backends()
     sha = checkpoints.sha256(folder)
     return [_score(recipe, rules, model, dataset, run, sha, on, progress) for dataset in datasets]
 
@@ -99,7 +101,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
 def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset, run: Path, sha: str,
            device: torch.device, progress: Progress) -> results.Record:  # fmt: skip
     dataset.prepare(progress)
-    started = time.perf_counter()
+    started, ran = time.perf_counter(), ops.tally()
     seconds = {"data": 0.0, "model": 0.0, "metric": 0.0}
     matrices: list[NDArray[np.int64]] = []
     progress.start(f"scoring {dataset.domain.name} {dataset.split}", len(dataset), "images")
@@ -130,7 +132,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         iou=tuple(None if np.isnan(v) else float(v) for v in iou), interval=metrics.bootstrap(counts),
         n_images=len(dataset), n_available=dataset.available,
         seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
-        steps=recipe.train.steps, checkpoint=sha, backends=model.backends(),
+        steps=recipe.train.steps, checkpoint=sha, backends=ops.ran_since(ran),
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
     )  # fmt: skip
     return results.write(record, run, counts)

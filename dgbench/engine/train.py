@@ -30,6 +30,7 @@ from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
 from dgbench.resources import usable_cores
+from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
 
 
@@ -48,7 +49,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
           root: Path | None = None) -> results.Record:  # fmt: skip
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
-    Raises: RecipeError, DataError, CheckpointError for what a user can mend.
+    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can mend.
     """
     begun = time.perf_counter()
     spec = recipe.train
@@ -58,6 +59,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     found = checkpoints.newest(run) if resume else None
     _check_resumable(recipe, run) if resume else None
     model = _model(recipe, found[0] if found else None, spec.seed)
+    model.check_backends()
+    ran = ops.tally()
 
     if main:
         run.mkdir(parents=True, exist_ok=True)
@@ -125,10 +128,10 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
             progress.stop()
     accelerator.wait_for_everyone()
     seconds: dict[str, float | None] = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
-    return _record(recipe, run, model, dataset, accelerator.device, seconds, start, write=main)
+    return _record(recipe, run, ops.ran_since(ran), dataset, accelerator.device, seconds, start, write=main)
 
 
-def _record(recipe: Recipe, run: Path, model: Segmentor, dataset: SegDataset, device: torch.device,
+def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDataset, device: torch.device,
             seconds: dict[str, float | None], start: int, *, write: bool) -> results.Record:  # fmt: skip
     """The record of a complete training; of a resumed one, seconds and speed are those of its last part."""
     trained = recipe.train.steps - start
@@ -139,7 +142,7 @@ def _record(recipe: Recipe, run: Path, model: Segmentor, dataset: SegDataset, de
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
         target=recipe.data.source, split="train", n_images=len(dataset), n_available=dataset.available,
         seconds=seconds, seed=recipe.train.seed, steps=recipe.train.steps,
-        checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=model.backends(),
+        checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=backends,
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
         extra={
             "loss": last["loss"], "resumed_at_step": float(start), "peak_gib": peak_gib(device),

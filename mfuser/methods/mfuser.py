@@ -30,7 +30,7 @@ from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
 from mfuser.fusion import FUSERS, MTEnhancer
-from mfuser.ops import resolve
+from mfuser.ops import dispatch
 from mfuser.pretrained import WeightsNotFound, load_tower, require, unfilled
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.text import TextEncoder, tokenize
@@ -184,6 +184,8 @@ def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
 class MFuser(Segmentor):
     """The model; see the module's head for the idea and `Options` for the sizes."""
 
+    ops = tuple(dispatch.TABLE)  # all there are
+
     def __init__(self, options: Options) -> None:
         super().__init__()
         o: Any = options
@@ -259,11 +261,6 @@ class MFuser(Segmentor):
         terms = self.criterion(outputs, batch.labels, draw=draw)
         logits = score_map * self.logit_scale + self.logit_bias
         return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, labelled_only=self.sane)}
-
-    def backends(self) -> dict[str, str]:
-        """Which backend runs each operator here."""
-        probe = self.gamma.detach()
-        return {op: resolve(op, self.backend, probe).name for op in ("selective_scan", "ms_deform_attn")}
 
     def _decode(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Decoder outputs, and the score map (B, K, g, g) of cosine similarities."""

@@ -1,12 +1,13 @@
 """Which implementation of an operator runs: one row per backend, tried in order, or the one that was named.
 
 A named backend is a promise: it runs or raises. "auto" takes the first row that accepts the tensors; the environment
-variable MFUSER_BACKEND names one for every "auto".
+variable MFUSER_BACKEND names one for every "auto". A name holds for all operators, and `op=name,op=name` for each its own.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +18,13 @@ from torch import Tensor
 
 class BackendError(ValueError):
     """No backend can run, or the named one cannot; the message lists the reasons."""
+
+    hint = "`dgbench kernels list` says what runs on this machine"
+
+    @property
+    def message(self) -> str:
+        """The text without the hint."""
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,15 @@ class Backend:
 _SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
+        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
         Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
         Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
     "ms_deform_attn": (
+        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True),
+        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True),
         Backend("torch", f"{_DEFORM}.torch_backend"),
         Backend("reference", f"{_DEFORM}.reference", auto=False),
     ),
@@ -84,12 +95,13 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     """Return the backend that runs `op` on `tensors`.
 
     Args:
-        requested: "auto" or a backend's name.
+        requested: "auto", a backend's name, or `op=name,op=name`, which is "auto" for the operators it leaves out.
 
     Raises: BackendError with the reason of every backend that was tried.
     """
+    requested = _wanted(op, requested)
     if requested == "auto":
-        requested = os.environ.get("MFUSER_BACKEND") or "auto"
+        requested = _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
     if requested == "auto":
         on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
         tried = [b for b in rows(op) if b.auto and not (b.gpu and on_cpu)]
@@ -102,6 +114,43 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
+
+
+def _wanted(op: str, requested: str) -> str:
+    """The one name that `requested` has for `op`."""
+    if "=" not in requested:
+        return requested
+    names = {}
+    for pair in requested.split(","):
+        own, equals, name = pair.strip().partition("=")
+        if not equals:
+            raise BackendError(f"backend `{requested}`: `{own}` stands without an operator, write op=name,op=name")
+        rows(own)
+        names[own] = name
+    return names.get(op, "auto")
+
+
+def running(op: str, name: str) -> ModuleType:
+    """Return the backend's module to an operator's own body, which runs it now; `tally` counts it."""
+    module = lookup(op, name).load()
+    _ran[op, name] += 1
+    return module
+
+
+_ran: Counter[tuple[str, str]] = Counter()
+
+
+def tally() -> Counter[tuple[str, str]]:
+    """Return how often each (op, backend) has run in this process, forward and backward."""
+    return _ran.copy()
+
+
+def ran_since(before: Counter[tuple[str, str]]) -> dict[str, str]:
+    """Return which backend ran each operator since `tally` returned `before`; several are joined by `+`."""
+    names: dict[str, list[str]] = {}
+    for op, name in sorted(_ran - before):
+        names.setdefault(op, []).append(name)
+    return {op: "+".join(each) for op, each in names.items()}
 
 
 def explain(op: str, *tensors: Tensor | None) -> dict[str, str | None]:

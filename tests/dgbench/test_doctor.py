@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,29 @@ def test_gpu_is_told_as_torch_sees_it(checks: dict[str, Check]) -> None:
 
 def test_every_backend_of_every_op_is_listed_with_a_reason(checks: dict[str, Check]) -> None:
     from mfuser import ops
+    from mfuser.ops import dispatch
 
-    for op in ("selective_scan", "ms_deform_attn"):
+    for op in dispatch.TABLE:
         for backend, reason in ops.explain(op).items():
             check = checks[f"{op}: {backend}"]
             assert check.detail == (reason or "usable")
             assert check.state == ("info" if reason else "ok")
+
+
+def test_the_build_command_is_told_where_it_would_help(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mfuser.ops import compiled
+
+    library = {check.name: check for check in doctor()}["kernel library"]
+    assert library.detail == (compiled.status().reason or str(compiled.library().path))
+    sources = (tmp_path / "a.cu",)
+    reason = "not built for sm_90: run `dgbench kernels build`"
+    here = compiled.Status(sources, "/bin/nvcc 13.0.88", "sm_90", tmp_path, (), reason)
+    for status, helps in ((here, True), (replace(here, nvcc=None), False), (replace(here, architecture=None), False)):
+        monkeypatch.setattr(compiled, "status", lambda status=status: status)
+        check = {check.name: check for check in doctor()}["kernel library"]
+        assert check.state == "info"
+        assert check.detail == status.reason
+        assert bool(check.hint and check.hint.startswith("dgbench kernels build")) == helps
 
 
 def test_nothing_fails_where_the_main_job_runs(checks: dict[str, Check]) -> None:

@@ -6,6 +6,7 @@ from golden_files import fill_by_name, noise, numbers, relative_error
 
 from mfuser.fusion import FUSERS, BidirectionalMVFuser, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
 from mfuser.ops import explain, selective_scan
+from mfuser.ops.dispatch import rows
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def test_mvfuser_equals_the_authors(goldens, dim, batch, length):
     check_mvfuser(goldens, "auto", dim, batch, length)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", [row.name for row in rows("selective_scan")])
 def test_mvfuser_equals_the_authors_with_every_backend_of_the_scan(goldens, backend):
     if reason := explain("selective_scan", torch.zeros(1))[backend]:
         pytest.skip(f"{backend}: {reason}")
@@ -170,13 +171,13 @@ def test_every_fuser_equals_a_plain_loop(name, sane):
 
 
 def test_scanned_both_ways_each_tower_informs_the_other():
-    torch.manual_seed(0)
-    fuser = BidirectionalMVFuser(32, state=4).eval()
+    # what travels far is small, and in fp64 nothing else is
+    fuser = BidirectionalMVFuser(32, state=4).eval().double()
     fuser.scale.data.fill_(1.0)
-    vfm, vlm, other = (torch.randn(1, 6, 32) for _ in range(3))
+    vfm, vlm, other = (torch.randn(1, 6, 32, dtype=torch.float64) for _ in range(3))
     first, second = fuser(vfm, vlm)
     changed = (first - fuser(vfm, other)[0]).abs().amax(-1)
-    assert (changed > 1e-6).all(), "every foundation token, not only the one that the convolution lets look ahead"
+    assert (changed > 1e-12).all(), "every foundation token, not only the one that the convolution lets look ahead"
     assert not torch.allclose(second, fuser(other, vlm)[1])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mfuser
+from mfuser import ops
 from mfuser.segmentor import Batch
 
 TINY = {"mfuser": {"vfm": "tiny", "vlm": "tiny"}, "source-only": {"backbone": "tiny"}}
@@ -100,8 +101,23 @@ def test_other_sizes_are_refused_by_name(name):
         build(name).eval()(torch.rand(1, 3, 64, 96))
 
 
-def test_backends_are_named(name):
-    assert set(build(name).backends().values()) <= {"torch"}
+def test_the_operators_that_a_method_names_are_those_that_run(name):
+    before = ops.tally()
+    model = build(name)
+    torch.stack(list(model.loss(batch()).values())).sum().backward()
+    # an operator may be left to a composition of others
+    assert set(ops.ran_since(before)) <= set(model.ops)
+    assert bool(ops.ran_since(before)) == bool(model.ops)
+
+
+def test_a_backend_that_cannot_run_is_told_before_it_is_used(name, monkeypatch):
+    monkeypatch.setenv("MFUSER_BACKEND", "nonsense")
+    model = build(name)
+    if model.ops:
+        with pytest.raises(ops.BackendError, match="has no backend `nonsense`"):
+            model.check_backends()
+    else:
+        model.check_backends()
 
 
 def test_an_unknown_method_or_option_says_what_there_is():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve
+from mfuser.ops.dispatch import resolve, running
 
 
 def ms_deform_attn(
@@ -22,7 +22,8 @@ def ms_deform_attn(
     Args:
         value: (B, sum of H W, M, D), the scales' cells one after the other, row by row.
         shapes: (H, W) of each scale.
-        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map.
+        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map. Of any type, but worth fp32: they are
+            placed in fp32 at least, and 16 bits cannot tell the cells of a large map apart.
         weights: (B, Q, M, S, P).
         backend: "auto" or a name from `available("ms_deform_attn")`; a named backend runs or raises.
     Returns: (B, Q, M * D) in value's dtype; sums are accumulated in fp32 (fp64 for fp64 inputs).
@@ -31,6 +32,8 @@ def ms_deform_attn(
         BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
     """
     flat = [int(side) for shape in shapes for side in shape]
+    if not flat or min(flat) < 1:
+        raise ValueError(f"ms_deform_attn: shapes are {list(shapes)}, expected one (H, W) or more, none of them empty")
     cells = sum(height * width for height, width in shapes)
     if value.dim() != 4 or value.shape[1] != cells:
         raise ValueError(f"ms_deform_attn: value is {tuple(value.shape)}, expected (B, {cells}, M, D) for {list(shapes)}")
@@ -51,7 +54,7 @@ def flops(batch: int, queries: int, heads: int, dim: int, scales: int, points: i
 
 @torch.library.custom_op("mfuser::ms_deform_attn", mutates_args=())
 def _attend(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
-    out: Tensor = lookup("ms_deform_attn", backend).load().forward(value, shapes, locations, weights)
+    out: Tensor = running("ms_deform_attn", backend).forward(value, shapes, locations, weights)
     return out
 
 
@@ -64,10 +67,17 @@ def _(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, back
 def _attend_bwd(
     dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = lookup("ms_deform_attn", backend).load()
+    kernel = running("ms_deform_attn", backend)
     inputs = (value, locations, weights)
     grads = kernel.backward(dout, value, shapes, locations, weights)
-    return tuple(torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads, strict=True))  # type: ignore[return-value]
+    return tuple(_like(g, t) for g, t in zip(grads, inputs, strict=True))  # type: ignore[return-value]
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """`gradient` in the type and layout that the fake kernel promises; a copy only where it has another."""
+    if gradient.dtype == tensor.dtype and gradient.stride() == torch.empty_like(tensor, device="meta").stride():
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
 
 
 @_attend_bwd.register_fake

@@ -95,7 +95,7 @@ class _Points:
         """Table rows of the four neighbours: (B Q M, S P 4)."""
         down = self.width * self.heads  # (S, 1)
         steps = torch.stack([torch.zeros_like(down), torch.full_like(down, self.heads), down, down + self.heads], -1)
-        return (self.base[..., None] + steps).view(self.base.shape[:3].numel(), -1)
+        return (self.base[..., None] + steps).reshape(self.base.shape[:3].numel(), -1)
 
     def shares(self, weights: Tensor) -> Tensor:
         """The neighbours' bilinear shares times the points' weights: (B Q M, S P 4)."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve
+from mfuser.ops.dispatch import lookup, resolve, running
 
 
 @overload
@@ -70,8 +70,10 @@ def selective_scan(
     if u.numel() == 0:
         state = u.new_zeros(u.shape[0], *A.shape, dtype=_precise(u)) if initial_state is None else initial_state.to(_precise(u))
         return (torch.zeros_like(u), state) if return_final_state else torch.zeros_like(u)
-    chosen = resolve("selective_scan", backend, u, delta, A, B, C, D, z, delta_bias, initial_state).name
-    y, state, _ = _scan(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, chosen)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    chosen = resolve("selective_scan", backend, *tensors).name
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, state, _ = _scan(*tensors, delta_softplus, keep, chosen)
     return (y, state) if return_final_state else y
 
 
@@ -121,10 +123,11 @@ def _scan(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     delta_softplus: bool,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = lookup("selective_scan", backend).load()
-    y, state, saved = kernel.forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    kernel = running("selective_scan", backend)
+    y, state, saved = kernel.forward(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, keep)
     return y, state, saved
 
 
@@ -140,11 +143,12 @@ def _(
     delta_bias: Tensor | None,
     initial_state: Tensor | None,
     delta_softplus: bool,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel, precise = lookup("selective_scan", backend).load(), _precise(u)
     state = u.new_empty(u.shape[0], *A.shape, dtype=precise)
-    return u.new_empty(u.shape), state, u.new_empty(kernel.saved_shape(u, A), dtype=precise)
+    return u.new_empty(u.shape), state, u.new_empty(kernel.saved_shape(u, A) if keep else (0,), dtype=precise)
 
 
 @torch.library.custom_op("mfuser::selective_scan_bwd", mutates_args=())
@@ -164,7 +168,7 @@ def _scan_bwd(
     saved: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = lookup("selective_scan", backend).load()
+    kernel = running("selective_scan", backend)
     grads = kernel.backward(dy, dstate, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, saved)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     # an operator returns tensors only: an absent input's gradient is an empty one
@@ -197,7 +201,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.softplus, ctx.backend = inputs
+    *tensors, ctx.softplus, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     # the gradient of what was saved would be a tensor of zeros as large as it
     ctx.set_materialize_grads(False)
@@ -207,11 +211,11 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
     *tensors, saved = ctx.saved_tensors
     if dy is None:
         if dstate is None:
-            return (None,) * 11
+            return (None,) * 12
         dy = torch.zeros_like(tensors[0])
     grads = _scan_bwd(dy, dstate, *tensors, ctx.softplus, saved, ctx.backend)
     present = [None if t is None else g for g, t in zip(grads, tensors, strict=True)]
-    return *present, None, None
+    return *present, None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup)

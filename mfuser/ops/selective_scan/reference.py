@@ -24,9 +24,12 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool,
+    initial: Tensor | None, softplus: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and an empty tensor; computes in fp32 or fp64."""
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and an empty tensor; computes in fp32 or fp64.
+
+    keep: whether a backward will follow; without it nothing need be kept.
+    """
     precise = torch.float64 if u.dtype == torch.float64 else torch.float32
     step = _step(delta.to(precise), bias, softplus)
     x, A, B, C = (tensor.to(precise) for tensor in (u, A, B, C))

@@ -25,18 +25,19 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool,
+    initial: Tensor | None, softplus: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each block."""
-    block, saved = _block(u, A), u.new_empty(saved_shape(u, A), dtype=_precise(u))
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each block (empty unless `keep`)."""
+    block, saved = _block(u, A), u.new_empty(saved_shape(u, A) if keep else (0,), dtype=_precise(u))
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
     inflow, y = step * x, torch.empty_like(x)
     decay, states = (_Steps(x, A, block) for _ in range(2))
-    h = torch.zeros_like(saved[0])  # (B, N, D)
+    h = x.new_zeros(u.shape[0], *A.shape)  # (B, N, D)
     if initial is not None:
         h.copy_(initial.mT)
     for i, part in enumerate(_parts(len(x), block)):
-        saved[i] = h
+        if keep:
+            saved[i] = h
         a, s = decay.first(part), states.first(part)  # (T, B, N, D)
         torch.mul(step[part, :, None], A, out=a).exp_()
         torch.mul(inflow[part, :, None], B[part], out=s)

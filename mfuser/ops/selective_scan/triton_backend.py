@@ -68,12 +68,12 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool,
+    initial: Tensor | None, softplus: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each piece."""
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each piece (empty unless `keep`)."""
     batch, length, dim = u.shape
     shape = _Shape(u, A, softplus)
-    y, state, saved = u.new_empty(u.shape), shape.empty(batch, *A.shape), shape.empty(*saved_shape(u, A))
+    y, state, saved = u.new_empty(u.shape), shape.empty(batch, *A.shape), shape.empty(*(saved_shape(u, A) if keep else (0,)))
     ends, sums = shape.summaries()
     u, delta, B, C = (_rows_of(tensor) for tensor in (u, delta, B, C))
     z = None if z is None else _rows_of(z)
@@ -86,9 +86,9 @@ def forward(
                 shape.chunk, 0, **shape.constants,
             )  # fmt: skip
         _forward[shape.grid](
-            u, delta, A, B, C, D, z, bias, initial, y, state, saved, ends, sums, length, dim, u.stride(0), delta.stride(0),
-            B.stride(0), C.stride(0), 0 if z is None else z.stride(0), shape.chunks, shape.chunk, 0, PIECE=_PIECE,
-            **shape.constants,
+            u, delta, A, B, C, D, z, bias, initial, y, state, saved if keep else None, ends, sums, length, dim, u.stride(0),
+            delta.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0), shape.chunks, shape.chunk, 0,
+            PIECE=_PIECE, **shape.constants,
         )  # fmt: skip
     return y, state, saved
 
@@ -372,9 +372,10 @@ def _forward(
         delta_next = _load(delta, row + first + 4, sdelta, d, live & in_rows_d)
         b_next = _load(B, row + first + 4, sB, n, live & in_rows_n)
         c_next = _load(C, row + first + 4, sC, n, live & in_rows_n)
-        if first % PIECE == 0:
+        if saved is not None:
             piece = (batch * pieces + first // PIECE).to(tl.int64)
-            tl.store(saved + piece * STATES * dim + tile, h, mask=in_tile)
+            if first % PIECE == 0:
+                tl.store(saved + piece * STATES * dim + tile, h, mask=in_tile)
         s0, s1, s2, s3, f0, f1, f2, f3 = _split_both(step, step * x)
         b0, b1, b2, b3, c0, c1, c2, c3 = _split_both(b, c)
         h = _advance(h, a, s0, f0, b0)

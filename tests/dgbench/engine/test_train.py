@@ -15,12 +15,21 @@ import torch
 
 from dgbench import results
 from dgbench.engine import checkpoints
+from dgbench.engine.evaluate import evaluate
 from dgbench.engine.train import schedule, train
 from dgbench.errors import CheckpointError, RecipeError
 from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
+from mfuser.ops import BackendError
 
-SMALL = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=6", "train.log_every=1", "train.batch_size=2"]
+SMALL = [
+    "data.size=[64, 128]",
+    "data.crop=[64, 64]",
+    "data.train_images=6",
+    "data.val_images=2",
+    "train.log_every=1",
+    "train.batch_size=2",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,6 +107,22 @@ def test_a_training_leaves_one_record_of_what_it_took(tmp_path):
     assert 0.05 < record.extra["peak_gib"] < 64
     train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
     assert list(tmp_path.glob("record-*.json")) == [record.path]
+
+
+def test_a_record_names_the_backends_that_ran(tmp_path, monkeypatch):
+    monkeypatch.setenv("MFUSER_BACKEND", "selective_scan=reference")
+    record = train(recipe("train.steps=1"), tmp_path / "run", progress=Silent(), device="cpu")
+    assert record.backends["selective_scan"] == "reference"
+    assert record.backends["ms_deform_attn"] == "torch"
+    monkeypatch.delenv("MFUSER_BACKEND")
+    (scored,) = evaluate(tmp_path / "run", ["streets-city"], progress=Silent(), device="cpu")
+    assert scored.backends["selective_scan"] == "torch"
+
+
+def test_a_named_backend_that_cannot_run_stops_before_anything_is_rendered(tmp_path):
+    with pytest.raises(BackendError, match="selective_scan has no backend `nonsense`"):
+        train(recipe("method.backend=nonsense"), tmp_path / "run", progress=Silent(), device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_leftovers_of_a_killed_checkpoint_write_are_never_read(tmp_path):

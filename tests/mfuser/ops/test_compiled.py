@@ -289,6 +289,7 @@ def test_the_plain_context_switch_gives_the_same(tmp_path):
     assert out.equal((torch.arange(12)[:, None] * 1000 + torch.arange(24).flip(0)).int())
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_all_kernels_compile_for_three_generations(tmp_path):
     lines = []

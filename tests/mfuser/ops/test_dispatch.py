@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mfuser.ops import BackendError, available, dispatch, explain, resolve, selective_scan
+from mfuser.ops import BackendError, available, dispatch, explain, ran_since, resolve, selective_scan, tally
 
 
 def test_auto_takes_the_first_backend_that_accepts(monkeypatch):
@@ -62,3 +62,52 @@ def test_the_environment_names_the_backend_of_auto_alone(monkeypatch):
 def test_auto_never_picks_the_reference():
     assert resolve("selective_scan", "auto").name != "reference"
     assert resolve("ms_deform_attn", "auto").name != "reference"
+
+
+def test_each_operator_can_have_a_backend_of_its_own(monkeypatch):
+    names = "selective_scan=reference, ms_deform_attn=torch"
+    assert resolve("selective_scan", names).name == "reference"
+    assert resolve("ms_deform_attn", names).name == "torch"
+    assert resolve("ms_deform_attn", "selective_scan=reference").name == resolve("ms_deform_attn", "auto").name
+    monkeypatch.setenv("MFUSER_BACKEND", "ms_deform_attn=reference")
+    assert resolve("ms_deform_attn", "selective_scan=reference").name == "reference"
+    with pytest.raises(BackendError, match="unknown op `scan`; there are: selective_scan"):
+        resolve("ms_deform_attn", "scan=torch")
+    with pytest.raises(BackendError, match="`torch` stands without an operator, write op=name,op=name"):
+        resolve("ms_deform_attn", "selective_scan=torch,torch")
+
+
+def scan(backend: str, u: torch.Tensor) -> torch.Tensor:
+    return selective_scan(u, u.exp(), -torch.ones(2, 1), u[..., :1], u[..., :1], backend=backend)
+
+
+def test_what_is_counted_is_what_ran(monkeypatch):
+    before = tally()
+    assert ran_since(before) == {}
+    explain("selective_scan")
+    resolve("selective_scan", "auto")
+    with pytest.raises(BackendError):
+        scan("nonsense", torch.zeros(1, 3, 2))
+    assert ran_since(before) == {}, "asking is not running"
+    scan("auto", torch.zeros(1, 3, 2))
+    assert ran_since(before) == {"selective_scan": "torch"}
+    # a first choice that takes one dtype only: the record must not promise it for the others
+    path = "mfuser.ops.selective_scan.reference"
+    rows = (
+        dispatch.Backend("picky", path, refuse=lambda u, *_: None if u.is_cuda else "wants a GPU"),
+        dispatch.Backend("narrow", path, refuse=lambda u, *_: None if u.dtype.itemsize < 8 else "no fp64"),
+        *dispatch.TABLE["selective_scan"],
+    )
+    monkeypatch.setitem(dispatch.TABLE, "selective_scan", rows)
+    before = tally()
+    for dtype in (torch.float32, torch.float64):
+        scan("auto", torch.zeros(1, 3, 2, dtype=dtype))
+    assert ran_since(before) == {"selective_scan": "narrow+torch"}
+
+
+def test_the_backward_is_counted_too():
+    u = torch.zeros(1, 3, 2, requires_grad=True)
+    y = scan("auto", u)
+    before = tally()
+    y.sum().backward()
+    assert ran_since(before) == {"selective_scan": "torch"}

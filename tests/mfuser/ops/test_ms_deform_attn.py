@@ -1,32 +1,72 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib import import_module
+
 import pytest
 import torch
+from golden_files import noise, numbers, relative_error
+from named_weights import named_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from mfuser.ops import available, ms_deform_attn
+from mfuser.decoder.pixel_decoder import DeformableSelfAttention
+from mfuser.ops import BackendError, compiled, explain, ms_deform_attn
 
+from .emulation import fenced
 from .tolerances import TOL
 
-BACKENDS = [name for name in available("ms_deform_attn") if name != "reference"]
+KERNELS = ["cuda", "triton"]  # emulated and interpreted where there is no GPU
+GPU = torch.cuda.is_available()
 # batch, queries, heads, dim, points, maps
+TINY = (2, 3, 2, 2, 2, [(3, 4), (6, 7)])
 SHAPES = [
     (1, 1, 1, 1, 1, [(1, 1)]),
     (2, 5, 2, 3, 3, [(3, 4), (6, 7)]),
-    (1, 130, 4, 16, 4, [(4, 5), (8, 10), (16, 20)]),
     (3, 17, 3, 33, 2, [(1, 9), (5, 1)]),
+    (1, 21, 2, 32, 4, [(1, 1), (2, 2), (4, 4)]),  # as many queries as cells
+    (1, 130, 4, 16, 4, [(4, 5), (8, 10), (16, 20)]),
+]
+# what the interpreter has no time for
+MORE_SHAPES = [
+    (1, 420, 2, 32, 4, [(4, 5), (8, 10), (16, 20)]),
+    (2, 40, 1, 128, 20, [(9, 17), (2, 2)]),
+    (1, 65, 2, 48, 9, [(9, 17)]),
 ]
 
 
-def inputs(batch, queries, heads, dim, points, maps, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend's name, while it can run; on a machine with a GPU, kernels run there."""
+    name = request.param
+    if name == "cuda" and not GPU:
+        with compiled.use(request.getfixturevalue("emulated")):
+            yield name
+        return
+    if reason := explain("ms_deform_attn")[name]:
+        pytest.skip(f"{name}: {reason}")
+    yield name
+
+
+def by_backend(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("backend", names, indirect=True)
+
+
+def inputs(batch, queries, heads, dim, points, maps, dtype=torch.float64, backend="reference") -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     cells = sum(h * w for h, w in maps)
     value = torch.randn(batch, cells, heads, dim, generator=generator, dtype=torch.float64)
     # well beyond the edges, too
     places = torch.rand(batch, queries, heads, len(maps), points, 2, generator=generator, dtype=torch.float64) * 2 - 0.5
     weights = torch.randn(batch, queries, heads, len(maps), points, generator=generator, dtype=torch.float64)
-    return tuple(t.to(dtype).requires_grad_() for t in (value, places, weights))  # type: ignore[return-value]
+    # places of 16 bits would be other places
+    types = (dtype, torch.promote_types(dtype, torch.float32), dtype)
+    device = "cuda" if GPU and backend in KERNELS else "cpu"
+    return tuple(t.to(device, d).requires_grad_() for t, d in zip((value, places, weights), types, strict=True))
+
+
+def precise(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.detach().cpu().double().requires_grad_() for t in given)
 
 
 def by_grid_sample(value: Tensor, maps: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
@@ -46,55 +86,166 @@ def by_grid_sample(value: Tensor, maps: list[tuple[int, int]], places: Tensor, w
 def run(function, arguments: tuple[Tensor, ...]) -> list[Tensor]:
     out = function(*arguments)
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [out.detach(), *torch.autograd.grad((out.double() * probe).sum(), arguments)]
+    # rounded once, so that all backends get the same
+    probe = probe.bfloat16().to(out)
+    return [out.detach(), *torch.autograd.grad(out, arguments, probe)]
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s[:5])))
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_value_and_every_gradient_equal_grid_sampling(backend, shape, dtype):
-    given = inputs(*shape, dtype=getattr(torch, dtype))
-    wide = tuple(t.detach().double().requires_grad_() for t in given)
-    maps = shape[5]
-    actual = run(lambda v, p, w: ms_deform_attn(v, maps, p, w, backend=backend), given)
-    expected = run(lambda v, p, w: by_grid_sample(v, maps, p, w), wide)
+def attend(backend: str, maps: list[tuple[int, int]]):
+    return lambda v, p, w: ms_deform_attn(v, maps, p, w, backend=backend)
+
+
+def close(actual: list[Tensor], expected: list[Tensor], dtype: str) -> None:
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         rtol, atol = TOL[dtype][min(i, 1)]
-        torch.testing.assert_close(a.double(), e, rtol=rtol, atol=atol)
+        torch.testing.assert_close(a.cpu().double(), e, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+CASES = [(backend, shape, dtype) for backend in ("reference", "torch") for shape in SHAPES for dtype in ("float64", "float32")]
+CASES += [("cuda", shape, dtype) for shape in SHAPES + MORE_SHAPES for dtype in ("float32", "bfloat16", "float16")]
+CASES += [("triton", shape, "float32") for shape in SHAPES[:-1]]
+CASES += [("triton", shape, dtype) for shape in SHAPES[1:2] for dtype in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype"),
+    CASES,
+    ids=lambda s: s if isinstance(s, str) else "x".join(map(str, s[:5])),
+    indirect=["backend"],
+)
+def test_value_and_every_gradient_equal_grid_sampling(backend, shape, dtype):
+    given = inputs(*shape, dtype=getattr(torch, dtype), backend=backend)
+    maps = shape[5]
+    expected = run(lambda v, p, w: by_grid_sample(v, maps, p, w), precise(given))
+    close(run(attend(backend, maps), given), expected, dtype)
+
+
+@by_backend("cuda")
+def test_a_map_of_more_cells_than_two_bytes_count(backend):
+    maps = [(256, 256)]
+    value, places, weights = inputs(1, 60, 1, 4, 3, maps, dtype=torch.float32, backend=backend)
+    with torch.no_grad():
+        places.mul_(4096).round_().add_(0.5).div_(4096)  # fp32 finds the way between the cells exactly, and never a border
+    expected = run(attend("reference", maps), precise((value, places, weights)))
+    close(run(attend(backend, maps), (value, places, weights)), expected, "float32")
+
+
+@by_backend(*KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_are_as_exact_as_plain_torch(backend, dtype):
+    shape = SHAPES[3]
+    given = inputs(*shape, dtype=dtype, backend=backend)
+    expected = run(attend("reference", shape[5]), precise(given))
+    plain = run(attend("torch", shape[5]), tuple(t.detach().cpu().requires_grad_() for t in given))
+    # Triton's interpreter cuts fp32 off where a GPU rounds to bf16
+    factor = 2 if GPU or backend != "triton" or dtype != torch.bfloat16 else 4
+    for a, p, e in zip(run(attend(backend, shape[5]), given), plain, expected, strict=True):
+        error, allowed = (a.cpu().double() - e).abs().max(), (p.double() - e).abs().max()
+        assert error <= factor * allowed + 1e-6
+
+
+@by_backend(*KERNELS)
+def test_the_same_bits_every_time(backend, monkeypatch):
+    maps = [(4, 4), (2, 3)]
+    value, places, weights = inputs(1, 40 if backend == "cuda" else 9, 2, 8, 4, maps, dtype=torch.float32, backend=backend)
+    with torch.no_grad():
+        places[:, ::2] = 0.4  # many points in one cell
+    first = run(attend(backend, maps), (value, places, weights))
+    for _ in range(3):
+        for a, b in zip(run(attend(backend, maps), (value, places, weights)), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@by_backend("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{"repeat": 2}, {"cell_tile": 3, "gather_threads": 64}, {"query_bits": 1, "threads": 32}], ids=str
+)
+def test_tuning_does_not_change_the_results_of_cuda(backend, dtype, changed, monkeypatch):
+    tuning = import_module("mfuser.ops.ms_deform_attn.cuda_backend")._TUNING
+    for queries in (420, 133):
+        maps = [(4, 5), (8, 10), (16, 20)]
+        given = inputs(1, queries, 2, 32, 4, maps, dtype=dtype, backend=backend)
+        expected = run(attend(backend, maps), given)
+        with monkeypatch.context() as patched:
+            for size, row in tuning.items():
+                patched.setitem(tuning, size, row | changed)
+            actual = run(attend(backend, maps), given)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+@by_backend("triton")
+def test_tuning_does_not_change_the_results_of_triton(backend, monkeypatch):
+    module = import_module("mfuser.ops.ms_deform_attn.triton_backend")
+    maps = [(1, 2), (3, 4)]
+    given = inputs(1, 14, 1, 4, 2, maps, dtype=torch.float32, backend=backend)
+    expected = run(attend(backend, maps), given)
+    for name, setting in {"_TILE": 16, "_ENTRIES": 2, "_STEPS": 64}.items():
+        monkeypatch.setattr(module, name, setting)
+    for a, e in zip(run(attend(backend, maps), given), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@by_backend("reference", "torch")
 def test_gradients_by_finite_differences(backend):
-    maps = [(3, 4), (6, 7)]
-    given = inputs(2, 3, 2, 2, 2, maps)
-    assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, maps, p, w, backend=backend), given)
+    given = inputs(*TINY)
+    assert torch.autograd.gradcheck(attend(backend, TINY[5]), given)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@by_backend("reference", "torch", *KERNELS)
 def test_the_operator_is_well_formed(backend):
-    value, places, weights = inputs(2, 3, 2, 2, 2, [(3, 4), (6, 7)])
-    arguments = (value, [3, 4, 6, 7], places, weights, backend)
+    dtype = torch.float32 if backend in KERNELS else torch.float64
+    value, places, weights = inputs(1, 2, 1, 4, 2, [(2, 3)], dtype=dtype, backend=backend)
+    arguments = (value, [2, 3], places, weights, backend)
     torch.library.opcheck(torch.ops.mfuser.ms_deform_attn.default, arguments)
-    detached = (value.detach(), [3, 4, 6, 7], places.detach(), weights.detach(), backend)
+    detached = (value.detach(), [2, 3], places.detach(), weights.detach(), backend)
     out = torch.ops.mfuser.ms_deform_attn(*detached)
     torch.library.opcheck(torch.ops.mfuser.ms_deform_attn_bwd.default, (torch.ones_like(out), *detached))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs_give_the_same(backend):
-    maps = [(3, 4), (6, 7)]
-    given = inputs(2, 5, 2, 3, 2, maps)
-    strided = tuple(t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in given)
-    expected = run(lambda v, p, w: ms_deform_attn(v, maps, p, w, backend="reference"), given)
-    for a, e in zip(run(lambda v, p, w: ms_deform_attn(v, maps, p, w, backend=backend), strided), expected, strict=True):
-        torch.testing.assert_close(a, e)
+@by_backend("torch", *KERNELS)
+@pytest.mark.parametrize("layout", ["cells first", "channels apart", "part of a larger one", "shared by the batch"])
+def test_strided_inputs_give_the_same(backend, layout):
+    dtype = torch.float32 if backend in KERNELS else torch.float64
+    given = inputs(2, 5, 2, 4, 2, [(3, 4)], dtype=dtype, backend=backend)
+
+    def laid_out(t: Tensor) -> Tensor:
+        t = t.detach()
+        if layout == "cells first":
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "channels apart":
+            return t.transpose(1, -1).contiguous().transpose(1, -1)
+        if layout == "shared by the batch":
+            return t[:1].expand(t.shape)
+        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 1), float("nan"))
+        wide[..., 1:] = t
+        return wide[..., 1:]
+
+    if layout == "shared by the batch":
+        given = tuple(t.detach()[:1].repeat(2, *[1] * (t.dim() - 1)).requires_grad_() for t in given)
+    strided = tuple(laid_out(t).requires_grad_() for t in given)
+    expected = run(attend("reference", [(3, 4)]), precise(given))
+    for a, e in zip(run(attend(backend, [(3, 4)]), strided), expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend(*KERNELS)
+@pytest.mark.parametrize("places", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weighting", [torch.float32, torch.float16], ids=str)
+def test_types_may_differ(backend, places, weighting):
+    value, where, weights = (t.detach() for t in inputs(1, 3, 2, 8, 2, [(3, 4)], dtype=torch.bfloat16, backend=backend))
+    given = (value.requires_grad_(), where.to(places).requires_grad_(), weights.to(weighting).requires_grad_())
+    actual = run(attend(backend, [(3, 4)]), given)
+    assert [t.dtype for t in actual] == [torch.bfloat16, torch.bfloat16, places, weighting]
+    close(actual, run(attend("reference", [(3, 4)]), precise(given)), "bfloat16")
+
+
+@by_backend("torch", *KERNELS)
 @pytest.mark.parametrize("place", [-1e9, 1e9, float("inf"), 1.0, 0.0])
 def test_far_and_border_places_equal_the_reference(backend, place):
     maps = [(3, 4)]
-    value, places, weights = inputs(1, 2, 1, 2, 1, maps, dtype=torch.float32)
+    value, places, weights = (t.detach() for t in inputs(1, 2, 1, 2, 1, maps, dtype=torch.float32, backend=backend))
     places = torch.full_like(places, place)
     out = ms_deform_attn(value, maps, places, weights, backend=backend)
     far = abs(place) > 1
@@ -102,12 +253,93 @@ def test_far_and_border_places_equal_the_reference(backend, place):
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@by_backend("torch", *KERNELS)
 def test_a_place_that_is_not_a_number_does_not_crash(backend):
     maps = [(3, 4)]
-    value, places, weights = inputs(1, 2, 1, 2, 1, maps)
+    dtype = torch.float32 if backend in KERNELS else torch.float64
+    value, places, weights = inputs(1, 2, 1, 2, 1, maps, dtype=dtype, backend=backend)
     out = ms_deform_attn(value, maps, torch.full_like(places, float("nan")), weights, backend=backend)
     assert out.shape == (1, 2, 2)
+
+
+@by_backend(*KERNELS)
+def test_a_place_that_is_not_a_number_counts_as_far_away(backend):
+    maps = [(3, 4)]
+    given = inputs(1, 3, 1, 2, 2, maps, dtype=torch.float32, backend=backend)
+    far = tuple(t.detach().clone() for t in given)
+    far[1][:, 1, :, :, 0] = 9.0
+    lost = tuple(t.clone() for t in far)
+    lost[1][:, 1, :, :, 0] = float("nan")
+    expected, actual = (run(attend(backend, maps), tuple(t.requires_grad_() for t in g)) for g in (far, lost))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.skipif(GPU, reason="the emulation watches the borders of memory")
+@by_backend("cuda")
+@pytest.mark.parametrize("dim", [32, 33])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("place", [-0.01, 1.01, float("nan"), 1e30])
+def test_nothing_outside_the_tensors_is_touched(backend, dim, before, place):
+    module = import_module("mfuser.ops.ms_deform_attn.cuda_backend")
+    maps = [(3, 4), (1, 1)]
+    given = tuple(t.detach() for t in inputs(1, 13, 1, dim, 3, maps, dtype=torch.float32))
+    given[1][:, ::2] = place
+    value, places, weights = (fenced(t, before=before) for t in given)
+    out = module.forward(value, [3, 4, 1, 1], places, weights)
+    module.backward(fenced(torch.ones_like(out), before=before), value, [3, 4, 1, 1], places, weights)
+
+
+@by_backend(*KERNELS)
+def test_kernels_refuse_double_precision(backend):
+    value, places, weights = inputs(*TINY, backend=backend)
+    with pytest.raises(BackendError, match=f"{backend}: takes fp32, bf16 and fp16, not torch.float64"):
+        ms_deform_attn(value, TINY[5], places, weights, backend=backend)
+
+
+@by_backend(*KERNELS)
+def test_no_points_give_zeros(backend):
+    value, places, weights = inputs(1, 3, 2, 4, 0, [(3, 4)], dtype=torch.float32, backend=backend)
+    out, dvalue, *_ = run(attend(backend, [(3, 4)]), (value, places, weights))
+    assert out.shape == (1, 3, 8)
+    assert not out.any()
+    assert not dvalue.any()
+
+
+def check_golden(backend: str) -> None:
+    """The deformable attention of tests/goldens, as in tests/mfuser/test_decoder.py."""
+    goldens = numbers("units")
+    device = "cuda" if GPU else "cpu"
+    attention = DeformableSelfAttention(256, 8, 3, 4, backend=backend)
+    for name, parameter in attention.named_parameters():
+        parameter.data = torch.from_numpy(named_tensor(f"unit_msda.{name}", tuple(parameter.shape)))
+    attention.to(device)
+    shapes = [(4, 5), (8, 10), (16, 20)]
+    query, position = (noise(f"unit_msda/{n}", 420, 2, 256).to(device).requires_grad_() for n in ("query", "query_pos"))
+    centres = [
+        torch.stack(torch.meshgrid((torch.arange(w) + 0.5) / w, (torch.arange(h) + 0.5) / h, indexing="xy"), -1)
+        for h, w in shapes
+    ]
+    reference = torch.cat([c.flatten(0, 1) for c in centres]).to(device)
+    ys = [attention(query[:, b : b + 1].transpose(0, 1), position[:, b], reference, shapes).transpose(0, 1) for b in range(2)]
+    y = torch.cat(ys, 1) + query
+    assert relative_error(goldens, "unit_msda/y", y) < 1e-5
+    (y * noise("unit_msda/probe", 420, 2, 256).to(device)).sum().backward()
+    for name, parameter in attention.named_parameters():
+        assert relative_error(goldens, f"unit_msda/grad/{name}", parameter.grad) < 1e-4, name
+    assert relative_error(goldens, "unit_msda/grad/query", query.grad) < 1e-5
+    assert relative_error(goldens, "unit_msda/grad/query_pos", position.grad) < 1e-5
+
+
+@by_backend("cuda")
+def test_the_authors_numbers_by_cuda(backend):
+    check_golden(backend)
+
+
+@pytest.mark.full  # minutes of interpretation
+@by_backend("triton")
+def test_the_authors_numbers_by_triton(backend):
+    check_golden(backend)
 
 
 def test_wrong_shapes_are_named():
@@ -116,3 +348,5 @@ def test_wrong_shapes_are_named():
         ms_deform_attn(value, [(2, 3)], places, weights)
     with pytest.raises(ValueError, match="weights are"):
         ms_deform_attn(value, [(3, 4)], places, weights[:, :1])
+    with pytest.raises(ValueError, match="none of them empty"):
+        ms_deform_attn(value, [(3, 4), (0, 5)], places, weights)

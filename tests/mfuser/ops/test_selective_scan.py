@@ -306,13 +306,13 @@ def test_either_result_alone_has_gradients(backend, used):
 @pytest.mark.parametrize("optional", [True, False])
 def test_the_operator_is_well_formed(backend, optional):
     given = inputs(1, 2, 3, 2, finest(backend), on=backend)
-    arguments = (*(given[n] if optional or n not in OPTIONAL else None for n in NAMES), optional, backend)
+    arguments = (*(given[n] if optional or n not in OPTIONAL else None for n in NAMES), optional, True, backend)
     torch.library.opcheck(torch.ops.mfuser.selective_scan.default, arguments)
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     y, state, saved = torch.ops.mfuser.selective_scan(*detached)
     torch.library.opcheck(
         torch.ops.mfuser.selective_scan_bwd.default,
-        (torch.ones_like(y), torch.ones_like(state), *detached[:-1], saved, backend),
+        (torch.ones_like(y), torch.ones_like(state), *detached[:-2], saved, backend),
     )
 
 

@@ -1,0 +1,527 @@
+"""The operators' backends on this machine: which run and why not, how their library is built, how long a call takes.
+
+A `Case` is one call of an operator with inputs drawn for it; `benchmarks/kernels.py` times the same cases.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dgbench.engine.device import device_name, pick_device
+from dgbench.errors import DgbenchError, unknown
+from dgbench.progress import Progress
+from mfuser.fusion import MVFuser
+from mfuser.ops import BackendError, compiled, dispatch, ms_deform_attn, selective_scan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_EXPS_PER_CLOCK = 16  # of a multiprocessor's special function units: CUDA programming guide, arithmetic throughput, 8.0 to 10.0
+
+
+# ---- what there is
+
+
+@dataclass(frozen=True, slots=True)
+class BackendState:
+    """A backend of an operator. `reason` says why it does not run fp32 tensors on this machine, None when it does."""
+
+    op: str
+    backend: str
+    reason: str | None
+    auto: tuple[str, ...]  # the dtypes for which "auto" takes it
+    named_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LibraryState:
+    """The compiled kernels. `reason` says why they do not run here, None when they do."""
+
+    reason: str | None
+    path: str | None  # of the library in use
+    built: tuple[str, ...]  # all libraries of these sources
+    folder: str
+    sources_hash: str
+    sources: tuple[str, ...]
+    architecture: str | None  # of this machine's GPU
+    nvcc: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelList:
+    """What `dgbench kernels list` shows; backends in the order in which "auto" tries them."""
+
+    device: str
+    backends: tuple[BackendState, ...]
+    library: LibraryState
+
+
+def listing() -> KernelList:
+    """Ask every backend of every operator, with small tensors on the GPU, if there is one, else on the CPU."""
+    device = pick_device(None)
+    states = []
+    for op, rows in dispatch.TABLE.items():
+        # an operator without a case is asked without tensors
+        probes = {name: _CASES[op](dtype, device, **_TINY[op]).probe if op in _CASES else () for name, dtype in DTYPES.items()}
+        picks = {name: _pick(op, probe) for name, probe in probes.items()}
+        for row in rows:
+            auto = tuple(name for name, pick in picks.items() if pick == row.name)
+            states.append(BackendState(op, row.name, dispatch.unusable(row, *probes["fp32"]), auto, not row.auto))
+    return KernelList(device_name(device), tuple(states), library_state())
+
+
+def _pick(op: str, probe: Sequence[Tensor | None]) -> str | None:
+    try:
+        return dispatch.resolve(op, "auto", *probe).name
+    except BackendError:
+        return None
+
+
+def library_state() -> LibraryState:
+    """Look at sources, compiler, GPU and library; changes nothing."""
+    found = compiled.status()
+    return LibraryState(
+        reason=found.reason,
+        path=None if found.reason else str(compiled.library().path),
+        built=tuple(map(str, found.built)),
+        folder=str(found.folder),
+        sources_hash=found.folder.name,
+        sources=tuple(path.name for path in found.sources),
+        architecture=found.architecture,
+        nvcc=found.nvcc,
+    )
+
+
+# ---- building
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The library of all kernels; `new` is False when it was there already."""
+
+    path: str
+    architectures: tuple[str, ...]
+    bytes: int
+    seconds: float
+    new: bool
+
+
+def build(architectures: Sequence[str], progress: Progress) -> Built:
+    """Compile the kernels ahead of time, by default for the GPUs of this machine.
+
+    Raises:
+        DgbenchError: no compiler, no GPU to build for, or the compiler failed; with its last lines.
+        ValueError: for a malformed architecture.
+    """
+    new = False
+
+    def tell(line: str) -> None:
+        nonlocal new
+        if not new:
+            progress.start(line, len(compiled.status().sources), "files")
+            new = True
+        elif line.startswith("compiled "):
+            progress.advance()
+            progress.note(line)
+        else:
+            progress.note(line)
+
+    begun = time.perf_counter()
+    try:
+        path = compiled.build(architectures or None, on_line=tell)
+    except compiled.BuildError as error:
+        raise DgbenchError(str(error), _build_hint(str(error))) from error
+    finally:
+        progress.stop()
+    names = tuple(path.name.partition("-cuda")[0].split("+"))
+    return Built(str(path), names, path.stat().st_size, time.perf_counter() - begun, new)
+
+
+def _build_hint(problem: str) -> str | None:
+    if "nvcc is missing" in problem:
+        return (
+            "CUDA's compiler comes with the toolkit (https://developer.nvidia.com/cuda-downloads) or, in an environment "
+            "of conda's, with `conda install -c nvidia cuda-nvcc`; without it Triton's kernels serve, and torch's anywhere"
+        )
+    if "name the architectures" in problem:
+        return f"{compiled.BUILD_COMMAND} --arch sm_90"
+    return None
+
+
+# ---- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator on inputs of its own.
+
+    Attributes:
+        call: runs it with the backend of that name.    leaves: what the backward gives gradients of.
+        probe: what dispatch is asked with.    exps: exponentials of the forward that no way of computing it avoids.
+        bytes: what forward and backward must read and write at least, each tensor once.
+        products: multiply-adds in matrix products, forward.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    call: Callable[[str], Tensor]
+    leaves: tuple[Tensor, ...]
+    probe: tuple[Tensor | None, ...]
+    bytes: tuple[int, int]
+    exps: int = 0
+    products: int = 0
+    dout: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def forward(self, backend: str) -> Tensor:
+        """The operator's result."""
+        with torch.no_grad():
+            return self.call(backend)
+
+    def both(self, backend: str) -> tuple[Tensor, ...]:
+        """The result and the gradient of every leaf."""
+        out = self.call(backend)
+        return out, *torch.autograd.grad(out, self.leaves, self.dout)
+
+
+def scan_case(
+    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, shift: float = -2.0, seed: int = 0
+) -> Case:
+    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32, no gate.
+
+    Args:
+        shift: of the raw steps; the bias is drawn around -1 already. -40 makes steps tiny, 30 large.
+    """
+    draw = _Draw(dtype, device, seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    A = (-draw(dim, state, dtype=wide).exp()).requires_grad_()
+    u, delta = draw(batch, length, dim).requires_grad_(), (draw(batch, length, dim) + shift).requires_grad_()
+    B, C = (draw(batch, length, state).requires_grad_() for _ in range(2))
+    D, bias = draw(dim, dtype=wide).requires_grad_(), (draw(dim, dtype=wide) - 1).requires_grad_()
+
+    def call(backend: str) -> Tensor:
+        return selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)
+
+    tokens, mixers = u.numel() * u.element_size(), B.numel() * B.element_size()
+    return Case(
+        "selective_scan", f"B {batch}, L {length}, D {dim}, N {state}", dtype, call, (u, delta, A, B, C, D, bias),
+        (u, delta, A, B, C, D, None, bias, None), (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers),
+        exps=batch * length * dim * state, dout=draw(batch, length, dim),
+    )  # fmt: skip
+
+
+def deform_case(
+    dtype: torch.dtype, device: torch.device, *, batch: int, sides: Sequence[int], heads: int, dim: int, points: int,
+    spread: str = "near", seed: int = 0,
+) -> Case:  # fmt: skip
+    """Deformable self-attention over square maps: every cell of every map is a query; places and weights in fp32.
+
+    Args:
+        spread: "near", 1..P cells from the query's own place in a direction per head, as such layers start
+            (Zhu et al. 2021, appendix A.4), give or take a cell; or "anywhere", uniformly.
+    """
+    draw = _Draw(dtype, device, seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    cells, scales = sum(side * side for side in sides), len(sides)
+    value = draw(batch, cells, heads, dim).requires_grad_()
+    places = (batch, cells, heads, scales, points, 2)
+    if spread == "anywhere":
+        locations = draw.uniform(*places, dtype=wide)
+    else:
+        centres = [(torch.arange(side, device=device, dtype=wide) + 0.5) / side for side in sides]
+        own = torch.cat([torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).flatten(0, 1) for c in centres])  # (Q, 2)
+        angle = torch.arange(heads, device=device, dtype=wide) * (2 * torch.pi / heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, points + 1, device=device, dtype=wide)
+        offsets = direction[:, None, None] * distance[:, None] + draw(*places, dtype=wide) / 2
+        extent = torch.tensor(sides, device=device, dtype=wide)[:, None, None]
+        locations = own[:, None, None, None] + offsets / extent
+    locations = locations.requires_grad_()
+    weights = draw(batch, cells, heads, scales * points, dtype=wide).softmax(-1).unflatten(-1, (scales, points)).requires_grad_()
+    shapes = [(side, side) for side in sides]
+
+    def call(backend: str) -> Tensor:
+        return ms_deform_attn(value, shapes, locations, weights, backend=backend)
+
+    values, rest = (sum(t.numel() * t.element_size() for t in group) for group in ((value,), (locations, weights)))
+    return Case(
+        "ms_deform_attn", f"B {batch}, Q {cells}, {heads} x {dim}, {scales} scales, {points} points {spread}", dtype, call,
+        (value, locations, weights), (value, locations, weights), (2 * values + rest, 3 * values + 2 * rest),
+        dout=draw(batch, cells, heads * dim),
+    )  # fmt: skip
+
+
+def block_case(
+    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0,
+    block: Callable[[int], nn.Module] | None = None,
+) -> Case:  # fmt: skip
+    """A whole MVFuser in training, fp32 weights, under autocast for bf16 and fp16; without dropout.
+
+    Args:
+        block: builds another module of the same parameters' names, to be timed instead; its backends are ignored.
+    """
+    draw = _Draw(dtype, device, seed)
+    low = dtype in (torch.bfloat16, torch.float16)
+    torch.manual_seed(seed)
+    module: nn.Module = MVFuser(width, state=state, dropout=0.0) if block is None else block(width)
+    module = module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    if block is None:
+        # as a trained one has it: the initial 0.001 would hide errors
+        nn.init.constant_(module.get_parameter("scale"), 1.0)
+    joint = draw(batch, length, width).requires_grad_()
+    half, rank = width // 2, -(-width // 16)
+
+    def call(backend: str) -> Tensor:
+        module.backend = backend  # type: ignore[assignment]
+        with torch.autocast(device.type, dtype, enabled=low):
+            out: Tensor = module.mix(joint) if block is None else module(joint)  # type: ignore[operator]
+        return out
+
+    tokens = joint.numel() * joint.element_size()
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    products = batch * length * (2 * width * half + half * (rank + 2 * state) + rank * half + half * width)
+    parameters = dict(module.named_parameters())
+    return Case(
+        "mvfuser", f"B {batch}, L {length}, C {width}, N {state}", dtype, call, (joint, *parameters.values()),
+        (parameters["in_proj.weight"], parameters["A_log"]), (2 * tokens + weights, 3 * tokens + 2 * weights),
+        exps=batch * length * half * state, products=products, dout=draw(batch, length, width),
+    )  # fmt: skip
+
+
+class _Draw:
+    """Seeded normal numbers of one dtype on one device, the same on every device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def uniform(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.rand(shape, generator=self.generator).to(self.device, dtype)
+
+
+_CASES: dict[str, Callable[..., Case]] = {"selective_scan": scan_case, "ms_deform_attn": deform_case, "mvfuser": block_case}
+_TINY: dict[str, dict[str, object]] = {
+    "selective_scan": {"batch": 1, "length": 4, "dim": 16, "state": 16},
+    "ms_deform_attn": {"batch": 1, "sides": (1, 2), "heads": 2, "dim": 16, "points": 4},
+    "mvfuser": {"batch": 1, "length": 4, "width": 32},
+}
+_ON_CPU: dict[str, dict[str, object]] = {
+    "selective_scan": {"batch": 1, "length": 577, "dim": 256, "state": 16},
+    "ms_deform_attn": {"batch": 1, "sides": (8, 16, 32), "heads": 8, "dim": 32, "points": 4},
+    "mvfuser": {"batch": 1, "length": 577, "width": 512},
+}
+_ON_GPU: dict[str, dict[str, object]] = {
+    "selective_scan": {"batch": 2, "length": 2594, "dim": 512, "state": 16},
+    "ms_deform_attn": {"batch": 2, "sides": (18, 36, 72), "heads": 8, "dim": 32, "points": 4},
+    "mvfuser": {"batch": 2, "length": 2594, "width": 1024},
+}
+
+
+# ---- timing
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What bounds a call: bandwidth measured by a large copy; on a GPU also the units that compute exponentials.
+
+    Attributes:
+        gb_per_s: bytes read plus bytes written.    multiprocessors, ghz: 0 on a CPU; the clock is the highest allowed.
+    """
+
+    name: str
+    gb_per_s: float
+    multiprocessors: int = 0
+    ghz: float = 0.0
+
+    def floor_ms(self, case: Case, *, backward: bool) -> tuple[float, str]:
+        """Milliseconds below which no implementation gets, and what sets them. The backward is with its forward.
+
+        The backward needs every exponential once more, since nobody stores (B, L, D, N) of them.
+        """
+        memory = sum(case.bytes[: 1 + backward]) / self.gb_per_s / 1e6
+        rate = self.multiprocessors * _EXPS_PER_CLOCK * self.ghz * 1e6
+        exps = case.exps * (1 + backward) / rate if rate else 0.0
+        return max((memory, "memory"), (exps, "exp"))
+
+
+def machine(device: torch.device) -> Machine:
+    """Measure a device."""
+    elements = 2**28 if device.type == "cuda" else 2**24
+    source, target = (torch.ones(elements, device=device) for _ in range(2))
+    seconds = median_ms(lambda: target.copy_(source), device, at_most=0.2, flush=False) / 1e3
+    gb_per_s = 2 * 4 * elements / seconds / 1e9
+    if device.type == "cpu":
+        return Machine("cpu", gb_per_s)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(device_name(device), gb_per_s, count, float(nvidia_smi("clocks.max.sm", device) or 0) / 1e3)
+
+
+def nvidia_smi(what: str, device: torch.device) -> str | None:
+    """A value that nvidia-smi tells of a GPU, without its unit; None where it does not."""
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text if text and not text.startswith("[") else None
+
+
+def median_ms(
+    call: Callable[[], object], device: torch.device, *, at_most: float = 0.5, least: int = 5, flush: bool = True
+) -> float:
+    """Median time of a call in milliseconds, as its caller waits for it, inputs not in the GPU's cache.
+
+    Args:
+        at_most: seconds to spend, if that gives `least` repeats.    flush: empty the GPU's cache before each call.
+    """
+    if device.type == "cpu":
+        call()
+        return statistics.median(_repeated(partial(_cpu_ms, call), at_most, least))
+    for _ in range(3):
+        call()
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if flush else 0
+    cache = torch.empty(size, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    return statistics.median(_repeated(partial(_gpu_ms, call, cache), at_most, max(least, 20)))
+
+
+def _repeated(once: Callable[[], float], at_most: float, least: int) -> list[float]:
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - begun < at_most and len(times) < 1000):
+        times.append(once())
+    return times
+
+
+def _cpu_ms(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def _gpu_ms(call: Callable[[], object], cache: Tensor) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cache.zero_()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median milliseconds of a backend, and how many times as fast as the base it is."""
+
+    backend: str
+    forward_ms: float
+    both_ms: float
+    forward_speed: float
+    both_speed: float
+
+
+@dataclass(frozen=True, slots=True)
+class TimedCase:
+    """All backends on one case; `refused` are those that do not run it, with their reasons."""
+
+    op: str
+    shape: str
+    dtype: str
+    timings: tuple[Timing, ...]
+    floor_ms: tuple[float, float]  # forward, forward and backward
+    floor_by: tuple[str, str]
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What `dgbench kernels bench` shows."""
+
+    machine: Machine
+    cases: tuple[TimedCase, ...]
+
+
+def bench(
+    ops: Sequence[str], backends: Sequence[str], progress: Progress, *, shape: tuple[int, int, int, int] | None = None,
+    dtype: str | None = None, device: str | None = None,
+) -> Bench:  # fmt: skip
+    """Time backends against each other, each case for about a second per backend.
+
+    Args:
+        ops: by default all.    backends: by default those that run; the first is what the others are compared with.
+        shape: (B, L, D, N) of the scan, which is then all that is timed.    dtype: one of DTYPES.
+
+    Raises:
+        DgbenchError: for an unknown name.
+        BackendError: when a named backend runs none of the operators; with the reasons.
+    """
+    for op in ops:
+        if op not in _CASES or op not in dispatch.TABLE:
+            raise DgbenchError(*unknown("operator", op, _CASES.keys() & dispatch.TABLE.keys()))
+    if shape is not None:
+        ops = ["selective_scan"]
+    chosen = list(ops) or [op for op in dispatch.TABLE if op in _CASES]
+    known = {row.name for op in chosen for row in dispatch.TABLE[op]}
+    for name in backends:
+        if name not in known:
+            raise DgbenchError(*unknown("backend", name, known))
+    on = pick_device(device)
+    precision = dtype or ("bf16" if on.type == "cuda" else "fp32")
+    if precision not in DTYPES:
+        raise DgbenchError(*unknown("dtype", precision, DTYPES))
+    sizes = _ON_GPU if on.type == "cuda" else _ON_CPU
+    if shape is not None:
+        sizes = {"selective_scan": dict(zip(("batch", "length", "dim", "state"), shape, strict=True))}
+    cases = [_CASES[op](DTYPES[precision], on, **sizes[op]) for op in chosen]
+    plans = [_plan(case, backends) for case in cases]
+    for name in backends:
+        if all(name in refused for _, refused in plans):
+            reasons = {refused[name] for _, refused in plans}
+            raise BackendError(f"{name}: {'; '.join(sorted(reasons))}")
+    limits = machine(on)
+    timed = []
+    progress.start(f"timing on {limits.name}", sum(len(names) for names, _ in plans), "backends")
+    try:
+        for case, (names, refused) in zip(cases, plans, strict=True):
+            timed.append(_timed(case, precision, names, refused, limits, on, progress))
+    finally:
+        progress.stop()
+    return Bench(limits, tuple(timed))
+
+
+def _plan(case: Case, named: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The backends to be timed, in the order asked for, and why others are not."""
+    rows = {row.name: row for row in dispatch.TABLE[case.op]}
+    wanted = list(named) or [row.name for row in rows.values() if row.auto]
+    reasons = {
+        name: dispatch.unusable(rows[name], *case.probe) if name in rows else f"{case.op} has no such backend" for name in wanted
+    }
+    return [n for n, why in reasons.items() if why is None], {n: why for n, why in reasons.items() if why is not None}
+
+
+def _timed(
+    case: Case, dtype: str, names: Sequence[str], refused: dict[str, str], limits: Machine, device: torch.device,
+    progress: Progress,
+) -> TimedCase:  # fmt: skip
+    times: dict[str, tuple[float, float]] = {}
+    for name in names:
+        times[name] = (
+            median_ms(partial(case.forward, name), device),
+            median_ms(partial(case.both, name), device),
+        )
+        progress.advance()
+    base = next(iter(times.values()), (0.0, 0.0))
+    timings = tuple(Timing(n, *ms, *(b / t for b, t in zip(base, ms, strict=True))) for n, ms in times.items())
+    floors, causes = zip(*(limits.floor_ms(case, backward=backward) for backward in (False, True)), strict=True)
+    return TimedCase(case.op, case.shape, dtype, timings, floors, causes, refused)

@@ -1,0 +1,104 @@
+"""Multi-scale deformable attention by the kernels of `cuda/ms_deform_attn.cu`; nothing but the call is here."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mfuser.ops import compiled
+
+_MAX_SCALES = 32
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What may be tuned, by bytes of a channel: see the end of the struct in the source.
+_TUNING = {
+    4: {"threads": 256, "query_bits": 3, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
+    2: {"threads": 256, "query_bits": 3, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
+}
+
+
+def refuse(*tensors: Tensor) -> str | None:
+    """Say why the kernels cannot take (value, locations, weights); without tensors, why they cannot run at all."""
+    try:
+        device = compiled.library().device
+    except ImportError as error:
+        return str(error)
+    for tensor in tensors:
+        if tensor.device.type != device:
+            return f"takes {device} tensors, not {tensor.device.type}"
+        if tensor.dtype not in _TYPES:
+            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    if len(tensors) == 3:
+        _, queries, _, scales, points = tensors[2].shape
+        if scales > _MAX_SCALES:
+            return f"takes at most {_MAX_SCALES} scales, not {scales}"
+        if queries << (points - 1).bit_length() >= 2**31:
+            return f"takes fewer points of a scale than {queries} x {points}"
+    return None
+
+
+def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Return (B, Q, M * D). Shapes as in `ms_deform_attn`; `shapes` is flat, [H_0, W_0, H_1, ...]."""
+    out = value.new_empty(*locations.shape[:3], value.shape[3])
+    if weights.numel() == 0 or out.numel() == 0:
+        return out.zero_().flatten(2)
+    value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+    params = _params(value, shapes, locations, weights)
+    params.out = out.data_ptr()
+    compiled.library().run("mfuser_ms_deform_attn_fwd", params, like=value)
+    return out.flatten(2)
+
+
+def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of value in its own type, and of locations and weights in fp32."""
+    value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+    dvalue = torch.empty_like(value)
+    dlocations, dweights = (torch.empty_like(tensor, dtype=torch.float32) for tensor in (locations, weights))
+    if weights.numel() == 0 or dout.numel() == 0:
+        return dvalue.zero_(), dlocations.zero_(), dweights.zero_()
+    dout = dout.to(value.dtype).contiguous()
+    params = _params(value, shapes, locations, weights)
+    batch, queries, heads, scales, _ = weights.shape
+    bins = sum((height + 1) * (width + 1) + 1 for height, width in zip(shapes[::2], shapes[1::2], strict=True))
+    entries = batch * heads * scales * (queries << params.point_bits)
+    sorted_ = torch.empty(4 * entries, dtype=torch.int32, device=value.device)
+    starts = torch.empty(batch * heads * bins, dtype=torch.int32, device=value.device)
+    params.dout, params.dvalue = dout.data_ptr(), dvalue.data_ptr()
+    params.dlocations, params.dweights = dlocations.data_ptr(), dweights.data_ptr()
+    params.sorted, params.starts = sorted_.data_ptr(), starts.data_ptr()
+    params.dvalue_stride[:] = dvalue.stride()[:3]
+    compiled.library().run("mfuser_ms_deform_attn_bwd", params, like=value)
+    return dvalue, dlocations, dweights
+
+
+class _Params(ctypes.Structure):
+    """`MsDeformAttnParams` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("value", "locations", "weights", "dout", "out", "dvalue")),
+        *((name, ctypes.c_void_p) for name in ("dlocations", "dweights", "sorted", "starts")),
+        *((name, ctypes.c_longlong * 3) for name in ("value_stride", "dvalue_stride")),
+        *((name, ctypes.c_int) for name in ("value_type", "location_type", "weight_type")),
+        *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "dim", "scales", "points", "point_bits")),
+        *((name, ctypes.c_int) for name in _TUNING[4]),
+        ("shapes", ctypes.c_int * (2 * _MAX_SCALES)),
+    ]
+
+
+def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> _Params:
+    batch, queries, heads, scales, points = weights.shape
+    params = _Params(
+        value=value.data_ptr(), locations=locations.data_ptr(), weights=weights.data_ptr(),
+        value_type=_TYPES[value.dtype], location_type=_TYPES[locations.dtype], weight_type=_TYPES[weights.dtype],
+        batch=batch, queries=queries, heads=heads, dim=value.shape[3], scales=scales, points=points,
+        point_bits=(points - 1).bit_length(), **_TUNING[value.element_size()],
+    )  # fmt: skip
+    params.value_stride[:] = value.stride()[:3]
+    params.shapes[: len(shapes)] = shapes
+    return params
+
+
+def _rows(value: Tensor) -> Tensor:
+    """`value` with the channels of a row next to each other."""
+    return value if value.stride(3) == 1 else value.contiguous()

@@ -1,0 +1,200 @@
+"""The selective scan in CUDA C++ (cuda/selective_scan.cuh): checks, memory and the two launches' arguments."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mfuser.ops import compiled
+
+_SUB = 16  # steps between kept states: kSub in the source, which refuses another
+_LARGEST = 64  # states per channel
+_LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Warps that an SM should have to work on before cutting sequences pays: every cut computes most exponentials twice.
+_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8  # per block: kForwardWarps, kBackwardWarps
+_ENOUGH_WARPS = 8
+_WANTED_WARPS = 16
+
+
+class _Params(ctypes.Structure):
+    """ScanParams of the source, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("u", "delta", "B", "C", "z", "A", "D", "bias", "initial")]
+        + [(f"{name}_batch", ctypes.c_int64) for name in ("u", "delta", "B", "C", "z", "dy")]
+        + [(f"{name}_row", ctypes.c_int) for name in ("u", "delta", "B", "C", "z", "dy")]
+        + [(name, ctypes.c_void_p) for name in ("y", "state", "saved", "end", "total")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in ("dy", "dstate", "du", "ddelta", "dz", "dB", "dC", "dA", "dD", "dbias", "dinitial")
+        ]
+        + [(name, ctypes.c_void_p) for name in ("part_B", "part_C", "part_A", "part_D", "part_bias")]
+        + [(name, ctypes.c_int) for name in ("batch", "length", "dim", "state_size", "chunks", "chunk", "sub", "softplus")]
+    )
+
+
+def refuse(u: Tensor | None = None, *others: Tensor | None) -> str | None:
+    """Say why the kernels cannot take the op's tensors (or, without any, run at all), or None when they can."""
+    try:
+        device = compiled.library().device
+    except ImportError as error:
+        return str(error)
+    if u is None:
+        return None
+    if u.device.type != device:
+        return f"runs on {device} tensors, these are on {u.device.type}"
+    wide = next((t.dtype for t in (u, *others) if t is not None and t.dtype not in _NAMES), None)
+    if wide is not None:
+        return f"computes in fp32: {wide} is for the torch backend"
+    if len(others) > 1 and others[1] is not None and others[1].shape[1] > _LARGEST:
+        return f"holds up to {_LARGEST} states per channel, these have {others[1].shape[1]}"
+    return None
+
+
+def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
+    """Shape of what `forward` keeps for `backward`: the state before every 16th step, (B, ceil(L / 16), D, N), padded."""
+    return (u.shape[0], -(-u.shape[1] // _SUB), *(_fours(size) for size in A.shape))
+
+
+def forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    initial: Tensor | None, softplus: bool, keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the kept states (empty unless `keep`)."""
+    call = _Call(_common(u, delta, B, C, z), u, A)
+    call.activations(u=u, delta=delta, B=B, C=C, z=z)
+    call.weights(A=A, D=D, bias=bias, initial=initial)
+    y = call.tokens("y", u.shape[2])
+    state = call.states("state", u.shape[0], A)
+    saved = call.buffer("saved", *saved_shape(u, A)) if keep else A.new_empty(0, dtype=torch.float32)
+    call.run("forward", softplus)
+    return y.to(u.dtype), state, saved
+
+
+def backward(
+    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
+    call = _Call(_common(u, delta, B, C, z), u, A)
+    call.activations(u=u, delta=delta, B=B, C=C, z=z, dy=dy)
+    call.weights(A=A, D=D, bias=bias, initial=initial, dstate=dstate)
+    call.point("saved", saved)
+    (dim, state), batch, length = A.shape, *u.shape[:2]
+    du, ddelta = call.tokens("du", dim), call.tokens("ddelta", dim)
+    dz = None if z is None else call.tokens("dz", dim)
+    dB, dC = call.tokens("dB", state), call.tokens("dC", state)
+    dA, dinitial = call.states("dA", 0, A), None if initial is None else call.states("dinitial", batch, A)
+    dD, dbias = (call.buffer(name, call.dim)[:dim] for name in ("dD", "dbias"))
+    blocks, rows = -(-dim // _channels(state, _BACKWARD_WARPS)), batch * call.params.chunks
+    for name in ("part_B", "part_C"):
+        call.buffer(name, blocks, batch, length, call.state)
+    call.buffer("part_A", rows, call.dim, call.state)
+    for name in ("part_D", "part_bias"):
+        call.buffer(name, rows, call.dim)
+    call.run("backward", softplus)
+    return du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if bias is None else dbias, dinitial
+
+
+class _Call:
+    """One launch's arguments, and the tensors behind its pointers.
+
+    The kernels take channels and states by fours, aligned: what is not so is copied and padded with zeros here, and
+    results are cut.
+    """
+
+    def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor) -> None:
+        batch, length, _ = u.shape
+        self.dtype, self.u, self.held = dtype, u, list[Tensor]()
+        self.dim, self.state = (_fours(size) for size in A.shape)
+        chunk = plan(batch, length, self.dim, self.state, _multiprocessors(u.device))
+        chunks = -(-length // chunk)
+        self.params = _Params(
+            batch=batch, length=length, dim=self.dim, state_size=self.state, chunks=chunks, chunk=chunk, sub=_SUB
+        )
+        if chunks > 1:
+            self.buffer("end", batch, chunks, self.dim, self.state)
+            self.buffer("total", batch, chunks, self.dim)
+
+    def activations(self, **tensors: Tensor | None) -> None:
+        """Point at (B, L, channels) tensors of any batch and row stride."""
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            tensor, channels = tensor.to(self.dtype), tensor.shape[2]
+            if channels % 4:
+                tensor = F.pad(tensor, (0, -channels % 4))
+            elif tensor.stride(2) != 1 or tensor.stride(0) % 4 or tensor.stride(1) % 4 or tensor.stride(1) >= _LONGEST_ROW:
+                tensor = tensor.contiguous()
+            if tensor.data_ptr() % (4 * tensor.element_size()):
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            self.point(name, tensor)
+            setattr(self.params, f"{name}_batch", tensor.stride(0))
+            setattr(self.params, f"{name}_row", tensor.stride(1) * tensor.element_size())
+
+    def weights(self, **tensors: Tensor | None) -> None:
+        """Point at (D,), (D, N) or (B, D, N) tensors, in fp32."""
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            tensor = tensor.to(torch.float32)
+            missing = -tensor.shape[-1] % 4 if tensor.dim() == 1 else self.state - tensor.shape[-1]
+            rows = 0 if tensor.dim() == 1 else self.dim - tensor.shape[-2]
+            tensor = F.pad(tensor, (0, missing, 0, rows) if rows else (0, missing)) if missing or rows else tensor.contiguous()
+            self.point(name, tensor.clone() if tensor.data_ptr() % 16 else tensor)
+
+    def tokens(self, name: str, channels: int) -> Tensor:
+        """An output (B, L, channels)."""
+        batch, length, _ = self.u.shape
+        whole = self.point(name, self.u.new_empty(batch, length, _fours(channels), dtype=self.dtype))
+        return whole[..., :channels]
+
+    def states(self, name: str, batch: int, like: Tensor) -> Tensor:
+        """An output (batch, D, N), or (D, N) for batch 0."""
+        shape = (batch, self.dim, self.state) if batch else (self.dim, self.state)
+        return self.buffer(name, *shape)[..., : like.shape[0], : like.shape[1]]
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """A buffer in fp32."""
+        return self.point(name, self.u.new_empty(shape, dtype=torch.float32))
+
+    def point(self, name: str, tensor: Tensor) -> Tensor:
+        """Give the kernels `tensor` as `name`."""
+        setattr(self.params, name, tensor.data_ptr())
+        self.held.append(tensor)  # a copy made here must live until the launch
+        return tensor
+
+    def run(self, direction: str, softplus: bool) -> None:
+        """Launch the kernels."""
+        self.params.softplus = softplus
+        compiled.library().run(f"mfuser_selective_scan_{direction}_{_NAMES[self.dtype]}", self.params, like=self.u)
+
+
+def plan(batch: int, length: int, dim: int, state: int, multiprocessors: int) -> int:
+    """Return the steps per chunk, a multiple of 16: the whole sequence where the channels alone keep the GPU busy."""
+    warps = batch * -(-dim // _channels(state, _FORWARD_WARPS)) * _FORWARD_WARPS
+    chunks = 1 if warps >= multiprocessors * _ENOUGH_WARPS else -(-multiprocessors * _WANTED_WARPS // warps)
+    return max(1, -(-length // (chunks * _SUB))) * _SUB
+
+
+def _fours(size: int) -> int:
+    return size + -size % 4
+
+
+def _channels(state: int, warps: int) -> int:
+    """Channels per block: 32 lanes a warp, four states a lane."""
+    return warps * 32 // (2 if state <= 8 else 4 if state <= 16 else 16)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _common(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of all activations, or fp32 where they differ: none is rounded."""
+    found = {tensor.dtype for tensor in tensors if tensor is not None}
+    return found.pop() if len(found) == 1 else torch.float32
