@@ -57,7 +57,9 @@ def scans() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls of the scan that differ in what is compiled."""
     from mfuser.ops.selective_scan import triton_backend
 
-    def calls(batch: int, length: int, dim: int, state: int, dtype: torch.dtype, optional: bool) -> Callable[[], object]:
+    def calls(
+        batch: int, length: int, dim: int, state: int, dtype: torch.dtype, *, optional: bool, backward: bool = True
+    ) -> Callable[[], object]:
         def call() -> None:
             tokens, states = (torch.empty(batch, length, n, dtype=dtype) for n in (dim, state))
             channels = torch.empty(dim) if optional else None
@@ -66,16 +68,18 @@ def scans() -> Iterator[tuple[str, Callable[[], object]]]:
                 tokens, tokens, torch.empty(dim, state), states, states, channels, tokens if optional else None, channels,
                 initial,
             )  # fmt: skip
-            _, _, saved = triton_backend.forward(*given, optional)
-            triton_backend.backward(tokens, initial, *given, optional, saved)
+            _, _, saved = triton_backend.forward(*given, optional, backward)
+            if backward:
+                triton_backend.backward(tokens, initial, *given, optional, saved)
 
         return call
 
-    yield "as MVFuser's", calls(2, 2594, 512, 16, torch.bfloat16, True)
-    yield "of odd sizes", calls(3, 1001, 33, 5, torch.float32, True)
-    yield "of ones", calls(1, 1, 1, 1, torch.float16, False)
-    yield "of many states", calls(2, 100, 24, 64, torch.float32, False)
-    yield "of a sequence longer than 2^31 numbers", calls(1, 2**19, 2**13, 16, torch.bfloat16, False)
+    yield "with everything", calls(2, 2594, 512, 16, torch.bfloat16, optional=True)
+    yield "of odd sizes", calls(3, 1001, 33, 5, torch.float32, optional=True)
+    yield "of ones", calls(1, 1, 1, 1, torch.float16, optional=False)
+    yield "of many states", calls(2, 100, 24, 64, torch.float32, optional=False)
+    yield "of more than 2^31 numbers", calls(1, 2**19, 2**13, 16, torch.bfloat16, optional=False)
+    yield "without a backward", calls(2, 2594, 512, 16, torch.bfloat16, optional=False, backward=False)
 
 
 if __name__ == "__main__":
