@@ -18,11 +18,10 @@
 namespace {
 
 constexpr int kMaxScales = 32;
-constexpr int kChunk = 16;         // points of a query that wait in shared memory at a time
-constexpr int kMaxThreads = 256;   // of a block of `sample`, `probe` and `gather`
-constexpr int kSortThreads = 1024;
+constexpr int kChunk = 8;  // points of a query that wait in shared memory at a time
+constexpr int kMaxThreads = 1024, kGatherThreads = 256, kSortThreads = 1024;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
-constexpr int kAhead = 8;          // loads under way in a thread of `sort`
+constexpr int kAhead = 8;  // loads under way in a thread of `sort`
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 enum Type { kFloat32, kBFloat16, kFloat16 };
@@ -45,7 +44,8 @@ struct MsDeformAttnParams {
     int batch, queries, heads, dim, scales, points, point_bits;  // 1 << point_bits >= points
     // what may be tuned
     int threads;     // of a block of `sample` and `probe`, a multiple of 32
-    int query_bits;  // a block has 4 ** query_bits queries, as a square where the queries are the cells
+    int query_bits;  // a tile has 4 ** query_bits queries, as a square where the queries are the cells
+    int processors;  // 0: a tile is a block; else a block has as many as fill so many multiprocessors evenly
     int gather_threads;
     int cell_tile;   // side of a tile of cells
     int repeat;      // 16-byte pieces of a row per lane, 1 or 2
@@ -56,11 +56,12 @@ namespace {
 
 using Params = MsDeformAttnParams;
 
-// Sums over the scales before each one; the last entry is the total.
+// `cell`, `bin` and `tile` are sums over the scales before each one; the last entry is the total.
 struct Maps {
     int height[kMaxScales], width[kMaxScales];
     int cell[kMaxScales + 1], bin[kMaxScales + 1];
-    int tile[kMaxScales + 1];  // 0 throughout: the queries are no cells
+    int tile[kMaxScales + 1];  // 0 throughout: the queries are no cells, a tile is a run of them
+    int tiles, span;           // of queries; how many of them a block takes
     float per_point;           // 1 / P
 };
 
@@ -147,31 +148,29 @@ __device__ __forceinline__ Tile find_tile(const Maps& maps, int index, int side)
 template <int kLanes>
 struct Walk {
     int own, group, warp, warps;
-    int batch, head, block;
-    bool cells;  // the queries are the cells of the maps
-    Tile tile;
+    int batch, head, first, slots;
 
     __device__ __forceinline__ Walk(const Params& p, const Maps& maps) {
         const int lane = threadIdx.x % 32;
         own = lane % kLanes, group = lane / kLanes, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-        cells = maps.tile[p.scales] > 0;
-        const int count = 1 << 2 * p.query_bits;
-        const unsigned blocks = cells ? maps.tile[p.scales] : (p.queries + count - 1) / count;
-        block = blockIdx.x % blocks;
+        const unsigned blocks = (maps.tiles + maps.span - 1) / maps.span;
+        first = blockIdx.x % blocks * maps.span;
+        slots = min(maps.span, maps.tiles - first) << 2 * p.query_bits;
         head = blockIdx.x / blocks % p.heads, batch = blockIdx.x / blocks / p.heads;
-        tile = cells ? find_tile(maps, block, 1 << p.query_bits) : Tile{0, 0, 0};
     }
 
     // the block's i-th query, or -1
     __device__ __forceinline__ int query(const Params& p, const Maps& maps, int i) const {
-        const int side = 1 << p.query_bits;
-        if (i >= side * side) return -1;
-        if (cells) {
-            const int row = tile.row + (i >> p.query_bits), column = tile.column + (i & (side - 1));
-            const int width = maps.width[tile.scale];
-            return row < maps.height[tile.scale] && column < width ? maps.cell[tile.scale] + row * width + column : -1;
+        if (i >= slots) return -1;
+        const int index = first + (i >> 2 * p.query_bits), at = i & ((1 << 2 * p.query_bits) - 1);
+        if (maps.tile[p.scales] == 0) {
+            const int query = (index << 2 * p.query_bits) + at;
+            return query < p.queries ? query : -1;
         }
-        return block * side * side + i < p.queries ? block * side * side + i : -1;
+        const Tile tile = find_tile(maps, index, 1 << p.query_bits);
+        const int row = tile.row + (at >> p.query_bits), column = tile.column + (at & ((1 << p.query_bits) - 1));
+        const int width = maps.width[tile.scale];
+        return row < maps.height[tile.scale] && column < width ? maps.cell[tile.scale] + row * width + column : -1;
     }
 };
 
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps
     const unsigned row_bytes = static_cast<unsigned>(p.value_stride[1] * static_cast<int>(sizeof(T)));
     const T* value = static_cast<const T*>(p.value) + walk.batch * p.value_stride[0] + walk.head * p.value_stride[2];
 
-    for (int i = walk.warp * kGroups; i < 1 << 2 * p.query_bits; i += walk.warps * kGroups) {
+    for (int i = walk.warp * kGroups; i < walk.slots; i += walk.warps * kGroups) {
         const int found = walk.query(p, maps, i + walk.group);
         // a group without a query goes along with the first and stores nothing
         const int query = max(found, 0);
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(kMaxThreads) probe(const Params p, const Maps 
     const unsigned row_bytes = static_cast<unsigned>(p.value_stride[1] * static_cast<int>(sizeof(T)));
     const T* value = static_cast<const T*>(p.value) + walk.batch * p.value_stride[0] + walk.head * p.value_stride[2];
 
-    for (int i = walk.warp * kGroups; i < 1 << 2 * p.query_bits; i += walk.warps * kGroups) {
+    for (int i = walk.warp * kGroups; i < walk.slots; i += walk.warps * kGroups) {
         const int found = walk.query(p, maps, i + walk.group);
         const int query = max(found, 0);
         const long long row = (static_cast<long long>(walk.batch) * p.queries + query) * p.heads + walk.head;
@@ -455,7 +454,7 @@ __global__ void __launch_bounds__(kSortThreads) sort(const Params p, const Maps 
 
 // Gradients of values: a block has a tile of cells of one head and kWidth channels.
 template <typename T, int V, int kLanes, int kRepeat>
-__global__ void __launch_bounds__(kMaxThreads) gather(const Params p, const Maps maps, const int2* sorted) {
+__global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const Maps maps, const int2* sorted) {
     constexpr int kGroups = 32 / kLanes, kStep = kLanes * V, kWidth = kStep * kRepeat;
     MFUSER_SHARED(shared);
     const int side = p.cell_tile, targets = side * side, bases = (side + 1) * (side + 1);
@@ -557,7 +556,7 @@ __global__ void __launch_bounds__(kMaxThreads) gather(const Params p, const Maps
     }
 }
 
-// `side`: of the tiles that are counted; 0 for none.
+// `side`: of the tiles of cells.
 Maps describe(const Params& p, int side) {
     Maps maps = {};
     for (int s = 0; s < p.scales; ++s) {
@@ -565,38 +564,55 @@ Maps describe(const Params& p, int side) {
         maps.height[s] = height, maps.width[s] = width;
         maps.cell[s + 1] = maps.cell[s] + height * width;
         maps.bin[s + 1] = maps.bin[s] + (height + 1) * (width + 1) + 1;
-        maps.tile[s + 1] = maps.tile[s] + (side ? (height + side - 1) / side * ((width + side - 1) / side) : 0);
+        maps.tile[s + 1] = maps.tile[s] + (height + side - 1) / side * ((width + side - 1) / side);
     }
+    maps.tiles = maps.tile[p.scales], maps.span = 1;
     maps.per_point = 1.0f / static_cast<float>(p.points);
+    return maps;
+}
+
+// How `sample` and `probe` share the queries among blocks.
+Maps by_query(const Params& p) {
+    Maps maps = describe(p, 1 << p.query_bits);
+    if (p.queries != maps.cell[p.scales]) {
+        for (int& tile : maps.tile) tile = 0;
+        maps.tiles = (p.queries - 1 >> 2 * p.query_bits) + 1;
+    }
+    if (p.processors) {
+        // the fewest parts of a head whose blocks fill nine tenths of the multiprocessors, in as many waves as they take
+        const long long pairs = static_cast<long long>(p.batch) * p.heads;
+        long long parts = 1;
+        while (pairs * parts * 10 < (pairs * parts + p.processors - 1) / p.processors * p.processors * 9) ++parts;
+        maps.span = static_cast<int>((maps.tiles + parts - 1) / parts);
+    }
     return maps;
 }
 
 template <typename T, int V, int kLanes, int kRepeat>
 cudaError_t launch(const Params& p, bool forward, void* stream) {
-    const int cells = describe(p, 0).cell[p.scales], side = 1 << p.query_bits;
-    const Maps by_query = describe(p, p.queries == cells ? side : 0), by_cell = describe(p, p.cell_tile);
+    const Maps walk_maps = by_query(p), maps = describe(p, p.cell_tile);
     const long long pairs = static_cast<long long>(p.batch) * p.heads;
-    const long long blocks = p.queries == cells ? by_query.tile[p.scales] : (p.queries + side * side - 1) / (side * side);
+    const int blocks = (walk_maps.tiles + walk_maps.span - 1) / walk_maps.span;
     const size_t walk_bytes = static_cast<size_t>(p.threads) / kLanes * pitch(p) * (sizeof(int4) + sizeof(float4));
     const unsigned walk_grid = static_cast<unsigned>(pairs * blocks);
-    if (forward) return MFUSER_LAUNCH((sample<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, by_query);
+    if (forward) return MFUSER_LAUNCH((sample<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, walk_maps);
 
     const long long entries = static_cast<long long>(p.queries) << p.point_bits;
     int bins = 1, passes = 1, sort_threads = 64;
-    for (int s = 0; s < p.scales; ++s) bins = max(bins, by_cell.bin[s + 1] - by_cell.bin[s]);
+    for (int s = 0; s < p.scales; ++s) bins = max(bins, maps.bin[s + 1] - maps.bin[s]);
     while (bins - 1 >> passes * kDigitBits) ++passes;
     while (sort_threads < kSortThreads && sort_threads * 8 < entries) sort_threads *= 2;
     cudaError_t error = MFUSER_LAUNCH(sort, static_cast<unsigned>(pairs * p.scales), sort_threads,
-                                      sort_threads / 32 * kDigits * 2 * sizeof(int), stream, p, by_cell, passes);
+                                      sort_threads / 32 * kDigits * 2 * sizeof(int), stream, p, maps, passes);
     if (error != cudaSuccess) return error;
-    error = MFUSER_LAUNCH((probe<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, by_query);
+    error = MFUSER_LAUNCH((probe<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, walk_maps);
     if (error != cudaSuccess) return error;
     const int2* sorted = reinterpret_cast<const int2*>(p.sorted) + passes % 2 * (pairs * p.scales * entries);
     constexpr int kWidth = kLanes * V * kRepeat;
     const size_t gather_bytes = 4 * sizeof(float) * p.cell_tile * p.cell_tile * kWidth +
                                 static_cast<size_t>(p.gather_threads) * (sizeof(float4) + sizeof(int));
-    const dim3 gather_grid(static_cast<unsigned>(pairs * by_cell.tile[p.scales]), (p.dim + kWidth - 1) / kWidth);
-    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), gather_grid, p.gather_threads, gather_bytes, stream, p, by_cell,
+    const dim3 gather_grid(static_cast<unsigned>(pairs * maps.tile[p.scales]), (p.dim + kWidth - 1) / kWidth);
+    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), gather_grid, p.gather_threads, gather_bytes, stream, p, maps,
                          sorted);
 }
 
@@ -621,7 +637,7 @@ cudaError_t choose(const Params& p, bool forward, void* stream) {
 }
 
 cudaError_t run(const Params& p, bool forward, void* stream) {
-    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads || p.gather_threads > kMaxThreads) {
+    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads || p.gather_threads > kGatherThreads) {
         return cudaErrorInvalidValue;
     }
     const long long row_bytes = max(p.value_stride[1], static_cast<long long>(p.heads) * p.dim) * 4;

@@ -5,11 +5,12 @@ A `Case` is one call of an operator with inputs drawn for it; `benchmarks/kernel
 
 from __future__ import annotations
 
+import copy
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -163,21 +164,22 @@ class Case:
 
     Attributes:
         call: runs it with the backend of that name.    leaves: what the backward gives gradients of.
-        probe: what dispatch is asked with.    exps: exponentials of the forward that no way of computing it avoids.
+        dout: the gradient of the result.    probe: what dispatch is asked with.
         bytes: what forward and backward must read and write at least, each tensor once.
-        products: multiply-adds in matrix products, forward.
+        exps: exponentials of the forward that no way of computing it avoids.
+        products: multiply-adds of the forward's matrix products.    remake: the same call on other leaves and dout.
     """
 
     op: str
     shape: str
-    dtype: torch.dtype
     call: Callable[[str], Tensor]
     leaves: tuple[Tensor, ...]
+    dout: Tensor
     probe: tuple[Tensor | None, ...]
     bytes: tuple[int, int]
+    remake: Callable[[tuple[Tensor, ...], Tensor], Case]
     exps: int = 0
     products: int = 0
-    dout: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def forward(self, backend: str) -> Tensor:
         """The operator's result."""
@@ -189,30 +191,51 @@ class Case:
         out = self.call(backend)
         return out, *torch.autograd.grad(out, self.leaves, self.dout)
 
+    def precise(self) -> Case:
+        """The same numbers in fp64, to compare with."""
+        return self.remake(tuple(leaf.detach().double().requires_grad_() for leaf in self.leaves), self.dout.double())
+
 
 def scan_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, shift: float = -2.0, seed: int = 0
-) -> Case:
-    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32, no gate.
+    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, shift: float = -2.0,
+    gated: bool = False, seed: int = 0,
+) -> Case:  # fmt: skip
+    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
 
     Args:
-        shift: of the raw steps; the bias is drawn around -1 already. -40 makes steps tiny, 30 large.
+        shift: of the raw steps, whose bias is drawn around -1 already; -40 makes steps tiny, 30 large.
+        gated: also a gate and a first state, and the last state is part of the result.
     """
     draw = _Draw(dtype, device, seed)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    A = (-draw(dim, state, dtype=wide).exp()).requires_grad_()
-    u, delta = draw(batch, length, dim).requires_grad_(), (draw(batch, length, dim) + shift).requires_grad_()
-    B, C = (draw(batch, length, state).requires_grad_() for _ in range(2))
-    D, bias = draw(dim, dtype=wide).requires_grad_(), (draw(dim, dtype=wide) - 1).requires_grad_()
+    wide = _wide(dtype)
+    leaves = [
+        draw(batch, length, dim), draw(batch, length, dim) + shift, -draw(dim, state, dtype=wide).exp(),
+        draw(batch, length, state), draw(batch, length, state), draw(dim, dtype=wide), draw(dim, dtype=wide) - 1,
+    ]  # fmt: skip
+    dout = draw(batch, length, dim)
+    if gated:
+        leaves += [draw(batch, length, dim), draw(batch, dim, state, dtype=wide)]
+        dout = torch.cat([dout.flatten().to(wide), draw(batch * dim * state, dtype=wide)])
+    return _scan(tuple(leaf.requires_grad_() for leaf in leaves), dout)
+
+
+def _scan(leaves: tuple[Tensor, ...], dout: Tensor) -> Case:
+    u, delta, A, B, C, D, bias, *more = leaves
+    z, initial = more or (None, None)
 
     def call(backend: str) -> Tensor:
-        return selective_scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)
+        y, last = selective_scan(
+            u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, initial_state=initial, return_final_state=True,
+            backend=backend,
+        )  # fmt: skip
+        return y if initial is None else torch.cat([y.flatten().to(last.dtype), last.flatten()])
 
+    batch, length, dim = u.shape
     tokens, mixers = u.numel() * u.element_size(), B.numel() * B.element_size()
     return Case(
-        "selective_scan", f"B {batch}, L {length}, D {dim}, N {state}", dtype, call, (u, delta, A, B, C, D, bias),
-        (u, delta, A, B, C, D, None, bias, None), (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers),
-        exps=batch * length * dim * state, dout=draw(batch, length, dim),
+        "selective_scan", f"B {batch}, L {length}, D {dim}, N {A.shape[1]}", call, leaves, dout,
+        (u, delta, A, B, C, D, z, bias, initial), (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers), _scan,
+        exps=u.numel() * A.shape[1],
     )  # fmt: skip
 
 
@@ -224,15 +247,16 @@ def deform_case(
 
     Args:
         spread: "near", 1..P cells from the query's own place in a direction per head, as such layers start
-            (Zhu et al. 2021, appendix A.4), give or take a cell; or "anywhere", uniformly.
+            (Zhu et al. 2021, appendix A.4), give or take a cell; "anywhere", uniformly; or "outside" as well.
     """
     draw = _Draw(dtype, device, seed)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = _wide(dtype)
     cells, scales = sum(side * side for side in sides), len(sides)
-    value = draw(batch, cells, heads, dim).requires_grad_()
     places = (batch, cells, heads, scales, points, 2)
     if spread == "anywhere":
         locations = draw.uniform(*places, dtype=wide)
+    elif spread == "outside":
+        locations = 2 * draw.uniform(*places, dtype=wide) - 0.5
     else:
         centres = [(torch.arange(side, device=device, dtype=wide) + 0.5) / side for side in sides]
         own = torch.cat([torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).flatten(0, 1) for c in centres])  # (Q, 2)
@@ -243,70 +267,87 @@ def deform_case(
         offsets = direction[:, None, None] * distance[:, None] + draw(*places, dtype=wide) / 2
         extent = torch.tensor(sides, device=device, dtype=wide)[:, None, None]
         locations = own[:, None, None, None] + offsets / extent
-    locations = locations.requires_grad_()
-    weights = draw(batch, cells, heads, scales * points, dtype=wide).softmax(-1).unflatten(-1, (scales, points)).requires_grad_()
+    weights = draw(batch, cells, heads, scales * points, dtype=wide).softmax(-1).unflatten(-1, (scales, points))
+    leaves = (draw(batch, cells, heads, dim), locations, weights)
+    return _deform(
+        tuple(leaf.requires_grad_() for leaf in leaves), draw(batch, cells, heads * dim), sides=tuple(sides), spread=spread
+    )
+
+
+def _deform(leaves: tuple[Tensor, ...], dout: Tensor, *, sides: tuple[int, ...], spread: str) -> Case:
+    value, locations, weights = leaves
     shapes = [(side, side) for side in sides]
 
     def call(backend: str) -> Tensor:
         return ms_deform_attn(value, shapes, locations, weights, backend=backend)
 
-    values, rest = (sum(t.numel() * t.element_size() for t in group) for group in ((value,), (locations, weights)))
+    batch, cells, heads, dim = value.shape
+    points = weights.shape[-1]
+    maps, rest = (sum(t.numel() * t.element_size() for t in group) for group in ((value,), (locations, weights)))
     return Case(
-        "ms_deform_attn", f"B {batch}, Q {cells}, {heads} x {dim}, {scales} scales, {points} points {spread}", dtype, call,
-        (value, locations, weights), (value, locations, weights), (2 * values + rest, 3 * values + 2 * rest),
-        dout=draw(batch, cells, heads * dim),
+        "ms_deform_attn", f"B {batch}, Q {cells}, {heads} x {dim}, {len(sides)} scales, {points} points {spread}", call, leaves,
+        dout, leaves, (2 * maps + rest, 3 * maps + 2 * rest), partial(_deform, sides=sides, spread=spread),
     )  # fmt: skip
 
 
 def block_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0,
-    block: Callable[[int], nn.Module] | None = None,
-) -> Case:  # fmt: skip
-    """A whole MVFuser in training, fp32 weights, under autocast for bf16 and fp16; without dropout.
-
-    Args:
-        block: builds another module of the same parameters' names, to be timed instead; its backends are ignored.
-    """
+    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0
+) -> Case:
+    """A whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
     draw = _Draw(dtype, device, seed)
-    low = dtype in (torch.bfloat16, torch.float16)
-    torch.manual_seed(seed)
-    module: nn.Module = MVFuser(width, state=state, dropout=0.0) if block is None else block(width)
-    module = module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    if block is None:
-        # as a trained one has it: the initial 0.001 would hide errors
-        nn.init.constant_(module.get_parameter("scale"), 1.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = MVFuser(width, state=state, dropout=0.0).to(device, _wide(dtype))
+    # as a trained one may have it: the initial 0.001 would hide errors
+    nn.init.ones_(module.scale)
     joint = draw(batch, length, width).requires_grad_()
-    half, rank = width // 2, -(-width // 16)
+    return _block((joint, *module.parameters()), draw(batch, length, width), module=module)
+
+
+def _block(leaves: tuple[Tensor, ...], dout: Tensor, *, module: MVFuser) -> Case:
+    joint, *values = leaves
+    own = list(module.parameters())
+    if any(value is not parameter for value, parameter in zip(values, own, strict=True)):
+        module = copy.deepcopy(module).to(values[0].dtype)
+        own = list(module.parameters())
+        with torch.no_grad():
+            for parameter, value in zip(own, values, strict=True):
+                parameter.copy_(value)
+    low = joint.dtype in (torch.bfloat16, torch.float16)
 
     def call(backend: str) -> Tensor:
-        module.backend = backend  # type: ignore[assignment]
-        with torch.autocast(device.type, dtype, enabled=low):
-            out: Tensor = module.mix(joint) if block is None else module(joint)  # type: ignore[operator]
-        return out
+        module.backend = backend
+        with torch.autocast(joint.device.type, joint.dtype, enabled=low):
+            return module.mix(joint)
 
+    batch, length, width = joint.shape
+    half, rank, state = width // 2, module.rank, module.state
     tokens = joint.numel() * joint.element_size()
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    products = batch * length * (2 * width * half + half * (rank + 2 * state) + rank * half + half * width)
-    parameters = dict(module.named_parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in own)
     return Case(
-        "mvfuser", f"B {batch}, L {length}, C {width}, N {state}", dtype, call, (joint, *parameters.values()),
-        (parameters["in_proj.weight"], parameters["A_log"]), (2 * tokens + weights, 3 * tokens + 2 * weights),
-        exps=batch * length * half * state, products=products, dout=draw(batch, length, width),
+        "mvfuser", f"B {batch}, L {length}, C {width}, N {state}", call, (joint, *own), dout,
+        (module.in_proj.weight, module.A_log), (2 * tokens + weights, 3 * tokens + 2 * weights),
+        partial(_block, module=module), exps=batch * length * half * state,
+        products=batch * length * (2 * width * half + half * (rank + 2 * state) + rank * half + half * width),
     )  # fmt: skip
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class _Draw:
-    """Seeded normal numbers of one dtype on one device, the same on every device."""
+    """Seeded normal numbers of one dtype on one device."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+        return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.rand(shape, generator=self.generator).to(self.device, dtype)
+        return torch.rand(shape, generator=self.generator, device=self.device).to(dtype)
 
 
 _CASES: dict[str, Callable[..., Case]] = {"selective_scan": scan_case, "ms_deform_attn": deform_case, "mvfuser": block_case}
@@ -383,13 +424,18 @@ def median_ms(
     """Median time of a call in milliseconds, as its caller waits for it, inputs not in the GPU's cache.
 
     Args:
-        at_most: seconds to spend, if that gives `least` repeats.    flush: empty the GPU's cache before each call.
+        at_most: seconds to spend; up to four times that until there are `least` repeats.
+        flush: empty the GPU's cache before each call.
     """
     if device.type == "cpu":
         call()
         return statistics.median(_repeated(partial(_cpu_ms, call), at_most, least))
+    begun = time.perf_counter()
     for _ in range(3):
         call()
+        torch.cuda.synchronize(device)
+        if time.perf_counter() - begun > at_most:
+            break
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if flush else 0
     cache = torch.empty(size, dtype=torch.uint8, device=device)
     torch.cuda.synchronize(device)
@@ -399,7 +445,7 @@ def median_ms(
 def _repeated(once: Callable[[], float], at_most: float, least: int) -> list[float]:
     times: list[float] = []
     begun = time.perf_counter()
-    while len(times) < least or (time.perf_counter() - begun < at_most and len(times) < 1000):
+    while (spent := time.perf_counter() - begun) < at_most or (len(times) < least and spent < 4 * at_most):
         times.append(once())
     return times
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.ops import selective_scan
+from mfuser.ops import mvfuser, selective_scan
+from mfuser.ops.mvfuser import plan
 
 
 class Fuser(nn.Module):
@@ -51,6 +52,7 @@ class MVFuser(Fuser):
 
     Args:
         dim: C.    state: N.    dropout: of the output, in training.
+        backend: of the whole block; one without kernels for it runs `composed`, with its scan.
         sane: the steps' bias is added once and the gate passes SiLU once; the release does both twice.
     """
 
@@ -76,6 +78,19 @@ class MVFuser(Fuser):
 
     def mix(self, joint: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
+        backends = plan(self.backend, self.in_proj.weight, self.A_log)
+        if backends is None:
+            return self.composed(joint)
+        out = mvfuser(
+            joint, self.in_proj.weight, self.conv1d_x.weight, self.conv1d_z.weight, self.x_proj.weight,
+            self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.norm.weight, self.out_proj.weight, self.scale,
+            eps=self.norm.eps, sane=self.sane, backends=backends,
+        )  # fmt: skip
+        dropped: Tensor = self.dropout(out)
+        return dropped
+
+    def composed(self, joint: Tensor) -> Tensor:
+        """The same of plain modules: the truth for the kernels."""
         x, z = self.in_proj(joint).transpose(1, 2).chunk(2, 1)  # (B, C/2, L) each
         x, z = F.silu(self.conv1d_x(x)), self.conv1d_z(z)
         # the norm's gate is SiLU, so that z goes through it twice in the release
@@ -116,6 +131,10 @@ class BidirectionalMVFuser(MVFuser):
         self.A_log_b = nn.Parameter(self.A_log.detach().clone())
         self.D_b = nn.Parameter(torch.ones(half))
         reset_steps(self.dt_proj_b)
+
+    def mix(self, joint: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.composed(joint)  # the kernels scan one way
 
     def _scanned(self, x: Tensor) -> Tensor:
         backward = self._scan(x.flip(1), self.x_proj_b, self.dt_proj_b, self.A_log_b, self.D_b)

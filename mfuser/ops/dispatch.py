@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
@@ -42,20 +43,28 @@ class Backend:
         return import_module(self.module)
 
 
-_SCAN, _DEFORM = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn"
+_SCAN, _DEFORM, _FUSER = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn", "mfuser.ops.mvfuser"
+# Kernels that have been emulated and interpreted, but not yet run on a GPU, run only when named.
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
-        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
-        Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
-        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True),
+        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True, auto=False),
+        Backend("triton", f"{_SCAN}.triton_backend", gpu=True, auto=False),
+        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True, auto=False),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
     "ms_deform_attn": (
-        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True),
-        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True),
+        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True, auto=False),
+        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True, auto=False),
         Backend("torch", f"{_DEFORM}.torch_backend"),
         Backend("reference", f"{_DEFORM}.reference", auto=False),
+    ),
+    "mvfuser": (
+        Backend("cuda", f"{_FUSER}.cuda_backend", gpu=True, auto=False),
+        Backend("triton", f"{_FUSER}.triton_backend", gpu=True, auto=False),
+        # MVFuser's modules one by one, around the scan of that name
+        Backend("torch", f"{_SCAN}.torch_backend"),
+        Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
 }
 
@@ -114,6 +123,10 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
+
+
+# a compiler takes the answer for a constant and does not look inside
+torch.compiler.assume_constant_result(resolve)
 
 
 def _wanted(op: str, requested: str) -> str:

@@ -11,10 +11,11 @@ from mfuser.ops import compiled
 
 _MAX_SCALES = 32
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# What may be tuned, by bytes of a channel: see the end of the struct in the source.
+# What may be tuned, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
+# blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long.
 _TUNING = {
-    4: {"threads": 256, "query_bits": 3, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
-    2: {"threads": 256, "query_bits": 3, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
+    4: {"threads": 256, "query_bits": 3, "processors": 0, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
+    2: {"threads": 256, "query_bits": 3, "processors": 0, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
 }
 
 

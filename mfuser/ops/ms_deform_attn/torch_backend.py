@@ -54,7 +54,9 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     out = dout.new_empty(rows.shape)
     for start in range(0, len(dout), step):
         part = slice(start, start + step)
-        torch.bmm(F.embedding(rows[part], table), dout[part, :, None], out=out[part, :, None])
+        # autocast, if it is still on where the backward is called, would round
+        with torch.autocast(dout.device.type, enabled=False):
+            torch.bmm(F.embedding(rows[part], table), dout[part, :, None], out=out[part, :, None])
     return out
 
 

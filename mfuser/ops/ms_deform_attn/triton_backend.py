@@ -3,8 +3,8 @@
 Forward: a program takes a block of queries of one head, and walks over their points with a (queries, channels) tile.
 Backward: the same walk gives the gradients of weights and locations, and the base cell of every point, the upper left of
 its four neighbours. For the gradients of values torch sorts the points by base cell (stably, so the order within a cell
-is that of the queries), and a program sums dout over the points based at a cell and at its three neighbours to the upper
-left. No atomics: the same inputs give the same bits.
+is that of the queries), and a program sums dout over the points based at a cell and at its three neighbours above and to
+the left. No atomics: the same inputs give the same bits.
 
 Locations are placed in fp32 whatever their type is; all sums are fp32. Under TRITON_INTERPRET=1 the kernels run on CPU
 tensors, slowly.
@@ -21,9 +21,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # what may be tuned
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
-_ENTRIES = 32  # points of a cell that are summed at a time
-_ENTRIES_WARPS = 1
+_CELLS = 4  # whose gradients are summed at a time
+_ENTRIES = 32  # points of each cell that are summed at a time
+_CELLS_WARPS = 4
 _STEPS = 16  # such sums in a program, about
+_BLOCK = 256
 
 
 def refuse(*tensors: Tensor) -> str | None:
@@ -36,6 +38,8 @@ def refuse(*tensors: Tensor) -> str | None:
             return f"takes cuda tensors, not {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
         if tensor.dtype not in _DTYPES:
             return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    if len(tensors) == 3 and tensors[2].numel() >= 2**30:
+        return f"takes fewer than 2^30 points, not {tensors[2].numel()}"
     return None
 
 
@@ -65,18 +69,22 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
     key_type = torch.int16 if bins < 2**15 else torch.int32
     keys = torch.empty(batch, heads, scales, queries, points, dtype=key_type, device=value.device)
     ends = torch.zeros(bins, batch * heads, 2, dtype=torch.int32, device=value.device)  # where a bin's points start and end
+    count = keys.numel()
+    sources = torch.empty(count, dtype=torch.int32, device=value.device)
+    shares = torch.empty(count, 4, dtype=torch.float32, device=value.device)
     sides = [_side(height, width, queries * points) for height, width in maps]
     tiles = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for (h, w), side in zip(maps, sides, strict=True))
     with _device_of(value):
         _launch(_probe, value, shapes, locations, weights, dout, dlocations, dweights, keys, bins - 1)
         in_order, order = torch.sort(keys.flatten(), stable=True)
-        _mark[(triton.cdiv(len(order), 256),)](
-            in_order, order, ends, len(order), keys[0, 0].numel(), batch * heads, bins - 1, BLOCK=256
-        )
+        _collect[(triton.cdiv(count, _BLOCK),)](
+            in_order, order, locations, weights, ends, sources, shares, tuple(shapes), count, queries, heads, batch * heads,
+            bins - 1, S=scales, P=points, BLOCK=_BLOCK,
+        )  # fmt: skip
         _gather[(tiles * batch * heads,)](
-            dout, locations, weights, order, ends, dvalue, tuple(shapes), tuple(sides), tiles, queries, heads,
-            *dvalue.stride()[:3], S=scales, P=points, D=value.shape[3], BLOCK_D=triton.next_power_of_2(value.shape[3]),
-            ENTRIES=_ENTRIES, num_warps=_ENTRIES_WARPS,
+            dout, sources, shares, ends, dvalue, tuple(shapes), tuple(sides), tiles, queries, heads, *dvalue.stride()[:3],
+            S=scales, D=value.shape[3], BLOCK_D=triton.next_power_of_2(value.shape[3]), CELLS=_CELLS, ENTRIES=_ENTRIES,
+            num_warps=_CELLS_WARPS,
         )  # fmt: skip
     return dvalue, dlocations, dweights
 
@@ -84,7 +92,7 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
 def _side(height: int, width: int, points: int) -> int:
     """The side of the tile of cells of a program of `_gather`, for a map and the points that fall into it."""
     sums = 1 + 4 * points // (height * width * _ENTRIES)  # of a cell, about
-    side = 1 << (max(_STEPS // sums, 1).bit_length() - 1) // 2
+    side = 1 << (max(_STEPS * _CELLS // sums, 1).bit_length() - 1) // 2
     return min(side, triton.next_power_of_2(max(height, width)))
 
 
@@ -251,74 +259,96 @@ def _probe(
 
 
 @triton.jit
-def _mark(in_order, order, ends, count, per_head, heads, outside, BLOCK: tl.constexpr):
-    """Write where the points of each (bin, image and head) start and end. Those of one bin are ordered by image and head."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _collect(
+    in_order, order, locations, weights, ends, sources, shares, shapes, count, queries, heads, images_heads, outside,
+    S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write, in the order of the base cells, each point's query and its neighbours' shares, and where the points of each
+    (bin, image and head) start and end. The points of one bin are ordered by image and head."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
-    key = tl.load(in_order + i, mask=mask, other=0).to(tl.int64)
-    slot = key * heads + tl.load(order + i, mask=mask, other=0) // per_head
+    key = tl.load(in_order + i, mask=mask, other=0).to(tl.int32)
+    entry = tl.load(order + i, mask=mask, other=0).to(tl.int32)
+    point, rest = entry % P, entry // P
+    query, rest = rest % queries, rest // queries
+    scale, image_head = rest % S, rest // S
+
     before, after = mask & (i > 0), mask & (i + 1 < count)
-    slot_before = tl.load(in_order + i - 1, mask=before, other=-1).to(tl.int64) * heads
-    slot_before += tl.load(order + i - 1, mask=before, other=0) // per_head
-    slot_after = tl.load(in_order + i + 1, mask=after, other=-1).to(tl.int64) * heads
-    slot_after += tl.load(order + i + 1, mask=after, other=0) // per_head
+    entry_before = tl.load(order + i - 1, mask=before, other=-1).to(tl.int32)
+    entry_after = tl.load(order + i + 1, mask=after, other=-1).to(tl.int32)
+    per_head = P * queries * S
+    starts = (tl.load(in_order + i - 1, mask=before, other=-1) != key) | (entry_before // per_head != image_head)
+    stops = (tl.load(in_order + i + 1, mask=after, other=-1) != key) | (entry_after // per_head != image_head)
     inside = mask & (key != outside)
-    tl.store(ends + 2 * slot, i.to(tl.int32), mask=inside & (slot != slot_before))
-    tl.store(ends + 2 * slot + 1, (i + 1).to(tl.int32), mask=inside & (slot != slot_after))
+    slot = key.to(tl.int64) * images_heads + image_head
+    tl.store(ends + 2 * slot, i, mask=inside & starts)
+    tl.store(ends + 2 * slot + 1, i + 1, mask=inside & stops)
+
+    height, width = tl.full([BLOCK], 0, tl.int32), tl.full([BLOCK], 0, tl.int32)
+    for s in tl.static_range(S):
+        height = tl.where(scale == s, shapes[2 * s], height)
+        width = tl.where(scale == s, shapes[2 * s + 1], width)
+    row = (image_head // heads).to(tl.int64) * queries + query
+    index = ((row * heads + image_head % heads) * S + scale) * P + point
+    _, _, y, x, _ = _place(locations, index, height, width, inside)
+    weight = tl.load(weights + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sources + i, query, mask=inside)
+    to = shares + 4 * i.to(tl.int64)
+    tl.store(to, weight * (1 - y) * (1 - x), mask=inside)
+    tl.store(to + 1, weight * (1 - y) * x, mask=inside)
+    tl.store(to + 2, weight * y * (1 - x), mask=inside)
+    tl.store(to + 3, weight * y * x, mask=inside)
 
 
 @triton.jit
 def _gather(
-    dout, locations, weights, order, ends, dvalue, shapes, sides, tiles, queries, heads,
-    stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ENTRIES: tl.constexpr,
+    dout, sources, shares, ends, dvalue, shapes, sides, tiles, queries, heads, stride_batch, stride_cell, stride_head,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     tile, image_head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    images_heads = tl.num_programs(0) // tiles
+    images_heads = (tl.num_programs(0) // tiles).to(tl.int64)
     head, image = image_head % heads, image_head // heads
-    # which scale the tile is of
-    scale, height, width, side, first, bins = 0, shapes[0], shapes[1], sides[0], 0, 0
-    in_scale, cell, bin_ = tile, 0, 0
+    # which scale the tile is of, and where it is there
+    height, width, side, first, bins, here = shapes[0], shapes[1], sides[0], 0, 0, tile
+    cell, bin_ = 0, 0
     for s in tl.static_range(S):
         columns = (shapes[2 * s + 1] + sides[s] - 1) // sides[s]
         count = (shapes[2 * s] + sides[s] - 1) // sides[s] * columns
         if (tile >= 0) & (tile < count):
-            scale, height, width, side, first, bins = s, shapes[2 * s], shapes[2 * s + 1], sides[s], cell, bin_
-            in_scale = tile
+            height, width, side, first, bins, here = shapes[2 * s], shapes[2 * s + 1], sides[s], cell, bin_, tile
         tile -= count
         cell += shapes[2 * s] * shapes[2 * s + 1]
         bin_ += (shapes[2 * s] + 1) * (shapes[2 * s + 1] + 1)
     columns = (width + side - 1) // side
     d = tl.arange(0, BLOCK_D)
-    channels = (d < D)[None]
-    rows = dout + (image * queries * heads + head) * D + d[None]
-    begin = (image_head * S + scale) * queries * P  # the entry of this scale's first point
-    for i in range(side * side):
-        row, column = in_scale // columns * side + i // side, in_scale % columns * side + i % side
-        if (row < height) & (column < width):
-            # the four base cells: upper left, upper right (both one row up), lower left, lower right
-            upper = ends + 2 * ((bins + row * (width + 1) + column) * images_heads.to(tl.int64) + image_head)
-            lower = upper + 2 * (width + 1) * images_heads.to(tl.int64)
-            right = 2 * images_heads
-            start0, start1, start2, start3 = tl.load(upper), tl.load(upper + right), tl.load(lower), tl.load(lower + right)
-            stop0 = tl.load(upper + 1) - start0
-            stop1 = stop0 + tl.load(upper + right + 1) - start1
-            stop2 = stop1 + tl.load(lower + 1) - start2
-            stop3 = stop2 + tl.load(lower + right + 1) - start3
-            total = tl.zeros([ENTRIES, BLOCK_D], tl.float32)
-            for done in range(0, stop3, ENTRIES):
-                e = done + tl.arange(0, ENTRIES)
-                mask = e < stop3
-                at = tl.where(e < stop0, start0 + e, start1 + e - stop0)
-                at = tl.where(e < stop1, at, tl.where(e < stop2, start2 + e - stop1, start3 + e - stop2))
-                entry = (tl.load(order + at, mask=mask, other=0) - begin).to(tl.int32)
-                query, p = entry // P, entry % P
-                point = (((image * queries + query) * heads + head) * S + scale) * P + p
-                _, _, y, x, inside = _place(locations, point, height, width, mask)
-                share = tl.load(weights + point, mask=inside, other=0.0).to(tl.float32)
-                share *= tl.where(e < stop1, y, 1 - y)
-                share *= tl.where((e < stop0) | ((e >= stop1) & (e < stop2)), x, 1 - x)
-                offset = query.to(tl.int64) * (heads * D)
-                total += share[:, None] * tl.load(rows + offset[:, None], mask=mask[:, None] & channels, other=0.0).to(tl.float32)
-            to = dvalue + image * stride_batch + head * stride_head + (first + row * width + column).to(tl.int64) * stride_cell
-            tl.store(to + d, tl.sum(total, 0).to(dvalue.dtype.element_ty), mask=d < D)
+    rows = dout + (image * queries * heads + head) * D + d[None, None]
+    channels = (d < D)[None, None]
+    for i in range(0, side * side, CELLS):
+        c = i + tl.arange(0, CELLS)
+        row, column = here // columns * side + c // side, here % columns * side + c % side
+        on = (c < side * side) & (row < height) & (column < width)
+        # the base cells that reach it: upper left, upper (one row up), left, itself
+        upper = ends + 2 * ((bins + row * (width + 1) + column) * images_heads + image_head)
+        lower = upper + 2 * (width + 1) * images_heads
+        right = 2 * images_heads
+        start0, start1 = tl.load(upper, mask=on, other=0), tl.load(upper + right, mask=on, other=0)
+        start2, start3 = tl.load(lower, mask=on, other=0), tl.load(lower + right, mask=on, other=0)
+        # their points count as one list, that of the first before that of the second
+        stop0 = tl.load(upper + 1, mask=on, other=0) - start0
+        stop1 = tl.load(upper + right + 1, mask=on, other=0) - start1 + stop0
+        stop2 = tl.load(lower + 1, mask=on, other=0) - start2 + stop1
+        stop3 = tl.load(lower + right + 1, mask=on, other=0) - start3 + stop2
+        total = tl.zeros([CELLS, ENTRIES, BLOCK_D], tl.float32)
+        for done in range(0, tl.max(stop3, 0), ENTRIES):
+            e = done + tl.arange(0, ENTRIES)[None]
+            in0, in1, in2 = e < stop0[:, None], e < stop1[:, None], e < stop2[:, None]
+            mask = e < stop3[:, None]
+            at = tl.where(in0, start0[:, None], (start1 - stop0)[:, None])
+            at = e + tl.where(in1, at, tl.where(in2, (start2 - stop1)[:, None], (start3 - stop2)[:, None]))
+            corner = tl.where(in0, 3, tl.where(in1, 2, tl.where(in2, 1, 0)))
+            source = tl.load(sources + at, mask=mask, other=0).to(tl.int64) * (heads * D)
+            share = tl.load(shares + 4 * at.to(tl.int64) + corner, mask=mask, other=0.0)
+            probe = tl.load(rows + source[:, :, None], mask=mask[:, :, None] & channels, other=0.0).to(tl.float32)
+            total += share[:, :, None] * probe
+        to = dvalue + image * stride_batch + head * stride_head + (first + row * width + column).to(tl.int64) * stride_cell
+        tl.store(to[:, None] + d[None], tl.sum(total, 1).to(dvalue.dtype.element_ty), mask=on[:, None] & (d < D)[None])

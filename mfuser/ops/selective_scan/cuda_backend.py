@@ -72,7 +72,7 @@ def forward(
     state = call.states("state", u.shape[0], A)
     saved = call.buffer("saved", *saved_shape(u, A)) if keep else A.new_empty(0, dtype=torch.float32)
     call.run("forward", softplus)
-    return y.to(u.dtype), state, saved
+    return y.contiguous().to(u.dtype), state.contiguous(), saved
 
 
 def backward(

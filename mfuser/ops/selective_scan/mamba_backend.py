@@ -61,10 +61,11 @@ def forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
     initial: Tensor | None, softplus: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and x (empty unless `keep`); there can be no initial state."""
+    """Return y (B, L, D) in u's dtype, the final state (B, D, N) and x (empty unless `keep`); takes no initial state."""
     ungated, x, *gated = _kernels.fwd(*_arguments(u, delta, A, B, C, D, z, bias), softplus)
     y = u.new_empty(u.shape).copy_((gated[0] if gated else ungated).mT)
-    return y, x[:, :, -1, 1::2].clone(memory_format=torch.contiguous_format), x if keep else x.new_empty(0)
+    state = x[:, :, -1, 1::2].clone(memory_format=torch.contiguous_format)
+    return y, state, x if keep else x.new_empty(0)
 
 
 def backward(

@@ -58,6 +58,15 @@ def backward(
     z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
+    # autocast, if it is still on where the backward is called, would round the products below
+    with torch.autocast(u.device.type, enabled=False):
+        return _backward(dy, dstate, u, delta, A, B, C, D, z, bias, initial, softplus, saved)
+
+
+def _backward(
+    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     block = _block(u, A)
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
     dy = dy.transpose(0, 1).to(x.dtype).contiguous()  # (L, B, D)

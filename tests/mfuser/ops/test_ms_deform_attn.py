@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +148,15 @@ def test_kernels_are_as_exact_as_plain_torch(backend, dtype):
         assert error <= factor * allowed + 1e-6
 
 
+def test_a_backward_under_autocast_rounds_nothing():
+    maps = [(3, 4), (6, 7)]
+    given = inputs(1, 5, 2, 8, 2, maps, dtype=torch.float32)
+    expected = run(attend("torch", maps), given)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(attend("torch", maps), given)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @by_backend(*KERNELS)
 def test_the_same_bits_every_time(backend, monkeypatch):
     maps = [(4, 4), (2, 3)]
@@ -156,11 +169,17 @@ def test_the_same_bits_every_time(backend, monkeypatch):
             assert torch.equal(a, b)
 
 
+TUNING = [
+    {"repeat": 2},
+    {"cell_tile": 3, "gather_threads": 64},
+    {"query_bits": 1, "threads": 32},
+    {"processors": 7, "threads": 1024},
+]
+
+
 @by_backend("cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "changed", [{"repeat": 2}, {"cell_tile": 3, "gather_threads": 64}, {"query_bits": 1, "threads": 32}], ids=str
-)
+@pytest.mark.parametrize("changed", TUNING, ids=str)
 def test_tuning_does_not_change_the_results_of_cuda(backend, dtype, changed, monkeypatch):
     tuning = import_module("mfuser.ops.ms_deform_attn.cuda_backend")._TUNING
     for queries in (420, 133):
@@ -181,7 +200,7 @@ def test_tuning_does_not_change_the_results_of_triton(backend, monkeypatch):
     maps = [(1, 2), (3, 4)]
     given = inputs(1, 14, 1, 4, 2, maps, dtype=torch.float32, backend=backend)
     expected = run(attend(backend, maps), given)
-    for name, setting in {"_TILE": 16, "_ENTRIES": 2, "_STEPS": 64}.items():
+    for name, setting in {"_TILE": 16, "_CELLS": 2, "_ENTRIES": 2, "_STEPS": 64, "_BLOCK": 64}.items():
         monkeypatch.setattr(module, name, setting)
     for a, e in zip(run(attend(backend, maps), given), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
@@ -304,6 +323,19 @@ def test_no_points_give_zeros(backend):
     assert out.shape == (1, 3, 8)
     assert not out.any()
     assert not dvalue.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_triton_compiles_for_a_gpu(dtype, tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "ms_deform_attn", dtype],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_probe", "_collect", "_gather"}
 
 
 def check_golden(backend: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from .tolerances import TOL
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 OPTIONAL = NAMES[5:]
-KERNELS = ["triton"]  # interpreted where there is no GPU
+KERNELS = ["cuda", "triton"]  # emulated and interpreted where there is no GPU
 EXACT = ["reference", "torch"]  # compute in fp64, too
 BACKENDS = [*KERNELS, "torch"]
 GPU = torch.cuda.is_available()
@@ -178,6 +179,15 @@ def test_inputs_of_several_types(backend):
     assert {n: t.dtype for n, t in actual.items() if n in mixed} == {n: t.dtype for n, t in mixed.items()}
 
 
+@by_backend("cuda", "torch")
+def test_a_backward_under_autocast_rounds_nothing(backend):
+    given = inputs(1, 9, 5, 4, "float32", on=backend)
+    expected = run(given, backend)
+    with torch.autocast(given["u"].device.type, torch.bfloat16):
+        actual = run(given, backend)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @by_backend(*BACKENDS)
 def test_the_same_inputs_give_the_same_bits(backend):
     given = inputs(2, 10, 5, 16, "float32", on=backend)
@@ -327,14 +337,18 @@ def test_only_a_few_states_are_kept_for_the_backward(backend):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_kernels_of_the_triton_backend_compile(architecture):
-    command = [sys.executable, str(Path(__file__).with_name("triton_compiling.py")), architecture]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_triton_compiles_for_a_gpu(dtype, tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "selective_scan", dtype],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {
-        "_forward_ends", "_forward", "_backward_ends", "_backward", "_add",
-    }  # fmt: skip
+    kernels = {line.partition(":")[0] for line in done.stdout.splitlines()}
+    assert kernels == {"_forward_ends", "_forward", "_backward_ends", "_backward", "_add"}
 
 
 @by_backend("triton")

@@ -1,0 +1,339 @@
+"""MVFuser's elementwise kernels in Triton; functions and their meaning as in `cuda_backend.py`.
+
+A program works on a tile (tokens, channels). Neighbouring tokens of a convolution are loaded again, from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAST = {"BLOCK": 2048, "num_warps": 4}
+_JOIN = {"TOKENS": 64, "num_warps": 4}
+_CONV_FORWARD = {"TOKENS": 16, "CHANNELS": 128, "num_warps": 4}
+_CONV_BACKWARD = {"TOKENS": 16, "CHANNELS": 64, "REPEAT": 4, "num_warps": 4}
+_NORM_FORWARD = {"TOKENS": 2, "num_warps": 4}
+_NORM_BACKWARD = {"num_warps": 4}
+_NORM_BLOCKS = 528  # of the norm's backward: four for each multiprocessor of an H100
+_SUM = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}
+
+
+def refuse(*tensors: Tensor | None) -> str | None:
+    """Say why the kernels cannot take the parameters; without any, why they cannot run at all."""
+    device = "cuda" if isinstance(_cast, triton.JITFunction) else "cpu"  # the interpreter's
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != device:
+            return f"takes {device} tensors, not {tensor.device.type}"
+        if tensor is not None and tensor.dtype not in _TYPES:
+            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    return None
+
+
+def prepare(
+    tokens: Tensor, weights: Sequence[Tensor], A_log: Tensor, bias: Tensor, times: float, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Return tokens and weights in `dtype` (themselves if they are), A = -exp(A_log) and times * bias in fp32."""
+    given = [t for t in (tokens, *weights) if t.dtype != dtype]
+    changed = [torch.empty_like(t, dtype=dtype) for t in given]
+    A, steps = (torch.empty_like(t, dtype=torch.float32) for t in (A_log, bias))
+    sources, targets = (*given, A_log, bias), (*changed, A, steps)
+    sizes = tuple(t.numel() for t in sources)
+    factors = (*(1.0 for _ in given), -1.0, times)
+    blocks = sum(triton.cdiv(size, _CAST["BLOCK"]) for size in sizes)
+    _launch(_cast, (blocks,), sources, targets, sizes, factors, len(given), **_CAST)
+    cast = iter(changed)
+    ready = [t if t.dtype == dtype else next(cast) for t in (tokens, *weights)]
+    return ready[0], ready[1:], A, steps
+
+
+def join(first: Tensor, second: Tensor, out: Tensor) -> None:
+    """Write two (B, L, N) into out (M, 2 N), whose rows may be part of longer ones."""
+    tokens, size = out.shape[0], first.shape[2]
+    grid = (triton.cdiv(tokens, _JOIN["TOKENS"]),)
+    width = triton.next_power_of_2(size)
+    _launch(_join, grid, first, second, out, tokens, size, out.stride(0), WIDTH=width, **_JOIN)
+
+
+def conv_forward(xz: Tensor, wx: Tensor, wz: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
+    """xz (B, L, 2 h), w (h, 1, 3) in fp32 -> x = silu(conv(xz's first half)), z = conv(the other), with SiLU if `gate`."""
+    batch, length, _ = xz.shape
+    half = wx.shape[0]
+    x, z = (xz.new_empty(batch, length, half) for _ in range(2))
+    chunks = triton.cdiv(length, _CONV_FORWARD["TOKENS"])
+    grid = (batch * chunks, triton.cdiv(half, _CONV_FORWARD["CHANNELS"]), 2)
+    _launch(
+        _conv_forward, grid, xz, wx, wz, x, z, *xz.stride()[:2], length, half, chunks, GATE=gate,
+        **_CONV_FORWARD,
+    )  # fmt: skip
+    return x, z
+
+
+def conv_backward(xz: Tensor, wx: Tensor, wz: Tensor, du: Tensor, dx: Tensor, dz: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
+    """Gradients du + dx of x, dz of z -> dxz (B, L, 2 h), and what adds up to the gradients of wx and wz: (rows, 6 h)."""
+    batch, length, channels = xz.shape
+    half = wx.shape[0]
+    dxz = xz.new_empty(batch, length, channels)
+    chunks = triton.cdiv(length, _CONV_BACKWARD["TOKENS"] * _CONV_BACKWARD["REPEAT"])
+    partial = torch.empty(batch * chunks, 3 * channels, dtype=torch.float32, device=xz.device)
+    grid = (batch * chunks, triton.cdiv(half, _CONV_BACKWARD["CHANNELS"]), 2)
+    _launch(
+        _conv_backward, grid, xz, wx, wz, du, dx, dz, dxz, partial, *xz.stride()[:2], length, half,
+        chunks, GATE=gate, **_CONV_BACKWARD,
+    )  # fmt: skip
+    return dxz, partial
+
+
+def norm_forward(y: Tensor, z: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """y, z (B, L, h), weight (h,), scale () in fp32 -> g = scale * y / rms(y) * weight * silu(z) (M, h)."""
+    half = y.shape[2]
+    g = y.new_empty(y.numel() // half, half)
+    grid = (triton.cdiv(g.shape[0], _NORM_FORWARD["TOKENS"]),)
+    width = triton.next_power_of_2(half)
+    _launch(_norm_forward, grid, y, z, weight, scale, g, g.shape[0], half, eps, WIDTH=width, **_NORM_FORWARD)
+    return g
+
+
+def norm_backward(
+    dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of g / scale: dy, dz (B, L, h), g again, and what adds up to weight's and scale's: (rows, h + 1)."""
+    g, dy, dz = torch.empty_like(dg), torch.empty_like(y), torch.empty_like(z)
+    tokens, half = dg.shape
+    blocks = min(_NORM_BLOCKS, tokens)
+    partial = torch.empty(blocks, half + 1, dtype=torch.float32, device=y.device)
+    _launch(
+        _norm_backward, (blocks,), dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, eps,
+        WIDTH=triton.next_power_of_2(half), **_NORM_BACKWARD,
+    )  # fmt: skip
+    return dy, dz, g, partial
+
+
+def finish(
+    conv: Tensor, norm: Tensor, dA: Tensor, A: Tensor, dbias: Tensor, times: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in fp32 of wx (h, 1, 3), wz, the norm's weight (h,), scale (), A_log (h, N) and bias (h,).
+
+    From the sums of `conv_backward` and `norm_backward` and the scan's gradients of A and of times * bias.
+    """
+    half = norm.shape[1] - 1
+    shapes: tuple[tuple[int, ...], ...] = ((half, 1, 3), (half, 1, 3), (half,), ())
+    wx, wz, weight, scale = sums = tuple(conv.new_empty(shape) for shape in shapes)
+    columns = tuple(t.numel() for t in sums)
+    blocks = sum(triton.cdiv(size, _SUM["COLUMNS"]) for size in columns)
+    sources = (conv, conv[:, 3 * half :], norm, norm[:, half:])
+    rows = (conv.shape[0], conv.shape[0], norm.shape[0], norm.shape[0])
+    strides = (6 * half, 6 * half, half + 1, half + 1)
+    _launch(_sum, (blocks,), sources, sums, rows, columns, strides, **_SUM)
+    return wx, wz, weight, scale, dA * A, dbias * times
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run `kernel` on the device of the tensors, whichever is current."""
+    like = args[0][0] if isinstance(args[0], tuple) else args[0]
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@triton.jit
+def _cast(sources, targets, sizes, factors, EXPONENTIAL: tl.constexpr, BLOCK: tl.constexpr):
+    """targets = factors * sources, and factor * exp(source) for piece EXPONENTIAL; a program does a block of one piece."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(sources)):
+        blocks = tl.cdiv(sizes[i], BLOCK)
+        if (block >= 0) & (block < blocks):
+            at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(sources[i] + at, at < sizes[i], other=0.0).to(tl.float32)
+            if i == EXPONENTIAL:
+                value = tl.exp(value)
+            tl.store(targets[i] + at, (factors[i] * value).to(targets[i].dtype.element_ty), at < sizes[i])
+        block -= blocks
+
+
+@triton.jit
+def _join(first, second, out, tokens, size, stride, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    inside = (token < tokens) & (c < size)
+    kind = out.dtype.element_ty
+    tl.store(out + token * stride + c, tl.load(first + token * size + c, inside, other=0.0).to(kind), inside)
+    tl.store(out + token * stride + size + c, tl.load(second + token * size + c, inside, other=0.0).to(kind), inside)
+
+
+@triton.jit
+def _rows(base, token, length, stride, inside):
+    """Rows of a (L, h) tile as fp32; zero outside the sequence."""
+    return tl.load(base + token * stride, inside & (token >= 0) & (token < length), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _convolved(w0, w1, w2, base, token, length, stride, inside):
+    """Three rows before, at and behind each token, and their convolution."""
+    before = _rows(base, token - 1, length, stride, inside)
+    here = _rows(base, token, length, stride, inside)
+    after = _rows(base, token + 1, length, stride, inside)
+    return before, here, after, w0 * before + w1 * here + w2 * after
+
+
+@triton.jit
+def _conv_half(base, w, out, token, length, stride, c, half, SILU: tl.constexpr):
+    inside = c < half
+    w0, w1, w2 = _taps(w, c, inside)
+    _, _, _, sum = _convolved(w0, w1, w2, base, token, length, stride, inside)
+    if SILU:
+        sum *= tl.sigmoid(sum)
+    tl.store(out + token * half, sum.to(out.dtype.element_ty), inside & (token < length))
+
+
+@triton.jit
+def _taps(w, c, inside):
+    return (
+        tl.load(w + 3 * c, inside, other=0.0),
+        tl.load(w + 3 * c + 1, inside, other=0.0),
+        tl.load(w + 3 * c + 2, inside, other=0.0),
+    )
+
+
+@triton.jit
+def _conv_forward(
+    xz, wx, wz, x, z, batch_stride, token_stride, length, half, chunks, GATE: tl.constexpr, TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    token = ((tl.program_id(0) % chunks) * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    base, out = xz + image * batch_stride + c, image * length * half + c
+    if tl.program_id(2) == 0:
+        _conv_half(base, wx, x + out, token, length, token_stride, c, half, True)
+    else:
+        _conv_half(base + half, wz, z + out, token, length, token_stride, c, half, GATE)
+
+
+@triton.jit
+def _gradient(base, one, two, w0, w1, w2, token, length, stride, half, inside, SILU: tl.constexpr, TWO: tl.constexpr):
+    """The gradient before SiLU, zero outside the sequence, and the three rows that it belongs to."""
+    before, here, after, sum = _convolved(w0, w1, w2, base, token, length, stride, inside)
+    da = _rows(one, token, length, half, inside)
+    if TWO:
+        da += _rows(two, token, length, half, inside)
+    if SILU:
+        share = tl.sigmoid(sum)
+        da *= share * (1 + sum * (1 - share))
+    return da, before, here, after
+
+
+@triton.jit
+def _conv_half_backward(
+    base, w, one, two, dbase, partial, first, length, stride, c, half, SILU: tl.constexpr, TWO: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    inside = c < half
+    w0, w1, w2 = _taps(w, c, inside)
+    dw0, dw1, dw2 = (
+        tl.zeros((1, CHANNELS), tl.float32),
+        tl.zeros((1, CHANNELS), tl.float32),
+        tl.zeros((1, CHANNELS), tl.float32),
+    )
+    for repeat in range(REPEAT):
+        token = first + repeat * TOKENS + tl.arange(0, TOKENS)[:, None]
+        da_before, _, _, _ = _gradient(base, one, two, w0, w1, w2, token - 1, length, stride, half, inside, SILU, TWO)
+        da_after, _, _, _ = _gradient(base, one, two, w0, w1, w2, token + 1, length, stride, half, inside, SILU, TWO)
+        da, before, here, after = _gradient(base, one, two, w0, w1, w2, token, length, stride, half, inside, SILU, TWO)
+        dxz = w0 * da_after + w1 * da + w2 * da_before
+        tl.store(dbase + token * 2 * half, dxz.to(dbase.dtype.element_ty), inside & (token < length))
+        dw0 += tl.sum(da * before, 0, keep_dims=True)
+        dw1 += tl.sum(da * here, 0, keep_dims=True)
+        dw2 += tl.sum(da * after, 0, keep_dims=True)
+    tl.store(partial + 3 * c, dw0, inside)
+    tl.store(partial + 3 * c + 1, dw1, inside)
+    tl.store(partial + 3 * c + 2, dw2, inside)
+
+
+@triton.jit
+def _conv_backward(
+    xz, wx, wz, du, dx, dz, dxz, partial, batch_stride, token_stride, length, half, chunks, GATE: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, REPEAT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    image, first = row // chunks, (row % chunks) * TOKENS * REPEAT
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    base, d, dbase = xz + image * batch_stride + c, image * length * half + c, dxz + image * length * 2 * half + c
+    sums = partial + row * 6 * half
+    if tl.program_id(2) == 0:
+        _conv_half_backward(
+            base, wx, du + d, dx + d, dbase, sums, first, length, token_stride, c, half, True, True, TOKENS, CHANNELS, REPEAT
+        )
+    else:
+        _conv_half_backward(
+            base + half, wz, dz + d, dz + d, dbase + half, sums + 3 * half, first, length, token_stride, c, half, GATE, False,
+            TOKENS, CHANNELS, REPEAT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm_forward(y, z, weight, scale, g, tokens, half, eps, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    inside = (token < tokens) & (c < half)
+    at = token * half + c
+    value = tl.load(y + at, inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + at, inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(value * value, 1, keep_dims=True) / half + eps)
+    normed = value * root * tl.load(weight + c, c < half, other=0.0)
+    result = tl.load(scale) * (normed * (gate * tl.sigmoid(gate)))
+    tl.store(g + at, result.to(g.dtype.element_ty), inside)
+
+
+@triton.jit
+def _norm_backward(dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, eps, WIDTH: tl.constexpr):
+    # as norm_backward in cuda/mvfuser.cu; a program takes every so many-th token
+    c = tl.arange(0, WIDTH)
+    inside = c < half
+    w, s = tl.load(weight + c, inside, other=0.0), tl.load(scale)
+    dweight, dscale = tl.zeros((WIDTH,), tl.float32), 0.0
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        at = (token + tl.zeros((WIDTH,), tl.int64)) * half + c
+        value = tl.load(y + at, inside, other=0.0).to(tl.float32)
+        gate = tl.load(z + at, inside, other=0.0).to(tl.float32)
+        d = tl.load(dg + at, inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        along = tl.sum(d * silu * w * value, 0)
+        root = tl.rsqrt(tl.sum(value * value, 0) / half + eps)
+        dscale += along * root
+        normed, ds = value * root * w, s * d
+        tl.store(g + at, (s * (normed * silu)).to(g.dtype.element_ty), inside)
+        tl.store(dz + at, (ds * normed * (share * (1 + gate * (1 - share)))).to(dz.dtype.element_ty), inside)
+        dvalue = root * (ds * silu * w - value * (s * along * root * root / half))
+        tl.store(dy + at, dvalue.to(dy.dtype.element_ty), inside)
+        dweight += ds * silu * value * root
+    row = partial + tl.program_id(0).to(tl.int64) * (half + 1)
+    tl.store(row + c, dweight, inside)
+    tl.store(row + half, dscale)
+
+
+@triton.jit
+def _sum(sources, targets, rows, columns, strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over rows of each source, always in the same order; a program does some columns of one source."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(sources)):
+        blocks = tl.cdiv(columns[i], COLUMNS)
+        if (block >= 0) & (block < blocks):
+            c = block * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for first in range(0, rows[i], ROWS):
+                row = first + tl.arange(0, ROWS)[:, None]
+                at = row.to(tl.int64) * strides[i] + c
+                total += tl.load(sources[i] + at, (row < rows[i]) & (c < columns[i]), other=0.0)
+            tl.store(targets[i] + c, tl.sum(total, 0, keep_dims=True), c < columns[i])
+        block -= blocks

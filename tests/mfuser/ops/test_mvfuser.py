@@ -1,0 +1,451 @@
+"""MVFuser's kernels against the modules that it composes: the CUDA sources emulated, Triton's under its interpreter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from golden_files import fill_by_name, noise, numbers, relative_error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mfuser.fusion import BidirectionalMVFuser, MTEnhancer, MVFuser
+from mfuser.ops import BackendError, available, compiled, dispatch, explain, mvfuser
+from mfuser.ops.mvfuser import plan
+
+from .emulation import fenced
+
+module = import_module("mfuser.ops.mvfuser")
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+# width, state, batch, length, sane: h = 24 and rank 3; h = 6, which no vector fits
+CASES = [(48, 16, 1, 65, False), (48, 4, 2, 65, True), (48, 4, 2, 1, False), (48, 4, 1, 2, True), (12, 3, 2, 3, False)]
+# MTEnhancer's; rows in several pieces, of vectors and of single numbers
+WIDE_CASES = [(256, 16, 2, 5, False), (520, 2, 1, 3, False), (140, 3, 1, 3, True)]
+
+
+@pytest.fixture(params=["emulated", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request, monkeypatch) -> Iterator[tuple[str, str]]:
+    """The name of a backend with kernels and the device of its tensors; MVFuser runs it, with torch's scan."""
+    name = "cuda" if request.param == "emulated" else request.param
+    monkeypatch.setattr("mfuser.fusion.plan", lambda *_: (name, "torch"))
+    if request.param == "emulated":
+        with compiled.use(request.getfixturevalue("emulated")):
+            yield name, "cpu"
+        return
+    if name == "triton" and GPU == "cpu":
+        interpreter = pytest.importorskip("triton.runtime.interpreter")
+        monkeypatch.setattr(interpreter, "_convert_float", nearest(interpreter._convert_float))
+    yield name, GPU
+
+
+# what is the operator's doing is the same whatever kernels it calls; the interpreter would take long
+of_the_operator = pytest.mark.parametrize("kernels", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+def nearest(convert: Callable) -> Callable:
+    """The interpreter cuts fp32 to bf16; a GPU rounds."""
+
+    def converted(value, source, target, mode):
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(value, source, target, mode)
+        bits = np.ascontiguousarray(value).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+    return converted
+
+
+def make(width: int, state: int, *, sane: bool = False, device: str = "cpu") -> MVFuser:
+    fuser = MVFuser(width, state=state, sane=sane, backend="torch").eval()
+    with torch.no_grad():
+        for parameter in fuser.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        fuser.scale.fill_(0.7)
+    return fuser.to(device)
+
+
+def tokens(*shape: int, device: str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
+
+
+def run(fuser: MVFuser, function: Callable[[Tensor], Tensor], joint: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient, in fp64."""
+    joint = joint.detach().requires_grad_()
+    out = function(joint)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out)
+    names, leaves = zip(("joint", joint), *fuser.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out, leaves, probe)
+    assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves, strict=True))
+    return {"out": out.detach().double()} | {name: grad.double() for name, grad in zip(names, grads, strict=True)}
+
+
+def autocast(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
+    """`function` under autocast, whose backward is not."""
+
+    def under(joint: Tensor) -> Tensor:
+        with torch.autocast(joint.device.type, dtype):
+            return function(joint)
+
+    return under
+
+
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative, of the whole tensor; absolute where nothing is expected (a state before the first step)."""
+    sizes = {name: float(tensor.norm()) or 1.0 for name, tensor in expected.items()}
+    # one number, whose terms cancel: their size is that of out
+    sizes["scale"] = max(sizes.get("scale", 0.0), sizes.get("out", 1.0))
+    return {name: float((actual[name] - tensor).norm()) / sizes[name] for name, tensor in expected.items()}
+
+
+def as_precise(actual: dict[str, float], composed: dict[str, float]) -> None:
+    # the scale's gradient is one number, which may come out right by chance
+    slack = {"scale": 1e-2}
+    worse = {n: (actual[n], e) for n, e in composed.items() if actual[n] > 2 * e + slack.get(n, 1e-3)}
+    assert not worse
+
+
+def truth(fuser: MVFuser, joint: Tensor) -> dict[str, Tensor]:
+    wide = copy.deepcopy(fuser).double()
+    return run(wide, wide.composed, joint.double())
+
+
+def equal_composition(device: str, width: int, state: int, batch: int, length: int, sane: bool) -> None:
+    fuser, joint = make(width, state, sane=sane, device=device), tokens(batch, length, width, device=device)
+    expected = run(fuser, fuser.composed, joint)
+    assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
+    # and both are right
+    assert max(errors(expected, truth(fuser, joint)).values()) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "x".join(map(str, c[:4])) + c[4] * "-sane")
+def test_value_and_every_gradient_equal_the_composition(kernels, case):
+    equal_composition(kernels[1], *case)
+
+
+@of_the_operator
+@pytest.mark.parametrize("case", WIDE_CASES, ids=lambda c: "x".join(map(str, c[:4])) + c[4] * "-sane")
+def test_wide_rows_equal_the_composition(kernels, case):
+    equal_composition(kernels[1], *case)
+
+
+def test_it_equals_the_authors(kernels):
+    unit, goldens = "unit_mvfuser64", numbers("units")
+    fuser = MVFuser(64).eval()
+    fill_by_name(fuser, unit)
+    fuser.to(kernels[1])
+    x = noise(f"{unit}/x", 2, 50, 64).to(kernels[1]).requires_grad_()
+    y = fuser.mix(x)
+    assert relative_error(goldens, f"{unit}/y", y.cpu()) < 1e-5
+    (y * noise(f"{unit}/probe", 2, 50, 64).to(kernels[1])).sum().backward()
+    assert relative_error(goldens, f"{unit}/grad/x", x.grad.cpu()) < 2e-5
+    for name, parameter in fuser.named_parameters():
+        assert relative_error(goldens, f"{unit}/grad/{name}", parameter.grad.cpu()) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "sane", "dtype"),
+    [
+        ((48, 16, 2, 12), False, torch.bfloat16), ((48, 16, 2, 12), True, torch.float16),
+        ((128, 4, 1, 11), True, torch.bfloat16), ((44, 3, 2, 13), False, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_under_autocast_it_is_as_precise_as_the_composition(kernels, shape, sane, dtype):
+    width, state, batch, length = shape
+    fuser, joint = make(width, state, sane=sane, device=kernels[1]), tokens(batch, length, width, device=kernels[1])
+    expected = truth(fuser, joint)
+    actual, composed = (errors(run(fuser, autocast(f, dtype), joint), expected) for f in (fuser.mix, fuser.composed))
+    as_precise(actual, composed)
+    assert autocast(fuser.mix, dtype)(joint).dtype == dtype
+
+
+def test_a_model_in_bf16_needs_no_autocast(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]).bfloat16(), tokens(2, 7, 48, device=kernels[1]).bfloat16()
+    expected = truth(fuser, joint)
+    actual, composed = (errors(run(fuser, f, joint), expected) for f in (fuser.mix, fuser.composed))
+    as_precise(actual, composed)
+
+
+@of_the_operator
+def test_autocast_of_the_forward_alone_decides(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]), tokens(2, 7, 48, device=kernels[1]).requires_grad_()
+    grads = []
+    for around in (False, True):
+        with torch.autocast(kernels[1], torch.bfloat16):
+            out = fuser.mix(joint)
+        with torch.autocast(kernels[1], torch.bfloat16, enabled=around):
+            grads.append(torch.autograd.grad(out, [joint, *fuser.parameters()], torch.ones_like(out)))
+    for inside, outside in zip(*grads, strict=True):
+        # torch's scan multiplies matrices in its backward, which autocast changes
+        torch.testing.assert_close(inside, outside, rtol=0, atol=0.01 * float(outside.abs().max()))
+
+
+@of_the_operator
+def test_strided_tokens_and_gradients(kernels):
+    fuser = make(48, 4, device=kernels[1])
+    wide = tokens(2, 6, 96, device=kernels[1])
+    for joint in (wide[..., :48], wide[:, :3, 48:], wide[:1, :, :48].expand(3, 6, 48), wide[..., :48].mT.contiguous().mT):
+        expected = run(fuser, fuser.composed, joint)
+        assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
+        assert max(errors(run(fuser, autocast(fuser.mix), joint), expected).values()) < 0.05
+    joint = wide[..., :48].detach().requires_grad_()
+    for function in (fuser.mix, fuser.composed):
+        function(joint).sum().backward()  # the gradient is one number, expanded
+    doubled, fuser.scale.grad = fuser.scale.grad, None
+    fuser.composed(joint).sum().backward()
+    torch.testing.assert_close(doubled, 2 * fuser.scale.grad)
+
+
+@of_the_operator
+def test_what_needs_no_gradient_gets_none(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]), tokens(2, 7, 48, device=kernels[1])
+    expected = run(fuser, fuser.composed, joint)
+    names = [name for name, _ in fuser.named_parameters()]
+    for kept in (names[::2], names[1::2], ["scale"], ["in_proj.weight"]):
+        for name, parameter in fuser.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(name in kept)
+        out = fuser.mix(joint)
+        probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out)
+        out.backward(probe)
+        grads = {name: p.grad.double() for name, p in fuser.named_parameters() if p.grad is not None}
+        assert set(grads) == set(kept)
+        assert max(errors(grads, {name: expected[name] for name in kept}).values()) < 1e-5
+    fuser.requires_grad_(False)
+    assert not fuser.mix(joint).requires_grad
+    moved = joint.clone().requires_grad_()
+    out = fuser.mix(moved)
+    out.backward(probe)
+    assert errors({"joint": moved.grad.double()}, {"joint": expected["joint"]})["joint"] < 1e-5
+
+
+@of_the_operator
+def test_twice_in_one_graph(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]), tokens(1, 9, 48, device=kernels[1])
+    expected = run(fuser, lambda x: fuser.composed(x + fuser.composed(x)), joint)
+    assert max(errors(run(fuser, lambda x: fuser.mix(x + fuser.mix(x)), joint), expected).values()) < 1e-5
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_no_tokens_or_one(kernels, length):
+    fuser = make(48, 4, device=kernels[1])
+    assert fuser.mix(torch.zeros(2, length, 48, device=kernels[1])).shape == (2, length, 48)
+    assert fuser.mix(torch.zeros(0, length, 48, device=kernels[1])).shape == (0, length, 48)
+
+
+@of_the_operator
+def test_the_gradient_of_the_scale_is_there_at_scale_zero(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]), tokens(2, 9, 48, device=kernels[1])
+    fuser.scale.data.zero_()
+    actual = run(fuser, fuser.mix, joint)
+    assert not actual["out"].any()
+    assert actual["scale"] != 0
+    assert max(errors(actual, run(fuser, fuser.composed, joint)).values()) < 1e-5
+
+
+@of_the_operator
+def test_dropout_draws_what_the_composition_draws(kernels):
+    fuser, joint = make(48, 4, device=kernels[1]).train(), tokens(2, 7, 48, device=kernels[1])
+    results = []
+    for function in (fuser.mix, fuser.composed):
+        torch.manual_seed(5)
+        results.append(run(fuser, function, joint))
+    assert 0.05 < (results[0]["out"] == 0).double().mean() < 0.15
+    assert max(errors(*results).values()) < 1e-5
+
+
+@of_the_operator
+def test_nothing_is_kept_without_gradients_and_little_with_them(kernels):
+    fuser, joint = make(64, 4, device=kernels[1]), tokens(2, 20, 64, device=kernels[1]).requires_grad_()
+    kept: list[Tensor] = []
+    with (
+        torch.autocast(kernels[1], torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        with torch.no_grad():
+            fuser.mix(joint)
+        assert not kept
+        fuser.mix(joint)
+    known = {p.data_ptr() for p in [joint, *fuser.parameters()]}
+    size = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in known)
+    weights = 2 * sum(p.numel() for name, p in fuser.named_parameters() if "proj.weight" in name) + 4 * (32 * 4 + 32)
+    states = 4 * 2 * 32 * 4 * len(range(0, 20, 16384 // (32 * 4)))  # torch's scan, per block
+    # in bf16: tokens, xz (C each), x, z, delta, y (C / 2 each); rank, B, C
+    assert size == weights + states + 2 * (2 * 20) * (4 * 64 + 4 + 2 * 4)
+
+
+@of_the_operator
+def test_the_operators_are_well_formed(kernels):
+    name, device = kernels
+    fuser = make(8, 2, device=device)
+    weights = weights_of(fuser)
+    for dtype in (torch.float32, torch.bfloat16):
+        joint = tokens(2, 2, 8, device=device).requires_grad_()
+        options = (fuser.norm.eps, False, dtype, name, "torch")
+        torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint, weights, *options, True))
+        detached = [w.detach() for w in weights]
+        torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint.detach(), detached, *options, False))
+        out, *kept = torch.ops.mfuser.mvfuser(joint.detach(), detached, *options, True)
+        for needed in ([True] * 12, [False, True] * 6):
+            arguments = (torch.ones_like(out), joint.detach(), detached, kept, *options, needed)
+            torch.library.opcheck(torch.ops.mfuser.mvfuser_bwd.default, arguments)
+
+
+@of_the_operator
+def test_it_compiles_into_one_graph(kernels):
+    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
+    torch._dynamo.reset()
+    whole = torch.compile(fuser.mix, fullgraph=True, backend="aot_eager")
+    assert max(errors(run(fuser, whole, joint), run(fuser, fuser.mix, joint)).values()) < 1e-6
+    assert max(errors(run(fuser, autocast(whole), joint), run(fuser, autocast(fuser.mix), joint)).values()) < 1e-6
+
+
+@of_the_operator
+def test_it_is_computed_again_under_a_checkpoint(kernels):
+    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
+    expected = run_backward(fuser, fuser.mix, joint)
+    for reentrant in (False, True):
+        actual = run_backward(fuser, lambda x, r=reentrant: checkpoint(fuser.mix, x, use_reentrant=r), joint)
+        assert max(errors(actual, expected).values()) < 1e-6
+
+
+def run_backward(fuser: MVFuser, function: Callable[[Tensor], Tensor], joint: Tensor) -> dict[str, Tensor]:
+    fuser.zero_grad()
+    function(joint.detach().requires_grad_()).square().sum().backward()
+    return {name: p.grad.clone() for name, p in fuser.named_parameters()}
+
+
+def weights_of(fuser: MVFuser) -> list[Tensor]:
+    return [
+        fuser.in_proj.weight, fuser.conv1d_x.weight, fuser.conv1d_z.weight, fuser.x_proj.weight, fuser.dt_proj.weight,
+        fuser.dt_proj.bias, fuser.A_log, fuser.D, fuser.norm.weight, fuser.out_proj.weight, fuser.scale,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("half", "batch", "length"), [(24, 2, 9), (7, 3, 5), (264, 1, 67)])
+def test_kernels_touch_no_memory_beyond_their_tensors(emulated, half, batch, length, dtype):
+    backend = import_module("mfuser.ops.mvfuser.cuda_backend")
+    for before in (False, True):
+
+        def draw(*shape: int, kind: torch.dtype = dtype, before: bool = before) -> Tensor:
+            return fenced(torch.randn(shape).to(kind), before=before)
+
+        wx, wz = (draw(half, 1, 3, kind=torch.float32) for _ in range(2))
+        weight, scale = draw(half, kind=torch.float32), draw(1, kind=torch.float32)[0]
+        xz, y, z, d, more = draw(batch, length, 2 * half), *(draw(batch, length, half) for _ in range(4))
+        with compiled.use(emulated):
+            results = [
+                *backend.conv_forward(xz, wx, wz, True),
+                *(conv := backend.conv_backward(xz, wx, wz, d, more, z, True)),
+                backend.norm_forward(y, z, weight, scale, 1e-5),
+                *(norm := backend.norm_backward(d.view(-1, half), y, z, weight, scale, 1e-5)),
+            ]
+            A, dA = draw(half, 3, kind=torch.float32), draw(half, 3, kind=torch.float32)
+            results += backend.finish(fenced(conv[1]), fenced(norm[3]), dA, A, draw(half, kind=torch.float32), 2.0)
+            out = fenced(torch.full((batch * length, 11), 7.0, dtype=dtype))
+            backend.join(draw(batch, length, 5, kind=torch.float32), draw(batch, length, 5, kind=torch.float32), out[:, 1:])
+            assert (out[:, 0] == 7).all()
+            assert (out[:, 1:] != 7).all()
+            results += backend.prepare(y, [wx, weight], A, weight, 2.0, torch.bfloat16)[1]
+        assert all(torch.isfinite(result).all() for result in results)
+
+
+def test_rows_of_xz_may_be_part_of_longer_ones(kernels):
+    backend = import_module(f"mfuser.ops.mvfuser.{kernels[0]}_backend")
+    wide = tokens(2, 9, 64, device=kernels[1])
+    wx, wz = (tokens(24, 1, 3, device=kernels[1]) for _ in range(2))
+    d = [tokens(2, 9, 24, device=kernels[1]) for _ in range(3)]
+    for xz in (wide[..., :48], wide[..., 5:53], wide.transpose(0, 1).contiguous().transpose(0, 1)[..., 8:56]):
+        for name, rest in (("conv_forward", (True,)), ("conv_backward", (*d, True))):
+            function = getattr(backend, name)
+            for actual, expected in zip(function(xz, wx, wz, *rest), function(xz.contiguous(), wx, wz, *rest), strict=True):
+                assert torch.equal(actual, expected)
+
+
+def test_many_tokens_and_blocks(kernels, monkeypatch):
+    """What large batches choose: longer walks, and several tokens for each of the norm's programs."""
+    backend = import_module(f"mfuser.ops.mvfuser.{kernels[0]}_backend")
+    monkeypatch.setattr(backend, "_NORM_BLOCKS", 3)
+    if kernels[0] == "cuda":
+        monkeypatch.setattr(backend, "_MANY", 0)
+    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 70, 24, device=kernels[1])
+    expected = run(fuser, fuser.composed, joint)
+    assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
+
+
+def test_torch_has_no_kernels_and_composes(monkeypatch):
+    fuser, joint = make(24, 3), tokens(1, 5, 24)
+    monkeypatch.setattr("mfuser.fusion.mvfuser", None)
+    for backend in ("torch", "reference"):
+        assert plan(backend, fuser.in_proj.weight, fuser.A_log) is None
+        fuser.backend = backend
+        assert torch.equal(fuser.mix(joint), fuser.composed(joint))
+    assert "torch" in available("mvfuser", fuser.in_proj.weight)
+
+
+def test_a_named_backend_runs_or_raises(monkeypatch):
+    fuser, joint = make(24, 3), tokens(1, 5, 24)
+    fuser.backend = "nonsense"
+    with pytest.raises(BackendError, match="mvfuser has no backend `nonsense`; there are: cuda, triton, torch, reference"):
+        fuser.mix(joint)
+    fuser.backend = "cuda"
+    if GPU == "cpu":
+        with pytest.raises(BackendError, match="no backend for mvfuser: cuda: torch finds no usable CUDA GPU"):
+            fuser.mix(joint)
+    # the scan's kernels of that name are part of it
+    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (dispatch.Backend("cuda", "mfuser.ops.dispatch"),))
+    refusing = dispatch.Backend("cuda", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
+    monkeypatch.setitem(dispatch.TABLE, "selective_scan", (refusing,))
+    with pytest.raises(BackendError, match="no backend for selective_scan: cuda: is tired"):
+        fuser.mix(joint)
+
+
+def test_kernels_refuse_what_they_cannot_take(emulated):
+    fuser = make(24, 3)
+    with compiled.use(emulated):
+        assert explain("mvfuser", fuser.in_proj.weight)["cuda"] is None
+        assert explain("mvfuser", fuser.in_proj.weight.double())["cuda"] == "takes fp32, bf16 and fp16, not torch.float64"
+        assert explain("mvfuser", fuser.in_proj.weight.to("meta"))["cuda"] == "takes cpu tensors, not meta"
+
+
+def test_both_directions_and_the_enhancer(kernels):
+    # the kernels scan one way
+    both = BidirectionalMVFuser(24, state=3, backend="torch").eval()
+    joint = tokens(1, 5, 24, device=kernels[1])
+    both.to(kernels[1])
+    assert torch.equal(both.mix(joint), both.composed(joint))
+    enhancer = MTEnhancer(24, dim=32, heads=2, state=3, backend="torch").eval().to(kernels[1])
+    text, visual = tokens(1, 4, 24, device=kernels[1]), tokens(1, 7, 24, device=kernels[1])
+    fused = enhancer(text, visual)
+    layer = enhancer.decoder[0].cross_attn
+    layer.mix = layer.composed
+    torch.testing.assert_close(fused, enhancer(text, visual))
+
+
+@of_the_operator
+def test_wrong_shapes_are_named(kernels):
+    fuser, joint = make(24, 3, device=kernels[1]), tokens(1, 5, 24, device=kernels[1])
+    weights, options = weights_of(fuser), {"eps": 1e-5, "sane": False, "backends": (kernels[0], "torch")}
+    with pytest.raises(ValueError, match=r"in_proj is \(24, 24\), expected \(24, 23\)"):
+        mvfuser(joint[..., :23], *weights, **options)
+    with pytest.raises(ValueError, match=r"needs joint \(B, L, C\)"):
+        mvfuser(joint[0], *weights, **options)
+    with pytest.raises(ValueError, match="tokens are torch.bfloat16, weights torch.float32"):
+        mvfuser(joint.bfloat16(), *weights, **options)
+    with torch.autocast(kernels[1], torch.bfloat16), pytest.raises(ValueError, match="tokens are torch.float64"):
+        mvfuser(joint.double(), *weights, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["cuda", "triton"], indirect=True)
+@pytest.mark.parametrize("batch", [2, 9])  # few tokens and many, see the backends' tuning
+def test_at_the_published_size(kernels, batch):
+    fuser = MVFuser(1024, backend="torch").eval().to(kernels[1])
+    joint = tokens(batch, 2594, 1024, device=kernels[1])
+    expected = run(fuser, fuser.composed, joint)
+    actual, composed = (errors(run(fuser, autocast(f), joint), expected) for f in (fuser.mix, fuser.composed))
+    as_precise(actual, composed)
+    assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-3
