@@ -6,6 +6,7 @@ from golden_files import fill_by_name, noise, numbers, relative_error
 
 from mfuser.fusion import FUSERS, BidirectionalMVFuser, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
 from mfuser.ops import explain, selective_scan
+from mfuser.ops.dispatch import rows
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def test_mvfuser_equals_the_authors(goldens, dim, batch, length):
     check_mvfuser(goldens, "auto", dim, batch, length)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", [row.name for row in rows("selective_scan")])
 def test_mvfuser_equals_the_authors_with_every_backend_of_the_scan(goldens, backend):
     if reason := explain("selective_scan", torch.zeros(1))[backend]:
         pytest.skip(f"{backend}: {reason}")

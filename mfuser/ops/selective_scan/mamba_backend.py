@@ -46,7 +46,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
             return f"takes cuda tensors, not {tensor.device.type}"
         if tensor is not None and tensor.dtype not in _DTYPES:
             return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
-    A, initial = tensors[2], tensors[8]
+    A, initial = (tensors[2], tensors[8]) if len(tensors) == 9 else (None, None)
     if A is not None and A.shape[1] > _MOST_STATES:
         return f"takes at most {_MOST_STATES} states, not {A.shape[1]}"
     return None if initial is None else "takes no initial state"

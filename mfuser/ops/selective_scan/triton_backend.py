@@ -33,8 +33,8 @@ _MOST_STATES = 64
 _TILE = 512  # states of a program, N times channels: 16 in a lane
 _MOST_CHANNELS = 64  # of a program
 _PIECE = 16  # steps between states that are kept for the backward; a multiple of 4
-_FULL = 8  # warps that keep a multiprocessor busy
-_LONE = 0.7  # time of a step, relative to that with `_FULL` warps, when there are too few
+_WARPS = 8  # that a multiprocessor holds at a time, for their registers: two on each of its four schedulers
+_LONE = 0.7  # time of a step with one warp on a scheduler, relative to that with two
 _FIRST_PASS = 0.6  # time of the first pass, relative to the second's
 _LAUNCH = 16  # time of launching the first pass, in steps
 _JOIN = 0.5  # time of joining a chunk's end, averaged over chunks, in steps
@@ -86,10 +86,9 @@ def forward(
                 shape.chunk, 0, **shape.constants,
             )  # fmt: skip
         _forward[shape.grid](
-            u, delta, A, B, C, D, z, bias, initial, y, state, saved if keep else None, ends, sums, length, dim,
-            u.stride(0), delta.stride(0),
-            B.stride(0), C.stride(0), 0 if z is None else z.stride(0), shape.chunks, shape.chunk, 0, PIECE=_PIECE,
-            **shape.constants,
+            u, delta, A, B, C, D, z, bias, initial, y, state, saved if keep else None, ends, sums, length, dim, u.stride(0),
+            delta.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0), shape.chunks, shape.chunk, 0,
+            PIECE=_PIECE, **shape.constants,
         )  # fmt: skip
     return y, state, saved
 
@@ -166,9 +165,10 @@ def _chunk(programs: int, length: int, multiprocessors: int) -> int:
 
     def time(chunk: int) -> float:
         chunks = triton.cdiv(length, chunk)
-        warps = triton.cdiv(programs * chunks, multiprocessors)
-        alone = chunk * max(_LONE, warps / _FULL)
-        return alone if chunks == 1 else alone * (1 + _FIRST_PASS) + _LAUNCH + _JOIN * chunks
+        waves, rest = divmod(triton.cdiv(programs * chunks, multiprocessors), _WARPS)
+        second = chunk * (waves + (0.0 if rest == 0 else _LONE if rest <= _WARPS // 2 else 1.0))
+        # the first pass leaves out one chunk
+        return second if chunks == 1 else second * (1 + _FIRST_PASS * (chunks - 1) / chunks) + _LAUNCH + _JOIN * chunks
 
     pieces = triton.cdiv(length, _PIECE)
     return min((triton.cdiv(pieces, chunks) * _PIECE for chunks in range(1, math.isqrt(length) + 1)), key=time)
@@ -372,9 +372,9 @@ def _forward(
         delta_next = _load(delta, row + first + 4, sdelta, d, live & in_rows_d)
         b_next = _load(B, row + first + 4, sB, n, live & in_rows_n)
         c_next = _load(C, row + first + 4, sC, n, live & in_rows_n)
-        if saved is not None:  # noqa: SIM102 (known at compile time, unlike the next)
+        if saved is not None:
+            piece = (batch * pieces + first // PIECE).to(tl.int64)
             if first % PIECE == 0:
-                piece = (batch * pieces + first // PIECE).to(tl.int64)
                 tl.store(saved + piece * STATES * dim + tile, h, mask=in_tile)
         s0, s1, s2, s3, f0, f1, f2, f3 = _split_both(step, step * x)
         b0, b1, b2, b3, c0, c1, c2, c3 = _split_both(b, c)

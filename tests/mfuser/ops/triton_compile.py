@@ -64,6 +64,27 @@ def ms_deform_attn(module: ModuleType, dtype: torch.dtype) -> None:
         module.backward(out, value, shapes, locations, weights)
 
 
+def selective_scan(module: ModuleType, dtype: torch.dtype) -> None:
+    # everything; odd sizes; sizes that are special to the compiler; many states; more than 2^31 numbers
+    cases = (
+        (2, 2594, 512, 16, True),
+        (3, 1001, 33, 5, True),
+        (1, 1, 1, 1, False),
+        (2, 99, 24, 64, False),
+        (1, 2**19, 2**13, 16, False),
+    )
+    with torch.device("meta"):
+        for batch, length, dim, state, optional in cases:
+            tokens, states = (torch.empty(batch, length, n, dtype=dtype) for n in (dim, state))
+            gate, channels, initial = tokens, torch.empty(dim), torch.empty(batch, dim, state)
+            if not optional:
+                gate = channels = initial = None
+            given = (tokens, tokens, torch.empty(dim, state), states, states, channels, gate, channels, initial, optional)
+            module.forward(*given, keep=False)
+            saved = module.forward(*given)[2]
+            module.backward(tokens, initial, *given, saved)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGPU())
     triton.JITFunction.__getitem__ = lambda kernel, grid: partial(compile_only, kernel, grid)
