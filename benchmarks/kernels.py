@@ -37,12 +37,13 @@ from torch.nn import functional as F
 
 from dgbench import results
 from dgbench.engine.device import device_name, pick_device
-from dgbench.kernels import DTYPES, Case, block_case, deform_case, machine, median_ms, nvidia_smi, scan_case
+from dgbench.kernels import DTYPES, Case, block_case, candidates, deform_case, machine, median_ms, nvidia_smi, scan_case
 from mfuser.fusion import MVFuser
 from mfuser.ops import compiled, dispatch
 
 HERE = Path(__file__).parent
 PARTS = ("scan", "deform", "block")
+FOREIGN = ("mamba_ssm",)  # backends that are other people's kernels: nothing of ours is promised for them
 Result = tuple[Tensor, ...]  # what comes out, then the gradient of every leaf
 
 
@@ -68,17 +69,19 @@ class Contender:
     graph: bool = True  # whether its calls can be captured
 
 
-def own(op: str) -> list[Contender]:
-    """Our backends of an operator; the block without kernels of its own is told apart by its scan's."""
-    rows = dispatch.TABLE.get(op, dispatch.TABLE["selective_scan"])
+def own(op: str, device: torch.device) -> list[Contender]:
+    """The backends of an operator, those included that "auto" does not take."""
 
     def bind(row: dispatch.Backend, case: Case) -> Bound:
-        if (reason := dispatch.unusable(row, *(case.probe if op in dispatch.TABLE else ()))) is not None:
+        if (reason := dispatch.unusable(row, *case.probe)) is not None:
             raise ImportError(reason)
         return Bound(partial(case.forward, row.name), partial(case.both, row.name))
 
-    # the torch backends copy small tables from the host, which no graph can hold
-    return [Contender(row.name, partial(bind, row), graph=row.name != "torch") for row in rows if row.auto]
+    return [
+        # the torch backends copy small tables from the host, which no graph can hold
+        Contender(row.name, partial(bind, row), own=row.name not in FOREIGN, graph=row.name != "torch")
+        for row in candidates(op, device)
+    ]
 
 
 def mamba_raw(case: Case) -> Bound:
@@ -274,35 +277,39 @@ def _scans(shapes: Sequence[tuple[int, int, int, int]]) -> list[Callable[..., Ca
     return [partial(scan_case, batch=b, dim=d, length=length, state=n) for b, d, length, n in shapes]
 
 
-def plans(kind: str, *, quick: bool, tiny: bool) -> dict[str, Plan]:
-    """What is timed on a "cuda" or "cpu" device."""
+def plans(device: torch.device, *, quick: bool, tiny: bool) -> dict[str, Plan]:
+    """What is timed on a device, by part."""
     maps = {"batch": 2, "sides": (18, 36, 72), "heads": 8, "dim": 32, "points": 4}
     shapes = [(2, 512, 2594, 16), (18, 512, 2594, 16), (1, 2048, 65536, 16)]
     shapes += [] if quick else [(b, 512, length, 16) for b in (1, 8) for length in (577, 2050, 8192)]
     blocks, dtypes = [(2, 2594, 1024), (18, 2594, 1024)], ["bf16", "fp32"]
     block_dtypes = ["bf16"]
-    if kind == "cpu":
+    if device.type == "cpu":
         shapes, blocks, dtypes = [(2, 512, 2594, 16)], [(2, 2594, 1024)], ["fp32"]
         block_dtypes = ["fp32"]
     if tiny:
         shapes, blocks = [(1, 8, 5, 4)], [(1, 5, 32)]
         maps = {"batch": 2, "sides": (2, 3), "heads": 2, "dim": 4, "points": 2}
     few = {"batch": 2, "dim": 16, "length": 7, "state": 4} if tiny else {"batch": 2, "dim": 64, "length": 577, "state": 16}
-    scan = Plan(_scans(shapes), dtypes, partial(scan_case, **few), [*own("selective_scan"), *SCAN_PEERS])
+    scan = Plan(_scans(shapes), dtypes, partial(scan_case, **few), [*own("selective_scan", device), *SCAN_PEERS])
     spreads = [partial(deform_case, **maps, spread=spread) for spread in ("near", "anywhere")]
     deform = Plan(
-        spreads, dtypes, partial(deform_case, **{**maps, "sides": maps["sides"][:2]}), [*own("ms_deform_attn"), *DEFORM_PEERS]
+        spreads,
+        dtypes,
+        partial(deform_case, **{**maps, "sides": maps["sides"][:2]}),
+        [*own("ms_deform_attn", device), *DEFORM_PEERS],
     )
     block = Plan(
         [partial(block_case, batch=b, length=length, width=c) for b, length, c in blocks], block_dtypes,
-        partial(block_case, batch=2, length=7 if tiny else 577, width=32 if tiny else 256), [*own("mvfuser"), *BLOCK_PEERS],
+        partial(block_case, batch=2, length=7 if tiny else 577, width=32 if tiny else 256),
+        [*own("mvfuser", device), *BLOCK_PEERS],
     )  # fmt: skip
     return {"scan": scan, "deform": deform, "block": block}
 
 
 def loops(tiny: bool) -> list[tuple[Callable[..., Case], list[Contender]]]:
     """The plain loops on a CPU. Indexing costs the square of L: its L is smaller, and the backend stands beside it there."""
-    torch_backend = [c for c in own("selective_scan") if c.name == "torch"]
+    torch_backend = [c for c in own("selective_scan", torch.device("cpu")) if c.name == "torch"]
     by_index = Contender("loop, indexed steps", partial(plain_loop, indexed), own=False)
     by_unbind = Contender("loop, unbound steps", partial(plain_loop, unbound), own=False)
     sizes = [(2, 8, 3, 4)] * 3 if tiny else [(2, 512, 128, 16), (2, 512, 256, 16), (2, 512, 2594, 16)]
@@ -480,7 +487,7 @@ def check(device: torch.device, *, tiny: bool, tell: Callable[[str], None]) -> b
     counts: dict[tuple[str, str], list[float]] = {}  # compared, failed, largest ratio
     refused: dict[tuple[str, str], str] = {}
     for op, dtypes, make in checks(tiny):
-        rows = [row for row in dispatch.TABLE.get(op, ()) if row.auto]
+        rows = [row for row in candidates(op, device) if row.name not in FOREIGN]
         for dtype in dtypes:
             case = make(DTYPES[dtype], device)
             expected, usual = case.precise().both("torch"), case.both("torch")
@@ -705,7 +712,7 @@ def measure(given: argparse.Namespace, device: torch.device, tell: Callable[[str
     bench = Bench(device, 0.02 if given.tiny else 0.1 if given.quick else 0.25 if cuda else 2.0, tell)
     report = Report({} if cuda else {"load before": f"{os.getloadavg()[0]:.1f}"})
     parts = given.only or [*PARTS, *([] if cuda else ["loops"])]
-    for name, plan in plans(device.type, quick=given.quick, tiny=given.tiny).items():
+    for name, plan in plans(device, quick=given.quick, tiny=given.tiny).items():
         if name in parts:
             bench.part(name, plan, report)
     if "loops" in parts and not cuda:

@@ -77,6 +77,14 @@ def listing() -> KernelList:
     return KernelList(device_name(device), tuple(states), library_state())
 
 
+def candidates(op: str, device: torch.device) -> list[dispatch.Backend]:
+    """The backends worth timing on a device, whether "auto" takes them or not.
+
+    Left out are the reference's loop and, on a CPU, kernels for a GPU, which run there interpreted or emulated at best.
+    """
+    return [row for row in dispatch.TABLE[op] if row.name != "reference" and (device.type != "cpu" or not row.gpu)]
+
+
 def _pick(op: str, probe: Sequence[Tensor | None]) -> str | None:
     try:
         return dispatch.resolve(op, "auto", *probe).name
@@ -549,7 +557,7 @@ def bench(
 def _plan(case: Case, named: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The backends to be timed, in the order asked for, and why others are not."""
     rows = {row.name: row for row in dispatch.TABLE[case.op]}
-    wanted = list(named) or [row.name for row in rows.values() if row.auto]
+    wanted = list(named) or [row.name for row in candidates(case.op, case.dout.device)]
     reasons = {
         name: dispatch.unusable(rows[name], *case.probe) if name in rows else f"{case.op} has no such backend" for name in wanted
     }

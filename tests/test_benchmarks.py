@@ -19,6 +19,7 @@ from mfuser.ops import dispatch, ms_deform_attn, selective_scan
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernels.py"
 CPU = torch.device("cpu")
+TABLE = dispatch.TABLE
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,20 @@ def test_without_peers_it_says_so_and_writes_nothing(main: Callable[..., int], c
     assert main("--only", "deform") == 0
     assert "- Deformable-DETR: no peer: No module named 'MultiScaleDeformableAttention'" in capsys.readouterr().out
     assert written() == before
+
+
+def test_on_a_gpu_every_backend_is_timed_and_checked_whether_auto_takes_it_or_not(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "TABLE", TABLE)
+    gpu = torch.device("cuda")
+    plans = script.plans(gpu, quick=False, tiny=False)
+    for part, op in (("scan", "selective_scan"), ("deform", "ms_deform_attn"), ("block", "mvfuser")):
+        names = [row.name for row in TABLE[op] if row.name != "reference"]
+        assert {"cuda", "triton", "torch"} <= set(names)
+        assert [contender.name for contender in plans[part].contenders][: len(names)] == names
+        assert [row.name for row in kernels.candidates(op, gpu)] == names
+        assert [row.name for row in kernels.candidates(op, CPU)] == ["torch"]
 
 
 def test_the_loops_are_the_scan(script: ModuleType) -> None:
