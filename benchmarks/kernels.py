@@ -503,7 +503,7 @@ def check(device: torch.device, *, tiny: bool, tell: Callable[[str], None]) -> b
                     found = again = ()
                     problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
                 for name, *tensors in zip(_names(case), found, usual, expected, strict=False):
-                    ratio, text = _compared(*tensors, case.leaves[0].dtype)
+                    ratio, text = _compared(*tensors, _rounding(case))
                     tallied[0] += 1
                     tallied[2] = max(tallied[2], ratio)
                     if ratio > 2 or math.isnan(ratio):
@@ -529,13 +529,24 @@ def _names(case: Case) -> list[str]:
     return ["result", *(f"gradient of {name}" for name in names)]
 
 
-def _compared(found: Tensor, usual: Tensor, expected: Tensor, inputs: torch.dtype) -> tuple[float, str]:
+def _rounding(case: Case) -> float:
+    """The relative error that is allowed in any case.
+
+    For bf16 and fp16 inputs, whose own rounding hides an exponential that is good to 2^-18, that is 1e-5 of what is summed
+    in fp32. MVFuser's block under autocast rounds everything between its parts: torch's error of a single number is luck.
+    """
+    dtype = case.leaves[0].dtype
+    if dtype.itemsize > 2:
+        return 1e-6
+    return torch.finfo(dtype).eps / 2 if case.op == "mvfuser" else 1e-5
+
+
+def _compared(found: Tensor, usual: Tensor, expected: Tensor, rounding: float) -> tuple[float, str]:
     """Return how many times the torch backend's error this one is, by norm or by maximum, whichever is more.
 
-    Always allowed: one rounding of the result, and 1e-5 for sums in fp32 over bf16 and fp16 inputs, whose own rounding
-    hides an exponential that is good to 2^-18.
+    An error of `rounding` and one rounding of the result are always allowed.
     """
-    rounding = max(1e-6 if inputs.itemsize > 2 else 1e-5, torch.finfo(found.dtype).eps / 2)
+    rounding = max(rounding, torch.finfo(found.dtype).eps / 2)
     if found.shape != expected.shape or found.dtype != usual.dtype:
         return math.nan, f"{found.dtype} {tuple(found.shape)}, expected {usual.dtype} {tuple(expected.shape)}"
     largest = (0.0, "")
@@ -722,6 +733,7 @@ def measure(given: argparse.Namespace, device: torch.device, tell: Callable[[str
     text = markdown(report, cuda=cuda)
     out = given.out or (None if given.tiny else HERE)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         stem = "kernels" if cuda else "kernels-cpu"
         (out / f"{stem}.md").write_text(text, encoding="utf-8")
         rows = [asdict(row) for row in report.rows]
