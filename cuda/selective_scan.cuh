@@ -1,7 +1,7 @@
 // The selective scan (S6), forward and backward; mfuser/ops/selective_scan/reference.py has the equations.
 //
-// A channel's states lie in the registers of G neighbouring lanes, S in each, so that the recurrence is S independent
-// fused multiply-adds a step. The sequence is cut into chunks that run side by side in two passes: the first gives what
+// A channel's states lie in the registers of G neighbouring lanes, S = 4 in each, so that the recurrence is four
+// independent fused multiply-adds a step. The sequence is cut into chunks that run side by side in two passes: the first gives what
 // each chunk hands on when it starts from zero (`end`) and how long it lasts (`total`, the sum of delta: the decay over
 // a chunk is exp(A total)); in the second every chunk folds the summaries of those before it into its own start. With
 // enough sequences to fill the GPU there is one chunk and no first pass. The backward does the same from the other end.
@@ -9,8 +9,8 @@
 // What is per step and channel (loads, softplus, gate, stores) is done once per block and kTile steps, with channels
 // along the threads, and meets the lanes of the recurrence in shared memory.
 //
-// The forward keeps the states at every kSub-th step. The backward runs kSub steps forward from there, holding states
-// and decays in registers, then walks them back. Sums over channels (dB, dC) go by shuffles over the warp's channels,
+// The forward keeps the states at every kSub-th step. The backward runs kSub steps forward from there, holding the states
+// in registers, then walks them back. Sums over channels (dB, dC) go by shuffles over the warp's channels,
 // by shared memory over the block's, and by `finish` over the blocks, always in the same order.
 #pragma once
 
@@ -43,6 +43,7 @@ struct ScanParams {
 
 namespace {
 
+constexpr int S = 4;                // states in a lane: what one vector load brings
 constexpr int kSub = 16;            // steps between kept states
 constexpr int kTile = 32;           // steps staged at a time in the forward; a multiple of kSub
 constexpr int kForwardWarps = 4;    // warps per block
@@ -148,13 +149,13 @@ __device__ __forceinline__ void sum_over_channels(float (&v)[8], int index, floa
 }
 
 // Where a thread stands in the recurrence: lane = channel in the warp * G + g, with S states from g * S.
-template <int S, int G, int WARPS>
+template <int G, int WARPS>
 struct Place {
     static constexpr int kThreads = 32 * WARPS;
     static constexpr int kStates = S * G;              // N, padded
     static constexpr int kWarpChannels = 32 / G;
     static constexpr int kChannels = WARPS * kWarpChannels;  // per block
-    static_assert(S == 4 && kThreads % kChannels == 0, "a staging thread keeps to one channel");
+    static_assert(kThreads % kChannels == 0, "a block is whole warps of channels");
 
     int g, slot, channel, warp;  // slot: the channel within the block
     __device__ Place() {
@@ -167,31 +168,19 @@ struct Place {
 };
 
 // A row of N floats at p to S registers from state g * S on; zero beyond N and for a channel that is not there.
-template <int S>
 __device__ __forceinline__ void load_states(float (&h)[S], const float* p, int g, int state_size, bool there) {
-#pragma unroll
-    for (int s = 0; s < S; s += 4) {
-        const bool held = there && g * S + s < state_size;
-        const float4 four = held ? *reinterpret_cast<const float4*>(p + g * S + s) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        h[s] = four.x, h[s + 1] = four.y, h[s + 2] = four.z, h[s + 3] = four.w;
-    }
+    const bool held = there && g * S < state_size;
+    const float4 four = held ? *reinterpret_cast<const float4*>(p + g * S) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    h[0] = four.x, h[1] = four.y, h[2] = four.z, h[3] = four.w;
 }
 
-template <int S>
 __device__ __forceinline__ void store_states(float* p, const float (&h)[S], int g, int state_size, bool there) {
-#pragma unroll
-    for (int s = 0; s < S; s += 4)
-        if (there && g * S + s < state_size)
-            *reinterpret_cast<float4*>(p + g * S + s) = make_float4(h[s], h[s + 1], h[s + 2], h[s + 3]);
+    if (there && g * S < state_size) *reinterpret_cast<float4*>(p + g * S) = make_float4(h[0], h[1], h[2], h[3]);
 }
 
-template <int S>
 __device__ __forceinline__ void read_states(float (&v)[S], const float* row, int g) {
-#pragma unroll
-    for (int s = 0; s < S; s += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + g * S + s);
-        v[s] = four.x, v[s + 1] = four.y, v[s + 2] = four.z, v[s + 3] = four.w;
-    }
+    const float4 four = *reinterpret_cast<const float4*>(row + g * S);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
 
 template <typename T>
@@ -279,9 +268,9 @@ __device__ __forceinline__ Four<float> four_of(const float* p, int channel) {
 // First pass: what a chunk hands on when nothing comes in.
 //   forward:  h = exp(delta A) h + delta u B           of chunks 0 .. chunks - 2, in order
 //   REVERSE:  h = exp(delta A) (h + dy C)              of chunks 1 .. chunks - 1, from last step to first
-template <typename T, int S, int G, bool REVERSE, bool SOFTPLUS, bool GATED>
+template <typename T, int G, bool REVERSE, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p) {
-    using P = Place<S, G, kForwardWarps>;
+    using P = Place<G, kForwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates;
     constexpr bool exact = kExact<T>;
     MFUSER_SHARED(shared);
@@ -294,7 +283,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p)
     const bool there = at.channel < p.dim;
 
     float a[S], h[S], total = 0.0f;
-    load_states<S>(a, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
+    load_states(a, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
 #pragma unroll
     for (int s = 0; s < S; s++) a[s] *= kLog2e, h[s] = 0.0f;
 
@@ -350,7 +339,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p)
             const int t = REVERSE ? kTile - 1 - j : j;
             const float2 now = steps[t * channels + at.slot];
             float v[S];
-            read_states<S>(v, rows + t * states, at.g);
+            read_states(v, rows + t * states, at.g);
             total += now.x;
 #pragma unroll
             for (int s = 0; s < S; s++) {
@@ -360,27 +349,26 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_summary(ScanParams p)
         }
     }
     const int64_t row = (int64_t(image) * p.chunks + chunk) * p.dim + at.channel;
-    store_states<S>(p.end + row * p.state_size, h, at.g, p.state_size, there);
+    store_states(p.end + row * p.state_size, h, at.g, p.state_size, there);
     if (there && at.g == 0) p.total[row] = total;
 }
 
 // Folds the summaries of chunks from, from + by, ... before `to` into h, which starts as what comes in from outside.
-template <int S>
 __device__ __forceinline__ void fold(float (&h)[S], const float (&a)[S], const ScanParams& p, int image, int from, int to,
                                      int by, int channel, int g, bool there) {
     for (int j = from; j != to; j += by) {
         const int64_t row = (int64_t(image) * p.chunks + j) * p.dim + channel;
         float end[S];
-        load_states<S>(end, p.end + row * p.state_size, g, p.state_size, there);
+        load_states(end, p.end + row * p.state_size, g, p.state_size, there);
         const float total = there ? p.total[row] : 0.0f;
 #pragma unroll
         for (int s = 0; s < S; s++) h[s] = fmaf(exp2_fast(total * a[s]), h[s], end[s]);
     }
 }
 
-template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
+template <typename T, int G, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p) {
-    using P = Place<S, G, kForwardWarps>;
+    using P = Place<G, kForwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates;
     static_assert(kTile % G == 0 && kSub % G == 0 && kTile % kSub == 0, "steps are reduced G at a time");
     MFUSER_SHARED(shared);
@@ -394,12 +382,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
     const bool there = at.channel < p.dim;
 
     float a[S], h[S];
-    load_states<S>(a, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
+    load_states(a, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
 #pragma unroll
     for (int s = 0; s < S; s++) a[s] *= kLog2e, h[s] = 0.0f;
     const int64_t corner = (int64_t(image) * p.dim + at.channel) * p.state_size;
-    if (p.initial) load_states<S>(h, p.initial + corner, at.g, p.state_size, there);
-    fold<S>(h, a, p, image, 0, chunk, 1, at.channel, at.g, there);
+    if (p.initial) load_states(h, p.initial + corner, at.g, p.state_size, there);
+    fold(h, a, p, image, 0, chunk, 1, at.channel, at.g, there);
 
     constexpr bool exact = kExact<T>;
     using Values = Tile<T, kTile, channels, threads>;
@@ -453,7 +441,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
         for (int t0 = 0; t0 < kTile; t0 += kSub) {
             if (p.saved && first + t0 < stop) {
                 const int64_t row = (int64_t(image) * kept + (first + t0) / kSub) * p.dim + at.channel;
-                store_states<S>(p.saved + row * p.state_size, h, at.g, p.state_size, there);
+                store_states(p.saved + row * p.state_size, h, at.g, p.state_size, there);
             }
 #pragma unroll
             for (int t1 = 0; t1 < kSub; t1 += G) {
@@ -463,8 +451,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
                     const int t = t0 + t1 + j;
                     const float2 now = steps[t * channels + at.slot];
                     float b[S], c[S], sum = 0.0f;
-                    read_states<S>(b, B_rows + t * states, at.g);
-                    read_states<S>(c, C_rows + t * states, at.g);
+                    read_states(b, B_rows + t * states, at.g);
+                    read_states(c, C_rows + t * states, at.g);
 #pragma unroll
                     for (int s = 0; s < S; s++) {
                         h[s] = fmaf(exp2_fast(now.x * a[s]), h[s], now.y * b[s]);
@@ -496,12 +484,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps) scan_forward(ScanParams p)
         }
         __syncthreads();  // B and C rows have been read, too
     }
-    if (stop == p.length) store_states<S>(p.state + corner, h, at.g, p.state_size, there);
+    if (stop == p.length) store_states(p.state + corner, h, at.g, p.state_size, there);
 }
 
-template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
+template <typename T, int G, bool SOFTPLUS, bool GATED>
 __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_backward(ScanParams p) {
-    using P = Place<S, G, kBackwardWarps>;
+    using P = Place<G, kBackwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kChannels, states = P::kStates, lanes = P::kWarpChannels;
     // With eight channels or more in a warp, lanes hold their four states in an order of their own, so that halving sums
     // over channels need not choose registers by lane: see sum_over_channels.
@@ -525,12 +513,12 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
     float A[S], a[S], later[S];  // later: exp(delta[t+1] A) g[t+1]
     LongSum dA[S];
     const int index = threadIdx.x % 32 / G, order = permuted ? index % 4 : 0;  // register s holds state s ^ order
-    load_states<S>(A, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
+    load_states(A, p.A + int64_t(at.channel) * p.state_size, at.g, p.state_size, there);
 #pragma unroll
     for (int s = 0; s < S; s++) a[s] = A[s] * kLog2e, later[s] = 0.0f;
     const int64_t corner = (int64_t(image) * p.dim + at.channel) * p.state_size;
-    if (p.dstate) load_states<S>(later, p.dstate + corner, at.g, p.state_size, there);
-    fold<S>(later, a, p, image, p.chunks - 1, chunk, -1, at.channel, at.g, there);
+    if (p.dstate) load_states(later, p.dstate + corner, at.g, p.state_size, there);
+    fold(later, a, p, image, p.chunks - 1, chunk, -1, at.channel, at.g, there);
     permute(A, order), permute(a, order), permute(later, order);
 
     constexpr bool exact = kExact<T>;
@@ -590,13 +578,13 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
         // forward again: h[i] is the state before step i
         float h[kSub + 1][S], decays[kHoldDecays ? kSub : 1][S];
         const int64_t row = (int64_t(image) * kept + first / kSub) * p.dim + at.channel;
-        load_states<S>(h[0], p.saved + row * p.state_size, at.g, p.state_size, there);
+        load_states(h[0], p.saved + row * p.state_size, at.g, p.state_size, there);
         permute(h[0], order);
 #pragma unroll
         for (int t = 0; t < kSub; t++) {
             const float4 now = steps[t * channels + at.slot];
             float b[S];
-            read_states<S>(b, B_rows + (t * copies + order) * states, at.g);
+            read_states(b, B_rows + (t * copies + order) * states, at.g);
 #pragma unroll
             for (int s = 0; s < S; s++) {
                 const float decay = exp2_fast(now.x * a[s]);
@@ -613,8 +601,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                 const int t = t1 + j;
                 const float4 now = steps[t * channels + at.slot];
                 float b[S], c[S], both[2 * S];
-                read_states<S>(b, B_rows + (t * copies + order) * states, at.g);
-                read_states<S>(c, C_rows + (t * copies + order) * states, at.g);
+                read_states(b, B_rows + (t * copies + order) * states, at.g);
+                read_states(c, C_rows + (t * copies + order) * states, at.g);
                 gB[j] = dd[j] = y[j] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; s++) {
@@ -690,8 +678,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
 #pragma unroll
     for (int s = 0; s < S; s++) dA_sum[s] = dA[s].sum;
     permute(dA_sum, order), permute(later, order);
-    store_states<S>(p.part_A + (place + at.channel) * p.state_size, dA_sum, at.g, p.state_size, there);
-    if (chunk == 0 && p.dinitial) store_states<S>(p.dinitial + corner, later, at.g, p.state_size, there);
+    store_states(p.part_A + (place + at.channel) * p.state_size, dA_sum, at.g, p.state_size, there);
+    if (chunk == 0 && p.dinitial) store_states(p.dinitial + corner, later, at.g, p.state_size, there);
 
     // the sums of all threads that staged a channel
     if (threadIdx.x < channels) {
@@ -729,58 +717,58 @@ __global__ void __launch_bounds__(256) scan_finish(ScanParams p, int blocks) {
     }
 }
 
-template <int S, int G, int WARPS>
+template <int G, int WARPS>
 dim3 grid_of(const ScanParams& p, int chunks) {
-    constexpr int channels = Place<S, G, WARPS>::kChannels;
+    constexpr int channels = Place<G, WARPS>::kChannels;
     return dim3((p.dim + channels - 1) / channels, chunks, p.batch);
 }
 
-template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
+template <typename T, int G, bool SOFTPLUS, bool GATED>
 cudaError_t forward(const ScanParams& p, void* stream) {
-    using P = Place<S, G, kForwardWarps>;
+    using P = Place<G, kForwardWarps>;
     constexpr size_t steps = kTile * P::kChannels * sizeof(float2), rows = kTile * P::kStates * sizeof(float);
     if (p.chunks > 1) {
-        const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks - 1);
+        const dim3 grid = grid_of<G, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, S, G, false, SOFTPLUS, false>), grid, P::kThreads, steps + rows, stream, p);
+            MFUSER_LAUNCH((scan_summary<T, G, false, SOFTPLUS, false>), grid, P::kThreads, steps + rows, stream, p);
         if (error != cudaSuccess) return error;
     }
-    const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks);
-    return MFUSER_LAUNCH((scan_forward<T, S, G, SOFTPLUS, GATED>), grid, P::kThreads, steps + 2 * rows, stream, p);
+    const dim3 grid = grid_of<G, kForwardWarps>(p, p.chunks);
+    return MFUSER_LAUNCH((scan_forward<T, G, SOFTPLUS, GATED>), grid, P::kThreads, steps + 2 * rows, stream, p);
 }
 
-template <typename T, int S, int G, bool SOFTPLUS, bool GATED>
+template <typename T, int G, bool SOFTPLUS, bool GATED>
 cudaError_t backward(const ScanParams& p, void* stream) {
     if (p.chunks > 1) {
-        using P = Place<S, G, kForwardWarps>;
+        using P = Place<G, kForwardWarps>;
         constexpr size_t bytes = kTile * (P::kChannels * sizeof(float2) + P::kStates * sizeof(float));
-        const dim3 grid = grid_of<S, G, kForwardWarps>(p, p.chunks - 1);
+        const dim3 grid = grid_of<G, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, S, G, true, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
+            MFUSER_LAUNCH((scan_summary<T, G, true, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
         if (error != cudaSuccess) return error;
     }
-    using P = Place<S, G, kBackwardWarps>;
+    using P = Place<G, kBackwardWarps>;
     constexpr size_t bytes =
         kSub * (P::kChannels * sizeof(float4) + 2 * P::kStates * sizeof(float) * ((G <= 4 ? 4 : 1) + kBackwardWarps)) +
         8 * P::kThreads * sizeof(LongSum);
-    const dim3 grid = grid_of<S, G, kBackwardWarps>(p, p.chunks);
-    const cudaError_t error = MFUSER_LAUNCH((scan_backward<T, S, G, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
+    const dim3 grid = grid_of<G, kBackwardWarps>(p, p.chunks);
+    const cudaError_t error = MFUSER_LAUNCH((scan_backward<T, G, SOFTPLUS, GATED>), grid, P::kThreads, bytes, stream, p);
     if (error != cudaSuccess) return error;
     const int64_t all = 2 * int64_t(p.batch) * p.length * p.state_size + int64_t(p.dim) * (p.state_size + 2);
     return MFUSER_LAUNCH((scan_finish<T>), dim3((all + 255) / 256), 256, 0, stream, p, int(grid.x));
 }
 
 // a template argument for each switch
-template <typename T, int S, int G>
+template <typename T, int G>
 cudaError_t forward_as(const ScanParams& p, void* stream) {
-    if (p.softplus) return p.z ? forward<T, S, G, true, true>(p, stream) : forward<T, S, G, true, false>(p, stream);
-    return p.z ? forward<T, S, G, false, true>(p, stream) : forward<T, S, G, false, false>(p, stream);
+    if (p.softplus) return p.z ? forward<T, G, true, true>(p, stream) : forward<T, G, true, false>(p, stream);
+    return p.z ? forward<T, G, false, true>(p, stream) : forward<T, G, false, false>(p, stream);
 }
 
-template <typename T, int S, int G>
+template <typename T, int G>
 cudaError_t backward_as(const ScanParams& p, void* stream) {
-    if (p.softplus) return p.z ? backward<T, S, G, true, true>(p, stream) : backward<T, S, G, true, false>(p, stream);
-    return p.z ? backward<T, S, G, false, true>(p, stream) : backward<T, S, G, false, false>(p, stream);
+    if (p.softplus) return p.z ? backward<T, G, true, true>(p, stream) : backward<T, G, true, false>(p, stream);
+    return p.z ? backward<T, G, false, true>(p, stream) : backward<T, G, false, false>(p, stream);
 }
 
 inline bool well_formed(const ScanParams& p) {
@@ -791,17 +779,17 @@ inline bool well_formed(const ScanParams& p) {
 template <typename T>
 cudaError_t forward_any(const ScanParams& p, void* stream) {
     if (!well_formed(p)) return cudaErrorInvalidValue;
-    if (p.state_size <= 8) return forward_as<T, 4, 2>(p, stream);
-    if (p.state_size <= 16) return forward_as<T, 4, 4>(p, stream);
-    return forward_as<T, 4, 16>(p, stream);
+    if (p.state_size <= 8) return forward_as<T, 2>(p, stream);
+    if (p.state_size <= 16) return forward_as<T, 4>(p, stream);
+    return forward_as<T, 16>(p, stream);
 }
 
 template <typename T>
 cudaError_t backward_any(const ScanParams& p, void* stream) {
     if (!well_formed(p)) return cudaErrorInvalidValue;
-    if (p.state_size <= 8) return backward_as<T, 4, 2>(p, stream);
-    if (p.state_size <= 16) return backward_as<T, 4, 4>(p, stream);
-    return backward_as<T, 4, 16>(p, stream);
+    if (p.state_size <= 8) return backward_as<T, 2>(p, stream);
+    if (p.state_size <= 16) return backward_as<T, 4>(p, stream);
+    return backward_as<T, 16>(p, stream);
 }
 
 }  // namespace

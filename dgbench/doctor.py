@@ -122,7 +122,7 @@ def _kernels() -> list[Check]:
     else:
         # worth the command only where it would work and something would use the result
         helps = found.nvcc is not None and found.architecture is not None and found.sources
-        hint = f"{compiled.BUILD_COMMAND}; until then Triton or torch serves" if helps else None
+        hint = f"{compiled.BUILD_COMMAND}; until then other backends serve" if helps else None
         library = Check("kernel library", "info", found.reason, hint)
     checks = [nvcc, library]
     for op in dispatch.TABLE:

@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mfuser.ops.dispatch import mismatch
+
 _FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 _LAST_LINES = 30
 BUILD_COMMAND = "dgbench kernels build"
@@ -128,6 +130,14 @@ def library() -> Library:
     if isinstance(found, str):
         raise ImportError(found)
     return found
+
+
+def refuse(tensors: Sequence[Tensor | None]) -> str | None:
+    """Say why the library's kernels cannot take `tensors`, or, without any, run at all; None when they can."""
+    try:
+        return mismatch(tensors, library().device)
+    except ImportError as error:
+        return str(error)
 
 
 @contextmanager
@@ -309,7 +319,10 @@ def _nvcc() -> str | None:
 
 
 def _version(nvcc: str) -> str:
-    found = re.search(r"\bV(\d+(?:\.\d+)+)", _output([nvcc, "--version"]))
+    try:
+        found = re.search(r"\bV(\d+(?:\.\d+)+)", _output([nvcc, "--version"]))
+    except BuildError:  # one that does not even say its version: a build will tell why
+        return "unknown"
     return found[1] if found else "unknown"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -43,6 +43,7 @@ class Backend:
         return import_module(self.module)
 
 
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCAN, _DEFORM, _FUSER = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn", "mfuser.ops.mvfuser"
 # Kernels that have been emulated and interpreted, but not yet run on a GPU, run only when named.
 TABLE: dict[str, tuple[Backend, ...]] = {
@@ -98,6 +99,21 @@ def unusable(backend: Backend, *tensors: Tensor | None) -> str | None:
         return str(error)
     refuse = backend.refuse or getattr(module, "refuse", None)
     return refuse(*tensors) if refuse else None
+
+
+def mismatch(tensors: Sequence[Tensor | None], *devices: str) -> str | None:
+    """Say why kernels for these types of device, in fp32, bf16 and fp16, cannot take `tensors`; None when they can.
+
+    Without tensors: why they cannot run at all.
+    """
+    if not tensors and devices == ("cuda",) and not torch.cuda.is_available():
+        return "torch finds no usable CUDA GPU"
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type not in devices:
+            return f"takes {' and '.join(devices)} tensors, not {tensor.device.type}"
+        if tensor is not None and tensor.dtype not in _KERNEL_TYPES:
+            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    return None
 
 
 def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:

@@ -21,15 +21,8 @@ _TUNING = {
 
 def refuse(*tensors: Tensor) -> str | None:
     """Say why the kernels cannot take (value, locations, weights); without tensors, why they cannot run at all."""
-    try:
-        device = compiled.library().device
-    except ImportError as error:
-        return str(error)
-    for tensor in tensors:
-        if tensor.device.type != device:
-            return f"takes {device} tensors, not {tensor.device.type}"
-        if tensor.dtype not in _TYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    if problem := compiled.refuse(tensors):
+        return problem
     if len(tensors) == 3:
         _, queries, _, scales, points = tensors[2].shape
         if scales > _MAX_SCALES:

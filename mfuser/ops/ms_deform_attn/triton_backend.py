@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mfuser.ops.dispatch import mismatch
+
 # what may be tuned
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
@@ -30,14 +31,10 @@ _BLOCK = 256
 
 def refuse(*tensors: Tensor) -> str | None:
     """Say why the kernels cannot take (value, locations, weights); without tensors, why they cannot run at all."""
-    interpreted = not isinstance(_sample, triton.JITFunction)
-    if not tensors and not interpreted and not torch.cuda.is_available():
-        return "torch finds no usable GPU"
-    for tensor in tensors:
-        if tensor.device.type != "cuda" and not (interpreted and tensor.device.type == "cpu"):
-            return f"takes cuda tensors, not {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
-        if tensor.dtype not in _DTYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    # interpreted (TRITON_INTERPRET=1), they run on a CPU, too
+    devices = ("cuda",) if isinstance(_sample, triton.JITFunction) else ("cuda", "cpu")
+    if problem := mismatch(tensors, *devices):
+        return problem
     if len(tensors) == 3 and tensors[2].numel() >= 2**30:
         return f"takes fewer than 2^30 points, not {tensors[2].numel()}"
     return None

@@ -22,16 +22,7 @@ _NORM_BLOCKS = 264  # of the norm's backward: two for each multiprocessor of an 
 
 def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the parameters; without any, why they cannot run at all."""
-    try:
-        device = compiled.library().device
-    except ImportError as error:
-        return str(error)
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != device:
-            return f"takes {device} tensors, not {tensor.device.type}"
-        if tensor is not None and tensor.dtype not in _TYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
-    return None
+    return compiled.refuse(tensors)
 
 
 def prepare(

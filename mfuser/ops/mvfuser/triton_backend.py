@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mfuser.ops.dispatch import mismatch
+
 _CAST = {"BLOCK": 2048, "num_warps": 4}
 _JOIN = {"TOKENS": 64, "num_warps": 4}
 _CONV_FORWARD = {"TOKENS": 16, "CHANNELS": 128, "num_warps": 4}
@@ -26,15 +27,8 @@ _SUM = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}
 
 def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the parameters; without any, why they cannot run at all."""
-    device = "cuda" if isinstance(_cast, triton.JITFunction) else "cpu"  # the interpreter's
-    if device == "cuda" and not torch.cuda.is_available():
-        return "torch finds no usable CUDA GPU"
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != device:
-            return f"takes {device} tensors, not {tensor.device.type}"
-        if tensor is not None and tensor.dtype not in _TYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
-    return None
+    # interpreted (TRITON_INTERPRET=1), they run on a CPU, too
+    return mismatch(tensors, "cuda") if isinstance(_cast, triton.JITFunction) else mismatch(tensors, "cuda", "cpu")
 
 
 def prepare(

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from mfuser.ops import compiled
 
 _SUB = 16  # steps between kept states: kSub in the source, which refuses another
-_LARGEST = 64  # states per channel
+_MOST_STATES = 64
 _LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Warps that an SM should have to work on before cutting sequences pays: every cut computes most exponentials twice.
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8  # per block: kForwardWarps, kBackwardWarps
+# Warps that an SM should have to work on before cutting sequences pays: every cut computes most exponentials twice.
 _ENOUGH_WARPS = 8
 _WANTED_WARPS = 16
 
@@ -37,21 +37,12 @@ class _Params(ctypes.Structure):
     )
 
 
-def refuse(u: Tensor | None = None, *others: Tensor | None) -> str | None:
-    """Say why the kernels cannot take the op's tensors (or, without any, run at all), or None when they can."""
-    try:
-        device = compiled.library().device
-    except ImportError as error:
-        return str(error)
-    if u is None:
-        return None
-    if u.device.type != device:
-        return f"runs on {device} tensors, these are on {u.device.type}"
-    wide = next((t.dtype for t in (u, *others) if t is not None and t.dtype not in _NAMES), None)
-    if wide is not None:
-        return f"computes in fp32: {wide} is for the torch backend"
-    if len(others) > 1 and others[1] is not None and others[1].shape[1] > _LARGEST:
-        return f"holds up to {_LARGEST} states per channel, these have {others[1].shape[1]}"
+def refuse(*tensors: Tensor | None) -> str | None:
+    """Say why the kernels cannot take the op's tensors; without tensors, why they cannot run at all."""
+    if problem := compiled.refuse(tensors):
+        return problem
+    if len(tensors) > 2 and tensors[2] is not None and tensors[2].shape[1] > _MOST_STATES:
+        return f"takes at most {_MOST_STATES} states, not {tensors[2].shape[1]}"
     return None
 
 
@@ -69,9 +60,9 @@ def forward(
     call.activations(u=u, delta=delta, B=B, C=C, z=z)
     call.weights(A=A, D=D, bias=bias, initial=initial)
     y = call.tokens("y", u.shape[2])
-    state = call.states("state", u.shape[0], A)
+    state = call.states("state", A, u.shape[0])
     saved = call.buffer("saved", *saved_shape(u, A)) if keep else A.new_empty(0, dtype=torch.float32)
-    call.run("forward", softplus)
+    call.run("fwd", softplus)
     return y.contiguous().to(u.dtype), state.contiguous(), saved
 
 
@@ -88,7 +79,7 @@ def backward(
     du, ddelta = call.tokens("du", dim), call.tokens("ddelta", dim)
     dz = None if z is None else call.tokens("dz", dim)
     dB, dC = call.tokens("dB", state), call.tokens("dC", state)
-    dA, dinitial = call.states("dA", 0, A), None if initial is None else call.states("dinitial", batch, A)
+    dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, batch)
     dD, dbias = (call.buffer(name, call.dim)[:dim] for name in ("dD", "dbias"))
     blocks, rows = -(-dim // _channels(state, _BACKWARD_WARPS)), batch * call.params.chunks
     for name in ("part_B", "part_C"):
@@ -96,7 +87,7 @@ def backward(
     call.buffer("part_A", rows, call.dim, call.state)
     for name in ("part_D", "part_bias"):
         call.buffer(name, rows, call.dim)
-    call.run("backward", softplus)
+    call.run("bwd", softplus)
     return du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if bias is None else dbias, dinitial
 
 
@@ -153,10 +144,9 @@ class _Call:
         whole = self.point(name, self.u.new_empty(batch, length, _fours(channels), dtype=self.dtype))
         return whole[..., :channels]
 
-    def states(self, name: str, batch: int, like: Tensor) -> Tensor:
-        """An output (batch, D, N), or (D, N) for batch 0."""
-        shape = (batch, self.dim, self.state) if batch else (self.dim, self.state)
-        return self.buffer(name, *shape)[..., : like.shape[0], : like.shape[1]]
+    def states(self, name: str, A: Tensor, *batch: int) -> Tensor:
+        """An output (D, N) like A, or (batch, D, N)."""
+        return self.buffer(name, *batch, self.dim, self.state)[..., : A.shape[0], : A.shape[1]]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """A buffer in fp32."""

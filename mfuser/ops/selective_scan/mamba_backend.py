@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import BackendError
+from mfuser.ops.dispatch import BackendError, mismatch
 
 _HINT = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'dgbench[mamba]'"
 if find_spec("selective_scan_cuda") is None:
@@ -32,20 +32,14 @@ except ImportError as error:
     # such as one that was built for another torch
     raise ImportError(f"{error}: {_HINT}") from error
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_STATES = 256
 _CHUNK = 2048
 
 
 def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the op's tensors; without tensors, why they cannot run at all."""
-    if not tensors:
-        return None if torch.cuda.is_available() else "torch finds no usable GPU"
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cuda":
-            return f"takes cuda tensors, not {tensor.device.type}"
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    if problem := mismatch(tensors, "cuda"):
+        return problem
     A, initial = (tensors[2], tensors[8]) if len(tensors) == 9 else (None, None)
     if A is not None and A.shape[1] > _MOST_STATES:
         return f"takes at most {_MOST_STATES} states, not {A.shape[1]}"

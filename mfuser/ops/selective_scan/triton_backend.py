@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from mfuser.ops.dispatch import mismatch
+
 _MOST_STATES = 64
 # what may be tuned
 _TILE = 512  # states of a program, N times channels: 16 in a lane
@@ -46,16 +47,10 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the op's tensors; without tensors, why they cannot run at all."""
-    interpreted = not isinstance(_forward, triton.JITFunction)
-    if not tensors and not interpreted and not torch.cuda.is_available():
-        return "torch finds no usable GPU"
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cuda" and not (interpreted and tensor.device.type == "cpu"):
-            return f"takes cuda tensors, not {tensor.device.type} (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
-        if tensor.dtype not in _DTYPES:
-            return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
+    # interpreted (TRITON_INTERPRET=1), they run on a CPU, too
+    devices = ("cuda",) if isinstance(_forward, triton.JITFunction) else ("cuda", "cpu")
+    if problem := mismatch(tensors, *devices):
+        return problem
     if len(tensors) > 2 and tensors[2] is not None and tensors[2].shape[1] > _MOST_STATES:
         return f"takes at most {_MOST_STATES} states, not {tensors[2].shape[1]}"
     return None
