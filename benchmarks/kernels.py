@@ -701,7 +701,7 @@ def main() -> int:
     device = pick_device(given.device)
     tell = partial(print, file=sys.stderr, flush=True)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         try:
             compiled.build(on_line=tell)
         except compiled.BuildError as error:
