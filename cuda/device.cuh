@@ -4,6 +4,8 @@
 //   bf16, fp16                     storage types
 //   to_float(x), from_float<T>(x)  float, bf16, fp16 <-> float, to nearest even
 //   exp2_fast(x), rcp_fast(x)      one instruction on the GPU, about 2 and 1 units in the last place; denormals become 0
+//   copy_async<BYTES>(to, from)    starts a copy of 4, 8 or 16 bytes from global to shared memory; after copies_done() this
+//                                  thread sees all that it started
 //   MFUSER_SHARED(name)            declares `unsigned char* name`: the block's dynamic shared memory, aligned to 16 bytes
 //   MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                  launches and returns a cudaError_t; `(kernel<...>)` in parentheses; more than 48 KB of
@@ -43,6 +45,12 @@ __host__ __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __fl
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float rcp_fast(float x) { return 1.0f / x; }
 
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    memcpy(to, from, BYTES);
+}
+__device__ __forceinline__ void copies_done() {}
+
 #define MFUSER_SHARED(name) unsigned char* const name = on_cpu::dynamic_shared()
 #define MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     on_cpu::launch(#kernel, kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
@@ -60,6 +68,13 @@ __device__ __forceinline__ float rcp_fast(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(BYTES) : "memory");
+}
+__device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 namespace mfuser {
 

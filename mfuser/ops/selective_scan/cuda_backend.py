@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 
 import torch
 from torch import Tensor
@@ -14,10 +16,14 @@ _SUB = 16  # steps between kept states: kSub in the source, which refuses anothe
 _MOST_STATES = 64
 _LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8  # per block: kForwardWarps, kBackwardWarps
-# Warps that an SM should have to work on before cutting sequences pays: every cut computes most exponentials twice.
-_ENOUGH_WARPS = 8
-_WANTED_WARPS = 16
+# channels of a block by states at most, forward and backward: Place::kChannels
+_CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
+# What `plan` knows of the kernels, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
+# many as it holds, in each direction; those of the first pass; the start of a kernel; and a chunk before a block's own.
+_SIXTEEN = ((0.0, 1.4, 1.9, 2.75), (0.0, 4.4, 6.1))
+_FIRST_PASS = (0.0, 1.05, 1.4, 2.1)
+_START = 3.5
+_BEFORE = 0.1
 
 
 class _Params(ctypes.Structure):
@@ -56,7 +62,7 @@ def forward(
     initial: Tensor | None, softplus: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the kept states (empty unless `keep`)."""
-    call = _Call(_common(u, delta, B, C, z), u, A)
+    call = _Call(_common(u, delta, B, C, z), u, A, backward=False)
     call.activations(u=u, delta=delta, B=B, C=C, z=z)
     call.weights(A=A, D=D, bias=bias, initial=initial)
     y = call.tokens("y", u.shape[2])
@@ -71,7 +77,7 @@ def backward(
     z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
-    call = _Call(_common(u, delta, B, C, z), u, A)
+    call = _Call(_common(u, delta, B, C, z), u, A, backward=True)
     call.activations(u=u, delta=delta, B=B, C=C, z=z, dy=dy)
     call.weights(A=A, D=D, bias=bias, initial=initial, dstate=dstate)
     call.point("saved", saved)
@@ -81,7 +87,7 @@ def backward(
     dB, dC = call.tokens("dB", state), call.tokens("dC", state)
     dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, batch)
     dD, dbias = (call.buffer(name, call.dim)[:dim] for name in ("dD", "dbias"))
-    blocks, rows = -(-dim // _channels(state, _BACKWARD_WARPS)), batch * call.params.chunks
+    blocks, rows = -(-dim // _channels(state, backward=True)), batch * call.params.chunks
     for name in ("part_B", "part_C"):
         call.buffer(name, blocks, batch, length, call.state)
     call.buffer("part_A", rows, call.dim, call.state)
@@ -98,11 +104,11 @@ class _Call:
     results are cut.
     """
 
-    def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor, *, backward: bool) -> None:
         batch, length, _ = u.shape
         self.dtype, self.u, self.held = dtype, u, list[Tensor]()
         self.dim, self.state = (_fours(size) for size in A.shape)
-        chunk = plan(batch, length, self.dim, self.state, _multiprocessors(u.device))
+        chunk = plan(batch, length, self.dim, self.state, _multiprocessors(u.device), backward=backward)
         chunks = -(-length // chunk)
         self.params = _Params(
             batch=batch, length=length, dim=self.dim, state_size=self.state, chunks=chunks, chunk=chunk, sub=_SUB
@@ -164,20 +170,39 @@ class _Call:
         compiled.library().run(f"mfuser_selective_scan_{direction}_{_NAMES[self.dtype]}", self.params, like=self.u)
 
 
-def plan(batch: int, length: int, dim: int, state: int, multiprocessors: int) -> int:
-    """Return the steps per chunk, a multiple of 16: the whole sequence where the channels alone keep the GPU busy."""
-    warps = batch * -(-dim // _channels(state, _FORWARD_WARPS)) * _FORWARD_WARPS
-    chunks = 1 if warps >= multiprocessors * _ENOUGH_WARPS else -(-multiprocessors * _WANTED_WARPS // warps)
-    return max(1, -(-length // (chunks * _SUB))) * _SUB
+@functools.lru_cache(maxsize=1024)
+def plan(batch: int, length: int, dim: int, state: int, multiprocessors: int, *, backward: bool) -> int:
+    """Return the steps per chunk, a multiple of 16: those that take the least time by a rough model of the GPU.
+
+    With more than one chunk, a first pass over all but one of them comes before.
+    """
+    blocks = batch * -(-dim // _channels(state, backward=backward))
+    blocks_before = batch * -(-dim // _channels(state, backward=False))
+
+    def on_each(blocks: int, chunks: float, costs: tuple[float, ...]) -> float:
+        # the last chunk may be a short one, which nobody waits for
+        rounds, rest = divmod(math.ceil(blocks * chunks / multiprocessors - 0.03), len(costs) - 1)
+        return rounds * costs[-1] + costs[rest]
+
+    def time(chunk: int) -> float:
+        chunks = -(-length // chunk)
+        second = chunk / _SUB * on_each(blocks, length / chunk, _SIXTEEN[backward])
+        if chunks == 1:
+            return second
+        first = chunk / _SUB * on_each(blocks_before, length / chunk - 1, _FIRST_PASS)
+        return first + second + _START + _BEFORE * chunks
+
+    pieces = -(-length // _SUB)
+    return min((-(-pieces // chunks) * _SUB for chunks in range(1, min(pieces, 128) + 1)), key=time)
 
 
 def _fours(size: int) -> int:
     return size + -size % 4
 
 
-def _channels(state: int, warps: int) -> int:
-    """Channels per block: 32 lanes a warp, four states a lane."""
-    return warps * 32 // (2 if state <= 8 else 4 if state <= 16 else 16)
+def _channels(state: int, *, backward: bool) -> int:
+    """Channels per block."""
+    return next(channels[backward] for most, channels in _CHANNELS.items() if state <= most)
 
 
 def _multiprocessors(device: torch.device) -> int:
