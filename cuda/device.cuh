@@ -10,6 +10,9 @@
 //   MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                  launches and returns a cudaError_t; `(kernel<...>)` in parentheses; more than 48 KB of
 //                                  shared memory is asked for
+//   MFUSER_LAUNCH_NEXT(...)        the same for a kernel that calls after_launch_before() ahead of reading what the launch
+//                                  before it on this stream writes: on compute capability 9 its blocks start while that
+//                                  one ends, once all blocks there have called next_may_start()
 //   MFUSER_EXPORT(name, Params)    stands before the definition of `extern "C" int name(const Params*, void* stream)`:
 //                                  makes it visible and adds name_size(), by which Python checks its copy of the struct
 //
@@ -50,10 +53,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     memcpy(to, from, BYTES);
 }
 __device__ __forceinline__ void copies_done() {}
+__device__ __forceinline__ void after_launch_before() {}
+__device__ __forceinline__ void next_may_start() {}
 
 #define MFUSER_SHARED(name) unsigned char* const name = on_cpu::dynamic_shared()
 #define MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     on_cpu::launch(#kernel, kernel, grid, block, shared_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+#define MFUSER_LAUNCH_NEXT(kernel, ...) MFUSER_LAUNCH(kernel, __VA_ARGS__)
 #define MFUSER_DEVICE_TYPE "cpu"
 
 #else
@@ -76,6 +82,17 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 }
 __device__ __forceinline__ void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+__device__ __forceinline__ void after_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void next_may_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 namespace mfuser {
 
 template <typename T>
@@ -83,9 +100,16 @@ struct Same {
     using type = T;
 };
 
-// cudaLaunchKernel returns this launch's own error; <<<>>> would leave it in a state that other calls share
+// whether the current device can start a kernel before the one ahead of it has ended
+inline bool can_overlap() {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+// cudaLaunchKernelEx returns this launch's own error; <<<>>> would leave it in a state that other calls share
 template <typename... P>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+cudaError_t launch(bool next, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                    typename Same<P>::type... args) {
     const void* function = reinterpret_cast<const void*>(kernel);
     if (shared_bytes > 48 * 1024) {
@@ -94,13 +118,21 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
         if (error != cudaSuccess) return error;
     }
     void* pointers[] = {&args..., nullptr};
-    return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap, config.numAttrs = next && can_overlap() ? 1 : 0;
+    return cudaLaunchKernelExC(&config, function, pointers);
 }
 
 }  // namespace mfuser
 
 #define MFUSER_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define MFUSER_LAUNCH(kernel, ...) mfuser::launch(kernel, __VA_ARGS__)
+#define MFUSER_LAUNCH(kernel, ...) mfuser::launch(false, kernel, __VA_ARGS__)
+#define MFUSER_LAUNCH_NEXT(kernel, ...) mfuser::launch(true, kernel, __VA_ARGS__)
 #define MFUSER_DEVICE_TYPE "cuda"
 
 #endif

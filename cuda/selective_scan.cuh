@@ -49,6 +49,7 @@ constexpr int S = 4;               // states in a lane: what one vector load bri
 constexpr int kSub = 16;           // steps between kept states
 constexpr int kHold = 8;           // states that the backward holds at a time: a lane's registers bound it
 constexpr int kLinger = 4;         // steps back whose results are stored together
+constexpr int kByHand = 1;         // exponentials of a lane and step that the first pass, which waits for their unit, computes without
 constexpr int kForwardWarps = 4;   // warps per block
 constexpr int kBackwardWarps = 4;
 constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;  // per SM: bounds the registers
@@ -59,6 +60,20 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLog2eLow = 1.92596299e-8f;  // log2(e) - kLog2e in fp32
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr unsigned kAll = 0xffffffffu;
+
+// 2^x, for x above -126, without the unit of the exponentials: 2^round(x) put into the exponent of 2^(x - round(x)), which is a
+// polynomial, within 2.5e-7 and exact at 0.
+__device__ __forceinline__ float exp2_by_hand(float x) {
+    x = fmaxf(x, -126.0f);
+    const float shifted = x + 12582912.0f;  // 1.5 * 2^23: the last bits are round(x)
+    const float f = x - (shifted - 12582912.0f);
+    float p = fmaf(f, 0.00132647273f, 0.00967151299f);
+    p = fmaf(f, p, 0.0555073358f);
+    p = fmaf(f, p, 0.240222424f);
+    p = fmaf(f, p, 0.693147004f);
+    p = fmaf(f, p, 1.0f);
+    return __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
+}
 
 // What softplus and its slope are made of: exp(-|x|). EXACT: to fp32 accuracy, also where it is tiny; else to 2^-18,
 // which is far below what bf16 and fp16 inputs carry.
@@ -455,7 +470,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_summa
                 const float2 now = now_at[t % 2][k][t * channels];
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    const float decay = exp2_fast(now.x * a[k][s]);
+                    const float decay = k * S + s < kByHand ? exp2_by_hand(now.x * a[k][s]) : exp2_fast(now.x * a[k][s]);
                     h[k][s] = REVERSE ? decay * fmaf(now.y, v[s], h[k][s]) : fmaf(decay, h[k][s], now.y * v[s]);
                 }
             }
@@ -463,6 +478,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_summa
         float* const read = rows;
         rows = other_rows, other_rows = read;  // who is ahead writes what all have read before the last barrier
     }
+    next_may_start();  // not before: blocks of the next kernel would fill some multiprocessors and leave others idle
     const int64_t row = (int64_t(image) * p.chunks + chunk) * p.dim;
 #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -510,7 +526,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
     using Values = WarpTile<T, tile_steps, channels>;
     using InRow = Turned<channels>;
     const int column = Values::column(), odd = Values::step(0) % 2;  // a thread's rows are all odd or all even
-    float* const y_rows = other_rows + 2 * tile_steps * states + at.warp * tile_steps * channels;  // (warps, tile_steps, channels)
+    // (warps, tile_steps, channels)
+    float* const y_rows = other_rows + 2 * tile_steps * states + at.warp * tile_steps * channels;
     // (warps, 4, tile_steps, channels): the next delta, z, and u of two tiles
     T* const raw = reinterpret_cast<T*>(other_rows + (2 * states + P::kChannels) * tile_steps) + at.warp * 4 * Values::kSize;
     T *raw_u = raw + 2 * Values::kSize, *other_u = raw + 3 * Values::kSize;
@@ -552,6 +569,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
         raw_C.fetch(C + first * p.C_row, p.C_row, left);
     };
     fetch(begin, raw_u);
+    after_launch_before();
     fold(h, a, p, image, 0, chunk, 1, at);
     for (int first = begin; first < stop; first += tile_steps) {
         copies_done();
@@ -757,6 +775,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
     };
     const int last = begin + (stop - begin - 1) / kSub * kSub;
     fetch(last, raw_u);
+    after_launch_before();
     fold(later, a, p, image, p.chunks - 1, chunk, -1, at);
 #pragma unroll
     for (int k = 0; k < K; k++) permute(a[k], order), permute(later[k], order);
@@ -785,7 +804,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                 d = only(counts, d);
                 float g = only(counts, dy4[i]);
                 if (GATED) g *= z4[i] * sigmoid<exact>(z4[i]);
-                if (Values::covers()) steps[Values::step(k) * channels + InRow::four(column + i, odd)] = make_float4(d, d * u4[i], g, slope);
+                if (Values::covers())
+                    steps[Values::step(k) * channels + InRow::four(column + i, odd)] = make_float4(d, d * u4[i], g, slope);
             }
         }
         if constexpr (M::kPermuted) {
@@ -972,6 +992,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
 // Adds up the parts, each sum by one thread and in order: dB, dC over channel blocks; dA, dD, dbias over images and chunks.
 template <typename T>
 __global__ void __launch_bounds__(256) scan_finish(ScanParams p, int blocks) {
+    after_launch_before();
     const int64_t tokens = int64_t(p.batch) * p.length * p.state_size, weights = int64_t(p.dim) * p.state_size;
     const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     auto total = [](const float* part, int64_t apart, int count) {
@@ -1010,27 +1031,35 @@ cudaError_t forward(const ScanParams& p, void* stream) {
     if (p.chunks > 1) {
         const dim3 grid = grid_of<G, K, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, G, K, false, SOFTPLUS, false>), grid, threads, (forward_bytes<T, G, K>(1, 2, 0)), stream, p);
+            MFUSER_LAUNCH((scan_summary<T, G, K, false, SOFTPLUS, false>), grid, threads, (forward_bytes<T, G, K>(1, 2, 0)),
+                          stream, p);
         if (error != cudaSuccess) return error;
     }
     const dim3 grid = grid_of<G, K, kForwardWarps>(p, p.chunks);
-    return MFUSER_LAUNCH((scan_forward<T, G, K, SOFTPLUS, GATED>), grid, threads, (forward_bytes<T, G, K>(2, 4, 1)), stream, p);
+    constexpr size_t bytes = forward_bytes<T, G, K>(2, 4, 1);
+    if (p.chunks > 1) return MFUSER_LAUNCH_NEXT((scan_forward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
+    return MFUSER_LAUNCH((scan_forward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
 }
 
 template <typename T, int G, int FORWARD_K, int K, bool SOFTPLUS, bool GATED>
 cudaError_t backward(const ScanParams& p, void* stream) {
-    if (p.chunks > 1) {
-        const dim3 grid = grid_of<G, FORWARD_K, kForwardWarps>(p, p.chunks - 1);
-        const cudaError_t error = MFUSER_LAUNCH((scan_summary<T, G, FORWARD_K, true, SOFTPLUS, GATED>), grid,
-                                                32 * kForwardWarps, (forward_bytes<T, G, FORWARD_K>(1, GATED ? 3 : 2, 0)), stream, p);
-        if (error != cudaSuccess) return error;
-    }
+    constexpr int threads = 32 * kBackwardWarps;
+    constexpr size_t first_bytes = forward_bytes<T, G, FORWARD_K>(1, GATED ? 3 : 2, 0);
+    constexpr size_t bytes = BackwardMemory<T, G, K, GATED>::kBytes;
     const dim3 grid = grid_of<G, K, kBackwardWarps>(p, p.chunks);
-    const cudaError_t error = MFUSER_LAUNCH((scan_backward<T, G, K, SOFTPLUS, GATED>), grid, 32 * kBackwardWarps,
-                                            (BackwardMemory<T, G, K, GATED>::kBytes), stream, p);
+    cudaError_t error;
+    if (p.chunks > 1) {
+        const dim3 first_grid = grid_of<G, FORWARD_K, kForwardWarps>(p, p.chunks - 1);
+        error = MFUSER_LAUNCH((scan_summary<T, G, FORWARD_K, true, SOFTPLUS, GATED>), first_grid, 32 * kForwardWarps,
+                              first_bytes, stream, p);
+        if (error != cudaSuccess) return error;
+        error = MFUSER_LAUNCH_NEXT((scan_backward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
+    } else {
+        error = MFUSER_LAUNCH((scan_backward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
+    }
     if (error != cudaSuccess) return error;
     const int64_t all = 2 * int64_t(p.batch) * p.length * p.state_size + int64_t(p.dim) * (p.state_size + 2);
-    return MFUSER_LAUNCH((scan_finish<T>), dim3((all + 255) / 256), 256, 0, stream, p, int(grid.x));
+    return MFUSER_LAUNCH_NEXT((scan_finish<T>), dim3((all + 255) / 256), 256, 0, stream, p, int(grid.x));
 }
 
 // Lanes and channels by N: 8 and 16 states fit exactly, others are padded with zeros.
