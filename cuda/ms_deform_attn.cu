@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kMaxScales = 32;
 constexpr int kChunk = 8;  // points of a query that wait in shared memory at a time
-constexpr int kMaxThreads = 1024, kGatherThreads = 256, kSortThreads = 512, kScanThreads = 1024;
+constexpr int kMaxThreads = 1024, kSortThreads = 512, kScanThreads = 1024;
+constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
 constexpr int kAhead = 4;      // points that a thread of `count` and `scatter` places at a time
 constexpr int kScanAhead = 6;  // bins of a thread of `scan` at a time
 constexpr int kBatch = 4;      // rows under way in a lane of `gather`
@@ -462,39 +463,39 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
     }
 }
 
-// The shared memory of `gather`; `side` is that of the largest tile.
+// The shared memory of `gather`, in bytes from its first on; `side` is that of the largest tile.
 template <typename T, int kWidth>
-struct Shares {
-    int targets, bases, threads, lanes;
+struct Layout {
+    int sums, parts, inner, values, sources, starts, shifts, rows, bytes;
 
-    __host__ __device__ Shares(int side, int threads, int lanes)
-        : targets(side * side), bases((side + 1) * (side + 1)), threads(threads), lanes(lanes) {}
-    // each in bytes from the first; all but the last three are multiples of 16
-    __host__ __device__ int sums() const { return 0; }  // (4, targets, kWidth): what a neighbour's base cell brings to a cell
-    __host__ __device__ int rests() const { return sums() + 4 * targets * kWidth * 4; }  // (groups, 4, kWidth)
-    __host__ __device__ int parts() const { return rests() + threads / lanes * 4 * kWidth * 4; }  // (threads,) of 16 bytes
-    __host__ __device__ int inner() const { return parts() + threads * 16; }                      // (threads,) of 16 bytes
-    __host__ __device__ int values() const { return inner() + threads * 16; }                     // (bases, kWidth)
-    __host__ __device__ int sources() const { return values() + (bases * kWidth * static_cast<int>(sizeof(T)) + 15) / 16 * 16; }
-    __host__ __device__ int starts() const { return sources() + threads * 8; }  // (bases + 1,)
-    __host__ __device__ int shifts() const { return starts() + (bases + 1) * 4; }
-    __host__ __device__ int bytes() const { return shifts() + bases * 4; }
+    __host__ __device__ Layout(int side, int threads, int lanes) {
+        const int bases = (side + 1) * (side + 1), cells = (side + 2) * (side + 2);
+        sums = 0;  // (bases + groups, 4, kWidth): what the points of a base cell bring to its four neighbours
+        parts = sums + (bases + threads / lanes) * 4 * kWidth * 4;  // (threads,) of 16 bytes
+        inner = parts + threads * 16;                               // the same
+        values = inner + threads * 16;                              // (cells, kWidth)
+        sources = values + (cells * kWidth * static_cast<int>(sizeof(T)) + 15) / 16 * 16;  // (threads,) of 8 bytes
+        starts = sources + threads * 8;                                                     // (bases + 1,)
+        shifts = starts + (bases + 1) * 4;                                                  // (bases,)
+        rows = shifts + bases * 4;                                                          // (bases,)
+        bytes = rows + bases * 4;
+    }
 };
 
 // All gradients: a block has a tile of cells of one head.
 template <typename T, int V, int kLanes, int kRepeat>
-__global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const Maps maps) {
+__global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const Params p, const Maps maps) {
     constexpr int kStep = kLanes * V, kWidth = kStep * kRepeat;
     MFUSER_SHARED(shared);
-    const Shares<T, kWidth> layout(p.cell_tile, blockDim.x, kLanes);
-    float* sums = reinterpret_cast<float*>(shared + layout.sums());
-    float* rests = reinterpret_cast<float*>(shared + layout.rests());
-    float4* parts = reinterpret_cast<float4*>(shared + layout.parts());
-    float4* inner = reinterpret_cast<float4*>(shared + layout.inner());
-    T* values = reinterpret_cast<T*>(shared + layout.values());
-    int2* sources = reinterpret_cast<int2*>(shared + layout.sources());  // of each point: its query and its base cell
-    int* starts = reinterpret_cast<int*>(shared + layout.starts());      // of the base cells' points in the tile's list
-    int* shifts = reinterpret_cast<int*>(shared + layout.shifts());      // from there to the place among the entries
+    const Layout<T, kWidth> layout(p.cell_tile, blockDim.x, kLanes);
+    float* sums = reinterpret_cast<float*>(shared + layout.sums);
+    float4* parts = reinterpret_cast<float4*>(shared + layout.parts);
+    float4* inner = reinterpret_cast<float4*>(shared + layout.inner);
+    T* values = reinterpret_cast<T*>(shared + layout.values);
+    int2* sources = reinterpret_cast<int2*>(shared + layout.sources);  // of each point: its query and its base cell
+    int* starts = reinterpret_cast<int*>(shared + layout.starts);      // of the base cells' points in the tile's list
+    int* shifts = reinterpret_cast<int*>(shared + layout.shifts);      // from there to the place among the entries
+    int* row_of = reinterpret_cast<int*>(shared + layout.rows);        // of a base cell
     const int own = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
     const int here = threadIdx.x - own;
 
@@ -506,7 +507,8 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
     const int height = maps.height[tile.scale], width = maps.width[tile.scale];
     const int rows = min(maps.tile_height[tile.scale], height - tile.row);
     const int columns = min(maps.tile_width[tile.scale], width - tile.column);
-    // base cells are counted from the one before the tile's first, in each direction
+    // base cells are counted from the one before the tile's first, in each direction; so are the cells of `values`, of
+    // which a row has one more: base cell b has its neighbours at b + row_of[b] and 1, pitch + 1 and pitch + 2 from there
     const int pitch = columns + 1, bases = (rows + 1) * pitch, targets = rows * columns;
     {
         // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
@@ -514,12 +516,14 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
         for (int i = threadIdx.x; i <= bases; i += blockDim.x) {
             const int row = i / pitch;
             int before = 0;
+#pragma unroll 4
             for (int r = 0; r < row; ++r) {
                 const int* run = all + (tile.row + r) * (width + 1) + tile.column;
                 before += run[pitch] - run[0];
             }
             if (i < bases) {
                 const int* run = all + (tile.row + row) * (width + 1) + tile.column;
+                row_of[i] = row;
                 shifts[i] = run[0] - before;
                 before += run[i % pitch] - run[0];
             }
@@ -538,9 +542,11 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
     using Piece = Pack<T, V>;
 
     for (int start = 0; start < p.dim; start += kWidth) {
-        for (int i = threadIdx.x; i < bases * kLanes * kRepeat; i += blockDim.x) {
+        for (int i = threadIdx.x; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += blockDim.x) {
             const int cell = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
-            const int row = min(tile.row + cell / pitch, height - 1), column = min(tile.column + cell % pitch, width - 1);
+            // a neighbour off the map has some cell of the map instead
+            const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
+            const int column = min(max(tile.column - 1 + cell % (columns + 2), 0), width - 1);
             Piece piece;
 #pragma unroll
             for (int v = 0; v < V; ++v) piece.x[v] = from_float<T>(0.0f);
@@ -562,31 +568,28 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
         }
         float sum[4][kRepeat][V] = {}, corner[4][kRepeat][V] = {};
         int base = -1;  // that of these sums
-        // A base cell's points are the work of one group or of several in a row: the first one's sums go to `sums`, those
-        // of the others to `rests`.
+        // A base cell's points are the work of one group or of several in a row; all but the first have a place of their own.
         const auto flush = [&] {
-            const bool rest = starts[base] < begin;
-            const int row = base / pitch, column = base % pitch;
+            float* to = sums + (starts[base] < begin ? bases + group : base) * (4 * kWidth) + own * V;
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                const int to_row = row - 1 + c / 2, to_column = column - 1 + c % 2;
-                const bool inside = to_row >= 0 && to_row < rows && to_column >= 0 && to_column < columns;
-                float* to = rest ? rests + (group * 4 + c) * kWidth : sums + (c * targets + to_row * columns + to_column) * kWidth;
 #pragma unroll
                 for (int r = 0; r < kRepeat; ++r) {
-                    if (rest || inside) store<V, float>(to + r * kStep + own * V, sum[c][r]);
+                    store<V, float>(to + c * kWidth + r * kStep, sum[c][r]);
 #pragma unroll
                     for (int v = 0; v < V; ++v) sum[c][r][v] = 0.0f;
                 }
             }
         };
         const auto load_corners = [&] {
-            const int row = base / pitch, column = base % pitch;
+            const T* upper = values + (base + row_of[base]) * kWidth + own * V;
+            const T* lower = upper + (columns + 2) * kWidth;
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                const int cell = max(row - 1 + c / 2, 0) * pitch + max(column - 1 + c % 2, 0);
 #pragma unroll
-                for (int r = 0; r < kRepeat; ++r) load<V, T>(values + cell * kWidth + r * kStep + own * V, corner[c][r]);
+                for (int r = 0; r < kRepeat; ++r) {
+                    load<V, T>((c < 2 ? upper : lower) + c % 2 * kWidth + r * kStep, corner[c][r]);
+                }
             }
         };
 
@@ -650,7 +653,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
                 }
             }
             __syncwarp();
-            const int row = at / pitch, column = at % pitch;
+            const int row = row_of[at], column = at - row * pitch;
             // points of the base cells before the tile are the work of the tile that these are in, if there is one
             if (i < end && (row > 0 || tile.row == 0) && (column > 0 || tile.column == 0)) {
                 const bool top = tile.row + row > 0, bottom = tile.row + row < height;
@@ -693,8 +696,9 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const M
             for (int c = 0; c < 4; ++c) {
                 const int base = (row + 1 - c / 2) * pitch + column + 1 - c % 2, first = starts[base], past = starts[base + 1];
                 if (first == past) continue;
-                add(sums + (c * targets + target) * kWidth);
-                for (int g = first / share + 1; g * share < past; ++g) add(rests + (g * 4 + c) * kWidth);
+                add(sums + (base * 4 + c) * kWidth);
+#pragma unroll 1
+                for (int g = first / share + 1; g * share < past; ++g) add(sums + ((bases + g) * 4 + c) * kWidth);
             }
             const long long cell = maps.cell[tile.scale] + (tile.row + row) * width + tile.column + column;
             store<V, T>(dvalue + cell * p.dvalue_stride[1] + start + offset, total);
@@ -770,10 +774,11 @@ cudaError_t sort(const Params& p, void* stream) {
 template <typename T, int V, int kLanes, int kRepeat>
 cudaError_t launch_backward(const Params& p, void* stream) {
     const Maps maps = describe(p, p.cell_tile, true);
-    const Shares<T, kLanes * V * kRepeat> layout(p.cell_tile, p.gather_threads, kLanes);
+    const Layout<T, kLanes * V * kRepeat> layout(p.cell_tile, p.gather_threads, kLanes);
+    if (p.gather_threads > gather_threads(V * kRepeat)) return cudaErrorInvalidValue;
     const unsigned grid = static_cast<unsigned>(static_cast<long long>(p.batch) * p.heads * maps.tile[p.scales]);
-    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes()), stream,
-                         p, maps);
+    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream, p,
+                         maps);
 }
 
 template <typename T>
@@ -805,7 +810,7 @@ cudaError_t choose(const Params& p, bool forward, void* stream) {
 }
 
 cudaError_t run(const Params& p, bool forward, void* stream) {
-    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads || p.gather_threads > kGatherThreads ||
+    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads ||
         p.sort_threads > kSortThreads || p.window < 1) {
         return cudaErrorInvalidValue;
     }

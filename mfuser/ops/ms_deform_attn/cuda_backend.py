@@ -15,9 +15,9 @@ _MAX_SEGMENT = 65535
 # What may be tuned, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
 # blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long.
 _TUNING = {
-    4: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 256, "gather_channels": 4,
+    4: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
         "cell_tile": 8, "sort_threads": 256, "window": 6144},
-    2: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 256, "gather_channels": 4,
+    2: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
         "cell_tile": 8, "sort_threads": 256, "window": 6144},
 }  # fmt: skip
 # Points of a scale that a block sorts, unless they were more segments than that: a segment has counters of its own.
