@@ -108,6 +108,33 @@ __device__ __forceinline__ float read(const void* from, long long index, int typ
     return static_cast<const float*>(from)[index];
 }
 
+struct Point {
+    float x, y, weight;
+};
+
+// Those of the indices that are not -1; the others come to lie outside. One branch for the usual types, so that all loads
+// are under way together.
+template <int N>
+__device__ __forceinline__ void read_points(const Params& p, const long long (&index)[N], Point (&point)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) point[k] = {-9.0f, -9.0f, 0.0f};
+    if (p.location_type == kFloat32 && p.weight_type == kFloat32) {
+        const float* locations = static_cast<const float*>(p.locations);
+        const float* weights = static_cast<const float*>(p.weights);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            if (index[k] >= 0) point[k] = {locations[2 * index[k]], locations[2 * index[k] + 1], weights[index[k]]};
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            if (index[k] < 0) continue;
+            point[k] = {read(p.locations, 2 * index[k], p.location_type), read(p.locations, 2 * index[k] + 1, p.location_type),
+                        read(p.weights, index[k], p.weight_type)};
+        }
+    }
+}
+
 // Where a point falls: its base cell, -1 being the border before the first, and the way on to the next cell, 0..1.
 struct Place {
     int row, column;
@@ -115,9 +142,9 @@ struct Place {
     bool inside;  // some neighbour is in the map
 };
 
-__device__ __forceinline__ Place place(const Params& p, long long point, int height, int width) {
-    const float x = fmaf(read(p.locations, 2 * point, p.location_type), static_cast<float>(width), -0.5f);
-    const float y = fmaf(read(p.locations, 2 * point + 1, p.location_type), static_cast<float>(height), -0.5f);
+__device__ __forceinline__ Place place(const Point& point, int height, int width) {
+    const float x = fmaf(point.x, static_cast<float>(width), -0.5f);
+    const float y = fmaf(point.y, static_cast<float>(height), -0.5f);
     // false for what is not a number
     if (!(x > -1.0f && x < static_cast<float>(width) && y > -1.0f && y < static_cast<float>(height))) return {0, 0, 0, 0, false};
     const float left = floorf(x), top = floorf(y);
@@ -223,10 +250,12 @@ __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps
                 __syncwarp();
                 for (int j = walk.own; j < count; j += kLanes) {
                     const int scale = scale_of(maps, first + j), height = maps.height[scale], width = maps.width[scale];
-                    const long long point = row * total + first + j;
-                    const Place at = place(p, point, height, width);
+                    const long long index[1] = {row * total + first + j};
+                    Point point[1];
+                    read_points(p, index, point);
+                    const Place at = place(point[0], height, width);
                     const Corners corner = corners(at, maps.cell[scale], height, width);
-                    const float4 share = shares(at, read(p.weights, point, p.weight_type));
+                    const float4 share = shares(at, point[0].weight);
                     cells[j] = corner.cells;
                     parts[j] = make_float4(corner.on[0] ? share.x : 0.0f, corner.on[1] ? share.y : 0.0f,
                                            corner.on[2] ? share.z : 0.0f, corner.on[3] ? share.w : 0.0f);
@@ -299,8 +328,8 @@ struct Segment {
         counts = p.counts + (image_head * p.segments + segment) * maps.bin[p.scales] + maps.bin[scale] + first_bin;
     }
 
-    // of the i-th point, or -1 where there is none
-    __device__ __forceinline__ long long index(const Params& p, int i) const {
+    // of the i-th point, or -1 where there is none or `end` is reached
+    __device__ __forceinline__ long long index(const Params& p, int i, int end) const {
         const int query = i >> p.point_bits, point = i & ((1 << p.point_bits) - 1);
         if (i >= end || point >= p.points) return -1;
         return (((image * p.queries + query) * p.heads + head) * p.scales + scale) * p.points + point;
@@ -321,15 +350,15 @@ __global__ void __launch_bounds__(kSortThreads) count(const Params p, const Maps
     for (int i = threadIdx.x; i < segment.bins; i += blockDim.x) counters[i] = 0;
     __syncthreads();
     for (int i = segment.begin + threadIdx.x; i < segment.end; i += blockDim.x * kAhead) {
-        int bin[kAhead];
+        long long index[kAhead];
+        Point point[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + k * static_cast<int>(blockDim.x), segment.end);
+        read_points(p, index, point);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-            const long long index = segment.index(p, i + k * static_cast<int>(blockDim.x));
-            bin[k] = index < 0 ? -1 : segment.bin(place(p, index, segment.height, segment.width));
-        }
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            if (bin[k] >= 0) atomicAdd(&counters[bin[k]], 1);
+            const int bin = segment.bin(place(point[k], segment.height, segment.width));
+            if (bin >= 0) atomicAdd(&counters[bin], 1);
         }
     }
     __syncthreads();
@@ -348,6 +377,7 @@ __device__ __forceinline__ int sum_upto(int x, int lane) {
 
 // Counts become places: bin by bin, and segment by segment within a bin. A block has one (image, head, scale).
 __global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps maps) {
+    constexpr int kLoads = 8;
     __shared__ int totals[kScanAhead][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = blockDim.x;
     const int scale = blockIdx.x % p.scales, bins = (maps.height[scale] + 1) * (maps.width[scale] + 1);
@@ -359,6 +389,7 @@ __global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps 
         int sum[kScanAhead], upto[kScanAhead];
 #pragma unroll
         for (int k = 0; k < kScanAhead; ++k) sum[k] = 0;
+#pragma unroll 4
         for (int s = 0; s < p.segments; ++s) {
 #pragma unroll
             for (int k = 0; k < kScanAhead; ++k) {
@@ -379,11 +410,15 @@ __global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps 
             carry += __shfl_sync(kAll, total, 31);
             const int bin = first + k * step;
             if (bin <= bins) starts[bin] = start;
-            if (bin < bins) {
-                for (int s = 0; s < p.segments; ++s) {
-                    const int count = counts[s * pitch + bin];
-                    counts[s * pitch + bin] = start;
-                    start += count;
+            if (bin >= bins) continue;
+            for (int s = 0; s < p.segments; s += kLoads) {
+                int count[kLoads];
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) count[i] = s + i < p.segments ? counts[(s + i) * pitch + bin] : 0;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) {
+                    if (s + i < p.segments) counts[(s + i) * pitch + bin] = start;
+                    start += count[i];
                 }
             }
         }
@@ -407,15 +442,15 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
     for (int i = lane; i < words; i += 32) mine[i] = 0;
     __syncwarp();
     for (int i = begin + lane; i < end; i += 32 * kAhead) {
-        int bin[kAhead];
+        long long index[kAhead];
+        Point point[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
+        read_points(p, index, point);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-            const long long index = i + 32 * k < end ? segment.index(p, i + 32 * k) : -1;
-            bin[k] = index < 0 ? -1 : segment.bin(place(p, index, segment.height, segment.width));
-        }
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            if (bin[k] >= 0) atomicAdd(&mine[bin[k] / 2], 1u << 16 * (bin[k] % 2));
+            const int bin = segment.bin(place(point[k], segment.height, segment.width));
+            if (bin >= 0) atomicAdd(&mine[bin / 2], 1u << 16 * (bin % 2));
         }
     }
     __syncthreads();
@@ -434,19 +469,23 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
     const long long list = (segment.image * p.heads + segment.head) * p.scales + segment.scale;
     Entry* entries = static_cast<Entry*>(p.entries) + (list * p.queries << p.point_bits);
     for (int i = begin + lane; i - lane < end; i += 32 * kAhead) {
+        long long index[kAhead];
+        Point point[kAhead];
         Entry entry[kAhead];
         int bin[kAhead], start[kAhead];
         unsigned same[kAhead];
 #pragma unroll
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
+        read_points(p, index, point);
+#pragma unroll
         for (int k = 0; k < kAhead; ++k) {
-            const long long index = i + 32 * k < end ? segment.index(p, i + 32 * k) : -1;
-            Place at = {0, 0, 0, 0, false};
-            if (index >= 0) at = place(p, index, segment.height, segment.width);
-            entry[k] = {i + 32 * k, at.y, at.x, at.inside ? read(p.weights, index, p.weight_type) : 0.0f};
+            const Place at = place(point[k], segment.height, segment.width);
+            entry[k] = {i + 32 * k, at.y, at.x, point[k].weight};
             bin[k] = segment.bin(at);
             start[k] = bin[k] >= 0 ? segment.counts[bin[k]] : 0;
-            if (index >= 0 && !at.inside && blockIdx.y == 0) {
-                p.dweights[index] = p.dlocations[2 * index] = p.dlocations[2 * index + 1] = 0.0f;
+            // no block of `gather` meets it
+            if (index[k] >= 0 && !at.inside && blockIdx.y == 0) {
+                p.dweights[index[k]] = p.dlocations[2 * index[k]] = p.dlocations[2 * index[k] + 1] = 0.0f;
             }
         }
 #pragma unroll
@@ -456,7 +495,8 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
             const int earlier = __popc(same[k] & ((1u << lane) - 1));
             const int rank = bin[k] >= 0 ? mine[bin[k] / 2] >> 16 * (bin[k] % 2) & 0xFFFF : 0;
             __syncwarp();
-            if (bin[k] >= 0 && earlier == 0) atomicAdd(&mine[bin[k] / 2], static_cast<unsigned>(__popc(same[k])) << 16 * (bin[k] % 2));
+            const unsigned peers = __popc(same[k]);
+            if (bin[k] >= 0 && earlier == 0) atomicAdd(&mine[bin[k] / 2], peers << 16 * (bin[k] % 2));
             __syncwarp();
             if (bin[k] >= 0) entries[start[k] + rank + earlier] = entry[k];
         }
@@ -653,11 +693,11 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                 }
             }
             __syncwarp();
-            const int row = row_of[at], column = at - row * pitch;
+            const int down = row_of[at], along = at - down * pitch;
             // points of the base cells before the tile are the work of the tile that these are in, if there is one
-            if (i < end && (row > 0 || tile.row == 0) && (column > 0 || tile.column == 0)) {
-                const bool top = tile.row + row > 0, bottom = tile.row + row < height;
-                const bool left = tile.column + column > 0, right = tile.column + column < width;
+            if (i < end && (down > 0 || tile.row == 0) && (along > 0 || tile.column == 0)) {
+                const bool top = tile.row + down > 0, bottom = tile.row + down < height;
+                const bool left = tile.column + along > 0, right = tile.column + along < width;
                 const float4 product = inner[threadIdx.x];
                 const float upper_left = top && left ? product.x : 0.0f, upper_right = top && right ? product.y : 0.0f;
                 const float lower_left = bottom && left ? product.z : 0.0f, lower_right = bottom && right ? product.w : 0.0f;
@@ -665,7 +705,8 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                 const float lower = fmaf(entry.x, lower_right - lower_left, lower_left);
                 const float across = (1.0f - entry.y) * (upper_right - upper_left) + entry.y * (lower_right - lower_left);
                 const int query = entry.source >> p.point_bits, point = entry.source & ((1 << p.point_bits) - 1);
-                const long long index = (((image * p.queries + query) * p.heads + head) * p.scales + tile.scale) * p.points + point;
+                const long long row = (image * p.queries + query) * p.heads + head;
+                const long long index = (row * p.scales + tile.scale) * p.points + point;
                 float dweight = (1.0f - entry.y) * upper + entry.y * lower;
                 float2 dlocation = make_float2(entry.weight * static_cast<float>(width) * across,
                                                entry.weight * static_cast<float>(height) * (lower - upper));
