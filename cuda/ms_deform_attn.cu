@@ -506,14 +506,15 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
 // The shared memory of `gather`, in bytes from its first on; `side` is that of the largest tile.
 template <typename T, int kWidth>
 struct Layout {
-    int sums, parts, inner, values, sources, starts, shifts, rows, bytes;
+    int sums, parts, inner, entries, values, sources, starts, shifts, rows, bytes;
 
     __host__ __device__ Layout(int side, int threads, int lanes) {
         const int bases = (side + 1) * (side + 1), cells = (side + 2) * (side + 2);
         sums = 0;  // (bases + groups, 4, kWidth): what the points of a base cell bring to its four neighbours
         parts = sums + (bases + threads / lanes) * 4 * kWidth * 4;  // (threads,) of 16 bytes
         inner = parts + threads * 16;                               // the same
-        values = inner + threads * 16;                              // (cells, kWidth)
+        entries = inner + threads * 16;                             // the same
+        values = entries + threads * 16;                            // (cells, kWidth)
         sources = values + (cells * kWidth * static_cast<int>(sizeof(T)) + 15) / 16 * 16;  // (threads,) of 8 bytes
         starts = sources + threads * 8;                                                     // (bases + 1,)
         shifts = starts + (bases + 1) * 4;                                                  // (bases,)
@@ -531,6 +532,7 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
     float* sums = reinterpret_cast<float*>(shared + layout.sums);
     float4* parts = reinterpret_cast<float4*>(shared + layout.parts);
     float4* inner = reinterpret_cast<float4*>(shared + layout.inner);
+    Entry* kept = reinterpret_cast<Entry*>(shared + layout.entries);  // for later: registers are scarce
     T* values = reinterpret_cast<T*>(shared + layout.values);
     int2* sources = reinterpret_cast<int2*>(shared + layout.sources);  // of each point: its query and its base cell
     int* starts = reinterpret_cast<int*>(shared + layout.starts);      // of the base cells' points in the tile's list
@@ -550,39 +552,10 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
     // base cells are counted from the one before the tile's first, in each direction; so are the cells of `values`, of
     // which a row has one more: base cell b has its neighbours at b + row_of[b] and 1, pitch + 1 and pitch + 2 from there
     const int pitch = columns + 1, bases = (rows + 1) * pitch, targets = rows * columns;
-    {
-        // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
-        const int* all = p.starts + image_head * maps.bin[p.scales] + maps.bin[tile.scale];
-        for (int i = threadIdx.x; i <= bases; i += blockDim.x) {
-            const int row = i / pitch;
-            int before = 0;
-#pragma unroll 4
-            for (int r = 0; r < row; ++r) {
-                const int* run = all + (tile.row + r) * (width + 1) + tile.column;
-                before += run[pitch] - run[0];
-            }
-            if (i < bases) {
-                const int* run = all + (tile.row + row) * (width + 1) + tile.column;
-                row_of[i] = row;
-                shifts[i] = run[0] - before;
-                before += run[i % pitch] - run[0];
-            }
-            starts[i] = before;
-        }
-    }
-    __syncthreads();
-    const int points = starts[bases], share = (points + groups - 1) / groups;
-    const int begin = min(group * share, points), end = min(begin + share, points);
-    const Entry* entries =
-        static_cast<const Entry*>(p.entries) + ((image_head * p.scales + tile.scale) * p.queries << p.point_bits);
-    const unsigned row_bytes = static_cast<unsigned>(p.heads) * p.dim * static_cast<unsigned>(sizeof(T));
-    const T* dout = static_cast<const T*>(p.dout) + (image * p.queries * p.heads + head) * p.dim;
     const T* value = static_cast<const T*>(p.value) + image * p.value_stride[0] + head * p.value_stride[2];
-    T* dvalue = static_cast<T*>(p.dvalue) + image * p.dvalue_stride[0] + head * p.dvalue_stride[2];
     using Piece = Pack<T, V>;
-
-    for (int start = 0; start < p.dim; start += kWidth) {
-        for (int i = threadIdx.x; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += blockDim.x) {
+    const auto load_values = [&](int start, int first, int step) {
+        for (int i = first; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += step) {
             const int cell = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
             // a neighbour off the map has some cell of the map instead
             const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
@@ -596,7 +569,48 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             }
             *reinterpret_cast<Piece*>(values + cell * kWidth + offset) = piece;
         }
-        __syncthreads();
+    };
+
+    // While the first warps find the points, the others bring the values.
+    const int finders = blockDim.x > 128 ? 96 : blockDim.x > 32 ? 32 : 0, thread = threadIdx.x;
+    if (thread >= finders) load_values(0, thread - finders, blockDim.x - finders);
+    if (thread < finders || finders == 0) {
+        // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
+        constexpr int kLoads = 8;
+        const int* all = p.starts + image_head * maps.bin[p.scales] + maps.bin[tile.scale];
+        for (int i = thread; i <= bases; i += finders ? finders : blockDim.x) {
+            const int row = i / pitch;
+            int before = 0;
+            for (int r = 0; r < row; r += kLoads) {
+#pragma unroll
+                for (int k = 0; k < kLoads; ++k) {
+                    const int* run = all + (tile.row + r + k) * (width + 1) + tile.column;
+                    if (r + k < row) before += run[pitch] - run[0];
+                }
+            }
+            if (i < bases) {
+                const int* run = all + (tile.row + row) * (width + 1) + tile.column;
+                row_of[i] = row;
+                shifts[i] = run[0] - before;
+                before += run[i - row * pitch] - run[0];
+            }
+            starts[i] = before;
+        }
+    }
+    __syncthreads();
+    const int points = starts[bases], share = (points + groups - 1) / groups;
+    const int begin = min(group * share, points), end = min(begin + share, points);
+    const Entry* entries =
+        static_cast<const Entry*>(p.entries) + ((image_head * p.scales + tile.scale) * p.queries << p.point_bits);
+    const unsigned row_bytes = static_cast<unsigned>(p.heads) * p.dim * static_cast<unsigned>(sizeof(T));
+    const T* dout = static_cast<const T*>(p.dout) + (image * p.queries * p.heads + head) * p.dim;
+    T* dvalue = static_cast<T*>(p.dvalue) + image * p.dvalue_stride[0] + head * p.dvalue_stride[2];
+
+    for (int start = 0; start < p.dim; start += kWidth) {
+        if (start > 0) {
+            load_values(start, threadIdx.x, blockDim.x);
+            __syncthreads();
+        }
 
         const char* dout_rows[kRepeat];
         bool real[kRepeat];  // channels
@@ -633,21 +647,25 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             }
         };
 
-        int at = 0;  // the base cell of the lane's own point
+        int at = 0;  // the base cell of the lane's next point
         for (int past = bases; past - at > 1;) {
             const int middle = (at + past) / 2;
             (starts[middle] <= begin ? at : past) = middle;
         }
+        Entry next = {0, 0.0f, 0.0f, 0.0f};
+        const auto look_ahead = [&](int i) {
+            if (i >= end) return;
+            while (starts[at + 1] <= i) ++at;
+            next = entries[shifts[at] + i];
+        };
+        look_ahead(begin + own);
         for (int done = 0; done < share; done += kLanes) {
-            const int i = begin + done + own, count = end - begin - done;
-            Entry entry = {0, 0.0f, 0.0f, 0.0f};
-            if (i < end) {
-                while (starts[at + 1] <= i) ++at;
-                entry = entries[shifts[at] + i];
-            }
+            const int count = end - begin - done;
             __syncwarp();
-            parts[threadIdx.x] = shares({0, 0, entry.y, entry.x, true}, entry.weight);
-            sources[threadIdx.x] = make_int2(entry.source >> p.point_bits, at);
+            parts[threadIdx.x] = shares({0, 0, next.y, next.x, true}, next.weight);
+            sources[threadIdx.x] = make_int2(next.source >> p.point_bits, at);
+            kept[threadIdx.x] = next;
+            look_ahead(begin + done + kLanes + own);
             __syncwarp();
             const int steps = min(kLanes, share - done);
             for (int first = 0; first < steps; first += kBatch) {
@@ -693,9 +711,10 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                 }
             }
             __syncwarp();
-            const int down = row_of[at], along = at - down * pitch;
+            const Entry entry = kept[threadIdx.x];
+            const int at = sources[threadIdx.x].y, down = row_of[at], along = at - down * pitch;
             // points of the base cells before the tile are the work of the tile that these are in, if there is one
-            if (i < end && (down > 0 || tile.row == 0) && (along > 0 || tile.column == 0)) {
+            if (own < count && (down > 0 || tile.row == 0) && (along > 0 || tile.column == 0)) {
                 const bool top = tile.row + down > 0, bottom = tile.row + down < height;
                 const bool left = tile.column + along > 0, right = tile.column + along < width;
                 const float4 product = inner[threadIdx.x];
