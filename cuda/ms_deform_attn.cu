@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int kMaxScales = 32;
-constexpr int kChunk = 8;  // points of a query that wait in shared memory at a time
+constexpr int kChunk = 16;  // points of a query that wait in shared memory at a time
 constexpr int kMaxThreads = 1024, kSortThreads = 512, kScanThreads = 1024;
 constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
 constexpr int kAhead = 4;      // points that a thread of `count` and `scatter` places at a time
@@ -224,6 +224,7 @@ __device__ __forceinline__ int scale_of(const Maps& maps, int point) {
 template <typename T, int V, int kLanes, int kRepeat>
 __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps maps) {
     constexpr int kGroups = 32 / kLanes, kStep = kLanes * V, kWidth = kStep * kRepeat;
+    constexpr int kOwn = kLanes < kChunk ? kChunk / kLanes : 1;  // points that a lane places
     MFUSER_SHARED(shared);
     const Walk<kLanes> walk(p, maps);
     int4* cells = reinterpret_cast<int4*>(shared) + (walk.warp * kGroups + walk.group) * pitch(p);
@@ -248,14 +249,22 @@ __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps
             for (int first = 0; first < total; first += kChunk) {
                 const int count = min(kChunk, total - first);
                 __syncwarp();
-                for (int j = walk.own; j < count; j += kLanes) {
+                long long index[kOwn];
+                Point point[kOwn];
+#pragma unroll
+                for (int k = 0; k < kOwn; ++k) {
+                    const int j = walk.own + k * kLanes;
+                    index[k] = j < count ? row * total + first + j : -1;
+                }
+                read_points(p, index, point);
+#pragma unroll
+                for (int k = 0; k < kOwn; ++k) {
+                    const int j = walk.own + k * kLanes;
+                    if (j >= count) break;
                     const int scale = scale_of(maps, first + j), height = maps.height[scale], width = maps.width[scale];
-                    const long long index[1] = {row * total + first + j};
-                    Point point[1];
-                    read_points(p, index, point);
-                    const Place at = place(point[0], height, width);
+                    const Place at = place(point[k], height, width);
                     const Corners corner = corners(at, maps.cell[scale], height, width);
-                    const float4 share = shares(at, point[0].weight);
+                    const float4 share = shares(at, point[k].weight);
                     cells[j] = corner.cells;
                     parts[j] = make_float4(corner.on[0] ? share.x : 0.0f, corner.on[1] ? share.y : 0.0f,
                                            corner.on[2] ? share.z : 0.0f, corner.on[3] ? share.w : 0.0f);
