@@ -245,7 +245,7 @@ def test_tuning_does_not_change_the_results_of_triton(backend, monkeypatch):
     maps = [(1, 2), (3, 4)]
     given = inputs(1, 14, 1, 4, 2, maps, dtype=torch.float32, backend=backend)
     expected = run(attend(backend, maps), given)
-    for name, setting in {"_TILE": 16, "_CELLS": 2, "_ENTRIES": 2, "_STEPS": 64, "_BLOCK": 64}.items():
+    for name, setting in {"_TILE": 16, "_CELLS": 2, "_ENTRIES": 2, "_SUMS": 8, "_BLOCK": 64}.items():
         monkeypatch.setattr(module, name, setting)
     for a, e in zip(run(attend(backend, maps), given), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
@@ -380,7 +380,7 @@ def test_triton_compiles_for_a_gpu(dtype, tmp_path):
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_probe", "_collect", "_gather"}
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_bins", "_collect", "_gather", "_add"}
 
 
 def check_golden(backend: str) -> None:
