@@ -22,9 +22,8 @@ from mfuser.ops.dispatch import mismatch
 # what may be tuned
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
-_CELLS = 16  # base cells of a program
-_ENTRIES = 8  # points of each that it has at a time, for 32 channels
-_CELLS_WARPS = {4: 4, 2: 2}  # by bytes of a channel
+# of `_gather`, by bytes of a channel: base cells of a program, and points of each that it has at a time, for 32 channels
+_GATHER = {4: {"cells": 4, "entries": 8, "warps": 1}, 2: {"cells": 8, "entries": 4, "warps": 1}}
 _SUMS = 2048  # elements of the (cells, channels) tile of `_add`
 _BLOCK = 256
 
@@ -72,9 +71,10 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
     places = torch.empty(3, count, dtype=torch.float32, device=value.device)
     sums = torch.empty(4, images_heads, bins, dim, dtype=torch.float32, device=value.device)
     block_dim = triton.next_power_of_2(dim)
-    entries = max(_ENTRIES * 32 // max(block_dim, 32), 1)
+    tuned = _GATHER[value.element_size()]
+    entries = max(tuned["entries"] * 32 // max(block_dim, 32), 1)
     cells_per_sum = max(_SUMS // block_dim, 1)
-    blocks = sum(triton.cdiv((height + 1) * (width + 1), _CELLS) for height, width in maps)
+    blocks = sum(triton.cdiv((height + 1) * (width + 1), tuned["cells"]) for height, width in maps)
     with _device_of(value):
         _bins[(triton.cdiv(count, _BLOCK),)](
             locations, dlocations, dweights, keys, tuple(shapes), count, queries, heads, bins, S=scales, P=points, BLOCK=_BLOCK
@@ -87,8 +87,7 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
         _gather[(blocks * images_heads,)](
             dout, value, sources, places, ends, sums, dlocations, dweights, tuple(shapes), count, blocks, bins, queries, heads,
             *value.stride()[:3],
-            S=scales, P=points, D=dim, BLOCK_D=block_dim, CELLS=_CELLS, ENTRIES=entries,
-            num_warps=_CELLS_WARPS[value.element_size()],
+            S=scales, P=points, D=dim, BLOCK_D=block_dim, CELLS=tuned["cells"], ENTRIES=entries, num_warps=tuned["warps"],
         )  # fmt: skip
         add_blocks = triton.cdiv(value.shape[1], cells_per_sum)
         _add[(add_blocks * images_heads,)](
