@@ -15,6 +15,7 @@
 //
 // Locations are placed in fp32 whatever their type is; all sums are fp32.
 #include <climits>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -83,10 +84,25 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 template <int V, typename T>
+__device__ __forceinline__ void widen(const Pack<T, V>& pack, float (&x)[V]) {
+    if constexpr (std::is_same_v<T, bf16> && V % 2 == 0) {
+        // bf16 is the upper half of fp32: one instruction each, for which two must come as one word
+        const union {
+            Pack<T, V> pack;
+            unsigned words[V / 2];
+        } same{pack};
+#pragma unroll
+        for (int i = 0; i < V; ++i) x[i] = __uint_as_float(i % 2 ? same.words[i / 2] & 0xFFFF0000u : same.words[i / 2] << 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) x[i] = to_float(pack.x[i]);
+    }
+}
+
+template <int V, typename T>
 __device__ __forceinline__ void load(const void* from, float (&x)[V]) {
     const Pack<T, V> pack = *static_cast<const Pack<T, V>*>(from);
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = to_float(pack.x[i]);
+    widen(pack, x);
 }
 
 // One multiply-add of 32 to 64 bits: rows are less than 4 GB apart.
@@ -569,9 +585,7 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             // a neighbour off the map has some cell of the map instead
             const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
             const int column = min(max(tile.column - 1 + cell % (columns + 2), 0), width - 1);
-            Piece piece;
-#pragma unroll
-            for (int v = 0; v < V; ++v) piece.x[v] = from_float<T>(0.0f);
+            Piece piece{};
             if (start + offset < p.dim) {
                 const long long at = maps.cell[tile.scale] + row * width + column;
                 piece = *reinterpret_cast<const Piece*>(value + at * p.value_stride[1] + start + offset);
@@ -677,42 +691,44 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             look_ahead(begin + done + kLanes + own);
             __syncwarp();
             const int steps = min(kLanes, share - done);
+            const int live = real[0] ? count : 0;
             for (int first = 0; first < steps; first += kBatch) {
                 Piece pieces[kBatch][kRepeat];
                 int2 source[kBatch];
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
+                    // behind the group's last point there is some point from before, whose row is not used
                     source[k] = sources[here + first + k];
 #pragma unroll
                     for (int r = 0; r < kRepeat; ++r) {
-#pragma unroll
-                        for (int v = 0; v < V; ++v) pieces[k][r].x[v] = from_float<T>(0.0f);
-                        if (first + k < count && real[r]) {
-                            pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], source[k].x, row_bytes));
-                        }
+                        pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], source[k].x, row_bytes));
                     }
                 }
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
                     if (first + k >= steps) break;
-                    if (first + k < count && source[k].y != base) {
-                        if (base >= 0) flush();
-                        base = source[k].y;
-                        load_corners();
-                    }
-                    const float4 part = parts[here + first + k];
                     float product[4] = {};
+                    if (first + k < live) {
+                        if (source[k].y != base) {
+                            if (base >= 0) flush();
+                            base = source[k].y;
+                            load_corners();
+                        }
+                        const float4 part = parts[here + first + k];
 #pragma unroll
-                    for (int r = 0; r < kRepeat; ++r) {
+                        for (int r = 0; r < kRepeat; ++r) {
+                            if (r > 0 && !real[r]) break;
+                            float x[V];
+                            widen(pieces[k][r], x);
 #pragma unroll
-                        for (int v = 0; v < V; ++v) {
-                            const float x = to_float(pieces[k][r].x[v]);
-                            sum[0][r][v] = fmaf(part.x, x, sum[0][r][v]);
-                            sum[1][r][v] = fmaf(part.y, x, sum[1][r][v]);
-                            sum[2][r][v] = fmaf(part.z, x, sum[2][r][v]);
-                            sum[3][r][v] = fmaf(part.w, x, sum[3][r][v]);
+                            for (int v = 0; v < V; ++v) {
+                                sum[0][r][v] = fmaf(part.x, x[v], sum[0][r][v]);
+                                sum[1][r][v] = fmaf(part.y, x[v], sum[1][r][v]);
+                                sum[2][r][v] = fmaf(part.z, x[v], sum[2][r][v]);
+                                sum[3][r][v] = fmaf(part.w, x[v], sum[3][r][v]);
 #pragma unroll
-                            for (int c = 0; c < 4; ++c) product[c] = fmaf(corner[c][r][v], x, product[c]);
+                                for (int c = 0; c < 4; ++c) product[c] = fmaf(corner[c][r][v], x[v], product[c]);
+                            }
                         }
                     }
                     const float total = sum_each<kLanes>(product, own);
