@@ -25,7 +25,7 @@ constexpr int kMaxScales = 32;
 constexpr int kChunk = 16;  // points of a query that wait in shared memory at a time
 constexpr int kMaxThreads = 1024, kSortThreads = 512, kScanThreads = 1024;
 constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
-constexpr int kAhead = 4;      // points that a thread of `count` and `scatter` places at a time
+constexpr int kAhead = 8;      // points that a thread of `count` and `scatter` places at a time
 constexpr int kScanAhead = 6;  // bins of a thread of `scan` at a time
 constexpr int kBatch = 4;      // rows under way in a lane of `gather`
 constexpr int kMaxSegment = 65535;  // counts of a segment have 16 bits
@@ -451,6 +451,9 @@ __global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps 
     }
 }
 
+// Two counters of 16 bits each; a multiple of 16 bytes.
+__host__ __device__ __forceinline__ int counter_words(int bins) { return (bins + 7) / 8 * 4; }
+
 // Write the points in the order of the bins; those of one bin keep their order. Every warp has a run of the segment and
 // counters of its own, so that a point's rank in its bin follows from the warps before and from the lanes before in its own.
 __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Maps maps) {
@@ -458,13 +461,13 @@ __global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Ma
     const Segment segment(p, maps);
     if (segment.bins <= 0) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int words = (segment.bins + 1) / 2;  // two counters of 16 bits each
+    const int words = counter_words(segment.bins);
     unsigned* counters = reinterpret_cast<unsigned*>(shared);  // (warps, words)
     unsigned* mine = counters + warp * words;
     const int run = (segment.end - segment.begin + 32 * warps - 1) / (32 * warps) * 32;
     const int begin = min(segment.begin + run * warp, segment.end), end = min(begin + run, segment.end);
 
-    for (int i = lane; i < words; i += 32) mine[i] = 0;
+    for (int i = lane; i < words / 4; i += 32) reinterpret_cast<uint4*>(mine)[i] = make_uint4(0, 0, 0, 0);
     __syncwarp();
     for (int i = begin + lane; i < end; i += 32 * kAhead) {
         long long index[kAhead];
@@ -852,7 +855,7 @@ cudaError_t sort(const Params& p, void* stream) {
     while (scan_threads < kScanThreads && scan_threads < bins) scan_threads *= 2;
     error = MFUSER_LAUNCH(scan, lists, scan_threads, 0, stream, p, maps);
     if (error != cudaSuccess) return error;
-    const size_t bytes = static_cast<size_t>(p.sort_threads) / 32 * ((window + 1) / 2) * sizeof(unsigned);
+    const size_t bytes = static_cast<size_t>(p.sort_threads) / 32 * counter_words(window) * sizeof(unsigned);
     return MFUSER_LAUNCH(scatter, grid, p.sort_threads, bytes, stream, p, maps);
 }
 

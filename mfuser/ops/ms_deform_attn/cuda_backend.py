@@ -13,7 +13,8 @@ _MAX_SCALES = 32
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_SEGMENT = 65535
 # What may be tuned, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
-# blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long.
+# blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long. No kernel takes more than 99 KB
+# of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
     4: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
         "cell_tile": 8, "sort_threads": 256, "window": 6144},
@@ -21,7 +22,7 @@ _TUNING = {
         "cell_tile": 8, "sort_threads": 256, "window": 6144},
 }  # fmt: skip
 # Points of a scale that a block sorts, unless they were more segments than that: a segment has counters of its own.
-_SEGMENT, _SEGMENTS = 4096, 16
+_SEGMENT, _SEGMENTS = 5632, 16
 
 
 def refuse(*tensors: Tensor) -> str | None:
