@@ -45,8 +45,21 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     if weights.numel() == 0 or out.numel() == 0:
         return out.zero_().flatten(2)
     value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+    batch, queries, heads, scales, points = weights.shape
+    dim = triton.next_power_of_2(value.shape[3])
+    side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
+    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
+    tiled = queries == value.shape[1]
+    if tiled:
+        blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
+    else:
+        blocks = triton.cdiv(queries, side * side)
     with _device_of(value):
-        _launch(_sample, value, shapes, locations, weights, out)
+        _sample[(blocks * batch * heads,)](
+            value, locations, weights, out, tuple(shapes), blocks, queries, heads, *value.stride()[:3],
+            S=scales, P=points, D=value.shape[3], BLOCK_D=dim, SIDE=side, TILED=tiled,
+            num_warps=_TILE_WARPS,
+        )  # fmt: skip
     return out.flatten(2)
 
 
@@ -95,24 +108,6 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
             S=scales, D=dim, BLOCK_D=block_dim, CELLS=cells_per_sum,
         )  # fmt: skip
     return dvalue, dlocations, dweights
-
-
-def _launch(kernel, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Run `_sample`."""
-    batch, queries, heads, scales, points = weights.shape
-    dim = triton.next_power_of_2(value.shape[3])
-    side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
-    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
-    tiled = queries == value.shape[1]
-    if tiled:
-        blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-    else:
-        blocks = triton.cdiv(queries, side * side)
-    kernel[(blocks * batch * heads,)](
-        value, locations, weights, out, tuple(shapes), blocks, queries, heads, *value.stride()[:3],
-        S=scales, P=points, D=value.shape[3], BLOCK_D=dim, SIDE=side, TILED=tiled,
-        num_warps=_TILE_WARPS,
-    )  # fmt: skip
 
 
 def _rows(value: Tensor) -> Tensor:
