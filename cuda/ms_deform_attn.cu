@@ -4,24 +4,31 @@
 // points, leave cells and shares in shared memory, and then walk over the points with a few channels of every row each.
 // The queries of a block are neighbours on their map, so that most rows come from the L1 cache.
 //
-// Backward: (1) the points of each (image, head, scale) are sorted by base cell, the upper left of their four neighbours,
-// with a stable radix sort; (2) the same walk as forward gives the four inner products of each point with dout, and from
-// them the gradients of weights and locations; (3) a block owns a tile of cells: it sums dout over the points of every
-// base cell that reaches into the tile, once per corner, and then adds the four sums that meet in a cell. No atomics on
-// floats: every sum has a fixed order, so the same inputs give the same bits.
+// Backward: (1) the points of each (image, head, scale) are put in the order of their base cells, the upper left of their
+// four neighbours, by a counting sort: `count` counts those of each segment of the queries, `scan` makes places of the
+// counts, and `scatter` writes what step 2 needs of a point, 16 bytes, to its place. (2) In `gather` a block owns a tile of
+// cells and groups of lanes share the points of all base cells that reach into the tile evenly. A group keeps the values of
+// its base cell's four neighbours and the sums of dout over the points, once per neighbour; a row of dout, read once, gives
+// both the gradients of values and, by its inner products with the neighbours, those of the point's weight and location.
+// At last the four sums that meet in a cell are added. No atomics on floats: every sum has a fixed order, so the same
+// inputs give the same bits.
 //
 // Locations are placed in fp32 whatever their type is; all sums are fp32.
 #include <climits>
+#include <type_traits>
 
 #include "device.cuh"
 
 namespace {
 
 constexpr int kMaxScales = 32;
-constexpr int kChunk = 8;  // points of a query that wait in shared memory at a time
-constexpr int kMaxThreads = 1024, kGatherThreads = 256, kSortThreads = 1024;
-constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
-constexpr int kAhead = 8;  // loads under way in a thread of `sort`
+constexpr int kChunk = 16;  // points of a query that wait in shared memory at a time
+constexpr int kMaxThreads = 1024, kSortThreads = 512, kScanThreads = 1024;
+constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
+constexpr int kAhead = 8;      // points that a thread of `count` and `scatter` places at a time
+constexpr int kScanAhead = 6;  // bins of a thread of `scan` at a time
+constexpr int kBatch = 4;      // rows under way in a lane of `gather`
+constexpr int kMaxSegment = 65535;  // counts of a segment have 16 bits
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 enum Type { kFloat32, kBFloat16, kFloat16 };
@@ -37,18 +44,23 @@ struct MsDeformAttnParams {
     void* dvalue;           // (B, cells, M, D), of value's type
     float* dlocations;      // as locations
     float* dweights;        // as weights
-    int* sorted;            // scratch: two times (B, M, S, Q << point_bits) pairs of (base cell, query << point_bits | point)
-    int* starts;            // scratch: (B, M, bins), a scale having (H + 1) * (W + 1) + 1 bins
+    void* entries;          // scratch: (B, M, S, Q << point_bits) of 16 bytes, the points in the order of the base cells
+    int* starts;            // scratch: (B, M, bins), a scale having (H + 1) * (W + 1) + 1 bins: where each one's entries start
+    int* counts;            // scratch: (B, M, segments, bins): how many a segment of the queries has, then where they start
     long long value_stride[3], dvalue_stride[3];        // of batch, cell and head in elements; channels are contiguous
     int value_type, location_type, weight_type;         // enum Type
     int batch, queries, heads, dim, scales, points, point_bits;  // 1 << point_bits >= points
+    int segments;  // each of at most kMaxSegment points of a scale
     // what may be tuned
     int threads;     // of a block of `sample` and `probe`, a multiple of 32
     int query_bits;  // a tile has 4 ** query_bits queries, as a square where the queries are the cells
     int processors;  // 0: a tile is a block; else a block has as many as fill so many multiprocessors evenly
+    int repeat;      // 16-byte pieces of a row per lane of `sample`, 1 or 2
     int gather_threads;
-    int cell_tile;   // side of a tile of cells
-    int repeat;      // 16-byte pieces of a row per lane, 1 or 2
+    int gather_channels;  // of a lane of `gather`, 4 or 8
+    int cell_tile;        // largest side of a tile of cells
+    int sort_threads;     // of a block of `count` and `scatter`, a multiple of 32
+    int window;           // bins that such a block has counters for; a larger map takes several blocks
     int shapes[2 * kMaxScales];  // H, W of each scale
 };
 
@@ -61,6 +73,7 @@ struct Maps {
     int height[kMaxScales], width[kMaxScales];
     int cell[kMaxScales + 1], bin[kMaxScales + 1];
     int tile[kMaxScales + 1];  // 0 throughout: the queries are no cells, a tile is a run of them
+    int tile_height[kMaxScales], tile_width[kMaxScales];
     int tiles, span;           // of queries; how many of them a block takes
     float per_point;           // 1 / P
 };
@@ -71,10 +84,25 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 template <int V, typename T>
+__device__ __forceinline__ void widen(const Pack<T, V>& pack, float (&x)[V]) {
+    if constexpr (std::is_same_v<T, bf16> && V % 2 == 0) {
+        // bf16 is the upper half of fp32: one instruction each, for which two must come as one word
+        const union {
+            Pack<T, V> pack;
+            unsigned words[V / 2];
+        } same{pack};
+#pragma unroll
+        for (int i = 0; i < V; ++i) x[i] = __uint_as_float(i % 2 ? same.words[i / 2] & 0xFFFF0000u : same.words[i / 2] << 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) x[i] = to_float(pack.x[i]);
+    }
+}
+
+template <int V, typename T>
 __device__ __forceinline__ void load(const void* from, float (&x)[V]) {
     const Pack<T, V> pack = *static_cast<const Pack<T, V>*>(from);
-#pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = to_float(pack.x[i]);
+    widen(pack, x);
 }
 
 // One multiply-add of 32 to 64 bits: rows are less than 4 GB apart.
@@ -96,6 +124,33 @@ __device__ __forceinline__ float read(const void* from, long long index, int typ
     return static_cast<const float*>(from)[index];
 }
 
+struct Point {
+    float x, y, weight;
+};
+
+// Those of the indices that are not -1; the others come to lie outside. One branch for the usual types, so that all loads
+// are under way together.
+template <int N>
+__device__ __forceinline__ void read_points(const Params& p, const long long (&index)[N], Point (&point)[N]) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) point[k] = {-9.0f, -9.0f, 0.0f};
+    if (p.location_type == kFloat32 && p.weight_type == kFloat32) {
+        const float* locations = static_cast<const float*>(p.locations);
+        const float* weights = static_cast<const float*>(p.weights);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            if (index[k] >= 0) point[k] = {locations[2 * index[k]], locations[2 * index[k] + 1], weights[index[k]]};
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            if (index[k] < 0) continue;
+            point[k] = {read(p.locations, 2 * index[k], p.location_type), read(p.locations, 2 * index[k] + 1, p.location_type),
+                        read(p.weights, index[k], p.weight_type)};
+        }
+    }
+}
+
 // Where a point falls: its base cell, -1 being the border before the first, and the way on to the next cell, 0..1.
 struct Place {
     int row, column;
@@ -103,9 +158,9 @@ struct Place {
     bool inside;  // some neighbour is in the map
 };
 
-__device__ __forceinline__ Place place(const Params& p, long long point, int height, int width) {
-    const float x = fmaf(read(p.locations, 2 * point, p.location_type), static_cast<float>(width), -0.5f);
-    const float y = fmaf(read(p.locations, 2 * point + 1, p.location_type), static_cast<float>(height), -0.5f);
+__device__ __forceinline__ Place place(const Point& point, int height, int width) {
+    const float x = fmaf(point.x, static_cast<float>(width), -0.5f);
+    const float y = fmaf(point.y, static_cast<float>(height), -0.5f);
     // false for what is not a number
     if (!(x > -1.0f && x < static_cast<float>(width) && y > -1.0f && y < static_cast<float>(height))) return {0, 0, 0, 0, false};
     const float left = floorf(x), top = floorf(y);
@@ -136,15 +191,15 @@ struct Tile {
     int scale, row, column;  // of its first cell
 };
 
-__device__ __forceinline__ Tile find_tile(const Maps& maps, int index, int side) {
+__device__ __forceinline__ Tile find_tile(const Maps& maps, int index) {
     int scale = 0;
     while (index >= maps.tile[scale + 1]) ++scale;
     index -= maps.tile[scale];
-    const int columns = (maps.width[scale] + side - 1) / side;
-    return {scale, index / columns * side, index % columns * side};
+    const int columns = (maps.width[scale] - 1) / maps.tile_width[scale] + 1;
+    return {scale, index / columns * maps.tile_height[scale], index % columns * maps.tile_width[scale]};
 }
 
-// A lane's place in a block of `sample` or `probe`: the block has one head's queries, a group of lanes takes one of them.
+// A lane's place in a block of `sample`: the block has one head's queries, a group of lanes takes one of them.
 template <int kLanes>
 struct Walk {
     int own, group, warp, warps;
@@ -167,7 +222,7 @@ struct Walk {
             const int query = (index << 2 * p.query_bits) + at;
             return query < p.queries ? query : -1;
         }
-        const Tile tile = find_tile(maps, index, 1 << p.query_bits);
+        const Tile tile = find_tile(maps, index);
         const int row = tile.row + (at >> p.query_bits), column = tile.column + (at & ((1 << p.query_bits) - 1));
         const int width = maps.width[tile.scale];
         return row < maps.height[tile.scale] && column < width ? maps.cell[tile.scale] + row * width + column : -1;
@@ -185,6 +240,7 @@ __device__ __forceinline__ int scale_of(const Maps& maps, int point) {
 template <typename T, int V, int kLanes, int kRepeat>
 __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps maps) {
     constexpr int kGroups = 32 / kLanes, kStep = kLanes * V, kWidth = kStep * kRepeat;
+    constexpr int kOwn = kLanes < kChunk ? kChunk / kLanes : 1;  // points that a lane places
     MFUSER_SHARED(shared);
     const Walk<kLanes> walk(p, maps);
     int4* cells = reinterpret_cast<int4*>(shared) + (walk.warp * kGroups + walk.group) * pitch(p);
@@ -209,12 +265,22 @@ __global__ void __launch_bounds__(kMaxThreads) sample(const Params p, const Maps
             for (int first = 0; first < total; first += kChunk) {
                 const int count = min(kChunk, total - first);
                 __syncwarp();
-                for (int j = walk.own; j < count; j += kLanes) {
+                long long index[kOwn];
+                Point point[kOwn];
+#pragma unroll
+                for (int k = 0; k < kOwn; ++k) {
+                    const int j = walk.own + k * kLanes;
+                    index[k] = j < count ? row * total + first + j : -1;
+                }
+                read_points(p, index, point);
+#pragma unroll
+                for (int k = 0; k < kOwn; ++k) {
+                    const int j = walk.own + k * kLanes;
+                    if (j >= count) break;
                     const int scale = scale_of(maps, first + j), height = maps.height[scale], width = maps.width[scale];
-                    const long long point = row * total + first + j;
-                    const Place at = place(p, point, height, width);
+                    const Place at = place(point[k], height, width);
                     const Corners corner = corners(at, maps.cell[scale], height, width);
-                    const float4 share = shares(at, read(p.weights, point, p.weight_type));
+                    const float4 share = shares(at, point[k].weight);
                     cells[j] = corner.cells;
                     parts[j] = make_float4(corner.on[0] ? share.x : 0.0f, corner.on[1] ? share.y : 0.0f,
                                            corner.on[2] ? share.z : 0.0f, corner.on[3] ? share.w : 0.0f);
@@ -261,319 +327,495 @@ __device__ __forceinline__ float sum_each(const float (&x)[4], int own) {
     return sum;
 }
 
-// Gradients of weights and locations, from the inner products of dout with the four neighbours of each point.
-template <typename T, int V, int kLanes, int kRepeat>
-__global__ void __launch_bounds__(kMaxThreads) probe(const Params p, const Maps maps) {
-    constexpr int kGroups = 32 / kLanes, kStep = kLanes * V, kWidth = kStep * kRepeat;
-    MFUSER_SHARED(shared);
-    const Walk<kLanes> walk(p, maps);
-    int4* cells = reinterpret_cast<int4*>(shared) + (walk.warp * kGroups + walk.group) * pitch(p);
-    float4* inner = reinterpret_cast<float4*>(shared) + ((walk.warps + walk.warp) * kGroups + walk.group) * pitch(p);
-    const int total = p.scales * p.points;
-    const unsigned row_bytes = static_cast<unsigned>(p.value_stride[1] * static_cast<int>(sizeof(T)));
-    const T* value = static_cast<const T*>(p.value) + walk.batch * p.value_stride[0] + walk.head * p.value_stride[2];
+// What `gather` needs of a point: query << point_bits | point, the way on to the next cell, and the weight.
+struct alignas(16) Entry {
+    int source;
+    float y, x, weight;
+};
 
-    for (int i = walk.warp * kGroups; i < walk.slots; i += walk.warps * kGroups) {
-        const int found = walk.query(p, maps, i + walk.group);
-        const int query = max(found, 0);
-        const long long row = (static_cast<long long>(walk.batch) * p.queries + query) * p.heads + walk.head;
-        for (int first = 0; first < total; first += kChunk) {
-            const int count = min(kChunk, total - first);
-            __syncwarp();
-            for (int j = walk.own; j < count; j += kLanes) {
-                const int scale = scale_of(maps, first + j), height = maps.height[scale], width = maps.width[scale];
-                const Place at = place(p, row * total + first + j, height, width);
-                cells[j] = corners(at, maps.cell[scale], height, width).cells;
-            }
-            __syncwarp();
-            for (int start = 0; start < p.dim; start += kWidth) {
-                const char* rows[kRepeat];
-                float dout[kRepeat][V];
-#pragma unroll
-                for (int r = 0; r < kRepeat; ++r) {
-                    const int channel = start + r * kStep + walk.own * V, safe = channel < p.dim ? channel : 0;
-                    rows[r] = reinterpret_cast<const char*>(value + safe);
-                    load<V, T>(static_cast<const T*>(p.dout) + row * p.dim + safe, dout[r]);
-                }
-#pragma unroll 2
-                for (int j = 0; j < count; ++j) {
-                    const int4 cell = cells[j];
-                    const int cell_of[4] = {cell.x, cell.y, cell.z, cell.w};
-                    float product[4] = {};
-#pragma unroll
-                    for (int r = 0; r < kRepeat; ++r) {
-                        float x[4][V];
-#pragma unroll
-                        for (int c = 0; c < 4; ++c) load<V, T>(row_at(rows[r], cell_of[c], row_bytes), x[c]);
-                        if (start + r * kStep + walk.own * V >= p.dim) continue;
-#pragma unroll
-                        for (int c = 0; c < 4; ++c) {
-#pragma unroll
-                            for (int v = 0; v < V; ++v) product[c] = fmaf(dout[r][v], x[c][v], product[c]);
-                        }
-                    }
-                    const float sum = sum_each<kLanes>(product, walk.own);
-                    if (walk.own % (kLanes / 4) == 0) {
-                        float* to = reinterpret_cast<float*>(inner + j) + walk.own / (kLanes / 4);
-                        *to = start == 0 ? sum : *to + sum;
-                    }
-                }
-            }
-            __syncwarp();
-            for (int j = walk.own; found >= 0 && j < count; j += kLanes) {
-                const int scale = scale_of(maps, first + j), height = maps.height[scale], width = maps.width[scale];
-                const long long point = row * total + first + j;
-                const Place at = place(p, point, height, width);
-                const Corners corner = corners(at, 0, height, width);
-                const float upper_left = corner.on[0] ? inner[j].x : 0.0f, upper_right = corner.on[1] ? inner[j].y : 0.0f;
-                const float lower_left = corner.on[2] ? inner[j].z : 0.0f, lower_right = corner.on[3] ? inner[j].w : 0.0f;
-                const float upper = fmaf(at.x, upper_right - upper_left, upper_left);
-                const float lower = fmaf(at.x, lower_right - lower_left, lower_left);
-                const float across = (1.0f - at.y) * (upper_right - upper_left) + at.y * (lower_right - lower_left);
-                const float weight = read(p.weights, point, p.weight_type);
-                p.dweights[point] = (1.0f - at.y) * upper + at.y * lower;
-                p.dlocations[2 * point] = at.inside ? weight * static_cast<float>(width) * across : 0.0f;
-                p.dlocations[2 * point + 1] = at.inside ? weight * static_cast<float>(height) * (lower - upper) : 0.0f;
-            }
-        }
+// A block of `count` and `scatter`: a segment of the points of one (image, head, scale), and a window of its bins.
+struct Segment {
+    int scale, height, width;
+    int begin, end;     // points
+    int first_bin, bins;
+    long long image, head;
+    int* counts;  // of the window
+
+    __device__ __forceinline__ Segment(const Params& p, const Maps& maps) {
+        const unsigned list = blockIdx.x / p.segments, segment = blockIdx.x % p.segments;
+        scale = list % p.scales, height = maps.height[scale], width = maps.width[scale];
+        const long long image_head = list / p.scales;
+        image = image_head / p.heads, head = image_head % p.heads;
+        const long long points = static_cast<long long>(p.queries) << p.point_bits;
+        begin = static_cast<int>(points * segment / p.segments), end = static_cast<int>(points * (segment + 1) / p.segments);
+        first_bin = blockIdx.y * p.window;
+        bins = min(p.window, (height + 1) * (width + 1) - first_bin);
+        counts = p.counts + (image_head * p.segments + segment) * maps.bin[p.scales] + maps.bin[scale] + first_bin;
     }
-}
 
-// Sort the points of one (image, head, scale) by base cell; points of one cell keep their order. Radix sort, least digit
-// first: every warp has a run of points and counters of its own, so that a point's rank among those of its digit follows
-// from the counts of the warps before and from the lanes before in its own.
-__global__ void __launch_bounds__(kSortThreads) sort(const Params p, const Maps maps, int passes) {
-    MFUSER_SHARED(shared);
-    __shared__ int totals[kDigits / 32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int* counts = reinterpret_cast<int*>(shared);  // (warps, kDigits)
-    int* mine = counts + warp * kDigits;
-    unsigned* peers = reinterpret_cast<unsigned*>(counts + (warps + warp) * kDigits);  // lanes that have a digit
-    const int scale = blockIdx.x % p.scales, height = maps.height[scale], width = maps.width[scale];
-    const long long image_head = blockIdx.x / p.scales, image = image_head / p.heads, head = image_head % p.heads;
-    const int entries = p.queries << p.point_bits, outside = (height + 1) * (width + 1);
-    // pass by pass from one list to the other; the last list is the same for every scale
-    int2* from = reinterpret_cast<int2*>(p.sorted) + static_cast<long long>(blockIdx.x) * entries;
-    int2* to = from + static_cast<long long>(gridDim.x) * entries;
-
-    const int run = (entries + 32 * warps - 1) / (32 * warps) * 32;
-    const int begin = min(run * warp, entries), end = min(begin + run, entries);
-    for (int i = lane; i < kDigits; i += 32) peers[i] = 0;
-
-    // the i-th of the points in their first order
-    const auto first = [&](int i) {
+    // of the i-th point, or -1 where there is none or `end` is reached
+    __device__ __forceinline__ long long index(const Params& p, int i, int end) const {
         const int query = i >> p.point_bits, point = i & ((1 << p.point_bits) - 1);
-        if (i >= end || point >= p.points) return make_int2(outside, i);
-        const long long row = (image * p.queries + query) * p.heads + head;
-        const Place at = place(p, (row * p.scales + scale) * p.points + point, height, width);
-        return make_int2(at.inside ? (at.row + 1) * (width + 1) + at.column + 1 : outside, i);
-    };
-
-    for (int pass = 0; pass < passes; ++pass) {
-        const auto digit = [&](int2 pair) { return pair.x >> kDigitBits * pass & (kDigits - 1); };
-        const auto entry = [&](int i) { return pass == 0 ? first(i) : i < end ? from[i] : make_int2(0, 0); };
-        for (int i = lane; i < kDigits; i += 32) mine[i] = 0;
-        __syncwarp();
-        for (int i = begin + lane; i - lane < end; i += 32 * kAhead) {
-            int2 pair[kAhead];
-#pragma unroll
-            for (int k = 0; k < kAhead; ++k) pair[k] = entry(i + 32 * k);
-#pragma unroll
-            for (int k = 0; k < kAhead; ++k) {
-                if (i + 32 * k < end) atomicAdd(&mine[digit(pair[k])], 1);
-            }
-        }
-        __syncthreads();
-        // counts become places: digit by digit, and warp by warp within a digit
-        for (int d = threadIdx.x; d < kDigits; d += blockDim.x) {
-            int sum = 0;
-            for (int w = 0; w < warps; ++w) {
-                const int count = counts[w * kDigits + d];
-                counts[w * kDigits + d] = sum;
-                sum += count;
-            }
-            int upto = sum;
-#pragma unroll
-            for (int lanes = 1; lanes < 32; lanes *= 2) {
-                const int other = __shfl_up_sync(kAll, upto, lanes);
-                if (lane >= lanes) upto += other;
-            }
-            if (lane == 31) totals[d / 32] = upto;
-            for (int w = 0; w < warps; ++w) counts[w * kDigits + d] += upto - sum;
-        }
-        __syncthreads();
-        int before = 0;
-#pragma unroll
-        for (int k = 0; k < kDigits / 32; ++k) {
-            mine[32 * k + lane] += before;
-            before += totals[k];
-        }
-        __syncwarp();
-        for (int i = begin + lane; i - lane < end; i += 32 * kAhead) {
-            int2 pair[kAhead];
-#pragma unroll
-            for (int k = 0; k < kAhead; ++k) pair[k] = entry(i + 32 * k);
-#pragma unroll
-            for (int k = 0; k < kAhead; ++k) {
-                if (i - lane + 32 * k >= end) break;
-                const bool active = i + 32 * k < end;
-                const int d = digit(pair[k]);
-                if (active) atomicAdd(&peers[d], 1u << lane);
-                __syncwarp();
-                const unsigned same = active ? peers[d] : 0, earlier = same & ((1u << lane) - 1);
-                const int place = active ? mine[d] : 0;
-                __syncwarp();
-                if (active && earlier == 0) {
-                    mine[d] = place + __popc(same);
-                    peers[d] = 0;
-                }
-                __syncwarp();
-                if (active) to[place + __popc(earlier)] = pair[k];
-            }
-        }
-        __syncthreads();
-        int2* const other = from;
-        from = to, to = other;
+        if (i >= end || point >= p.points) return -1;
+        return (((image * p.queries + query) * p.heads + head) * p.scales + scale) * p.points + point;
     }
-    // where each bin starts; the last one is of the points outside
-    int* starts = p.starts + image_head * maps.bin[p.scales] + maps.bin[scale];
-    for (int i = threadIdx.x; i <= entries; i += blockDim.x * kAhead) {
-        int bin[kAhead], last[kAhead];
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            const int at = i + k * static_cast<int>(blockDim.x);
-            bin[k] = at > 0 && at <= entries ? from[at - 1].x + 1 : 0;
-            last[k] = at < entries ? from[at].x : at == entries ? outside : -1;
-        }
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            for (int b = bin[k]; b <= last[k]; ++b) starts[b] = i + k * static_cast<int>(blockDim.x);
-        }
-    }
-}
 
-// Gradients of values: a block has a tile of cells of one head and kWidth channels.
-template <typename T, int V, int kLanes, int kRepeat>
-__global__ void __launch_bounds__(kGatherThreads) gather(const Params p, const Maps maps, const int2* sorted) {
-    constexpr int kGroups = 32 / kLanes, kStep = kLanes * V, kWidth = kStep * kRepeat;
+    // of a point, from the window's first bin on, or -1 if it is in another window or in none
+    __device__ __forceinline__ int bin(const Place& at) const {
+        const int bin = (at.row + 1) * (width + 1) + at.column + 1 - first_bin;
+        return at.inside && bin >= 0 && bin < bins ? bin : -1;
+    }
+};
+
+__global__ void __launch_bounds__(kSortThreads) count(const Params p, const Maps maps) {
     MFUSER_SHARED(shared);
-    const int side = p.cell_tile, targets = side * side, bases = (side + 1) * (side + 1);
-    float* slots = reinterpret_cast<float*>(shared);  // (4, targets, kWidth): what each corner brings to a cell
-    float4* parts = reinterpret_cast<float4*>(slots + 4 * targets * kWidth);  // (threads,)
-    int* queries = reinterpret_cast<int*>(parts + blockDim.x);                // (threads,)
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int group = lane / kLanes, own = lane % kLanes, here = threadIdx.x - own;
-
-    const unsigned tiles = maps.tile[p.scales];
-    const long long image_head = blockIdx.x / tiles, image = image_head / p.heads, head = image_head % p.heads;
-    const Tile tile = find_tile(maps, blockIdx.x % tiles, side);
-    const int height = maps.height[tile.scale], width = maps.width[tile.scale];
-    const int start = blockIdx.y * kWidth;
-    const int* starts = p.starts + image_head * maps.bin[p.scales] + maps.bin[tile.scale];
-    sorted += (image_head * p.scales + tile.scale) * static_cast<long long>(p.queries << p.point_bits);
-    const unsigned row_bytes = static_cast<unsigned>(p.heads) * p.dim * static_cast<unsigned>(sizeof(T));
-    const T* dout = static_cast<const T*>(p.dout) + (image * p.queries * p.heads + head) * p.dim;
-    const char* rows[kRepeat];
+    int* counters = reinterpret_cast<int*>(shared);  // (window,)
+    const Segment segment(p, maps);
+    if (segment.bins <= 0) return;
+    for (int i = threadIdx.x; i < segment.bins; i += blockDim.x) counters[i] = 0;
+    __syncthreads();
+    for (int i = segment.begin + threadIdx.x; i < segment.end; i += blockDim.x * kAhead) {
+        long long index[kAhead];
+        Point point[kAhead];
 #pragma unroll
-    for (int r = 0; r < kRepeat; ++r) {
-        const int channel = start + r * kStep + own * V;
-        rows[r] = reinterpret_cast<const char*>(dout + (channel < p.dim ? channel : 0));
-    }
-
-    for (int k = warp * kGroups; k < bases; k += warps * kGroups) {
-        const int base = k + group, row = base / (side + 1), column = base % (side + 1);  // in the tile, 0 = one before its first
-        int begin = 0, count = 0;
-        if (base < bases && tile.row + row <= height && tile.column + column <= width) {
-            const int bin = (tile.row + row) * (width + 1) + tile.column + column;
-            begin = starts[bin];
-            count = starts[bin + 1] - begin;
-        }
-        int longest = count;
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + k * static_cast<int>(blockDim.x), segment.end);
+        read_points(p, index, point);
 #pragma unroll
-        for (int lanes = kLanes; lanes < 32; lanes *= 2) longest = max(longest, __shfl_xor_sync(kAll, longest, lanes));
-        float sum[4][kRepeat][V] = {};
-        for (int i = 0; i < longest; i += kLanes) {
-            float4 part = make_float4(0, 0, 0, 0);
-            int source = 0;  // the point's query
-            if (i + own < count) {
-                const int entry = sorted[begin + i + own].y;
-                source = entry >> p.point_bits;
-                const int point = entry & ((1 << p.point_bits) - 1);
-                const long long index =
-                    (((image * p.queries + source) * p.heads + head) * p.scales + tile.scale) * p.points + point;
-                part = shares(place(p, index, height, width), read(p.weights, index, p.weight_type));
-            }
-            __syncwarp();
-            parts[threadIdx.x] = part;
-            queries[threadIdx.x] = source;
-            __syncwarp();
-            const int stop = min(kLanes, count - i);
-#pragma unroll 4
-            for (int j = 0; j < stop; ++j) {
-                const float4 share = parts[here + j];
-                const int query = queries[here + j];
-#pragma unroll
-                for (int r = 0; r < kRepeat; ++r) {
-                    float x[V];
-                    load<V, T>(row_at(rows[r], query, row_bytes), x);
-#pragma unroll
-                    for (int v = 0; v < V; ++v) {
-                        sum[0][r][v] = fmaf(share.x, x[v], sum[0][r][v]);
-                        sum[1][r][v] = fmaf(share.y, x[v], sum[1][r][v]);
-                        sum[2][r][v] = fmaf(share.z, x[v], sum[2][r][v]);
-                        sum[3][r][v] = fmaf(share.w, x[v], sum[3][r][v]);
-                    }
-                }
-            }
-        }
-        // each slot belongs to one corner of one base cell
-        if (base >= bases) continue;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int to_row = row - 1 + c / 2, to_column = column - 1 + c % 2;
-            if (to_row < 0 || to_row >= side || to_column < 0 || to_column >= side) continue;
-            float* slot = slots + (c * targets + to_row * side + to_column) * kWidth;
-#pragma unroll
-            for (int r = 0; r < kRepeat; ++r) store<V, float>(slot + r * kStep + own * V, sum[c][r]);
+        for (int k = 0; k < kAhead; ++k) {
+            const int bin = segment.bin(place(point[k], segment.height, segment.width));
+            if (bin >= 0) atomicAdd(&counters[bin], 1);
         }
     }
     __syncthreads();
-    T* dvalue = static_cast<T*>(p.dvalue) + image * p.dvalue_stride[0] + head * p.dvalue_stride[2];
-    for (int i = threadIdx.x; i < targets * kLanes * kRepeat; i += blockDim.x) {
-        const int target = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
-        const int row = tile.row + target / side, column = tile.column + target % side;
-        if (row >= height || column >= width || start + offset >= p.dim) continue;
-        float total[V] = {};
+    for (int i = threadIdx.x; i < segment.bins; i += blockDim.x) segment.counts[i] = counters[i];
+}
+
+// The sum of the numbers of the lanes up to this one.
+__device__ __forceinline__ int sum_upto(int x, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            float x[V];
-            load<V, float>(slots + (c * targets + target) * kWidth + offset, x);
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const int other = __shfl_up_sync(kAll, x, lanes);
+        if (lane >= lanes) x += other;
+    }
+    return x;
+}
+
+// Counts become places: bin by bin, and segment by segment within a bin. A block has one (image, head, scale).
+__global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps maps) {
+    constexpr int kLoads = 8;
+    __shared__ int totals[kScanAhead][32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = blockDim.x;
+    const int scale = blockIdx.x % p.scales, bins = (maps.height[scale] + 1) * (maps.width[scale] + 1);
+    const long long image_head = blockIdx.x / p.scales, pitch = maps.bin[p.scales];
+    int* starts = p.starts + image_head * pitch + maps.bin[scale];
+    int* counts = p.counts + image_head * p.segments * pitch + maps.bin[scale];
+    int carry = 0;
+    for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) <= bins; first += step * kScanAhead) {
+        int sum[kScanAhead], upto[kScanAhead];
 #pragma unroll
-            for (int v = 0; v < V; ++v) total[v] += x[v];
+        for (int k = 0; k < kScanAhead; ++k) sum[k] = 0;
+#pragma unroll 4
+        for (int s = 0; s < p.segments; ++s) {
+#pragma unroll
+            for (int k = 0; k < kScanAhead; ++k) {
+                if (first + k * step < bins) sum[k] += counts[s * pitch + first + k * step];
+            }
         }
-        const long long cell = maps.cell[tile.scale] + row * width + column;
-        store<V, T>(dvalue + cell * p.dvalue_stride[1] + start + offset, total);
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+            upto[k] = sum_upto(sum[k], lane);
+            if (lane == 31) totals[k][warp] = upto[k];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kScanAhead; ++k) {
+            const int total = sum_upto(lane < step / 32 ? totals[k][lane] : 0, lane);
+            const int before = __shfl_sync(kAll, total, max(warp - 1, 0));
+            int start = carry + (warp > 0 ? before : 0) + upto[k] - sum[k];
+            carry += __shfl_sync(kAll, total, 31);
+            const int bin = first + k * step;
+            if (bin <= bins) starts[bin] = start;
+            if (bin >= bins) continue;
+            for (int s = 0; s < p.segments; s += kLoads) {
+                int count[kLoads];
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) count[i] = s + i < p.segments ? counts[(s + i) * pitch + bin] : 0;
+#pragma unroll
+                for (int i = 0; i < kLoads; ++i) {
+                    if (s + i < p.segments) counts[(s + i) * pitch + bin] = start;
+                    start += count[i];
+                }
+            }
+        }
+        __syncthreads();
     }
 }
 
-// `side`: of the tiles of cells.
-Maps describe(const Params& p, int side) {
+// Two counters of 16 bits each; a multiple of 16 bytes.
+__host__ __device__ __forceinline__ int counter_words(int bins) { return (bins + 7) / 8 * 4; }
+
+// Write the points in the order of the bins; those of one bin keep their order. Every warp has a run of the segment and
+// counters of its own, so that a point's rank in its bin follows from the warps before and from the lanes before in its own.
+__global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Maps maps) {
+    MFUSER_SHARED(shared);
+    const Segment segment(p, maps);
+    if (segment.bins <= 0) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int words = counter_words(segment.bins);
+    unsigned* counters = reinterpret_cast<unsigned*>(shared);  // (warps, words)
+    unsigned* mine = counters + warp * words;
+    const int run = (segment.end - segment.begin + 32 * warps - 1) / (32 * warps) * 32;
+    const int begin = min(segment.begin + run * warp, segment.end), end = min(begin + run, segment.end);
+
+    for (int i = lane; i < words / 4; i += 32) reinterpret_cast<uint4*>(mine)[i] = make_uint4(0, 0, 0, 0);
+    __syncwarp();
+    for (int i = begin + lane; i < end; i += 32 * kAhead) {
+        long long index[kAhead];
+        Point point[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
+        read_points(p, index, point);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+            const int bin = segment.bin(place(point[k], segment.height, segment.width));
+            if (bin >= 0) atomicAdd(&mine[bin / 2], 1u << 16 * (bin % 2));
+        }
+    }
+    __syncthreads();
+    // no sum of 16 bits reaches the one above it: a segment has at most kMaxSegment points
+    for (int i = threadIdx.x; i < words; i += blockDim.x) {
+        unsigned sum = 0;
+#pragma unroll 4
+        for (int w = 0; w < warps; ++w) {
+            const unsigned count = counters[w * words + i];
+            counters[w * words + i] = sum;
+            sum += count;
+        }
+    }
+    __syncthreads();
+
+    const long long list = (segment.image * p.heads + segment.head) * p.scales + segment.scale;
+    Entry* entries = static_cast<Entry*>(p.entries) + (list * p.queries << p.point_bits);
+    for (int i = begin + lane; i - lane < end; i += 32 * kAhead) {
+        long long index[kAhead];
+        Point point[kAhead];
+        Entry entry[kAhead];
+        int bin[kAhead], start[kAhead];
+        unsigned same[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
+        read_points(p, index, point);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+            const Place at = place(point[k], segment.height, segment.width);
+            entry[k] = {i + 32 * k, at.y, at.x, point[k].weight};
+            bin[k] = segment.bin(at);
+            start[k] = bin[k] >= 0 ? segment.counts[bin[k]] : 0;
+            // no block of `gather` meets it
+            if (index[k] >= 0 && !at.inside && blockIdx.y == 0) {
+                p.dweights[index[k]] = p.dlocations[2 * index[k]] = p.dlocations[2 * index[k] + 1] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) same[k] = __match_any_sync(kAll, bin[k]);
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+            const int earlier = __popc(same[k] & ((1u << lane) - 1));
+            const int rank = bin[k] >= 0 ? mine[bin[k] / 2] >> 16 * (bin[k] % 2) & 0xFFFF : 0;
+            __syncwarp();
+            const unsigned peers = __popc(same[k]);
+            if (bin[k] >= 0 && earlier == 0) atomicAdd(&mine[bin[k] / 2], peers << 16 * (bin[k] % 2));
+            __syncwarp();
+            if (bin[k] >= 0) entries[start[k] + rank + earlier] = entry[k];
+        }
+    }
+}
+
+// The shared memory of `gather`, in bytes from its first on; `side` is that of the largest tile.
+template <typename T, int kWidth>
+struct Layout {
+    int sums, parts, inner, entries, values, sources, starts, shifts, rows, bytes;
+
+    __host__ __device__ Layout(int side, int threads, int lanes) {
+        const int bases = (side + 1) * (side + 1), cells = (side + 2) * (side + 2);
+        sums = 0;  // (bases + groups, 4, kWidth): what the points of a base cell bring to its four neighbours
+        parts = sums + (bases + threads / lanes) * 4 * kWidth * 4;  // (threads,) of 16 bytes
+        inner = parts + threads * 16;                               // the same
+        entries = inner + threads * 16;                             // the same
+        values = entries + threads * 16;                            // (cells, kWidth)
+        sources = values + (cells * kWidth * static_cast<int>(sizeof(T)) + 15) / 16 * 16;  // (threads,) of 8 bytes
+        starts = sources + threads * 8;                                                     // (bases + 1,)
+        shifts = starts + (bases + 1) * 4;                                                  // (bases,)
+        rows = shifts + bases * 4;                                                          // (bases,)
+        bytes = rows + bases * 4;
+    }
+};
+
+// All gradients: a block has a tile of cells of one head.
+template <typename T, int V, int kLanes, int kRepeat>
+__global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const Params p, const Maps maps) {
+    constexpr int kStep = kLanes * V, kWidth = kStep * kRepeat;
+    MFUSER_SHARED(shared);
+    const Layout<T, kWidth> layout(p.cell_tile, blockDim.x, kLanes);
+    float* sums = reinterpret_cast<float*>(shared + layout.sums);
+    float4* parts = reinterpret_cast<float4*>(shared + layout.parts);
+    float4* inner = reinterpret_cast<float4*>(shared + layout.inner);
+    Entry* kept = reinterpret_cast<Entry*>(shared + layout.entries);  // for later: registers are scarce
+    T* values = reinterpret_cast<T*>(shared + layout.values);
+    int2* sources = reinterpret_cast<int2*>(shared + layout.sources);  // of each point: its query and its base cell
+    int* starts = reinterpret_cast<int*>(shared + layout.starts);      // of the base cells' points in the tile's list
+    int* shifts = reinterpret_cast<int*>(shared + layout.shifts);      // from there to the place among the entries
+    int* row_of = reinterpret_cast<int*>(shared + layout.rows);        // of a base cell
+    const int own = threadIdx.x % kLanes, group = threadIdx.x / kLanes, groups = blockDim.x / kLanes;
+    const int here = threadIdx.x - own;
+
+    const unsigned pairs = static_cast<unsigned>(p.batch) * p.heads;
+    const long long image_head = blockIdx.x % pairs, image = image_head / p.heads, head = image_head % p.heads;
+    // the smallest map has the longest lists: these blocks come first, whether it is the first map or the last
+    const int index = blockIdx.x / pairs, tiles = maps.tile[p.scales];
+    const Tile tile = find_tile(maps, maps.cell[1] <= maps.cell[p.scales] - maps.cell[p.scales - 1] ? index : tiles - 1 - index);
+    const int height = maps.height[tile.scale], width = maps.width[tile.scale];
+    const int rows = min(maps.tile_height[tile.scale], height - tile.row);
+    const int columns = min(maps.tile_width[tile.scale], width - tile.column);
+    // base cells are counted from the one before the tile's first, in each direction; so are the cells of `values`, of
+    // which a row has one more: base cell b has its neighbours at b + row_of[b] and 1, pitch + 1 and pitch + 2 from there
+    const int pitch = columns + 1, bases = (rows + 1) * pitch, targets = rows * columns;
+    const T* value = static_cast<const T*>(p.value) + image * p.value_stride[0] + head * p.value_stride[2];
+    using Piece = Pack<T, V>;
+    const auto load_values = [&](int start, int first, int step) {
+        for (int i = first; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += step) {
+            const int cell = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
+            // a neighbour off the map has some cell of the map instead
+            const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
+            const int column = min(max(tile.column - 1 + cell % (columns + 2), 0), width - 1);
+            Piece piece{};
+            if (start + offset < p.dim) {
+                const long long at = maps.cell[tile.scale] + row * width + column;
+                piece = *reinterpret_cast<const Piece*>(value + at * p.value_stride[1] + start + offset);
+            }
+            *reinterpret_cast<Piece*>(values + cell * kWidth + offset) = piece;
+        }
+    };
+
+    // While the first warps find the points, the others bring the values.
+    const int finders = blockDim.x > 128 ? 96 : blockDim.x > 32 ? 32 : 0, thread = threadIdx.x;
+    if (thread >= finders) load_values(0, thread - finders, blockDim.x - finders);
+    if (thread < finders || finders == 0) {
+        // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
+        constexpr int kLoads = 8;
+        const int* all = p.starts + image_head * maps.bin[p.scales] + maps.bin[tile.scale];
+        for (int i = thread; i <= bases; i += finders ? finders : blockDim.x) {
+            const int row = i / pitch;
+            int before = 0;
+            for (int r = 0; r < row; r += kLoads) {
+#pragma unroll
+                for (int k = 0; k < kLoads; ++k) {
+                    const int* run = all + (tile.row + r + k) * (width + 1) + tile.column;
+                    if (r + k < row) before += run[pitch] - run[0];
+                }
+            }
+            if (i < bases) {
+                const int* run = all + (tile.row + row) * (width + 1) + tile.column;
+                row_of[i] = row;
+                shifts[i] = run[0] - before;
+                before += run[i - row * pitch] - run[0];
+            }
+            starts[i] = before;
+        }
+    }
+    __syncthreads();
+    const int points = starts[bases], share = (points + groups - 1) / groups;
+    const int begin = min(group * share, points), end = min(begin + share, points);
+    const Entry* entries =
+        static_cast<const Entry*>(p.entries) + ((image_head * p.scales + tile.scale) * p.queries << p.point_bits);
+    const unsigned row_bytes = static_cast<unsigned>(p.heads) * p.dim * static_cast<unsigned>(sizeof(T));
+    const T* dout = static_cast<const T*>(p.dout) + (image * p.queries * p.heads + head) * p.dim;
+    T* dvalue = static_cast<T*>(p.dvalue) + image * p.dvalue_stride[0] + head * p.dvalue_stride[2];
+
+    for (int start = 0; start < p.dim; start += kWidth) {
+        if (start > 0) {
+            load_values(start, threadIdx.x, blockDim.x);
+            __syncthreads();
+        }
+
+        const char* dout_rows[kRepeat];
+        bool real[kRepeat];  // channels
+#pragma unroll
+        for (int r = 0; r < kRepeat; ++r) {
+            const int channel = start + r * kStep + own * V;
+            real[r] = channel < p.dim;
+            dout_rows[r] = reinterpret_cast<const char*>(dout + (real[r] ? channel : 0));
+        }
+        float sum[4][kRepeat][V] = {}, corner[4][kRepeat][V] = {};
+        int base = -1;  // that of these sums
+        // A base cell's points are the work of one group or of several in a row; all but the first have a place of their own.
+        const auto flush = [&] {
+            float* to = sums + (starts[base] < begin ? bases + group : base) * (4 * kWidth) + own * V;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+#pragma unroll
+                for (int r = 0; r < kRepeat; ++r) {
+                    store<V, float>(to + c * kWidth + r * kStep, sum[c][r]);
+#pragma unroll
+                    for (int v = 0; v < V; ++v) sum[c][r][v] = 0.0f;
+                }
+            }
+        };
+        const auto load_corners = [&] {
+            const T* upper = values + (base + row_of[base]) * kWidth + own * V;
+            const T* lower = upper + (columns + 2) * kWidth;
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+#pragma unroll
+                for (int r = 0; r < kRepeat; ++r) {
+                    load<V, T>((c < 2 ? upper : lower) + c % 2 * kWidth + r * kStep, corner[c][r]);
+                }
+            }
+        };
+
+        int at = 0;  // the base cell of the lane's next point
+        for (int past = bases; past - at > 1;) {
+            const int middle = (at + past) / 2;
+            (starts[middle] <= begin ? at : past) = middle;
+        }
+        Entry next = {0, 0.0f, 0.0f, 0.0f};
+        const auto look_ahead = [&](int i) {
+            if (i >= end) return;
+            while (starts[at + 1] <= i) ++at;
+            next = entries[shifts[at] + i];
+        };
+        look_ahead(begin + own);
+        for (int done = 0; done < share; done += kLanes) {
+            const int count = end - begin - done;
+            __syncwarp();
+            parts[threadIdx.x] = shares({0, 0, next.y, next.x, true}, next.weight);
+            sources[threadIdx.x] = make_int2(next.source >> p.point_bits, at);
+            kept[threadIdx.x] = next;
+            look_ahead(begin + done + kLanes + own);
+            __syncwarp();
+            const int steps = min(kLanes, share - done);
+            const int live = real[0] ? count : 0;
+            for (int first = 0; first < steps; first += kBatch) {
+                Piece pieces[kBatch][kRepeat];
+                int2 source[kBatch];
+#pragma unroll
+                for (int k = 0; k < kBatch; ++k) {
+                    // behind the group's last point there is some point from before, whose row is not used
+                    source[k] = sources[here + first + k];
+#pragma unroll
+                    for (int r = 0; r < kRepeat; ++r) {
+                        pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], source[k].x, row_bytes));
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < kBatch; ++k) {
+                    if (first + k >= steps) break;
+                    float product[4] = {};
+                    if (first + k < live) {
+                        if (source[k].y != base) {
+                            if (base >= 0) flush();
+                            base = source[k].y;
+                            load_corners();
+                        }
+                        const float4 part = parts[here + first + k];
+#pragma unroll
+                        for (int r = 0; r < kRepeat; ++r) {
+                            if (r > 0 && !real[r]) break;
+                            float x[V];
+                            widen(pieces[k][r], x);
+#pragma unroll
+                            for (int v = 0; v < V; ++v) {
+                                sum[0][r][v] = fmaf(part.x, x[v], sum[0][r][v]);
+                                sum[1][r][v] = fmaf(part.y, x[v], sum[1][r][v]);
+                                sum[2][r][v] = fmaf(part.z, x[v], sum[2][r][v]);
+                                sum[3][r][v] = fmaf(part.w, x[v], sum[3][r][v]);
+#pragma unroll
+                                for (int c = 0; c < 4; ++c) product[c] = fmaf(corner[c][r][v], x[v], product[c]);
+                            }
+                        }
+                    }
+                    const float total = sum_each<kLanes>(product, own);
+                    if (own % (kLanes / 4) == 0) reinterpret_cast<float*>(inner + here + first + k)[own / (kLanes / 4)] = total;
+                }
+            }
+            __syncwarp();
+            const Entry entry = kept[threadIdx.x];
+            const int at = sources[threadIdx.x].y, down = row_of[at], along = at - down * pitch;
+            // points of the base cells before the tile are the work of the tile that these are in, if there is one
+            if (own < count && (down > 0 || tile.row == 0) && (along > 0 || tile.column == 0)) {
+                const bool top = tile.row + down > 0, bottom = tile.row + down < height;
+                const bool left = tile.column + along > 0, right = tile.column + along < width;
+                const float4 product = inner[threadIdx.x];
+                const float upper_left = top && left ? product.x : 0.0f, upper_right = top && right ? product.y : 0.0f;
+                const float lower_left = bottom && left ? product.z : 0.0f, lower_right = bottom && right ? product.w : 0.0f;
+                const float upper = fmaf(entry.x, upper_right - upper_left, upper_left);
+                const float lower = fmaf(entry.x, lower_right - lower_left, lower_left);
+                const float across = (1.0f - entry.y) * (upper_right - upper_left) + entry.y * (lower_right - lower_left);
+                const int query = entry.source >> p.point_bits, point = entry.source & ((1 << p.point_bits) - 1);
+                const long long row = (image * p.queries + query) * p.heads + head;
+                const long long index = (row * p.scales + tile.scale) * p.points + point;
+                float dweight = (1.0f - entry.y) * upper + entry.y * lower;
+                float2 dlocation = make_float2(entry.weight * static_cast<float>(width) * across,
+                                               entry.weight * static_cast<float>(height) * (lower - upper));
+                float2* to = reinterpret_cast<float2*>(p.dlocations) + index;
+                if (start > 0) {
+                    dweight += p.dweights[index];
+                    dlocation = make_float2(dlocation.x + to->x, dlocation.y + to->y);
+                }
+                p.dweights[index] = dweight;
+                *to = dlocation;
+            }
+        }
+        if (base >= 0) flush();
+        __syncthreads();
+
+        for (int i = threadIdx.x; i < targets * kLanes * kRepeat; i += blockDim.x) {
+            const int target = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
+            if (start + offset >= p.dim) continue;
+            const int row = target / columns, column = target % columns;
+            float total[V] = {};
+            const auto add = [&](const float* from) {
+                float x[V];
+                load<V, float>(from + offset, x);
+#pragma unroll
+                for (int v = 0; v < V; ++v) total[v] += x[v];
+            };
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const int base = (row + 1 - c / 2) * pitch + column + 1 - c % 2, first = starts[base], past = starts[base + 1];
+                if (first == past) continue;
+                add(sums + (base * 4 + c) * kWidth);
+#pragma unroll 1
+                for (int g = first / share + 1; g * share < past; ++g) add(sums + ((bases + g) * 4 + c) * kWidth);
+            }
+            const long long cell = maps.cell[tile.scale] + (tile.row + row) * width + tile.column + column;
+            store<V, T>(dvalue + cell * p.dvalue_stride[1] + start + offset, total);
+        }
+        __syncthreads();
+    }
+}
+
+// `side`: of the tiles of cells, the largest one if `even` is to make those of a map about the same.
+Maps describe(const Params& p, int side, bool even) {
+    const auto tiles = [&](int extent) { return (extent - 1) / side + 1; };
+    const auto tile = [&](int extent) { return even ? (extent - 1) / tiles(extent) + 1 : side; };
     Maps maps = {};
     for (int s = 0; s < p.scales; ++s) {
         const int height = p.shapes[2 * s], width = p.shapes[2 * s + 1];
         maps.height[s] = height, maps.width[s] = width;
+        maps.tile_height[s] = tile(height), maps.tile_width[s] = tile(width);
         maps.cell[s + 1] = maps.cell[s] + height * width;
         maps.bin[s + 1] = maps.bin[s] + (height + 1) * (width + 1) + 1;
-        maps.tile[s + 1] = maps.tile[s] + (height + side - 1) / side * ((width + side - 1) / side);
+        maps.tile[s + 1] = maps.tile[s] + ((height - 1) / maps.tile_height[s] + 1) * ((width - 1) / maps.tile_width[s] + 1);
     }
     maps.tiles = maps.tile[p.scales], maps.span = 1;
     maps.per_point = 1.0f / static_cast<float>(p.points);
     return maps;
 }
 
-// How `sample` and `probe` share the queries among blocks.
+// How `sample` shares the queries among blocks.
 Maps by_query(const Params& p) {
-    Maps maps = describe(p, 1 << p.query_bits);
+    Maps maps = describe(p, 1 << p.query_bits, false);
     if (p.queries != maps.cell[p.scales]) {
         for (int& tile : maps.tile) tile = 0;
         maps.tiles = (p.queries - 1 >> 2 * p.query_bits) + 1;
@@ -589,31 +831,42 @@ Maps by_query(const Params& p) {
 }
 
 template <typename T, int V, int kLanes, int kRepeat>
-cudaError_t launch(const Params& p, bool forward, void* stream) {
-    const Maps walk_maps = by_query(p), maps = describe(p, p.cell_tile);
-    const long long pairs = static_cast<long long>(p.batch) * p.heads;
-    const int blocks = (walk_maps.tiles + walk_maps.span - 1) / walk_maps.span;
-    const size_t walk_bytes = static_cast<size_t>(p.threads) / kLanes * pitch(p) * (sizeof(int4) + sizeof(float4));
-    const unsigned walk_grid = static_cast<unsigned>(pairs * blocks);
-    if (forward) return MFUSER_LAUNCH((sample<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, walk_maps);
+cudaError_t launch_forward(const Params& p, void* stream) {
+    const Maps maps = by_query(p);
+    const int blocks = (maps.tiles + maps.span - 1) / maps.span;
+    const size_t bytes = static_cast<size_t>(p.threads) / kLanes * pitch(p) * (sizeof(int4) + sizeof(float4));
+    const unsigned grid = static_cast<unsigned>(static_cast<long long>(p.batch) * p.heads * blocks);
+    return MFUSER_LAUNCH((sample<T, V, kLanes, kRepeat>), grid, p.threads, bytes, stream, p, maps);
+}
 
-    const long long entries = static_cast<long long>(p.queries) << p.point_bits;
-    int bins = 1, passes = 1, sort_threads = 64;
-    for (int s = 0; s < p.scales; ++s) bins = max(bins, maps.bin[s + 1] - maps.bin[s]);
-    while (bins - 1 >> passes * kDigitBits) ++passes;
-    while (sort_threads < kSortThreads && sort_threads * 8 < entries) sort_threads *= 2;
-    cudaError_t error = MFUSER_LAUNCH(sort, static_cast<unsigned>(pairs * p.scales), sort_threads,
-                                      sort_threads / 32 * kDigits * 2 * sizeof(int), stream, p, maps, passes);
+cudaError_t sort(const Params& p, void* stream) {
+    const Maps maps = describe(p, p.cell_tile, true);
+    if (p.segments < 1 || ((static_cast<long long>(p.queries) << p.point_bits) - 1) / p.segments >= kMaxSegment) {
+        return cudaErrorInvalidValue;
+    }
+    int bins = 1;
+    for (int s = 0; s < p.scales; ++s) bins = max(bins, maps.bin[s + 1] - maps.bin[s] - 1);
+    const unsigned lists = static_cast<unsigned>(p.batch) * p.heads * p.scales;
+    const int window = min(p.window, bins);
+    const dim3 grid(lists * p.segments, (bins + p.window - 1) / p.window);
+    cudaError_t error = MFUSER_LAUNCH(count, grid, p.sort_threads, window * sizeof(int), stream, p, maps);
     if (error != cudaSuccess) return error;
-    error = MFUSER_LAUNCH((probe<T, V, kLanes, kRepeat>), walk_grid, p.threads, walk_bytes, stream, p, walk_maps);
+    int scan_threads = 32;
+    while (scan_threads < kScanThreads && scan_threads < bins) scan_threads *= 2;
+    error = MFUSER_LAUNCH(scan, lists, scan_threads, 0, stream, p, maps);
     if (error != cudaSuccess) return error;
-    const int2* sorted = reinterpret_cast<const int2*>(p.sorted) + passes % 2 * (pairs * p.scales * entries);
-    constexpr int kWidth = kLanes * V * kRepeat;
-    const size_t gather_bytes = 4 * sizeof(float) * p.cell_tile * p.cell_tile * kWidth +
-                                static_cast<size_t>(p.gather_threads) * (sizeof(float4) + sizeof(int));
-    const dim3 gather_grid(static_cast<unsigned>(pairs * maps.tile[p.scales]), (p.dim + kWidth - 1) / kWidth);
-    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), gather_grid, p.gather_threads, gather_bytes, stream, p, maps,
-                         sorted);
+    const size_t bytes = static_cast<size_t>(p.sort_threads) / 32 * counter_words(window) * sizeof(unsigned);
+    return MFUSER_LAUNCH(scatter, grid, p.sort_threads, bytes, stream, p, maps);
+}
+
+template <typename T, int V, int kLanes, int kRepeat>
+cudaError_t launch_backward(const Params& p, void* stream) {
+    const Maps maps = describe(p, p.cell_tile, true);
+    const Layout<T, kLanes * V * kRepeat> layout(p.cell_tile, p.gather_threads, kLanes);
+    if (p.gather_threads > gather_threads(V * kRepeat)) return cudaErrorInvalidValue;
+    const unsigned grid = static_cast<unsigned>(static_cast<long long>(p.batch) * p.heads * maps.tile[p.scales]);
+    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream, p,
+                         maps);
 }
 
 template <typename T>
@@ -630,14 +883,23 @@ cudaError_t choose(const Params& p, bool forward, void* stream) {
     // of the pointers that this direction does not have, null passes
     const bool aligned = in_pieces<T>(p.value, p.value_stride) && in_pieces<T>(p.dvalue, p.dvalue_stride) &&
                          in_pieces<T>(p.out, contiguous) && in_pieces<T>(p.dout, contiguous);
-    if (!aligned) return launch<T, 1, 32, 1>(p, forward, stream);
-    if (p.dim <= 4 * V) return launch<T, V, 4, 1>(p, forward, stream);
-    if (p.repeat == 2) return launch<T, V, 4, 2>(p, forward, stream);
-    return launch<T, V, 8, 1>(p, forward, stream);
+    if (forward) {
+        if (!aligned) return launch_forward<T, 1, 32, 1>(p, stream);
+        if (p.dim <= 4 * V) return launch_forward<T, V, 4, 1>(p, stream);
+        if (p.repeat == 2) return launch_forward<T, V, 4, 2>(p, stream);
+        return launch_forward<T, V, 8, 1>(p, stream);
+    }
+    cudaError_t error = sort(p, stream);
+    if (error != cudaSuccess) return error;
+    if (!aligned) return launch_backward<T, 1, 32, 1>(p, stream);
+    if (p.dim <= 16) return launch_backward<T, 4, 4, 1>(p, stream);
+    if (p.gather_channels == 8) return launch_backward<T, V, 4, 8 / V>(p, stream);
+    return launch_backward<T, 4, 8, 1>(p, stream);
 }
 
 cudaError_t run(const Params& p, bool forward, void* stream) {
-    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads || p.gather_threads > kGatherThreads) {
+    if (p.scales < 1 || p.scales > kMaxScales || p.threads > kMaxThreads ||
+        p.sort_threads > kSortThreads || p.window < 1) {
         return cudaErrorInvalidValue;
     }
     const long long row_bytes = max(p.value_stride[1], static_cast<long long>(p.heads) * p.dim) * 4;

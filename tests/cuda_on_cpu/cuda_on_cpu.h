@@ -6,8 +6,8 @@
 // at different primitives, writes behind the dynamic shared memory. Shared memory is NaN (0xFF) before each block.
 //
 // Known: threadIdx blockIdx blockDim gridDim warpSize dim3, {float,int,uint}{2,3,4} and make_*, __nv_bfloat16, __half,
-// __syncthreads, __syncwarp, __shfl_{,up_,down_,xor_}sync, __ballot_sync, __any_sync, __all_sync, __reduce_add_sync,
-// atomicAdd, __ldg, __threadfence, __popc, __ffs, __clz, __{float,int,uint}_as_{float,int,uint}, rsqrtf, min, max.
+// __syncthreads, __syncwarp, __shfl_{,up_,down_,xor_}sync, __{ballot,any,all,reduce_add,match_any}_sync, atomicAdd, __ldg,
+// __threadfence, __popc, __ffs, __clz, __{float,int,uint}_as_{float,int,uint}, rsqrtf, min, max.
 // MFUSER_CPU_SEED in the environment changes the order of threads.
 #pragma once
 
@@ -113,9 +113,9 @@ inline constexpr size_t kFence = 4096;            // bytes on either side of the
 inline constexpr uint16_t kFenceMark = 0xFFA5;    // NaN as bf16, fp16 and fp32, so that reading it shows up, too
 inline constexpr size_t kStack = 128 * 1024;
 
-enum class Op : int { sync, shuffle, ballot, any, all, add };
+enum class Op : int { sync, shuffle, ballot, any, all, add, match };
 inline const char* const kOpNames[] = {"__syncwarp",  "a shuffle",  "__ballot_sync",
-                                       "__any_sync", "__all_sync", "__reduce_add_sync"};
+                                       "__any_sync", "__all_sync", "__reduce_add_sync", "__match_any_sync"};
 
 struct Place {
     const char* file = "";
@@ -258,6 +258,13 @@ inline bool complete(Warp& warp, uint32_t mask) {
             case Op::any: slot.result = votes != 0; break;
             case Op::all: slot.result = votes == group; break;
             case Op::add: slot.result = sum; break;
+            case Op::match:
+                slot.result = 0;
+                for (uint32_t other = group; other; other &= other - 1) {
+                    const int lane = std::countr_zero(other);
+                    if (warp.slots[lane].value == slot.value) slot.result |= 1u << lane;
+                }
+                break;
         }
     }
     warp.pending &= ~group;
@@ -517,6 +524,9 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, MFUSER_CPU_HERE
 }
 inline int __reduce_add_sync(unsigned mask, int value, MFUSER_CPU_HERE) {
     return static_cast<int>(on_cpu::meet(on_cpu::Op::add, mask, static_cast<unsigned>(value), 0, {file, line}));
+}
+inline unsigned __match_any_sync(unsigned mask, int value, MFUSER_CPU_HERE) {
+    return static_cast<unsigned>(on_cpu::meet(on_cpu::Op::match, mask, static_cast<unsigned>(value), 0, {file, line}));
 }
 
 template <typename T>

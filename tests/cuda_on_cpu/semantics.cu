@@ -54,9 +54,10 @@ __global__ void votes(const float* in, unsigned* out) {
     unsigned odd = 0;
     if (t % 2) odd = __ballot_sync(0xAAAAAAAAu, positive);
     out[3 * n + t] = odd;
+    out[4 * n + t] = __match_any_sync(all, t % 7 - 3);
     // who has returned is not waited for
     if (t % 32 == 3) return;
-    out[4 * n + t] = __reduce_add_sync(all, t % 32);
+    out[5 * n + t] = __reduce_add_sync(all, t % 32);
 }
 
 __global__ void rounding(const float* in, float* out, int count) {

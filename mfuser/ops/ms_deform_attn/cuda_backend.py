@@ -11,12 +11,18 @@ from mfuser.ops import compiled
 
 _MAX_SCALES = 32
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAX_SEGMENT = 65535
 # What may be tuned, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
-# blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long.
+# blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long. No kernel takes more than 99 KB
+# of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
-    4: {"threads": 256, "query_bits": 3, "processors": 0, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
-    2: {"threads": 256, "query_bits": 3, "processors": 0, "gather_threads": 256, "cell_tile": 8, "repeat": 1},
-}
+    4: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
+        "cell_tile": 8, "sort_threads": 256, "window": 6144},
+    2: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
+        "cell_tile": 8, "sort_threads": 256, "window": 6144},
+}  # fmt: skip
+# Points of a scale that a block sorts, unless they were more segments than that: a segment has counters of its own.
+_SEGMENT, _SEGMENTS = 5632, 16
 
 
 def refuse(*tensors: Tensor) -> str | None:
@@ -55,12 +61,15 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
     params = _params(value, shapes, locations, weights)
     batch, queries, heads, scales, _ = weights.shape
     bins = sum((height + 1) * (width + 1) + 1 for height, width in zip(shapes[::2], shapes[1::2], strict=True))
-    entries = batch * heads * scales * (queries << params.point_bits)
-    sorted_ = torch.empty(4 * entries, dtype=torch.int32, device=value.device)
-    starts = torch.empty(batch * heads * bins, dtype=torch.int32, device=value.device)
+    points = queries << params.point_bits
+    params.segments = max(min(-(-points // _SEGMENT), _SEGMENTS), -(-points // _MAX_SEGMENT))
+    entries, starts, counts = 4 * batch * heads * scales * points, batch * heads * bins, params.segments * batch * heads * bins
+    scratch = torch.empty(entries + starts + counts, dtype=torch.int32, device=value.device)
+    params.entries = scratch.data_ptr()
+    params.starts = params.entries + 4 * entries
+    params.counts = params.starts + 4 * starts
     params.dout, params.dvalue = dout.data_ptr(), dvalue.data_ptr()
     params.dlocations, params.dweights = dlocations.data_ptr(), dweights.data_ptr()
-    params.sorted, params.starts = sorted_.data_ptr(), starts.data_ptr()
     params.dvalue_stride[:] = dvalue.stride()[:3]
     compiled.library().run("mfuser_ms_deform_attn_bwd", params, like=value)
     return dvalue, dlocations, dweights
@@ -71,10 +80,10 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("value", "locations", "weights", "dout", "out", "dvalue")),
-        *((name, ctypes.c_void_p) for name in ("dlocations", "dweights", "sorted", "starts")),
+        *((name, ctypes.c_void_p) for name in ("dlocations", "dweights", "entries", "starts", "counts")),
         *((name, ctypes.c_longlong * 3) for name in ("value_stride", "dvalue_stride")),
         *((name, ctypes.c_int) for name in ("value_type", "location_type", "weight_type")),
-        *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "dim", "scales", "points", "point_bits")),
+        *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "dim", "scales", "points", "point_bits", "segments")),
         *((name, ctypes.c_int) for name in _TUNING[4]),
         ("shapes", ctypes.c_int * (2 * _MAX_SCALES)),
     ]

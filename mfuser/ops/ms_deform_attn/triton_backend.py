@@ -1,10 +1,10 @@
 """Multi-scale deformable attention as Triton kernels.
 
 Forward: a program takes a block of queries of one head, and walks over their points with a (queries, channels) tile.
-Backward: the same walk gives the gradients of weights and locations, and the base cell of every point, the upper left of
-its four neighbours. For the gradients of values torch sorts the points by base cell (stably, so the order within a cell
-is that of the queries), and a program sums dout over the points based at a cell and at its three neighbours above and to
-the left. No atomics: the same inputs give the same bits.
+Backward: torch sorts the points by base cell, the upper left of their four neighbours (stably, so the order within a cell
+is that of the queries). A program takes a few base cells: it sums dout over the points of each, once per neighbour, and the
+inner products of dout with the neighbours' values give the gradients of weights and locations. A last kernel adds the four
+sums that meet in a cell. No atomics: the same inputs give the same bits.
 
 Locations are placed in fp32 whatever their type is; all sums are fp32. Under TRITON_INTERPRET=1 the kernels run on CPU
 tensors, slowly.
@@ -22,10 +22,9 @@ from mfuser.ops.dispatch import mismatch
 # what may be tuned
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
-_CELLS = 4  # whose gradients are summed at a time
-_ENTRIES = 32  # points of each cell that are summed at a time
-_CELLS_WARPS = 4
-_STEPS = 16  # such sums in a program, about
+# of `_gather`, by bytes of a channel: base cells of a program, and points of each that it has at a time, for 32 channels
+_GATHER = {4: {"cells": 4, "entries": 8, "warps": 1}, 2: {"cells": 8, "entries": 4, "warps": 1}}
+_SUMS = 2048  # elements of the (cells, channels) tile of `_add`
 _BLOCK = 256
 
 
@@ -46,8 +45,21 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     if weights.numel() == 0 or out.numel() == 0:
         return out.zero_().flatten(2)
     value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+    batch, queries, heads, scales, points = weights.shape
+    dim = triton.next_power_of_2(value.shape[3])
+    side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
+    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
+    tiled = queries == value.shape[1]
+    if tiled:
+        blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
+    else:
+        blocks = triton.cdiv(queries, side * side)
     with _device_of(value):
-        _launch(_sample, value, shapes, locations, weights, out)
+        _sample[(blocks * batch * heads,)](
+            value, locations, weights, out, tuple(shapes), blocks, queries, heads, *value.stride()[:3],
+            S=scales, P=points, D=value.shape[3], BLOCK_D=dim, SIDE=side, TILED=tiled,
+            num_warps=_TILE_WARPS,
+        )  # fmt: skip
     return out.flatten(2)
 
 
@@ -60,55 +72,42 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
         return dvalue.zero_(), dlocations.zero_(), dweights.zero_()
     dout = dout.to(value.dtype).contiguous()
     batch, queries, heads, scales, points = weights.shape
+    dim, images_heads = value.shape[3], batch * heads
     maps = list(zip(shapes[::2], shapes[1::2], strict=True))
-    bins = sum((height + 1) * (width + 1) for height, width in maps) + 1
+    bins = sum((height + 1) * (width + 1) for height, width in maps)
     # the sort takes a pass per byte
     key_type = torch.int16 if bins < 2**15 else torch.int32
     keys = torch.empty(batch, heads, scales, queries, points, dtype=key_type, device=value.device)
-    ends = torch.zeros(bins, batch * heads, 2, dtype=torch.int32, device=value.device)  # where a bin's points start and end
+    ends = torch.zeros(bins, images_heads, 2, dtype=torch.int32, device=value.device)  # where a bin's points start and end
     count = keys.numel()
     sources = torch.empty(count, dtype=torch.int32, device=value.device)
-    shares = torch.empty(count, 4, dtype=torch.float32, device=value.device)
-    sides = [_side(height, width, queries * points) for height, width in maps]
-    tiles = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for (h, w), side in zip(maps, sides, strict=True))
+    places = torch.empty(3, count, dtype=torch.float32, device=value.device)
+    sums = torch.empty(4, images_heads, bins, dim, dtype=torch.float32, device=value.device)
+    block_dim = triton.next_power_of_2(dim)
+    tuned = _GATHER[value.element_size()]
+    entries = max(tuned["entries"] * 32 // max(block_dim, 32), 1)
+    cells_per_sum = max(_SUMS // block_dim, 1)
+    blocks = sum(triton.cdiv((height + 1) * (width + 1), tuned["cells"]) for height, width in maps)
     with _device_of(value):
-        _launch(_probe, value, shapes, locations, weights, dout, dlocations, dweights, keys, bins - 1)
+        _bins[(triton.cdiv(count, _BLOCK),)](
+            locations, dlocations, dweights, keys, tuple(shapes), count, queries, heads, bins, S=scales, P=points, BLOCK=_BLOCK
+        )
         in_order, order = torch.sort(keys.flatten(), stable=True)
         _collect[(triton.cdiv(count, _BLOCK),)](
-            in_order, order, locations, weights, ends, sources, shares, tuple(shapes), count, queries, heads, batch * heads,
-            bins - 1, S=scales, P=points, BLOCK=_BLOCK,
+            in_order, order, locations, weights, ends, sources, places, tuple(shapes), count, queries, heads, images_heads, bins,
+            S=scales, P=points, BLOCK=_BLOCK,
         )  # fmt: skip
-        _gather[(tiles * batch * heads,)](
-            dout, sources, shares, ends, dvalue, tuple(shapes), tuple(sides), tiles, queries, heads, *dvalue.stride()[:3],
-            S=scales, D=value.shape[3], BLOCK_D=triton.next_power_of_2(value.shape[3]), CELLS=_CELLS, ENTRIES=_ENTRIES,
-            num_warps=_CELLS_WARPS,
+        _gather[(blocks * images_heads,)](
+            dout, value, sources, places, ends, sums, dlocations, dweights, tuple(shapes), count, blocks, bins, queries, heads,
+            *value.stride()[:3],
+            S=scales, P=points, D=dim, BLOCK_D=block_dim, CELLS=tuned["cells"], ENTRIES=entries, num_warps=tuned["warps"],
+        )  # fmt: skip
+        add_blocks = triton.cdiv(value.shape[1], cells_per_sum)
+        _add[(add_blocks * images_heads,)](
+            sums, dvalue, tuple(shapes), value.shape[1], add_blocks, bins, heads, *dvalue.stride()[:3],
+            S=scales, D=dim, BLOCK_D=block_dim, CELLS=cells_per_sum,
         )  # fmt: skip
     return dvalue, dlocations, dweights
-
-
-def _side(height: int, width: int, points: int) -> int:
-    """The side of the tile of cells of a program of `_gather`, for a map and the points that fall into it."""
-    sums = 1 + 4 * points // (height * width * _ENTRIES)  # of a cell, about
-    side = 1 << (max(_STEPS * _CELLS // sums, 1).bit_length() - 1) // 2
-    return min(side, triton.next_power_of_2(max(height, width)))
-
-
-def _launch(kernel, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, *more) -> None:
-    """Run `_sample` or `_probe`, which share their first parameters and the last."""
-    batch, queries, heads, scales, points = weights.shape
-    dim = triton.next_power_of_2(value.shape[3])
-    side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
-    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
-    tiled = queries == value.shape[1]
-    if tiled:
-        blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-    else:
-        blocks = triton.cdiv(queries, side * side)
-    kernel[(blocks * batch * heads,)](
-        value, locations, weights, *more, tuple(shapes), blocks, queries, heads, *value.stride()[:3],
-        S=scales, P=points, BLOCK_P=triton.next_power_of_2(points), D=value.shape[3], BLOCK_D=dim, SIDE=side, TILED=tiled,
-        num_warps=_TILE_WARPS,
-    )  # fmt: skip
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -167,8 +166,7 @@ def _neighbour(top, left, inside, height, width, CORNER: tl.constexpr):
 @triton.jit
 def _sample(
     value, locations, weights, out, shapes, blocks, queries, heads, stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr,
-    TILED: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head, image = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
@@ -197,78 +195,60 @@ def _sample(
 
 
 @triton.jit
-def _probe(
-    value, locations, weights, dout, dlocations, dweights, keys, outside, shapes, blocks, queries, heads,
-    stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr,
-    TILED: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    head, image = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
-    query = _queries(program % blocks, shapes, queries, S, SIDE, TILED)
-    found = query >= 0
-    row = (image * queries + query) * heads + head
-    d = tl.arange(0, BLOCK_D)
-    channels = (d < D)[None]
-    base = value + image * stride_batch + head * stride_head + d[None]
-    probe = tl.load(dout + row[:, None] * D + d[None], mask=found[:, None] & channels, other=0.0).to(tl.float32)
-    first, bins = 0, 0
-    all_p = tl.arange(0, BLOCK_P)[None]
-    kept = found[:, None] & (all_p < P)
+def _numbers(entry, queries, heads, S: tl.constexpr, P: tl.constexpr):
+    """Of the points in the order of (image, head, scale, query, point): query * P + point, the scale, image * heads + head,
+    and the place among locations and weights."""
+    source, rest = entry % (queries * P), entry // (queries * P)
+    scale, image_head = rest % S, rest // S
+    row = ((image_head // heads).to(tl.int64) * queries + source // P) * heads + image_head % heads
+    return source, scale, image_head, (row * S + scale) * P + source % P
+
+
+@triton.jit
+def _map(scale, shapes, S: tl.constexpr):
+    """Height, width and first bin of each point's map."""
+    height, width, first = scale * 0, scale * 0, scale * 0
+    bins = 0
     for s in tl.static_range(S):
-        height, width = shapes[2 * s], shapes[2 * s + 1]
-        # the neighbours' inner products with dout, gathered for all points: a store per point would cost barriers
-        inner0 = tl.zeros([SIDE * SIDE, BLOCK_P], tl.float32)
-        inner1, inner2, inner3 = inner0, inner0, inner0
-        for p in range(P):
-            top, left, _, _, inside = _place(locations, (row * S + s) * P + p, height, width, found)
-            here = all_p == p
-            for corner in tl.static_range(4):
-                offset, on = _neighbour(top, left, inside, height, width, corner)
-                offset = (first + offset).to(tl.int64) * stride_cell
-                cells = tl.load(base + offset[:, None], mask=on[:, None] & channels, other=0.0).to(tl.float32)
-                inner = tl.sum(cells * probe, 1)[:, None]
-                if corner == 0:
-                    inner0 = tl.where(here, inner, inner0)
-                elif corner == 1:
-                    inner1 = tl.where(here, inner, inner1)
-                elif corner == 2:
-                    inner2 = tl.where(here, inner, inner2)
-                else:
-                    inner3 = tl.where(here, inner, inner3)
-        all_points = (row * S + s)[:, None] * P + all_p
-        tops, lefts, y, x, all_inside = _place(locations, all_points, height, width, kept)
-        inner0 = tl.where(_neighbour(tops, lefts, all_inside, height, width, 0)[1], inner0, 0.0)
-        inner1 = tl.where(_neighbour(tops, lefts, all_inside, height, width, 1)[1], inner1, 0.0)
-        inner2 = tl.where(_neighbour(tops, lefts, all_inside, height, width, 2)[1], inner2, 0.0)
-        inner3 = tl.where(_neighbour(tops, lefts, all_inside, height, width, 3)[1], inner3, 0.0)
-        weight = tl.load(weights + all_points, mask=all_inside, other=0.0).to(tl.float32)
-        upper, lower = (1 - x) * inner0 + x * inner1, (1 - x) * inner2 + x * inner3
-        across = (1 - y) * (inner1 - inner0) + y * (inner3 - inner2)
-        tl.store(dweights + all_points, (1 - y) * upper + y * lower, mask=kept)
-        tl.store(dlocations + 2 * all_points, across * weight * width, mask=kept)
-        tl.store(dlocations + 2 * all_points + 1, (lower - upper) * weight * height, mask=kept)
-        key = tl.where(all_inside, bins + (tops + 1) * (width + 1) + lefts + 1, outside)
-        entry = (((image * heads + head) * S + s) * queries + query)[:, None] * P + all_p
-        tl.store(keys + entry, key.to(keys.dtype.element_ty), mask=kept)
-        first += height * width
-        bins += (height + 1) * (width + 1)
+        height = tl.where(scale == s, shapes[2 * s], height)
+        width = tl.where(scale == s, shapes[2 * s + 1], width)
+        first = tl.where(scale == s, bins, first)
+        bins += (shapes[2 * s] + 1) * (shapes[2 * s + 1] + 1)
+    return height, width, first
+
+
+@triton.jit
+def _bins(
+    locations, dlocations, dweights, keys, shapes, count, queries, heads, outside,
+    S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the bin of each point's base cell, and the gradients of the points outside, which `_gather` does not meet."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    _, scale, _, index = _numbers(i, queries, heads, S, P)
+    height, width, first = _map(scale, shapes, S)
+    top, left, _, _, inside = _place(locations, index, height, width, mask)
+    key = tl.where(inside, first + (top + 1) * (width + 1) + left + 1, outside)
+    tl.store(keys + i, key.to(keys.dtype.element_ty), mask=mask)
+    lost = mask & (inside == 0)
+    zero = tl.zeros([BLOCK], tl.float32)
+    tl.store(dweights + index, zero, mask=lost)
+    tl.store(dlocations + 2 * index, zero, mask=lost)
+    tl.store(dlocations + 2 * index + 1, zero, mask=lost)
 
 
 @triton.jit
 def _collect(
-    in_order, order, locations, weights, ends, sources, shares, shapes, count, queries, heads, images_heads, outside,
+    in_order, order, locations, weights, ends, sources, places, shapes, count, queries, heads, images_heads, outside,
     S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write, in the order of the base cells, each point's query and its neighbours' shares, and where the points of each
-    (bin, image and head) start and end. The points of one bin are ordered by image and head."""
+    """Write, in the order of the base cells, what `_gather` needs of each point, and where the points of each (bin, image and
+    head) start and end. The points of one bin are ordered by image and head."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     key = tl.load(in_order + i, mask=mask, other=0).to(tl.int32)
     entry = tl.load(order + i, mask=mask, other=0).to(tl.int32)
-    point, rest = entry % P, entry // P
-    query, rest = rest % queries, rest // queries
-    scale, image_head = rest % S, rest // S
+    source, scale, image_head, index = _numbers(entry, queries, heads, S, P)
 
     before, after = mask & (i > 0), mask & (i + 1 < count)
     entry_before = tl.load(order + i - 1, mask=before, other=-1).to(tl.int32)
@@ -281,71 +261,116 @@ def _collect(
     tl.store(ends + 2 * slot, i, mask=inside & starts)
     tl.store(ends + 2 * slot + 1, i + 1, mask=inside & stops)
 
-    height, width = tl.full([BLOCK], 0, tl.int32), tl.full([BLOCK], 0, tl.int32)
-    for s in tl.static_range(S):
-        height = tl.where(scale == s, shapes[2 * s], height)
-        width = tl.where(scale == s, shapes[2 * s + 1], width)
-    row = (image_head // heads).to(tl.int64) * queries + query
-    index = ((row * heads + image_head % heads) * S + scale) * P + point
+    height, width, _ = _map(scale, shapes, S)
     _, _, y, x, _ = _place(locations, index, height, width, inside)
-    weight = tl.load(weights + index, mask=inside, other=0.0).to(tl.float32)
-    tl.store(sources + i, query, mask=inside)
-    to = shares + 4 * i.to(tl.int64)
-    tl.store(to, weight * (1 - y) * (1 - x), mask=inside)
-    tl.store(to + 1, weight * (1 - y) * x, mask=inside)
-    tl.store(to + 2, weight * y * (1 - x), mask=inside)
-    tl.store(to + 3, weight * y * x, mask=inside)
+    tl.store(sources + i, source, mask=inside)
+    tl.store(places + i, y, mask=inside)
+    tl.store(places + count + i, x, mask=inside)
+    tl.store(places + 2 * count + i, tl.load(weights + index, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
 @triton.jit
 def _gather(
-    dout, sources, shares, ends, dvalue, shapes, sides, tiles, queries, heads, stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
+    dout, value, sources, places, ends, sums, dlocations, dweights, shapes, count, blocks, bins, queries, heads,
+    stride_batch, stride_cell, stride_head,
+    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    tile, image_head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    images_heads = (tl.num_programs(0) // tiles).to(tl.int64)
+    """Sums of dout over the points of each base cell, one per neighbour, and the gradients of these points."""
+    block, image_head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    images_heads = (tl.num_programs(0) // blocks).to(tl.int64)
     head, image = image_head % heads, image_head // heads
-    # which scale the tile is of, and where it is there
-    height, width, side, first, bins, here = shapes[0], shapes[1], sides[0], 0, 0, tile
+    # which scale the base cells are of, and where they are there
+    height, width, scale, first, first_bin, here = shapes[0], shapes[1], 0, 0, 0, block
     cell, bin_ = 0, 0
     for s in tl.static_range(S):
-        columns = (shapes[2 * s + 1] + sides[s] - 1) // sides[s]
-        count = (shapes[2 * s] + sides[s] - 1) // sides[s] * columns
-        if (tile >= 0) & (tile < count):
-            height, width, side, first, bins, here = shapes[2 * s], shapes[2 * s + 1], sides[s], cell, bin_, tile
-        tile -= count
+        bases = (shapes[2 * s] + 1) * (shapes[2 * s + 1] + 1)
+        if (block >= 0) & (block < (bases + CELLS - 1) // CELLS):
+            height, width, scale, first, first_bin, here = shapes[2 * s], shapes[2 * s + 1], s, cell, bin_, block
+        block -= (bases + CELLS - 1) // CELLS
         cell += shapes[2 * s] * shapes[2 * s + 1]
-        bin_ += (shapes[2 * s] + 1) * (shapes[2 * s + 1] + 1)
-    columns = (width + side - 1) // side
+        bin_ += bases
+    c = here * CELLS + tl.arange(0, CELLS)
+    real = c < (height + 1) * (width + 1)
+    top, left = c // (width + 1) - 1, c % (width + 1) - 1
     d = tl.arange(0, BLOCK_D)
+    channels = (d < D)[None]
+    # the neighbours' values
+    values = value + image * stride_batch + head * stride_head + d[None]
+    cell0, on0 = _neighbour(top, left, real, height, width, 0)
+    cell1, on1 = _neighbour(top, left, real, height, width, 1)
+    cell2, on2 = _neighbour(top, left, real, height, width, 2)
+    cell3, on3 = _neighbour(top, left, real, height, width, 3)
+    value0 = tl.load(values + (first + cell0).to(tl.int64)[:, None] * stride_cell, mask=on0[:, None] & channels, other=0.0)
+    value1 = tl.load(values + (first + cell1).to(tl.int64)[:, None] * stride_cell, mask=on1[:, None] & channels, other=0.0)
+    value2 = tl.load(values + (first + cell2).to(tl.int64)[:, None] * stride_cell, mask=on2[:, None] & channels, other=0.0)
+    value3 = tl.load(values + (first + cell3).to(tl.int64)[:, None] * stride_cell, mask=on3[:, None] & channels, other=0.0)
+    value0, value1 = value0.to(tl.float32)[None], value1.to(tl.float32)[None]
+    value2, value3 = value2.to(tl.float32)[None], value3.to(tl.float32)[None]
+    slot = (first_bin + c).to(tl.int64) * images_heads + image_head
+    start = tl.load(ends + 2 * slot, mask=real, other=0)
+    stop = tl.load(ends + 2 * slot + 1, mask=real, other=0)
+    # (entries, cells, channels): the sum over entries stays within a thread
     rows = dout + (image * queries * heads + head) * D + d[None, None]
-    channels = (d < D)[None, None]
-    for i in range(0, side * side, CELLS):
-        c = i + tl.arange(0, CELLS)
-        row, column = here // columns * side + c // side, here % columns * side + c % side
-        on = (c < side * side) & (row < height) & (column < width)
-        # the base cells that reach it: upper left, upper (one row up), left, itself
-        upper = ends + 2 * ((bins + row * (width + 1) + column) * images_heads + image_head)
-        lower = upper + 2 * (width + 1) * images_heads
-        right = 2 * images_heads
-        start0, start1 = tl.load(upper, mask=on, other=0), tl.load(upper + right, mask=on, other=0)
-        start2, start3 = tl.load(lower, mask=on, other=0), tl.load(lower + right, mask=on, other=0)
-        # their points count as one list, that of the first before that of the second
-        stop0 = tl.load(upper + 1, mask=on, other=0) - start0
-        stop1 = tl.load(upper + right + 1, mask=on, other=0) - start1 + stop0
-        stop2 = tl.load(lower + 1, mask=on, other=0) - start2 + stop1
-        stop3 = tl.load(lower + right + 1, mask=on, other=0) - start3 + stop2
-        total = tl.zeros([CELLS, ENTRIES, BLOCK_D], tl.float32)
-        for done in range(0, tl.max(stop3, 0), ENTRIES):
-            e = done + tl.arange(0, ENTRIES)[None]
-            in0, in1, in2 = e < stop0[:, None], e < stop1[:, None], e < stop2[:, None]
-            mask = e < stop3[:, None]
-            at = tl.where(in0, start0[:, None], (start1 - stop0)[:, None])
-            at = e + tl.where(in1, at, tl.where(in2, (start2 - stop1)[:, None], (start3 - stop2)[:, None]))
-            corner = tl.where(in0, 3, tl.where(in1, 2, tl.where(in2, 1, 0)))
-            source = tl.load(sources + at, mask=mask, other=0).to(tl.int64) * (heads * D)
-            share = tl.load(shares + 4 * at.to(tl.int64) + corner, mask=mask, other=0.0)
-            probe = tl.load(rows + source[:, :, None], mask=mask[:, :, None] & channels, other=0.0).to(tl.float32)
-            total += share[:, :, None] * probe
-        to = dvalue + image * stride_batch + head * stride_head + (first + row * width + column).to(tl.int64) * stride_cell
-        tl.store(to[:, None] + d[None], tl.sum(total, 1).to(dvalue.dtype.element_ty), mask=on[:, None] & (d < D)[None])
+    sum0 = tl.zeros([CELLS, BLOCK_D], tl.float32)
+    sum1, sum2, sum3 = sum0, sum0, sum0
+    for done in range(0, tl.max(stop - start, 0), ENTRIES):
+        e = start[None] + done + tl.arange(0, ENTRIES)[:, None]
+        mask = e < stop[None]
+        source = tl.load(sources + e, mask=mask, other=0)
+        y = tl.load(places + e, mask=mask, other=0.0)
+        x = tl.load(places + count + e, mask=mask, other=0.0)
+        weight = tl.load(places + 2 * count + e, mask=mask, other=0.0)
+        query = (source // P).to(tl.int64)
+        probe = tl.load(rows + (query * heads * D)[:, :, None], mask=mask[:, :, None] & channels[None], other=0.0).to(tl.float32)
+        upper, lower = weight * (1 - y), weight * y
+        sum0 += tl.sum((upper * (1 - x))[:, :, None] * probe, 0)
+        sum1 += tl.sum((upper * x)[:, :, None] * probe, 0)
+        sum2 += tl.sum((lower * (1 - x))[:, :, None] * probe, 0)
+        sum3 += tl.sum((lower * x)[:, :, None] * probe, 0)
+        inner0 = tl.where(on0[None], tl.sum(value0 * probe, 2), 0.0)
+        inner1 = tl.where(on1[None], tl.sum(value1 * probe, 2), 0.0)
+        inner2 = tl.where(on2[None], tl.sum(value2 * probe, 2), 0.0)
+        inner3 = tl.where(on3[None], tl.sum(value3 * probe, 2), 0.0)
+        above, below = (1 - x) * inner0 + x * inner1, (1 - x) * inner2 + x * inner3
+        across = (1 - y) * (inner1 - inner0) + y * (inner3 - inner2)
+        index = (((image * queries + query) * heads + head) * S + scale) * P + source % P
+        tl.store(dweights + index, (1 - y) * above + y * below, mask=mask)
+        tl.store(dlocations + 2 * index, across * weight * width, mask=mask)
+        tl.store(dlocations + 2 * index + 1, (below - above) * weight * height, mask=mask)
+    to = sums + ((image_head * bins + first_bin + c)[:, None] * D + d[None])
+    per_corner = images_heads * bins * D
+    stored = real[:, None] & channels
+    tl.store(to, sum0, mask=stored)
+    tl.store(to + per_corner, sum1, mask=stored)
+    tl.store(to + 2 * per_corner, sum2, mask=stored)
+    tl.store(to + 3 * per_corner, sum3, mask=stored)
+
+
+@triton.jit
+def _add(
+    sums, dvalue, shapes, cells, blocks, bins, heads, stride_batch, stride_cell, stride_head,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """Each cell's gradient, from the base cells that it is a neighbour of."""
+    c = tl.program_id(0) % blocks * CELLS + tl.arange(0, CELLS)
+    image_head = (tl.program_id(0) // blocks).to(tl.int64)
+    # the base cell that is the cell itself, and how far away the one above it is
+    base, up = c * 0, c * 0
+    cell, bins_before = 0, 0
+    for s in tl.static_range(S):
+        height, width = shapes[2 * s], shapes[2 * s + 1]
+        here = (c >= cell) & (c < cell + height * width)
+        at = c - cell
+        base = tl.where(here, bins_before + (at // width + 1) * (width + 1) + at % width + 1, base)
+        up = tl.where(here, width + 1, up)
+        cell += height * width
+        bins_before += (height + 1) * (width + 1)
+    d = tl.arange(0, BLOCK_D)[None]
+    mask = (c < cells)[:, None] & (d < D)
+    per_corner = (tl.num_programs(0) // blocks).to(tl.int64) * bins * D
+    of = sums + (image_head * bins + base)[:, None] * D + d
+    above = of - up.to(tl.int64)[:, None] * D
+    total = tl.load(of, mask=mask, other=0.0) + tl.load(of + per_corner - D, mask=mask, other=0.0)
+    total += tl.load(above + 2 * per_corner, mask=mask, other=0.0) + tl.load(above + 3 * per_corner - D, mask=mask, other=0.0)
+    to = dvalue + image_head // heads * stride_batch + image_head % heads * stride_head + c.to(tl.int64)[:, None] * stride_cell
+    tl.store(to + d, total.to(dvalue.dtype.element_ty), mask=mask)

@@ -135,16 +135,17 @@ def test_shuffles_move_values_as_cuda_says(probes):
 def test_votes_count_the_lanes_that_are_there(probes, threads):
     values = torch.randn(threads)
     values[32:] = 1.0
-    out = torch.full((5, threads), -1, dtype=torch.int32, device=probes.device)
+    out = torch.full((6, threads), -1, dtype=torch.int32, device=probes.device)
     run_case(probes, "kVotes", values, out)
-    expected = torch.zeros(5, threads, dtype=torch.int64)
+    expected = torch.zeros(6, threads, dtype=torch.int64)
     for t in range(threads):
         warp = range(t // 32 * 32, min(t // 32 * 32 + 32, threads))
         ballot = sum(1 << (i % 32) for i in warp if values[i] > 0)
         total = sum(i % 32 for i in warp if i % 32 != 3)
-        expected[:, t] = torch.tensor([ballot, 1, t >= 32, ballot & 0xAAAAAAAA if t % 2 else 0, total])
+        same = sum(1 << (i % 32) for i in warp if i % 7 == t % 7)
+        expected[:, t] = torch.tensor([ballot, 1, t >= 32, ballot & 0xAAAAAAAA if t % 2 else 0, same, total])
         if t % 32 == 3:
-            expected[4, t] = 0xFFFFFFFF
+            expected[5, t] = 0xFFFFFFFF
     assert (out.cpu().long() & 0xFFFFFFFF).equal(expected)
 
 

@@ -172,6 +172,10 @@ def test_the_same_bits_every_time(backend, monkeypatch):
 TUNING = [
     {"repeat": 2},
     {"cell_tile": 3, "gather_threads": 64},
+    {"cell_tile": 11, "gather_channels": 8, "gather_threads": 256},
+    {"cell_tile": 1, "gather_channels": 8, "gather_threads": 32},
+    {"sort_threads": 32, "window": 37},
+    {"sort_threads": 512},
     {"query_bits": 1, "threads": 32},
     {"processors": 7, "threads": 1024},
 ]
@@ -194,14 +198,56 @@ def test_tuning_does_not_change_the_results_of_cuda(backend, dtype, changed, mon
             torch.testing.assert_close(a, e, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
+@by_backend("cuda")
+@pytest.mark.parametrize(("segment", "segments"), [(100, 99), (1, 7), (2000, 1)])
+def test_segments_give_the_same_bits(backend, segment, segments, monkeypatch):
+    module = import_module("mfuser.ops.ms_deform_attn.cuda_backend")
+    maps = [(1, 1), (3, 5)]
+    given = inputs(2, 150, 2, 8, 3, maps, dtype=torch.float32, backend=backend)
+    expected = run(attend(backend, maps), given)
+    monkeypatch.setattr(module, "_SEGMENT", segment)
+    monkeypatch.setattr(module, "_SEGMENTS", segments)
+    assert all(torch.equal(a, e) for a, e in zip(run(attend(backend, maps), given), expected, strict=True))
+
+
+@by_backend("cuda")
+@pytest.mark.parametrize("dim", [4, 5, 32, 70])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 17), (3, 30)], ids=str)
+def test_many_points_of_a_few_cells(backend, dim, shape):
+    """Lists that many lanes share, beside empty ones."""
+    value, places, weights = inputs(1, 300, 1, dim, 4, [shape], dtype=torch.float32, backend=backend)
+    with torch.no_grad():
+        places[:, :200] = torch.rand(200, 1, 1, 4, 2, generator=torch.Generator().manual_seed(2)) * 0.01 + 0.495
+        places[:, 200:290, ..., 0] = 0.52
+    expected = run(attend("reference", [shape]), precise((value, places, weights)))
+    for a, e in zip(run(attend(backend, [shape]), (value, places, weights)), expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=1e-5, atol=1e-4)
+
+
+@by_backend("cuda")
+@pytest.mark.parametrize("queries", [16383, 16384])
+def test_as_many_points_of_one_cell_as_a_segment_can_count(backend, queries, monkeypatch):
+    module = import_module("mfuser.ops.ms_deform_attn.cuda_backend")
+    monkeypatch.setattr(module, "_SEGMENT", module._MAX_SEGMENT)
+    maps = [(2, 2)]
+    value, places, weights = inputs(1, queries, 1, 4, 4, maps, dtype=torch.float32, backend=backend)
+    with torch.no_grad():
+        places.fill_(0.5)
+        places[0, -1] = 0.1
+    expected = run(attend("torch", maps), precise((value, places, weights)))
+    for a, e in zip(run(attend(backend, maps), (value, places, weights)), expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=1e-4, atol=1e-2)
+
+
 @by_backend("triton")
 def test_tuning_does_not_change_the_results_of_triton(backend, monkeypatch):
     module = import_module("mfuser.ops.ms_deform_attn.triton_backend")
     maps = [(1, 2), (3, 4)]
     given = inputs(1, 14, 1, 4, 2, maps, dtype=torch.float32, backend=backend)
     expected = run(attend(backend, maps), given)
-    for name, setting in {"_TILE": 16, "_CELLS": 2, "_ENTRIES": 2, "_STEPS": 64, "_BLOCK": 64}.items():
+    for name, setting in {"_TILE": 16, "_SUMS": 8, "_BLOCK": 64}.items():
         monkeypatch.setattr(module, name, setting)
+    monkeypatch.setitem(module._GATHER, 4, {"cells": 2, "entries": 2, "warps": 2})
     for a, e in zip(run(attend(backend, maps), given), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
@@ -335,7 +381,7 @@ def test_triton_compiles_for_a_gpu(dtype, tmp_path):
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_probe", "_collect", "_gather"}
+    assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_bins", "_collect", "_gather", "_add"}
 
 
 def check_golden(backend: str) -> None:
