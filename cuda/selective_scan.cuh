@@ -49,7 +49,7 @@ constexpr int S = 4;               // states in a lane: what one vector load bri
 constexpr int kSub = 16;           // steps between kept states
 constexpr int kHold = 8;           // states that the backward holds at a time: a lane's registers bound it
 constexpr int kLinger = 4;         // steps back whose results are stored together
-constexpr int kByHand = 1;         // exponentials of a lane and step that the first pass, which waits for their unit, computes without
+constexpr int kByHand = 1;         // exponentials of a step that the first pass, which waits for their unit, computes without
 constexpr int kForwardWarps = 4;   // warps per block
 constexpr int kBackwardWarps = 4;
 constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;  // per SM: bounds the registers

@@ -23,7 +23,7 @@ _CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
 _SIXTEEN = ((0.0, 1.4, 1.9, 2.75), (0.0, 4.4, 6.1))
 _FIRST_PASS = (0.0, 1.05, 1.4, 2.1)
 _START = 3.5
-_BEFORE = 0.5
+_BEFORE = 1.0
 
 
 class _Params(ctypes.Structure):
