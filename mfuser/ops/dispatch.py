@@ -6,6 +6,7 @@ variable MFUSER_BACKEND names one for every "auto". A name holds for all operato
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,7 +41,10 @@ class Backend:
     gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
-        return import_module(self.module)
+        return _imported(self.module)
+
+
+_imported = functools.cache(import_module)
 
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,9 +128,7 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
 
     Raises: BackendError with the reason of every backend that was tried.
     """
-    requested = _wanted(op, requested)
-    if requested == "auto":
-        requested = _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
+    requested = named(op, requested)
     if requested == "auto":
         on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
         tried = [b for b in rows(op) if b.auto and not (b.gpu and on_cpu)]
@@ -145,6 +147,15 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
 torch.compiler.assume_constant_result(resolve)
 
 
+def named(op: str, requested: str) -> str:
+    """Return the name that `requested`, or else MFUSER_BACKEND, has for `op`: a backend's or "auto".
+
+    Raises: BackendError for what is malformed.
+    """
+    requested = _wanted(op, requested)
+    return requested if requested != "auto" else _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
+
+
 def _wanted(op: str, requested: str) -> str:
     """The one name that `requested` has for `op`."""
     if "=" not in requested:
@@ -157,6 +168,16 @@ def _wanted(op: str, requested: str) -> str:
         rows(own)
         names[own] = name
     return names.get(op, "auto")
+
+
+def watched() -> bool:
+    """Whether someone looks at operators: a compiler, a mode that counts or fakes them, or a transform such as vmap.
+
+    Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    )
 
 
 def running(op: str, name: str) -> ModuleType:
