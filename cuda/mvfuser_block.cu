@@ -28,7 +28,7 @@ struct MvfuserBlockShape {
     int gate;        // whether z passes SiLU before the norm's gate, too
     float times;     // how often the steps' bias counts
     float eps;
-    int type, operand_type[kOperands], gradient_type[kOperands];
+    int type, operand_type[kOperands];  // the latter is T's or fp32's
     int forward_tokens, backward_tokens, norm_blocks;  // as in mvfuser.h
     MvfuserBlockKept kept;
     MvfuserBlockScratch scratch;
@@ -138,9 +138,9 @@ public:
             static_cast<int>(stride), p.compute, kCublasDefault);
     }
 
-    // the same for the gradient of an operand
+    // the same for the gradient of an operand, in its type
     int gradient(int i, Matrix a, Matrix b, long long m, long long n, long long k) const {
-        return p.gradient[i] ? product(a, b, m, n, k, p.gradient[i], n, s.gradient_type[i]) : 0;
+        return p.gradient[i] ? product(a, b, m, n, k, p.gradient[i], n, s.operand_type[i]) : 0;
     }
 
     MvfuserConvParams conv() const {
@@ -282,7 +282,7 @@ extern "C" int mfuser_mvfuser_block_bwd(const MvfuserBlockParams* params, void* 
 
     void* const dx = b.scratch(to.dg);  // which has been read
     const Matrix x = b.rows(b.kept(at.x), half), w_x = b.operand(kX);
-    const long long type_bytes = s.gradient_type[kX] ? 2 : 4;
+    const long long type_bytes = s.operand_type[kX] ? 2 : 4;
     Columns columns[2];
     for (int i = 0, pieces = b.joined_columns(columns); i < pieces; ++i) {
         const Columns& c = columns[i];
@@ -291,7 +291,7 @@ extern "C" int mfuser_mvfuser_block_bwd(const MvfuserBlockParams* params, void* 
         MFUSER_TRY(b.product(d, w, M, half, c.count, dx, half, s.type, i > 0));
         if (!p.gradient[kX]) continue;
         void* target = static_cast<char*>(p.gradient[kX]) + c.row * type_bytes * half;
-        MFUSER_TRY(b.product(d.t(), x, c.count, half, M, target, half, s.gradient_type[kX]));
+        MFUSER_TRY(b.product(d.t(), x, c.count, half, M, target, half, s.operand_type[kX]));
     }
 
     MvfuserConvParams conv = b.conv();

@@ -113,9 +113,11 @@ def mismatch(tensors: Sequence[Tensor | None], *devices: str) -> str | None:
     if not tensors and devices == ("cuda",) and not torch.cuda.is_available():
         return "torch finds no usable CUDA GPU"
     for tensor in tensors:
-        if tensor is not None and tensor.device.type not in devices:
-            return f"takes {' and '.join(devices)} tensors, not {tensor.device.type}"
-        if tensor is not None and tensor.dtype not in _KERNEL_TYPES:
+        if tensor is None:
+            continue
+        if (kind := tensor.device.type) not in devices:
+            return f"takes {' and '.join(devices)} tensors, not {kind}"
+        if tensor.dtype not in _KERNEL_TYPES:
             return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
     return None
 
@@ -171,13 +173,11 @@ def _wanted(op: str, requested: str) -> str:
 
 
 def watched() -> bool:
-    """Whether someone looks at operators: a compiler, a mode that counts or fakes them, or a transform such as vmap.
+    """Whether someone looks at operators: a compiler, or a mode such as one that counts or fakes them.
 
     Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
     """
-    return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def running(op: str, name: str) -> ModuleType:

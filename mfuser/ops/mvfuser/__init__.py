@@ -41,14 +41,16 @@ def plan(requested: str, weight: Tensor, A_log: Tensor) -> tuple[str, str] | Non
     name = resolve("mvfuser", requested, weight, A_log).name
     if name not in KERNELS:
         return None
-    # u, delta, B, C are still to come: the weight stands for them
-    scan = resolve("selective_scan", requested, weight, weight, A_log, weight, weight).name
-    if name == "cuda" and scan != name:
-        # the scan is part of the block's launches
+    if name == "cuda":
+        # the scan is part of the block, which has answered for both
+        scan = named("selective_scan", requested)
+        if scan in ("auto", name):
+            return name, name
         if named("mvfuser", requested) == "auto":
             return None
         raise BackendError(f"no backend for mvfuser: cuda: its scan is cuda, too, not {scan}")
-    return name, scan
+    # u, delta, B, C are still to come: the weight stands for them
+    return name, resolve("selective_scan", requested, weight, weight, A_log, weight, weight).name
 
 
 def mvfuser(

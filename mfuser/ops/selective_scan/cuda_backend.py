@@ -23,6 +23,7 @@ _LAUNCHERS = {
     for direction in ("fwd", "bwd")
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16"))
 }
+_STRIDES = {name: (f"{name}_batch", f"{name}_row") for name in ("u", "delta", "B", "C", "z", "dy")}
 _FORWARD_WARPS, _BACKWARD_WARPS = 4, 8  # per block: kForwardWarps, kBackwardWarps
 # Warps that an SM should have to work on before cutting sequences pays: every cut computes most exponentials twice.
 _ENOUGH_WARPS = 8
@@ -71,9 +72,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the kept states (empty unless `keep`)."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=False)
-    call.activations(u=u, delta=delta, B=B, C=C, z=z)
-    call.weights(A=A, D=D, bias=bias, initial=initial)
-    y = call.tokens("y", A.shape[0])
+    call.inputs(u, delta, A, B, C, D, z, bias, initial)
+    y = call.tokens("y", u)
     state = call.states("state", A, u.shape[0])
     saved = call.buffer("saved", *saved_shape(u, A)) if keep else A.new_empty(0, dtype=torch.float32)
     call.run("fwd", softplus)
@@ -88,15 +88,15 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=True)
-    call.activations(u=u, delta=delta, B=B, C=C, z=z, dy=dy)
-    call.weights(A=A, D=D, bias=bias, initial=initial, dstate=dstate)
-    call.point("saved", saved)
-    (dim, state), batch = A.shape, u.shape[0]
-    du, ddelta = call.tokens("du", dim), call.tokens("ddelta", dim)
-    dz = None if z is None else call.tokens("dz", dim)
-    dB, dC = call.tokens("dB", state), call.tokens("dC", state)
-    dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, batch)
-    dD, dbias = call.channels("dD", D, dim), call.channels("dbias", bias, dim)
+    call.inputs(u, delta, A, B, C, D, z, bias, initial)
+    call.activation("dy", dy)
+    if dstate is not None:
+        call.weight("dstate", dstate)
+    call.params.saved = saved.data_ptr()
+    du, ddelta, dB, dC = call.tokens("du", u), call.tokens("ddelta", delta), call.tokens("dB", B), call.tokens("dC", C)
+    dz = None if z is None else call.tokens("dz", z)
+    dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, u.shape[0])
+    dD, dbias = call.channels("dD", D), call.channels("dbias", bias)
     call.run("bwd", softplus)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
 
@@ -133,11 +133,12 @@ class _Call:
     """
 
     def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor, *, backward: bool) -> None:
-        batch, length, _ = u.shape
-        self.dtype, self.u, self.held = dtype, u, list[Tensor]()
-        self.batch, self.length = batch, length
-        self.dim, self.state = (_fours(size) for size in A.shape)
-        params, scratch, size = sized(batch, length, self.dim, self.state, multiprocessors(u), backward=backward)
+        (batch, length, _), (self.dim, self.state) = u.shape, A.shape
+        self.dtype, self.u = dtype, u
+        self.held = list[Tensor]()  # copies, which must live until the launch
+        # in memory
+        self.wide_dim, self.wide_state = self.dim + -self.dim % 4, self.state + -self.state % 4
+        params, scratch, size = sized(batch, length, self.wide_dim, self.wide_state, multiprocessors(u), backward=backward)
         self.params = Params.from_buffer_copy(params)
         if size:
             memory = torch.empty(size, dtype=torch.uint8, device=u.device)
@@ -146,69 +147,94 @@ class _Call:
             for name, offset in scratch:
                 setattr(self.params, name, first + offset)
 
-    def activations(self, **tensors: Tensor | None) -> None:
-        """Point at (B, L, channels) tensors of any batch and row stride."""
-        params = self.params
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            if tensor.dtype is not self.dtype:
-                tensor = tensor.to(self.dtype)
-            image, row, one = tensor.stride()
-            if channels := tensor.shape[2] % 4:
-                tensor = F.pad(tensor, (0, 4 - channels))
-                image, row, _ = tensor.stride()
-            elif one != 1 or image % 4 or row % 4 or row >= _LONGEST_ROW:
-                tensor = tensor.contiguous()
-                image, row, _ = tensor.stride()
-            bytes_ = tensor.element_size()
-            if tensor.data_ptr() % (4 * bytes_):
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-                image, row, _ = tensor.stride()
-            self.point(name, tensor)
-            setattr(params, name + "_batch", image)
-            setattr(params, name + "_row", row * bytes_)
+    def inputs(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        bias: Tensor | None, initial: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Point at what both directions take."""
+        self.activation("u", u)
+        self.activation("delta", delta)
+        self.activation("B", B)
+        self.activation("C", C)
+        if z is not None:
+            self.activation("z", z)
+        self.weight("A", A)
+        if D is not None:
+            self.weight("D", D)
+        if bias is not None:
+            self.weight("bias", bias)
+        if initial is not None:
+            self.weight("initial", initial)
 
-    def weights(self, **tensors: Tensor | None) -> None:
-        """Point at (D,), (D, N) or (B, D, N) tensors, in fp32."""
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            if tensor.dtype is not torch.float32:
-                tensor = tensor.float()
-            shape = tensor.shape
-            missing = (self.dim if len(shape) == 1 else self.state) - shape[-1]
-            rows = 0 if len(shape) == 1 else self.dim - shape[-2]
-            if missing or rows:
-                tensor = F.pad(tensor, (0, missing, 0, rows) if rows else (0, missing))
-            elif not tensor.is_contiguous():
-                tensor = tensor.contiguous()
-            self.point(name, tensor.clone() if tensor.data_ptr() % 16 else tensor)
+    def activation(self, name: str, tensor: Tensor) -> None:
+        """Point at a (B, L, channels) tensor of any batch and row stride."""
+        if tensor.dtype is not self.dtype:
+            tensor = tensor.to(self.dtype)
+        bytes_ = tensor.element_size()
+        image, row, one = tensor.stride()
+        if tensor.shape[2] % 4:
+            tensor = F.pad(tensor, (0, -tensor.shape[2] % 4))
+        elif one != 1 or image % 4 or row % 4 or row >= _LONGEST_ROW:
+            tensor = tensor.contiguous()
+        pointer = tensor.data_ptr()
+        if pointer % (4 * bytes_):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            pointer = tensor.data_ptr()
+        self.held.append(tensor)
+        image, row, _ = tensor.stride()
+        params, (batch_name, row_name) = self.params, _STRIDES[name]
+        setattr(params, name, pointer)
+        setattr(params, batch_name, image)
+        setattr(params, row_name, row * bytes_)
 
-    def tokens(self, name: str, channels: int) -> Tensor:
-        """An output (B, L, channels)."""
-        wide = _fours(channels)
-        whole = self.point(name, torch.empty(self.batch, self.length, wide, dtype=self.dtype, device=self.u.device))
-        return whole if wide == channels else whole[..., :channels]
+    def weight(self, name: str, tensor: Tensor) -> None:
+        """Point at a (D,), (D, N) or (B, D, N) tensor, in fp32."""
+        if tensor.dtype is not torch.float32:
+            tensor = tensor.float()
+        columns = self.wide_state - self.state if tensor.dim() > 1 else self.wide_dim - self.dim
+        rows = self.wide_dim - self.dim if tensor.dim() > 1 else 0
+        if columns or rows:
+            tensor = F.pad(tensor, (0, columns, 0, rows) if rows else (0, columns))
+        elif not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if tensor.data_ptr() % 16:
+            tensor = tensor.clone()
+        self.held.append(tensor)
+        setattr(self.params, name, tensor.data_ptr())
+
+    # `empty_like` alone takes a third of the time of an allocation by shape, type and device
+
+    def tokens(self, name: str, like: Tensor) -> Tensor:
+        """An output (B, L, channels) as `like`, contiguous unless it is cut."""
+        batch, length, channels = like.shape
+        if channels % 4:
+            return self._point(name, like.new_empty(batch, length, _fours(channels), dtype=self.dtype))[..., :channels]
+        if like.dtype is self.dtype and like.is_contiguous():
+            return self._point(name, torch.empty_like(like))
+        return self._point(name, like.new_empty(batch, length, channels, dtype=self.dtype))
 
     def states(self, name: str, A: Tensor, *batch: int) -> Tensor:
         """An output (D, N) like A, or (batch, D, N)."""
-        whole = self.buffer(name, *batch, self.dim, self.state)
-        return whole if whole.shape[-2:] == A.shape else whole[..., : A.shape[0], : A.shape[1]]
+        if self.wide_dim != self.dim or self.wide_state != self.state:
+            return self.buffer(name, *batch, self.wide_dim, self.wide_state)[..., : self.dim, : self.state]
+        if batch or A.dtype is not torch.float32 or not A.is_contiguous():
+            return self.buffer(name, *batch, self.dim, self.state)
+        return self._point(name, torch.empty_like(A))
 
-    def channels(self, name: str, given: Tensor | None, dim: int) -> Tensor | None:
+    def channels(self, name: str, given: Tensor | None) -> Tensor | None:
         """An output (D,), None where its input is; the kernels write it in any case."""
-        whole = self.buffer(name, self.dim)
-        return None if given is None else whole if self.dim == dim else whole[:dim]
+        if given is not None and given.dtype is torch.float32 and self.wide_dim == self.dim and given.is_contiguous():
+            return self._point(name, torch.empty_like(given))
+        whole = self.buffer(name, self.wide_dim)
+        return None if given is None else whole[: self.dim]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """A buffer in fp32."""
-        return self.point(name, torch.empty(shape, dtype=torch.float32, device=self.u.device))
+        return self._point(name, torch.empty(*shape, dtype=torch.float32, device=self.u.device))
 
-    def point(self, name: str, tensor: Tensor) -> Tensor:
-        """Give the kernels `tensor` as `name`."""
+    def _point(self, name: str, tensor: Tensor) -> Tensor:
         setattr(self.params, name, tensor.data_ptr())
-        self.held.append(tensor)  # a copy made here must live until the launch
+        self.held.append(tensor)
         return tensor
 
     def run(self, direction: str, softplus: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -439,11 +440,26 @@ def test_a_named_backend_runs_or_raises(monkeypatch):
         with pytest.raises(BackendError, match="no backend for mvfuser: cuda: torch finds no usable CUDA GPU"):
             fuser.mix(joint)
     # the scan's kernels of that name are part of it
-    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (dispatch.Backend("cuda", "mfuser.ops.dispatch"),))
-    refusing = dispatch.Backend("cuda", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
+    accepting = dispatch.Backend("triton", "mfuser.ops.dispatch")
+    refusing = dispatch.Backend("triton", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
+    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (accepting,))
     monkeypatch.setitem(dispatch.TABLE, "selective_scan", (refusing,))
-    with pytest.raises(BackendError, match="no backend for selective_scan: cuda: is tired"):
+    fuser.backend = "triton"
+    with pytest.raises(BackendError, match="no backend for selective_scan: triton: is tired"):
         fuser.mix(joint)
+
+
+def test_the_scan_of_cudas_block_is_its_own(emulated, monkeypatch):
+    fuser = make(24, 4)
+    rows = tuple(dataclasses.replace(row, auto=True, gpu=False) for row in dispatch.TABLE["mvfuser"])
+    monkeypatch.setitem(dispatch.TABLE, "mvfuser", rows)
+    with compiled.use(emulated):
+        for requested in ("cuda", "auto", "mvfuser=cuda", "mvfuser=cuda,selective_scan=cuda"):
+            assert plan(requested, fuser.in_proj.weight, fuser.A_log) == ("cuda", "cuda")
+        # a scan that was named runs, in the composition, but not under a block that was named
+        assert plan("selective_scan=torch", fuser.in_proj.weight, fuser.A_log) is None
+        with pytest.raises(BackendError, match="no backend for mvfuser: cuda: its scan is cuda, too, not torch"):
+            plan("mvfuser=cuda,selective_scan=torch", fuser.in_proj.weight, fuser.A_log)
 
 
 def test_kernels_refuse_what_they_cannot_take(emulated):
