@@ -10,16 +10,20 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mfuser.ops import compiled
+
 # of cublas_api.h
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+
+_current_handle: Callable[[], int] = getattr(torch._C, "_cuda_getCurrentBlasHandle", torch.cuda.current_blas_handle)
 
 
 @functools.cache
@@ -65,10 +69,10 @@ def gemm() -> int:
 def handle(like: Tensor) -> int:
     """Return torch's handle for the device and the current stream of `like`, with torch's workspace."""
     index = like.get_device()
-    if index == torch.cuda.current_device():
-        return torch.cuda.current_blas_handle()
+    if index == compiled.current_device():
+        return _current_handle()
     with torch.cuda.device(index):
-        return torch.cuda.current_blas_handle()
+        return _current_handle()
 
 
 def compute_type(dtype: torch.dtype) -> int:

@@ -43,7 +43,7 @@ def _public_stream(index: int) -> int:
 
 
 # what torch.cuda's functions call in the end; those build objects and look whether CUDA has been initialized
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
 
@@ -82,7 +82,7 @@ class Library:
             raise RuntimeError(f"{name} of {self.path} takes {self.device} tensors, got one on {like.device}")
         if not self._on_gpu:
             error = function(ctypes.byref(params), None)
-        elif (index := like.get_device()) == _current_device():
+        elif (index := like.get_device()) == current_device():
             error = self._launch(function, params, index)
         else:
             # the guard puts the caller's device back

@@ -6,8 +6,8 @@ variable MFUSER_BACKEND names one for every "auto". A name holds for all operato
 
 from __future__ import annotations
 
-import functools
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,10 +41,11 @@ class Backend:
     gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
-        return _imported(self.module)
-
-
-_imported = functools.cache(import_module)
+        # what `import_module` returns, too, but as quickly as a call of an operator needs it
+        module = sys.modules.get(self.module)
+        if module is None or getattr(module.__spec__, "_initializing", False):  # another thread may be at it
+            return import_module(self.module)
+        return module
 
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)

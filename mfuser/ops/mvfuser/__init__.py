@@ -97,12 +97,13 @@ def _check(joint: Tensor, weights: Sequence[Tensor]) -> None:
         raise ValueError("mvfuser needs joint (B, L, C), A_log (h, N) and dt_proj (h, R), got {}, {}, {}".format(*shapes))
     width, (half, state), rank = joint.shape[2], A_log.shape, dt_proj.shape[1]
     taps, row = (half, 1, 3), (half,)
-    expected = (
+    expected = [
         (2 * half, width), taps, taps, (rank + 2 * state, half), (half, rank), row, (half, state), row, row, (width, half), (),
-    )  # fmt: skip
-    for name, tensor, shape in zip(WEIGHTS, weights, expected, strict=True):
-        if tensor.shape != shape:
-            raise ValueError(f"mvfuser: {name} is {tuple(tensor.shape)}, expected {shape}")
+    ]  # fmt: skip
+    if [tensor.shape for tensor in weights] != expected:
+        for name, tensor, shape in zip(WEIGHTS, weights, expected, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"mvfuser: {name} is {tuple(tensor.shape)}, expected {shape}")
     # autocast casts all but fp64
     if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not torch.is_autocast_enabled(joint.device.type)):
         raise ValueError(f"mvfuser: tokens are {joint.dtype}, weights {in_proj.dtype}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -284,6 +285,30 @@ def test_nothing_is_kept_without_gradients_and_little_with_them(kernels):
     # in bf16: tokens, xz (C each), x, z, delta, y (C / 2 each); rank, B, C
     expected = weights + states + 2 * (2 * 20) * (4 * 64 + 4 + 2 * 4)
     assert expected <= size < expected + gaps
+
+
+@of_the_operator
+def test_a_call_makes_few_operations(kernels):
+    """A small batch's launches take the GPU less time than a few dozen operations of torch take the CPU."""
+    fuser, joint = make(64, 4, device=kernels[1]), tokens(2, 5, 64, device=kernels[1]).requires_grad_()
+    leaves = [joint, *fuser.parameters()]
+
+    def operations(function: Callable[[], object]) -> tuple[object, Counter[str]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = function()
+        names = (event.key for event in profile.events() if event.key.startswith(("aten::", "mfuser::")))
+        return result, Counter(names)
+
+    with torch.autocast(kernels[1], torch.bfloat16):
+        out, forward = operations(lambda: fuser.mix(joint))
+    probe = torch.ones_like(out)
+    _, backward = operations(lambda: torch.autograd.grad(out, leaves, probe))
+    with torch.no_grad():
+        _, alone = operations(lambda: fuser.mix(joint))
+    for counted, most in ((forward, 3), (backward, 13), (alone, 2)):
+        assert counted["aten::empty"] + counted["aten::empty_strided"] <= most, counted
+        # fill_: new memory is poisoned under test
+        assert not set(counted) - {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::fill_"}
 
 
 @of_the_operator
