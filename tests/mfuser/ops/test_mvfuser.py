@@ -389,6 +389,35 @@ def test_kernels_touch_no_memory_beyond_their_tensors(emulated, half, batch, len
         assert all(torch.isfinite(result).all() for result in results)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("shape", [(24, 4, 2, 9), (160, 16, 1, 67)], ids=str)
+def test_the_block_touches_no_memory_beyond_its_buffers(emulated, monkeypatch, shape, before):
+    width, state, batch, length = shape
+    backend, empty = import_module("mfuser.ops.mvfuser.cuda_backend"), torch.empty
+    monkeypatch.setattr(backend, "_ALIGNED", 16)
+    monkeypatch.setattr(backend, "_plan", backend._plan.__wrapped__)
+    buffers = []
+
+    def guarded(*size, **options) -> Tensor:
+        made = empty(*size, **options)
+        if made.dtype != torch.uint8:
+            return made
+        buffers.append(fenced(made, before=before))
+        return buffers[-1]
+
+    fuser, joint = make(width, state), tokens(batch, length, width)
+    with compiled.use(emulated):
+        monkeypatch.setattr("mfuser.fusion.plan", lambda *_: ("cuda", "cuda"))
+        expected = run(fuser, autocast(fuser.mix), joint)
+        monkeypatch.setattr(torch, "empty", guarded)
+        actual = run(fuser, autocast(fuser.mix), joint)
+        with torch.no_grad():
+            alone = fuser.mix(joint)
+    assert len(buffers) == 4
+    assert torch.isfinite(alone).all()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def one_by_one(name: str) -> ModuleType:
     """The kernels of a backend as functions."""
     return mvfuser_kernels if name == "cuda" else import_module(f"mfuser.ops.mvfuser.{name}_backend")
