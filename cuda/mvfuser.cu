@@ -2,6 +2,7 @@
 // taps along the tokens, and the small change (casts before, sums after). Activations are of one type T, parameters and
 // sums fp32. M = B L tokens, h channels in either half.
 #include "device.cuh"
+#include "mvfuser.h"
 
 namespace {
 
@@ -80,22 +81,6 @@ int with_type(int type, Launch launch) {
 
 // ---------------------------------------------------------------------------------------------------------------- casts
 
-struct MvfuserCastPiece {
-    const void* source;
-    void* target;
-    long long rows, columns, source_stride, target_stride;  // strides of rows, in elements
-    long long blocks;                                       // set by the launcher: of this piece and those before it
-    float factor;
-    int source_type, target_type;
-    int exponential;  // factor * exp(value), else factor * value
-    int vectors;      // set by the launcher: whether all is aligned to vectors
-};
-
-struct MvfuserCastParams {
-    MvfuserCastPiece piece[8];
-    int pieces;
-};
-
 namespace {
 
 template <typename S, typename T, int V>
@@ -169,20 +154,6 @@ extern "C" int mfuser_mvfuser_cast(const MvfuserCastParams* given, void* stream)
 }
 
 // --------------------------------------------------------------------------------------------------------- convolutions
-
-struct MvfuserConvParams {
-    const void* xz;         // (B, L, 2h), channels adjacent
-    const float *wx, *wz;   // (h, 3)
-    void *x, *z;            // (B, L, h): forward's results
-    const void *du, *dx;    // (B, L, h): two addends of x's gradient
-    const void* dz;         // (B, L, h)
-    void* dxz;              // (B, L, 2h)
-    float* partial;         // (B * chunks, 2h, 3): sums over a chunk's tokens for the gradients of wx, wz
-    long long batch_stride, token_stride;  // of xz, in elements
-    int batch, length, half, block_tokens;  // chunks = ceil(L / block_tokens)
-    int gate;               // whether z passes SiLU
-    int type;
-};
 
 namespace {
 
@@ -388,20 +359,6 @@ extern "C" int mfuser_mvfuser_conv_bwd(const MvfuserConvParams* p, void* stream)
 
 // ------------------------------------------------------------------------------------------------------- norm and gate
 
-struct MvfuserNormParams {
-    const void *y, *z;     // (M, h)
-    const float* weight;   // (h,)
-    const float* scale;    // one number
-    void* g;               // (M, h)
-    const void* dg;        // (M, h): without the scale, see below
-    void *dy, *dz;         // (M, h)
-    float* partial;        // (blocks, h + 1): sums over a block's tokens for the gradients of weight, scale
-    long long tokens;
-    int half, blocks;      // blocks: of the backward
-    float eps;
-    int type;
-};
-
 namespace {
 
 template <typename T, int V>
@@ -582,21 +539,6 @@ extern "C" int mfuser_mvfuser_norm_bwd(const MvfuserNormParams* p, void* stream)
 }
 
 // ---------------------------------------------------------------------------------------------------------------- sums
-
-struct MvfuserSumPiece {
-    const float* source;  // (rows, columns)
-    const float* times;   // (columns,), or none
-    float* target;        // (columns,)
-    long long stride;     // of rows, in elements
-    int rows, columns;
-    float factor;
-    int blocks;  // set by the launcher: of this piece and those before it
-};
-
-struct MvfuserSumParams {
-    MvfuserSumPiece piece[8];
-    int pieces;
-};
 
 namespace {
 

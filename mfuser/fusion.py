@@ -6,6 +6,7 @@ Every fuser takes the tokens of both towers and returns what to add to each.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,15 +79,18 @@ class MVFuser(Fuser):
 
     def mix(self, joint: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        backends = plan(self.backend, self.in_proj.weight, self.A_log)
+        # what `self.in_proj` finds in the end, after a search that takes longer than a launch
+        own: dict[str, Any] = self._modules
+        in_proj, A_log, dt_proj, norm = own["in_proj"].weight, self.A_log, own["dt_proj"], own["norm"]
+        backends = plan(self.backend, in_proj, A_log)
         if backends is None:
             return self.composed(joint)
         out = mvfuser(
-            joint, self.in_proj.weight, self.conv1d_x.weight, self.conv1d_z.weight, self.x_proj.weight,
-            self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.norm.weight, self.out_proj.weight, self.scale,
-            eps=self.norm.eps, sane=self.sane, backends=backends,
+            joint, in_proj, own["conv1d_x"].weight, own["conv1d_z"].weight, own["x_proj"].weight, dt_proj.weight,
+            dt_proj.bias, A_log, self.D, norm.weight, own["out_proj"].weight, self.scale,
+            eps=norm.eps, sane=self.sane, backends=backends,
         )  # fmt: skip
-        dropped: Tensor = self.dropout(out)
+        dropped: Tensor = own["dropout"](out) if own["dropout"].training else out
         return dropped
 
     def composed(self, joint: Tensor) -> Tensor:

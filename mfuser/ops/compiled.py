@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ from mfuser.ops.dispatch import mismatch
 _FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 _LAST_LINES = 30
 BUILD_COMMAND = "dgbench kernels build"
+# of cublas_api.h
+_CUBLAS_STATUS = {
+    1: "not initialized", 3: "allocation failed", 7: "invalid value", 8: "architecture mismatch", 11: "mapping error",
+    13: "execution failed", 14: "internal error", 15: "not supported",
+}  # fmt: skip
+
+
+def _public_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# what torch.cuda's functions call in the end; those build objects and look whether CUDA has been initialized
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
 
 class BuildError(RuntimeError):
@@ -53,7 +68,9 @@ class Library:
         except AttributeError as error:
             raise OSError(str(error)) from error
         self.device = self._dll.mfuser_device_type().decode()
+        self._on_gpu = self.device == "cuda"
         self._functions: dict[str, Callable[..., int]] = {}
+        self._thread = threading.local()  # `index`: the device that the runtime has in this thread
 
     def run(self, name: str, params: ctypes.Structure, *, like: Tensor) -> None:
         """Call the launcher `name` with `params`, on the device and the current stream of `like`.
@@ -61,34 +78,42 @@ class Library:
         Raises: RuntimeError with CUDA's text when the launch fails, or for a library that does not fit this Python code.
         """
         function = self._functions.get(name) or self._checked(name, type(params))
-        if like.device.type != self.device:
+        if not (like.is_cuda if self._on_gpu else like.is_cpu):
             raise RuntimeError(f"{name} of {self.path} takes {self.device} tensors, got one on {like.device}")
-        if self.device == "cpu":
-            self.check(name, function(ctypes.byref(params), None))
-            return
-        index = like.device.index
-        if index != torch.cuda.current_device():
+        if not self._on_gpu:
+            error = function(ctypes.byref(params), None)
+        elif (index := like.get_device()) == current_device():
+            error = self._launch(function, params, index)
+        else:
             # the guard puts the caller's device back
             with torch.cuda.device(index):
-                self._launch(name, function, params, index)
-        else:
-            self._launch(name, function, params, index)
+                error = self._launch(function, params, index)
+        if error:
+            self.check(name, error)
+
+    def address(self, name: str) -> int:
+        """Return where the function `name` is, to hand it to a launcher."""
+        return ctypes.cast(self._dll[name], ctypes.c_void_p).value or 0
 
     def check(self, what: str, error: int) -> None:
-        """Raise RuntimeError with CUDA's text unless `error` is 0."""
+        """Raise RuntimeError with CUDA's text unless `error` is 0; a negative one is cuBLAS's status."""
+        if error < 0:
+            raise RuntimeError(f"{what}: cuBLAS status {-error}: {_CUBLAS_STATUS.get(-error, 'unknown')}")
         if error:
             raise RuntimeError(f"{what}: CUDA error {error}: {self._dll.mfuser_error_string(error).decode()}")
 
     def use_device(self, index: int) -> None:
-        """Make the GPU `index` current in the library's own CUDA runtime.
+        """Make the GPU `index` current in the library's own CUDA runtime, for this thread.
 
         Raises: RuntimeError with CUDA's text, such as that of a driver older than the runtime.
         """
         self.check(f"GPU {index}", self._use_device(index))
+        self._thread.index = index
 
-    def _launch(self, name: str, function: Callable[..., int], params: ctypes.Structure, index: int) -> None:
-        self.use_device(index)
-        self.check(name, function(ctypes.byref(params), torch.cuda.current_stream(index).cuda_stream))
+    def _launch(self, function: Callable[..., int], params: ctypes.Structure, index: int) -> int:
+        if getattr(self._thread, "index", None) != index:
+            self.use_device(index)
+        return function(ctypes.byref(params), _raw_stream(index))
 
     def _checked(self, name: str, kind: type[ctypes.Structure]) -> Callable[..., int]:
         try:
@@ -114,22 +139,35 @@ class Status:
     reason: str | None
 
 
-_used: Library | None = None
+_used: Library | None = None  # by `use`
+_found: Library | None = None  # by `library`
 
 
 def library() -> Library:
     """Return the library that was built from the present sources for the current GPU.
 
-    Both the library and the reason of a failure are kept until `build` succeeds in this process.
+    Once found, it is kept until `build` succeeds in this process, and so is the reason of a failure, unless the
+    variables of the environment that say where libraries are change.
 
     Raises: ImportError with the reason, and the command that helps.
     """
-    if _used is not None:
-        return _used
+    return _used or _found or _look()
+
+
+def _look() -> Library:
+    global _found
     found = _installed(os.environ.get("MFUSER_KERNELS"), os.environ.get("XDG_CACHE_HOME"))
     if isinstance(found, str):
         raise ImportError(found)
+    _found = found
     return found
+
+
+def forget() -> None:
+    """Let `library` look again."""
+    global _found
+    _found = None
+    _installed.cache_clear()
 
 
 def refuse(tensors: Sequence[Tensor | None]) -> str | None:
@@ -210,7 +248,7 @@ def build(
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as temporary:
             built = _compile(nvcc, kernels, names, Path(temporary), tell)
             os.replace(built, target)
-    _installed.cache_clear()
+    forget()
     return target
 
 
@@ -297,7 +335,7 @@ def _kernels(sources: Path) -> list[Path]:
 
 def _folder(sources: Path) -> Path:
     digest = hashlib.sha256(repr(_FLAGS).encode())
-    for path in sorted((*_kernels(sources), *sources.glob("*.cuh"))):
+    for path in sorted((*_kernels(sources), *sources.glob("*.cuh"), *sources.glob("*.h"))):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return kernels_dir() / digest.hexdigest()[:16]

@@ -7,6 +7,7 @@ variable MFUSER_BACKEND names one for every "auto". A name holds for all operato
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,11 @@ class Backend:
     gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
-        return import_module(self.module)
+        # what `import_module` returns, too, but as quickly as a call of an operator needs it
+        module = sys.modules.get(self.module)
+        if module is None or getattr(module.__spec__, "_initializing", False):  # another thread may be at it
+            return import_module(self.module)
+        return module
 
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,9 +114,11 @@ def mismatch(tensors: Sequence[Tensor | None], *devices: str) -> str | None:
     if not tensors and devices == ("cuda",) and not torch.cuda.is_available():
         return "torch finds no usable CUDA GPU"
     for tensor in tensors:
-        if tensor is not None and tensor.device.type not in devices:
-            return f"takes {' and '.join(devices)} tensors, not {tensor.device.type}"
-        if tensor is not None and tensor.dtype not in _KERNEL_TYPES:
+        if tensor is None:
+            continue
+        if (kind := tensor.device.type) not in devices:
+            return f"takes {' and '.join(devices)} tensors, not {kind}"
+        if tensor.dtype not in _KERNEL_TYPES:
             return f"takes fp32, bf16 and fp16, not {tensor.dtype}"
     return None
 
@@ -124,9 +131,7 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
 
     Raises: BackendError with the reason of every backend that was tried.
     """
-    requested = _wanted(op, requested)
-    if requested == "auto":
-        requested = _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
+    requested = named(op, requested)
     if requested == "auto":
         on_cpu = any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
         tried = [b for b in rows(op) if b.auto and not (b.gpu and on_cpu)]
@@ -145,6 +150,15 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
 torch.compiler.assume_constant_result(resolve)
 
 
+def named(op: str, requested: str) -> str:
+    """Return the name that `requested`, or else MFUSER_BACKEND, has for `op`: a backend's or "auto".
+
+    Raises: BackendError for what is malformed.
+    """
+    requested = _wanted(op, requested)
+    return requested if requested != "auto" else _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
+
+
 def _wanted(op: str, requested: str) -> str:
     """The one name that `requested` has for `op`."""
     if "=" not in requested:
@@ -157,6 +171,14 @@ def _wanted(op: str, requested: str) -> str:
         rows(own)
         names[own] = name
     return names.get(op, "auto")
+
+
+def watched() -> bool:
+    """Whether someone looks at operators: a compiler, or a mode such as one that counts or fakes them.
+
+    Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def running(op: str, name: str) -> ModuleType:

@@ -8,7 +8,7 @@
 // Known: threadIdx blockIdx blockDim gridDim warpSize dim3, {float,int,uint}{2,3,4} and make_*, __nv_bfloat16, __half,
 // __syncthreads, __syncwarp, __shfl_{,up_,down_,xor_}sync, __{ballot,any,all,reduce_add,match_any}_sync, atomicAdd, __ldg,
 // __threadfence, __popc, __ffs, __clz, __{float,int,uint}_as_{float,int,uint}, rsqrtf, min, max.
-// MFUSER_CPU_SEED in the environment changes the order of threads.
+// MFUSER_CPU_SEED in the environment changes the order of threads. mfuser_gemm_ex stands for cublasGemmEx.
 #pragma once
 
 #include <link.h>
@@ -549,3 +549,37 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 using std::max;
 using std::min;
+
+// cublasGemmEx as a plain loop, for launchers that are handed its address: column by column, sums in fp32. As cuBLAS, it
+// gives the status 1 without a handle, 7 for sizes that do not fit, 15 for what it does not know.
+extern "C" __attribute__((visibility("default"), used)) inline int mfuser_gemm_ex(
+    void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int a_type, int lda,
+    const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc, int compute, int /*algorithm*/) {
+    enum { kFloat = 0, kHalf = 2, kBfloat16 = 14 };
+    const auto known = [](int type) { return type == kFloat || type == kHalf || type == kBfloat16; };
+    if (!handle) return 1;
+    if (m < 1 || n < 1 || k < 1 || lda < (transpose_a ? k : m) || ldb < (transpose_b ? n : k) || ldc < m) return 7;
+    if (!known(a_type) || a_type != b_type || (c_type != a_type && c_type != kFloat)) return 15;
+    if (compute != 68 && (compute != 77 || a_type != kFloat)) return 15;  // CUBLAS_COMPUTE_32F, _32F_FAST_TF32
+    const auto get = [](const void* data, int type, int64_t i) {
+        if (type == kFloat) return static_cast<const float*>(data)[i];
+        if (type == kHalf) return __half2float(static_cast<const __half*>(data)[i]);
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    };
+    const float times = *static_cast<const float*>(alpha), plus = *static_cast<const float*>(beta);
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < m; ++i) {
+            float sum = 0.0f;
+            for (int64_t l = 0; l < k; ++l) {
+                sum += get(a, a_type, transpose_a ? l + i * lda : i + l * lda) *
+                       get(b, b_type, transpose_b ? j + l * ldb : l + j * ldb);
+            }
+            const int64_t at = i + j * ldc;
+            sum = times * sum + (plus == 0.0f ? 0.0f : plus * get(c, c_type, at));
+            if (c_type == kFloat) static_cast<float*>(c)[at] = sum;
+            else if (c_type == kHalf) static_cast<__half*>(c)[at] = __float2half_rn(sum);
+            else static_cast<__nv_bfloat16*>(c)[at] = __float2bfloat16_rn(sum);
+        }
+    }
+    return 0;
+}

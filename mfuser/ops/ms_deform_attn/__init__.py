@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import resolve, running
+from mfuser.ops.dispatch import resolve, running, watched
 
 
 def ms_deform_attn(
@@ -43,7 +43,13 @@ def ms_deform_attn(
     if weights.shape != expected[:-1]:
         raise ValueError(f"ms_deform_attn: weights are {tuple(weights.shape)}, expected {expected[:-1]}")
     chosen = resolve("ms_deform_attn", backend, value, locations, weights).name
-    out: Tensor = _attend(value, flat, locations, weights, chosen)
+    out: Tensor
+    if watched():
+        out = _attend(value, flat, locations, weights, chosen)
+    elif torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
+        out = _Eager.apply(flat, chosen, value, locations, weights)
+    else:
+        out = running("ms_deform_attn", chosen).forward(value, flat, locations, weights)
     return out
 
 
@@ -99,3 +105,22 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attend.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[int], backend: str, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        out: Tensor = running("ms_deform_attn", backend).forward(value, shapes, locations, weights)
+        ctx.shapes, ctx.backend = shapes, backend
+        ctx.save_for_backward(value, locations, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights = ctx.saved_tensors
+        # the operator also says that it has no second derivative
+        if watched() or torch.is_grad_enabled():
+            return None, None, *_attend_bwd(dout, value, ctx.shapes, locations, weights, ctx.backend)
+        return None, None, *running("ms_deform_attn", ctx.backend).backward(dout, value, ctx.shapes, locations, weights)

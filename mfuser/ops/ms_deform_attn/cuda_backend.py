@@ -16,10 +16,10 @@ _MAX_SEGMENT = 65535
 # blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long. No kernel takes more than 99 KB
 # of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
-    4: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
-        "cell_tile": 8, "sort_threads": 256, "window": 6144},
-    2: {"threads": 256, "query_bits": 3, "processors": 0, "repeat": 1, "gather_threads": 384, "gather_channels": 4,
-        "cell_tile": 8, "sort_threads": 256, "window": 6144},
+    4: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 256, "gather_channels": 4,
+        "cell_tile": 7, "sort_threads": 256, "window": 6144},
+    2: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 128, "gather_channels": 8,
+        "cell_tile": 6, "sort_threads": 256, "window": 6144},
 }  # fmt: skip
 # Points of a scale that a block sorts, unless they were more segments than that: a segment has counters of its own.
 _SEGMENT, _SEGMENTS = 5632, 16
@@ -40,24 +40,25 @@ def refuse(*tensors: Tensor) -> str | None:
 
 def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Return (B, Q, M * D). Shapes as in `ms_deform_attn`; `shapes` is flat, [H_0, W_0, H_1, ...]."""
-    out = value.new_empty(*locations.shape[:3], value.shape[3])
+    batch, queries, heads = locations.shape[:3]
+    out = value.new_empty(batch, queries, heads * value.shape[3])
     if weights.numel() == 0 or out.numel() == 0:
-        return out.zero_().flatten(2)
-    value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+        return out.zero_()
+    value, locations, weights = _rows(value), _contiguous(locations), _contiguous(weights)
     params = _params(value, shapes, locations, weights)
     params.out = out.data_ptr()
     compiled.library().run("mfuser_ms_deform_attn_fwd", params, like=value)
-    return out.flatten(2)
+    return out
 
 
 def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value in its own type, and of locations and weights in fp32."""
-    value, locations, weights = _rows(value), locations.contiguous(), weights.contiguous()
+    value, locations, weights = _rows(value), _contiguous(locations), _contiguous(weights)
     dvalue = torch.empty_like(value)
     dlocations, dweights = (torch.empty_like(tensor, dtype=torch.float32) for tensor in (locations, weights))
     if weights.numel() == 0 or dout.numel() == 0:
         return dvalue.zero_(), dlocations.zero_(), dweights.zero_()
-    dout = dout.to(value.dtype).contiguous()
+    dout = _contiguous(dout if dout.dtype is value.dtype else dout.to(value.dtype))
     params = _params(value, shapes, locations, weights)
     batch, queries, heads, scales, _ = weights.shape
     bins = sum((height + 1) * (width + 1) + 1 for height, width in zip(shapes[::2], shapes[1::2], strict=True))
@@ -100,6 +101,11 @@ def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     params.value_stride[:] = value.stride()[:3]
     params.shapes[: len(shapes)] = shapes
     return params
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """`tensor.contiguous()`, which takes long even where there is nothing to do."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _rows(value: Tensor) -> Tensor:

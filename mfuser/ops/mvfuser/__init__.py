@@ -1,8 +1,12 @@
 """MVFuser's block between two additions: one differentiable operator, `mfuser::mvfuser`.
 
-It is what `mfuser.fusion.MVFuser` composes of modules, as matrix products, the selective scan of a backend and five
-kernels for all that lies between (`prepare`, `conv_forward`, `norm_forward` and their backward, see `cuda_backend.py`).
-The modules' own composition is what runs under the names without kernels, and the truth for the others.
+It is what `mfuser.fusion.MVFuser` composes of modules, as matrix products, the selective scan and a few kernels for all
+that lies between. The modules' own composition is what runs under the names without kernels, and the truth for the others.
+
+A backend's module has
+    forward(joint, weights, eps, sane, dtype, scan, keep) -> [output, *what its backward takes as `kept`]
+    backward(dout, joint, weights, kept, eps, sane, dtype, scan, needed) -> gradients of joint and weights
+    kept(joint, weights, dtype, scan) -> empty tensors of the shapes and types of what `forward` keeps
 
 Precision is the composition's: under autocast, activations between the products have autocast's type; A, D, the steps'
 bias, the convolutions' and the norm's weights, the scale and all sums are fp32.
@@ -16,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve, running
+from mfuser.ops.dispatch import BackendError, lookup, named, resolve, running, watched
 
 KERNELS = ("cuda", "triton")  # the backends that have the kernels
 
-_WEIGHTS = ("in_proj", "conv_x", "conv_z", "x_proj", "dt_proj", "dt_bias", "A_log", "D", "norm", "out_proj", "scale")
+WEIGHTS = ("in_proj", "conv_x", "conv_z", "x_proj", "dt_proj", "dt_bias", "A_log", "D", "norm", "out_proj", "scale")
 # whose gradient is a matrix product, left out where nobody wants it
 _PRODUCTS = ("joint", "in_proj", "x_proj", "dt_proj", "out_proj")
 
@@ -37,6 +41,14 @@ def plan(requested: str, weight: Tensor, A_log: Tensor) -> tuple[str, str] | Non
     name = resolve("mvfuser", requested, weight, A_log).name
     if name not in KERNELS:
         return None
+    if name == "cuda":
+        # the scan is part of the block, which has answered for both
+        scan = named("selective_scan", requested)
+        if scan in ("auto", name):
+            return name, name
+        if named("mvfuser", requested) == "auto":
+            return None
+        raise BackendError(f"no backend for mvfuser: cuda: its scan is cuda, too, not {scan}")
     # u, delta, B, C are still to come: the weight stands for them
     return name, resolve("selective_scan", requested, weight, weight, A_log, weight, weight).name
 
@@ -64,7 +76,7 @@ def mvfuser(
         return joint.new_empty(joint.shape, dtype=dtype)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (joint, *weights))
     options = (eps, sane, dtype, *backends)
-    if _watched():
+    if watched():
         return _mvfuser(joint, weights, *options, keep)[0]
     if not keep:
         return _forward(joint, weights, *options, keep)[0]
@@ -85,14 +97,15 @@ def _check(joint: Tensor, weights: Sequence[Tensor]) -> None:
         raise ValueError("mvfuser needs joint (B, L, C), A_log (h, N) and dt_proj (h, R), got {}, {}, {}".format(*shapes))
     width, (half, state), rank = joint.shape[2], A_log.shape, dt_proj.shape[1]
     taps, row = (half, 1, 3), (half,)
-    expected = (
+    expected = [
         (2 * half, width), taps, taps, (rank + 2 * state, half), (half, rank), row, (half, state), row, row, (width, half), (),
-    )  # fmt: skip
-    for name, tensor, shape in zip(_WEIGHTS, weights, expected, strict=True):
-        if tensor.shape != shape:
-            raise ValueError(f"mvfuser: {name} is {tuple(tensor.shape)}, expected {shape}")
+    ]  # fmt: skip
+    if [tensor.shape for tensor in weights] != expected:
+        for name, tensor, shape in zip(WEIGHTS, weights, expected, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"mvfuser: {name} is {tuple(tensor.shape)}, expected {shape}")
     # autocast casts all but fp64
-    if joint.dtype != in_proj.dtype and (joint.dtype == torch.float64 or not torch.is_autocast_enabled(joint.device.type)):
+    if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not torch.is_autocast_enabled(joint.device.type)):
         raise ValueError(f"mvfuser: tokens are {joint.dtype}, weights {in_proj.dtype}")
 
 
@@ -100,28 +113,9 @@ def _forward(
     joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, backend: str, scan: str, keep: bool
 ) -> list[Tensor]:
     """Return the output and, where a backward will follow, what it takes as `kept`."""
-    kernels, scanner = running("mvfuser", backend), running("selective_scan", scan)
-    in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale = weights
-    (batch, length, width), half, rank = joint.shape, D.shape[0], dt_proj.shape[1]
-    given = [
-        (t if t.dtype == dtype else t.float()).contiguous()
-        for t in (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
-    ]
-    conv_x, conv_z, dt_bias, A_log, D, norm, scale = map(_fp32, (conv_x, conv_z, dt_bias, A_log, D, norm, scale))
-    # the linear layer adds its bias, and the scan adds it again; here the scan adds both
-    tokens, (w_in, w_x, w_dt, w_out), A, bias = kernels.prepare(given[0], given[1:], A_log, dt_bias, 2.0 - sane, dtype)
-    xz = _product(tokens, w_in.t(), dtype).view(batch, length, 2 * half)
-    x, z = kernels.conv_forward(xz, conv_x, conv_z, not sane)
-    joined = _product(x.view(-1, half), w_x.t(), dtype)  # (M, R + 2 N)
-    delta = _product(joined[:, :rank], w_dt.t(), dtype).view(batch, length, half)
-    B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
-    y, _, saved = scanner.forward(x, delta, A, B, C, D, None, bias, None, True, keep)
-    out = _product(kernels.norm_forward(y, z, norm, scale, eps), w_out.t(), dtype).view(joint.shape)
-    if not keep:
-        return [out]
-    # an operator returns no tensor that it was given: an empty one says that the backward has it already
-    changed = [c if c.dtype != g.dtype else c.new_empty(0) for c, g in zip((tokens, w_in, w_x, w_dt, w_out), given, strict=True)]
-    return [out, xz, x, z, joined, delta, y, A, bias, saved, *changed]
+    kernels, _ = running("mvfuser", backend), running("selective_scan", scan)
+    results: list[Tensor] = kernels.forward(joint, weights, eps, sane, dtype, scan, keep)
+    return results
 
 
 _mvfuser = torch.library.custom_op("mfuser::mvfuser", _forward, mutates_args=())
@@ -131,21 +125,8 @@ _mvfuser = torch.library.custom_op("mfuser::mvfuser", _forward, mutates_args=())
 def _(
     joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, backend: str, scan: str, keep: bool
 ) -> list[Tensor]:
-    in_proj, _, _, x_proj, dt_proj, _, A_log, _, _, out_proj, _ = weights
-    (batch, length, width), half = joint.shape, A_log.shape[0]
-
-    def made(*shape: int) -> Tensor:
-        return joint.new_empty(shape, dtype=dtype)
-
-    if not keep:
-        return [made(batch, length, width)]
-    x, A = made(batch, length, half), torch.empty_like(A_log, dtype=torch.float32)
-    saved = A.new_empty(lookup("selective_scan", scan).load().saved_shape(x, A))
-    given = (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
-    changed = [made(*g.shape) if g.dtype != dtype else made(0) for g in given]
-    z, delta, y = (torch.empty_like(x) for _ in range(3))
-    xz, joined = made(batch, length, 2 * half), made(batch * length, x_proj.shape[0])
-    return [made(batch, length, width), xz, x, z, joined, delta, y, A, A.new_empty(half), saved, *changed]
+    out = joint.new_empty(joint.shape, dtype=dtype)
+    return [out, *lookup("mvfuser", backend).load().kept(joint, weights, dtype, scan)] if keep else [out]
 
 
 def _backward(
@@ -153,40 +134,9 @@ def _backward(
     dtype: torch.dtype, backend: str, scan: str, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
-    kernels, scanner = running("mvfuser", backend), running("selective_scan", scan)
-    in_proj, conv_x, conv_z, x_proj, dt_proj, _, _, D, norm, out_proj, scale = weights
-    xz, x, z, joined, delta, y, A, bias, saved, *changed = kept
-    (batch, length, width), half, rank = joint.shape, D.shape[0], dt_proj.shape[1]
-    given = (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
-    tokens, w_in, w_x, w_dt, w_out = (c if c.numel() else g for c, g in zip(changed, given, strict=True))
-    conv_x, conv_z, D, norm, scale = map(_fp32, (conv_x, conv_z, D, norm, scale))
-    take = dict(zip(("joint", *_WEIGHTS), needed, strict=True))
-
-    def product(name: str, dresult: Tensor, factor: Tensor) -> Tensor:
-        return _product(dresult.t(), factor, in_proj.dtype) if take[name] else in_proj.new_empty(0)
-
-    dout = _rows(dout, dtype)
-    dy, dz, g, norm_sums = kernels.norm_backward(_product(dout, w_out, dtype), y, z, norm, scale, eps)
-    dout_proj = product("out_proj", dout, g)
-    B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
-    du, ddelta, dA, dB, dC, dD, _, dbias, _ = scanner.backward(
-        dy, None, x, delta, A, B, C, D, None, bias, None, True, saved
-    )  # fmt: skip
-    ddelta, djoined = _rows(ddelta, dtype), torch.empty_like(joined)
-    torch.mm(ddelta, w_dt, out=djoined[:, :rank])
-    kernels.join(dB.contiguous(), dC.contiguous(), djoined[:, rank:])
-    ddt_proj = product("dt_proj", ddelta, joined[:, :rank])
-    dx_proj = product("x_proj", djoined, x.view(-1, half))
-    dx = _product(djoined, w_x, dtype)
-    dxz, conv_sums = kernels.conv_backward(xz, conv_x, conv_z, _rows(du, dtype), dx, dz, not sane)
-    dxz = dxz.view(-1, 2 * half)
-    din_proj = product("in_proj", dxz, tokens)
-    djoint = _product(dxz, w_in, joint.dtype).view(joint.shape) if take["joint"] else joint.new_empty(0)
-    dconv_x, dconv_z, dnorm, dscale, dA_log, ddt_bias = kernels.finish(
-        conv_sums, norm_sums, dA.contiguous(), A, dbias.contiguous(), 2.0 - sane
-    )
-    grads = (din_proj, dconv_x, dconv_z, dx_proj, ddt_proj, ddt_bias, dA_log, dD, dnorm, dout_proj, dscale)
-    return [djoint, *(grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True))]
+    kernels, _ = running("mvfuser", backend), running("selective_scan", scan)
+    grads: list[Tensor] = kernels.backward(dout, joint, weights, kept, eps, sane, dtype, scan, needed)
+    return grads
 
 
 _mvfuser_bwd = torch.library.custom_op("mfuser::mvfuser_bwd", _backward, mutates_args=())
@@ -197,7 +147,7 @@ def _(
     dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
     dtype: torch.dtype, backend: str, scan: str, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    given = zip(("joint", *_WEIGHTS), (joint, *weights), needed, strict=True)
+    given = zip(("joint", *WEIGHTS), (joint, *weights), needed, strict=True)
     return [t.new_empty(0 if name in _PRODUCTS and not take else t.shape) for name, t, take in given]
 
 
@@ -213,8 +163,9 @@ def _gradients(ctx: Any, dout: Tensor | None, needed: list[bool]) -> list[Tensor
     if dout is None:
         return [None] * len(needed)
     joint, *rest = ctx.saved_tensors
-    compute: Callable[..., list[Tensor]] = _mvfuser_bwd if _watched() else _backward
-    grads = compute(dout, joint, rest[: len(_WEIGHTS)], rest[len(_WEIGHTS) :], *ctx.options, needed)
+    # the operator also says that it has no second derivative
+    compute: Callable[..., list[Tensor]] = _mvfuser_bwd if watched() or torch.is_grad_enabled() else _backward
+    grads = compute(dout, joint, rest[: len(WEIGHTS)], rest[len(WEIGHTS) :], *ctx.options, needed)
     return [grad if take else None for grad, take in zip(grads, needed, strict=True)]
 
 
@@ -244,24 +195,3 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *_gradients(ctx, dout, list(ctx.needs_input_grad[1:]))
-
-
-def _watched() -> bool:
-    """Whether someone looks at operators: a compiler, or a mode such as one that counts or fakes them."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. With `out`, autocast leaves the product alone."""
-    if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])).to(dtype)
-
-
-def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L, D) -> (M, D), contiguous."""
-    return tensor.to(dtype).contiguous().view(-1, tensor.shape[-1])
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.float().contiguous()

@@ -1,189 +1,301 @@
-"""MVFuser's elementwise kernels of `cuda/mvfuser.cu`: shapes and calls, no arithmetic.
+"""MVFuser's block by `cuda/mvfuser_block.cu`, one call for each direction: memory and arguments, no arithmetic.
 
-h is half the width, M = B L; every function makes one launch. All tensors are contiguous, but for the rows of xz.
+h is half the width, M = B L, R + 2 N the rows of x_proj. A small batch keeps the GPU busy for less time than Python needs
+for a few dozen tensor operations, so there are as few as can be: what the backward takes again is one buffer of bytes,
+what one direction needs for itself another, and where everything lies in them is worked out once for each shape.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mfuser.ops import compiled
+from mfuser.ops import blas, compiled
+from mfuser.ops.selective_scan import cuda_backend as scanner
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MANY = 16384  # tokens from which the GPU is full whatever a block does
 # tokens of a convolution's block (few, many); the more, the fewer rows are read twice
 _FORWARD_TOKENS, _BACKWARD_TOKENS = (32, 64), (64, 128)
 _NORM_BLOCKS = 264  # of the norm's backward: two for each multiprocessor of an H100
+_ALIGNED = 256  # bytes, where a piece of a buffer begins
 
 
 def refuse(*tensors: Tensor | None) -> str | None:
-    """Say why the kernels cannot take the parameters; without any, why they cannot run at all."""
-    return compiled.refuse(tensors)
+    """Say why the kernels cannot take the parameters (a projection, A_log); without any, why they cannot run at all."""
+    if problem := compiled.refuse(tensors) or _no_products():
+        return problem
+    if len(tensors) > 1 and tensors[1] is not None:
+        half, state = tensors[1].shape
+        if state % 4 or state > scanner.MOST_STATES:
+            return f"takes 4, 8, ... {scanner.MOST_STATES} states, not {state}"
+        if half % 4:
+            return f"takes a multiple of 4 scanned channels, not {half}"
+    return None
 
 
-def prepare(
-    tokens: Tensor, weights: Sequence[Tensor], A_log: Tensor, bias: Tensor, times: float, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Return tokens and weights in `dtype` (themselves if they are), A = -exp(A_log) and times * bias in fp32."""
-    pieces = []
+def forward(
+    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, scan: str, keep: bool
+) -> list[Tensor]:
+    """Return the output and, if `keep`, the one buffer that `backward` takes as `kept`."""
+    operands, small = _given(joint, weights, dtype)
+    plan = _plan_of(joint, weights, operands, eps, sane, dtype, keep=keep, backward=False)
+    device = joint.device
+    out = torch.empty_like(operands[0], dtype=dtype)
+    if keep:
+        kept = torch.empty(plan.kept, dtype=torch.uint8, device=device)
+        scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=device)
+        first, second = kept.data_ptr(), scratch.data_ptr()
+    else:
+        scratch = torch.empty(plan.kept + plan.scratch, dtype=torch.uint8, device=device)
+        first = scratch.data_ptr()
+        second = first + plan.kept
+    pointers = [t.data_ptr() for t in (*operands, *small)]
+    pointers += (first, second, out.data_ptr(), 0, *_NO_GRADIENTS)
+    _run("mfuser_mvfuser_block_fwd", plan, pointers, second, joint, dtype)
+    return [out, kept] if keep else [out]
 
-    def changed(source: Tensor, dtype: torch.dtype, factor: float = 1.0, exponential: bool = False) -> Tensor:
-        target = torch.empty_like(source, dtype=dtype)
-        size, types = source.numel(), (_TYPES[source.dtype], _TYPES[dtype])
-        pieces.append(_CastPiece(source.data_ptr(), target.data_ptr(), 1, size, 0, 0, 0, factor, *types, exponential))
-        return target
 
-    cast = [t if t.dtype == dtype else changed(t, dtype) for t in (tokens, *weights)]
-    A, steps = changed(A_log, torch.float32, -1.0, True), changed(bias, torch.float32, times)
-    compiled.library().run("mfuser_mvfuser_cast", _Cast(tuple(pieces), len(pieces)), like=tokens)
-    return cast[0], cast[1:], A, steps
+def kept(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, scan: str) -> list[Tensor]:
+    """Return an empty tensor of the shape and type of what `forward` keeps."""
+    in_proj, _, _, x_proj, dt_proj, _, A_log, _, _, out_proj, _ = weights
+    types = [t.dtype if t.dtype == dtype else torch.float32 for t in (joint, in_proj, x_proj, dt_proj, out_proj)]
+    (batch, length, width), (half, rank) = joint.shape, dt_proj.shape
+    _, size = _placed(_kept_sizes(batch, length, width, half, rank, A_log.shape[1], dtype, types, True))
+    return [joint.new_empty(size, dtype=torch.uint8)]
 
 
-def join(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """Write two (B, L, N) into out (M, 2 N), whose rows may be part of longer ones."""
-    (tokens, size), stride, to = (out.shape[0], first.shape[2]), out.stride(0), out.data_ptr()
-    types = (_TYPES[first.dtype], _TYPES[out.dtype])
-    pieces = (
-        _CastPiece(first.data_ptr(), to, tokens, size, size, stride, 0, 1.0, *types, False),
-        _CastPiece(second.data_ptr(), to + size * out.element_size(), tokens, size, size, stride, 0, 1.0, *types, False),
+def backward(
+    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
+    dtype: torch.dtype, scan: str, needed: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
+    operands, small = _given(joint, weights, dtype)
+    plan = _plan_of(joint, weights, operands, eps, sane, dtype, keep=True, backward=True)
+    if dout.dtype is not dtype:
+        dout = dout.to(dtype)
+    if not dout.is_contiguous():
+        dout = dout.contiguous()
+    # a product's result has its operand's type, which is the activations' or fp32
+    take = (needed[0], needed[1], needed[4], needed[5], needed[10])
+    products = [torch.empty_like(t) if wanted else t.new_empty(0) for t, wanted in zip(operands, take, strict=True)]
+    sums = [torch.empty_like(t) for t in small]
+    scratch = torch.empty(plan.scratch, dtype=torch.uint8, device=joint.device)
+    second = scratch.data_ptr()
+    pointers = [t.data_ptr() for t in (*operands, *small)]
+    pointers += (kept[0].data_ptr(), second, 0, dout.data_ptr())
+    pointers += [t.data_ptr() if wanted else 0 for t, wanted in zip(products, take, strict=True)]
+    pointers += [t.data_ptr() for t in sums]
+    _run("mfuser_mvfuser_block_bwd", plan, pointers, second, joint, dtype)
+    djoint, din, dx, ddt, dout_proj = products
+    dconv_x, dconv_z, dbias, dA_log, dD, dnorm, dscale = sums
+    grads = [djoint, din, dconv_x, dconv_z, dx, ddt, dbias, dA_log, dD, dnorm, dout_proj, dscale]
+    for i, tensor in enumerate((joint, *weights)):
+        if grads[i].dtype is not tensor.dtype:
+            grads[i] = grads[i].to(tensor.dtype)
+    return grads
+
+
+class _Places(ctypes.Structure):
+    """`MvfuserBlockKept` of the source: the operands first, joint, in_proj, x_proj, dt_proj and out_proj."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_longlong)
+        for name in (
+            *("joint", "in_proj", "x_proj", "dt_proj", "out_proj"),
+            *("A", "bias", "xz", "x", "z", "joined", "delta", "y", "saved"),
+        )
     )
-    compiled.library().run("mfuser_mvfuser_cast", _Cast(pieces, len(pieces)), like=out)
 
 
-def conv_forward(xz: Tensor, wx: Tensor, wz: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
-    """xz (B, L, 2 h), w (h, 1, 3) in fp32 -> x = silu(conv(xz's first half)), z = conv(the other), with SiLU if `gate`."""
-    batch, length, _ = xz.shape
-    x, z = (xz.new_empty(batch, length, wx.shape[0]) for _ in range(2))
-    params = _Conv(
-        xz.data_ptr(), wx.data_ptr(), wz.data_ptr(), x.data_ptr(), z.data_ptr(), None, None, None, None, None,
-        *xz.stride()[:2], batch, length, wx.shape[0], _FORWARD_TOKENS[batch * length >= _MANY], gate, _TYPES[xz.dtype],
-    )  # fmt: skip
-    compiled.library().run("mfuser_mvfuser_conv_fwd", params, like=xz)
-    return x, z
+class _Scratch(ctypes.Structure):
+    """`MvfuserBlockScratch` of the source."""
 
-
-def conv_backward(xz: Tensor, wx: Tensor, wz: Tensor, du: Tensor, dx: Tensor, dz: Tensor, gate: bool) -> tuple[Tensor, Tensor]:
-    """Gradients du + dx of x, dz of z -> dxz (B, L, 2 h), and what adds up to the gradients of wx and wz: (rows, 6 h)."""
-    batch, length, channels = xz.shape
-    block = _BACKWARD_TOKENS[batch * length >= _MANY]
-    dxz = xz.new_empty(batch, length, channels)
-    partial = torch.empty(batch * -(-length // block), 3 * channels, dtype=torch.float32, device=xz.device)
-    params = _Conv(
-        xz.data_ptr(), wx.data_ptr(), wz.data_ptr(), None, None, du.data_ptr(), dx.data_ptr(), dz.data_ptr(),
-        dxz.data_ptr(), partial.data_ptr(), *xz.stride()[:2], batch, length, wx.shape[0], block, gate, _TYPES[xz.dtype],
-    )  # fmt: skip
-    compiled.library().run("mfuser_mvfuser_conv_bwd", params, like=xz)
-    return dxz, partial
-
-
-def norm_forward(y: Tensor, z: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """y, z (B, L, h), weight (h,), scale () in fp32 -> g = scale * y / rms(y) * weight * silu(z) (M, h)."""
-    half = y.shape[2]
-    g = y.new_empty(y.numel() // half, half)
-    params = _Norm(
-        y.data_ptr(), z.data_ptr(), weight.data_ptr(), scale.data_ptr(), g.data_ptr(), None, None, None, None,
-        g.shape[0], half, 0, eps, _TYPES[y.dtype],
-    )  # fmt: skip
-    compiled.library().run("mfuser_mvfuser_norm_fwd", params, like=y)
-    return g
-
-
-def norm_backward(
-    dg: Tensor, y: Tensor, z: Tensor, weight: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of g / scale: dy, dz (B, L, h), g again, and what adds up to weight's and scale's: (rows, h + 1)."""
-    g, dy, dz = torch.empty_like(dg), torch.empty_like(y), torch.empty_like(z)
-    tokens, half = dg.shape
-    blocks = min(_NORM_BLOCKS, tokens)
-    partial = torch.empty(blocks, half + 1, dtype=torch.float32, device=y.device)
-    params = _Norm(
-        y.data_ptr(), z.data_ptr(), weight.data_ptr(), scale.data_ptr(), g.data_ptr(), dg.data_ptr(), dy.data_ptr(),
-        dz.data_ptr(), partial.data_ptr(), tokens, half, blocks, eps, _TYPES[y.dtype],
-    )  # fmt: skip
-    compiled.library().run("mfuser_mvfuser_norm_bwd", params, like=y)
-    return dy, dz, g, partial
-
-
-def finish(
-    conv: Tensor, norm: Tensor, dA: Tensor, A: Tensor, dbias: Tensor, times: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in fp32 of wx (h, 1, 3), wz, the norm's weight (h,), scale (), A_log (h, N) and bias (h,).
-
-    From the sums of `conv_backward` and `norm_backward` and the scan's gradients of A and of times * bias.
-    """
-    half = norm.shape[1] - 1
-    empty = conv.new_empty
-    wx, wz, weight, scale = empty(half, 1, 3), empty(half, 1, 3), empty(half), empty(())
-    A_log, bias = torch.empty_like(dA), torch.empty_like(dbias)
-    sums, single = conv.data_ptr(), norm.data_ptr()
-    pieces = (
-        _SumPiece(sums, None, wx.data_ptr(), 6 * half, conv.shape[0], 3 * half, 1.0),
-        _SumPiece(sums + 4 * 3 * half, None, wz.data_ptr(), 6 * half, conv.shape[0], 3 * half, 1.0),
-        _SumPiece(single, None, weight.data_ptr(), half + 1, norm.shape[0], half, 1.0),
-        _SumPiece(single + 4 * half, None, scale.data_ptr(), half + 1, norm.shape[0], 1, 1.0),
-        _SumPiece(dA.data_ptr(), A.data_ptr(), A_log.data_ptr(), 0, 1, A.numel(), 1.0),
-        _SumPiece(dbias.data_ptr(), None, bias.data_ptr(), 0, 1, half, times),
+    _fields_ = tuple(
+        (name, ctypes.c_longlong)
+        for name in ("g", "state", "dg", "dy", "dz", "du", "ddelta", "dB", "dC", "djoined", "dA", "dbias", "conv", "norm")
     )
-    compiled.library().run("mfuser_mvfuser_sum", _Sum(pieces, len(pieces)), like=conv)
-    return wx, wz, weight, scale, A_log, bias
 
 
-class _Conv(ctypes.Structure):
-    """`MvfuserConvParams` of the source."""
+class _Shape(ctypes.Structure):
+    """`MvfuserBlockShape` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("xz", "wx", "wz", "x", "z", "du", "dx", "dz", "dxz", "partial")),
-        *((name, ctypes.c_longlong) for name in ("batch_stride", "token_stride")),
-        *((name, ctypes.c_int) for name in ("batch", "length", "half", "block_tokens", "gate", "type")),
-    )
-
-
-class _Norm(ctypes.Structure):
-    """`MvfuserNormParams` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "z", "weight", "scale", "g", "dg", "dy", "dz", "partial")),
-        ("tokens", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("half", "blocks")),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("batch", "length", "width", "half", "rank", "state", "gate")),
+        *((name, ctypes.c_float) for name in ("times", "eps")),
         ("type", ctypes.c_int),
+        ("operand_type", ctypes.c_int * 5),
+        *((name, ctypes.c_int) for name in ("forward_tokens", "backward_tokens", "norm_blocks")),
+        ("kept", _Places),
+        ("scratch", _Scratch),
     )
 
 
-class _CastPiece(ctypes.Structure):
-    """`MvfuserCastPiece` of the source."""
+_Operands = ctypes.c_void_p * 5
+_SMALL = ("conv_x", "conv_z", "dt_bias", "A_log", "D", "norm", "scale")
+
+
+class _Params(ctypes.Structure):
+    """`MvfuserBlockParams` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("source", "target")),
-        *((name, ctypes.c_longlong) for name in ("rows", "columns", "source_stride", "target_stride", "blocks")),
-        ("factor", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("source_type", "target_type", "exponential", "vectors")),
+        ("operand", _Operands),
+        *((name, ctypes.c_void_p) for name in (*_SMALL, "kept", "scratch", "out", "dout")),
+        ("gradient", _Operands),
+        *((f"d{name}", ctypes.c_void_p) for name in _SMALL),
+        *((name, ctypes.c_void_p) for name in ("gemm", "handle")),
+        ("compute", ctypes.c_int),
+        ("shape", _Shape),
+        ("scan", scanner.Params),
     )
 
 
-class _Cast(ctypes.Structure):
-    """`MvfuserCastParams` of the source."""
-
-    _fields_ = (("piece", _CastPiece * 8), ("pieces", ctypes.c_int))
-
-
-class _SumPiece(ctypes.Structure):
-    """`MvfuserSumPiece` of the source."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("source", "times", "target")),
-        ("stride", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("rows", "columns")),
-        ("factor", ctypes.c_float),
-        ("blocks", ctypes.c_int),
-    )
+# the fields before `shape`, which are each call's own: written in one go, a tenth of the time of an assignment for each
+_OWN = struct.Struct(f"{_Params.compute.offset // struct.calcsize('P')}Pi")
+_NO_GRADIENTS = (0,) * (5 + len(_SMALL))
 
 
-class _Sum(ctypes.Structure):
-    """`MvfuserSumParams` of the source."""
+class _Plan(NamedTuple):
+    """What is the same for every call of a shape."""
 
-    _fields_ = (("piece", _SumPiece * 8), ("pieces", ctypes.c_int))
+    params: bytes  # with all but each call's own fields
+    scan_scratch: tuple[tuple[str, int], ...]  # names and places in the scratch memory
+    kept: int  # bytes
+    scratch: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    batch: int, length: int, width: int, dt_proj: torch.Size, state: int, eps: float, sane: bool, dtype: torch.dtype,
+    operands: tuple[torch.dtype, ...], keep: bool, backward: bool, multiprocessors: int,
+) -> _Plan:  # fmt: skip
+    half, rank = dt_proj
+    tokens, many = batch * length, batch * length >= _MANY
+    forward_tokens, backward_tokens = _FORWARD_TOKENS[many], _BACKWARD_TOKENS[many]
+    blocks = min(_NORM_BLOCKS, tokens)
+    each = _size(tokens * half * dtype.itemsize)
+    joined, states = tokens * (_fours(rank) + 2 * state) * dtype.itemsize, tokens * state * dtype.itemsize
+    if backward:
+        chunks = batch * -(-length // backward_tokens)
+        # dy and, behind it, g have been read when dxz is written over them
+        pieces = [("dg", each), ("dy", 2 * each), *((name, each) for name in ("dz", "du", "ddelta"))]
+        pieces += [("dB", states), ("dC", states), ("djoined", joined), ("dA", 4 * half * state), ("dbias", 4 * half)]
+        pieces += [("conv", 4 * chunks * 6 * half), ("norm", 4 * blocks * (half + 1))]
+    else:
+        pieces = [("g", each), ("state", 4 * batch * half * state)]
+    places, scratch = _placed(pieces)
+    if backward:
+        places["g"] = places["dy"] + each
+    kept_places, kept = _placed(_kept_sizes(batch, length, width, half, rank, state, dtype, operands, keep))
+    scan, scan_scratch, size = scanner.sized(batch, length, half, state, multiprocessors, backward=backward)
+    shape = _Shape(
+        batch=batch, length=length, width=width, half=half, rank=rank, state=state, gate=not sane, times=2.0 - sane, eps=eps,
+        type=_TYPES[dtype], operand_type=tuple(_TYPES[t] for t in operands),
+        forward_tokens=forward_tokens, backward_tokens=backward_tokens, norm_blocks=blocks,
+        kept=_Places(**{"saved": -1} | kept_places), scratch=_Scratch(**places),
+    )  # fmt: skip
+    places_of_scan = tuple((name, scratch + place) for name, place in scan_scratch)
+    return _Plan(bytes(_Params(shape=shape, scan=scan)), places_of_scan, kept, scratch + size)
+
+
+def _kept_sizes(
+    batch: int, length: int, width: int, half: int, rank: int, state: int, dtype: torch.dtype,
+    operands: Sequence[torch.dtype], keep: bool,
+) -> list[tuple[str, int]]:  # fmt: skip
+    """Names and bytes of what lies in the kept buffer; a compiler gives sizes that are symbols."""
+    tokens, bytes_ = batch * length, dtype.itemsize
+    counts = (tokens * width, 2 * half * width, (rank + 2 * state) * half, half * rank, width * half)
+    names = ("joint", "in_proj", "x_proj", "dt_proj", "out_proj")
+    changed = zip(names, counts, operands, strict=True)
+    sizes = [(name, count * bytes_) for name, count, given in changed if given != dtype]
+    sizes += [("A", 4 * half * state), ("bias", 4 * half), ("xz", tokens * 2 * half * bytes_)]
+    sizes += [(name, tokens * half * bytes_) for name in ("x", "z", "delta", "y")]
+    sizes.append(("joined", tokens * (_fours(rank) + 2 * state) * bytes_))
+    if keep:
+        sizes.append(("saved", 4 * math.prod(scanner.kept_shape(batch, length, half, state))))
+    return sizes
+
+
+def _placed(sizes: Iterable[tuple[str, int]]) -> tuple[dict[str, int], int]:
+    """Where each piece of a buffer begins, and the bytes of all."""
+    places, used = {}, 0
+    for name, size in sizes:
+        places[name] = used
+        used += _size(size)
+    return places, used
+
+
+def _size(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _fours(size: int) -> int:
+    return -(-size // 4) * 4
+
+
+def _given(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The products' operands in `dtype` or in fp32, from which the kernels cast, and the rest in fp32; all contiguous."""
+    in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale = weights
+    operands, small = [joint, in_proj, x_proj, dt_proj, out_proj], [conv_x, conv_z, dt_bias, A_log, D, norm, scale]
+    for i, tensor in enumerate(operands):
+        kind = tensor.dtype
+        if kind is not dtype and kind is not torch.float32:
+            operands[i] = tensor.float().contiguous()
+        elif not tensor.is_contiguous():
+            operands[i] = tensor.contiguous()
+    for i, tensor in enumerate(small):
+        if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            small[i] = tensor.float().contiguous()
+    if small[4].data_ptr() % 16:  # the scan loads D by fours
+        small[4] = small[4].clone()
+    return operands, small
+
+
+def _plan_of(
+    joint: Tensor, weights: Sequence[Tensor], operands: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, *,
+    keep: bool, backward: bool,
+) -> _Plan:  # fmt: skip
+    batch, length, width = joint.shape
+    types = tuple([t.dtype for t in operands])
+    processors = scanner.multiprocessors(joint)
+    return _plan(batch, length, width, weights[4].shape, weights[6].shape[1], eps, sane, dtype, types, keep, backward, processors)
+
+
+def _no_products() -> str | None:
+    """Why there is no cuBLAS to call."""
+    if compiled.library().device == "cpu":
+        return None  # the emulation has its own
+    try:
+        blas.gemm()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _products(like: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    """cublasGemmEx, its handle and the type that it computes in."""
+    if like.is_cuda:
+        return blas.gemm(), blas.handle(like), blas.compute_type(dtype)
+    return compiled.library().address("mfuser_gemm_ex"), 1, blas.compute_type(dtype)
+
+
+def _run(name: str, plan: _Plan, pointers: list[int], scratch: int, like: Tensor, dtype: torch.dtype) -> None:
+    params = _Params.from_buffer_copy(plan.params)
+    gemm, handle, compute = _products(like, dtype)
+    _OWN.pack_into(params, 0, *pointers, gemm, handle, compute)
+    if plan.scan_scratch:
+        scan = params.scan
+        for field, place in plan.scan_scratch:
+            setattr(scan, field, scratch + place)
+    if like.is_cuda and blas.sums_in_fp32(dtype):
+        with blas.adding_in_fp32(handle):
+            compiled.library().run(name, params, like=like)
+    else:
+        compiled.library().run(name, params, like=like)

@@ -1,6 +1,7 @@
-"""MVFuser's elementwise kernels in Triton; functions and their meaning as in `cuda_backend.py`.
+"""MVFuser's block of torch's matrix products, a scan of any backend, and elementwise kernels in Triton between them.
 
-A program works on a tile (tokens, channels). Neighbouring tokens of a convolution are loaded again, from the cache.
+h is half the width, M = B L; every function from `prepare` to `finish` makes one launch. A program works on a tile
+(tokens, channels). Neighbouring tokens of a convolution are loaded again, from the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfuser.ops.dispatch import mismatch
+from mfuser.ops.dispatch import lookup, mismatch
 
 _CAST = {"BLOCK": 2048, "num_warps": 4}
 _JOIN = {"TOKENS": 64, "num_warps": 4}
@@ -29,6 +30,108 @@ def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the parameters; without any, why they cannot run at all."""
     # interpreted (TRITON_INTERPRET=1), they run on a CPU, too
     return mismatch(tensors, "cuda") if isinstance(_cast, triton.JITFunction) else mismatch(tensors, "cuda", "cpu")
+
+
+def forward(
+    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, scan: str, keep: bool
+) -> list[Tensor]:
+    """Return the output and, if `keep`, what `backward` takes as `kept`."""
+    scanner = lookup("selective_scan", scan).load()
+    in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale = weights
+    (batch, length, width), half, rank = joint.shape, D.shape[0], dt_proj.shape[1]
+    given = [
+        (t if t.dtype == dtype else t.float()).contiguous()
+        for t in (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
+    ]
+    conv_x, conv_z, dt_bias, A_log, D, norm, scale = map(_fp32, (conv_x, conv_z, dt_bias, A_log, D, norm, scale))
+    # the linear layer adds its bias, and the scan adds it again; here the scan adds both
+    tokens, (w_in, w_x, w_dt, w_out), A, bias = prepare(given[0], given[1:], A_log, dt_bias, 2.0 - sane, dtype)
+    xz = _product(tokens, w_in.t(), dtype).view(batch, length, 2 * half)
+    x, z = conv_forward(xz, conv_x, conv_z, not sane)
+    joined = _product(x.view(-1, half), w_x.t(), dtype)  # (M, R + 2 N)
+    delta = _product(joined[:, :rank], w_dt.t(), dtype).view(batch, length, half)
+    B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
+    y, _, saved = scanner.forward(x, delta, A, B, C, D, None, bias, None, True, keep)
+    out = _product(norm_forward(y, z, norm, scale, eps), w_out.t(), dtype).view(joint.shape)
+    if not keep:
+        return [out]
+    # an operator returns no tensor that it was given: an empty one says that the backward has it already
+    changed = [c if c.dtype != g.dtype else c.new_empty(0) for c, g in zip((tokens, w_in, w_x, w_dt, w_out), given, strict=True)]
+    return [out, xz, x, z, joined, delta, y, A, bias, saved, *changed]
+
+
+def kept(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, scan: str) -> list[Tensor]:
+    """Return empty tensors of the shapes and types of what `forward` keeps."""
+    in_proj, _, _, x_proj, dt_proj, _, A_log, _, _, out_proj, _ = weights
+    (batch, length, width), half = joint.shape, A_log.shape[0]
+
+    def made(*shape: int) -> Tensor:
+        return joint.new_empty(shape, dtype=dtype)
+
+    x, A = made(batch, length, half), torch.empty_like(A_log, dtype=torch.float32)
+    saved = A.new_empty(lookup("selective_scan", scan).load().saved_shape(x, A))
+    given = (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
+    changed = [made(*g.shape) if g.dtype != dtype else made(0) for g in given]
+    z, delta, y = (torch.empty_like(x) for _ in range(3))
+    xz, joined = made(batch, length, 2 * half), made(batch * length, x_proj.shape[0])
+    return [xz, x, z, joined, delta, y, A, A.new_empty(half), saved, *changed]
+
+
+def backward(
+    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
+    dtype: torch.dtype, scan: str, needed: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
+    scanner = lookup("selective_scan", scan).load()
+    in_proj, conv_x, conv_z, x_proj, dt_proj, _, _, D, norm, out_proj, scale = weights
+    xz, x, z, joined, delta, y, A, bias, saved, *changed = kept
+    (batch, length, width), half, rank = joint.shape, D.shape[0], dt_proj.shape[1]
+    given = (joint.reshape(-1, width), in_proj, x_proj, dt_proj, out_proj)
+    tokens, w_in, w_x, w_dt, w_out = (c if c.numel() else g for c, g in zip(changed, given, strict=True))
+    conv_x, conv_z, D, norm, scale = map(_fp32, (conv_x, conv_z, D, norm, scale))
+    take_joint, take_in, _, _, take_x, take_dt, _, _, _, _, take_out, _ = needed
+
+    def product(take: bool, dresult: Tensor, factor: Tensor) -> Tensor:
+        return _product(dresult.t(), factor, in_proj.dtype) if take else in_proj.new_empty(0)
+
+    dout = _flat(dout, dtype)
+    dy, dz, g, norm_sums = norm_backward(_product(dout, w_out, dtype), y, z, norm, scale, eps)
+    dout_proj = product(take_out, dout, g)
+    B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
+    du, ddelta, dA, dB, dC, dD, _, dbias, _ = scanner.backward(
+        dy, None, x, delta, A, B, C, D, None, bias, None, True, saved
+    )  # fmt: skip
+    ddelta, djoined = _flat(ddelta, dtype), torch.empty_like(joined)
+    torch.mm(ddelta, w_dt, out=djoined[:, :rank])
+    join(dB.contiguous(), dC.contiguous(), djoined[:, rank:])
+    ddt_proj = product(take_dt, ddelta, joined[:, :rank])
+    dx_proj = product(take_x, djoined, x.view(-1, half))
+    dx = _product(djoined, w_x, dtype)
+    dxz, conv_sums = conv_backward(xz, conv_x, conv_z, _flat(du, dtype), dx, dz, not sane)
+    dxz = dxz.view(-1, 2 * half)
+    din_proj = product(take_in, dxz, tokens)
+    djoint = _product(dxz, w_in, joint.dtype).view(joint.shape) if take_joint else joint.new_empty(0)
+    dconv_x, dconv_z, dnorm, dscale, dA_log, ddt_bias = finish(
+        conv_sums, norm_sums, dA.contiguous(), A, dbias.contiguous(), 2.0 - sane
+    )
+    grads = (din_proj, dconv_x, dconv_z, dx_proj, ddt_proj, ddt_bias, dA_log, dD, dnorm, dout_proj, dscale)
+    return [djoint, *(grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True))]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`. With `out`, autocast leaves the product alone."""
+    if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])).to(dtype)
+
+
+def _flat(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, D) -> (M, D), contiguous."""
+    return tensor.to(dtype).contiguous().view(-1, tensor.shape[-1])
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def prepare(

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mfuser.ops.dispatch import lookup, resolve, running
+from mfuser.ops.dispatch import lookup, resolve, running, watched
 
 
 @overload
@@ -73,7 +73,12 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     chosen = resolve("selective_scan", backend, *tensors).name
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, state, _ = _scan(*tensors, delta_softplus, keep, chosen)
+    if watched():
+        y, state, _ = _scan(*tensors, delta_softplus, keep, chosen)
+    elif keep:
+        y, state = _Eager.apply(delta_softplus, chosen, *tensors)
+    else:
+        y, state, _ = running("selective_scan", chosen).forward(*tensors, delta_softplus, keep)
     return (y, state) if return_final_state else y
 
 
@@ -94,21 +99,18 @@ def _check(
         raise ValueError(f"selective_scan needs u (B, L, D) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
     batch, length, dim = u.shape
     state = A.shape[1]
-    expected = {
-        "delta": (delta, (batch, length, dim)),
-        "A": (A, (dim, state)),
-        "B": (B, (batch, length, state)),
-        "C": (C, (batch, length, state)),
-        "D": (D, (dim,)),
-        "z": (z, (batch, length, dim)),
-        "delta_bias": (bias, (dim,)),
-        "initial_state": (initial, (batch, dim, state)),
-    }
-    for name, (tensor, shape) in expected.items():
+    tokens, states, channels = (batch, length, dim), (batch, length, state), (dim,)
+    expected = (
+        ("delta", delta, tokens), ("B", B, states), ("C", C, states), ("D", D, channels), ("z", z, tokens),
+        ("delta_bias", bias, channels), ("initial_state", initial, (batch, dim, state)),
+    )  # fmt: skip
+    for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, expected {shape}")
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"selective_scan: {name} must be real and floating point, got {tensor.dtype}")
+    if not A.is_floating_point():
+        raise ValueError(f"selective_scan: A must be real and floating point, got {A.dtype}")
 
 
 @torch.library.custom_op("mfuser::selective_scan", mutates_args=())
@@ -207,15 +209,39 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    """Of the nine tensors."""
     *tensors, saved = ctx.saved_tensors
     if dy is None:
         if dstate is None:
-            return (None,) * 12
+            return [None] * 9
         dy = torch.zeros_like(tensors[0])
-    grads = _scan_bwd(dy, dstate, *tensors, ctx.softplus, saved, ctx.backend)
-    present = [None if t is None else g for g, t in zip(grads, tensors, strict=True)]
-    return *present, None, None, None
+    # the operator also says that it has no second derivative
+    if watched() or torch.is_grad_enabled():
+        grads = _scan_bwd(dy, dstate, *tensors, ctx.softplus, saved, ctx.backend)
+    else:
+        grads = running("selective_scan", ctx.backend).backward(dy, dstate, *tensors, ctx.softplus, saved)
+    return [None if t is None else g for g, t in zip(grads, tensors, strict=True)]
+
+
+def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, dy, dstate), None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, softplus: bool, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, state, saved = running("selective_scan", backend).forward(*tensors, softplus, True)
+        ctx.softplus, ctx.backend = softplus, backend
+        ctx.save_for_backward(*tensors, saved)
+        ctx.set_materialize_grads(False)
+        return y, state
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *_gradients(ctx, dy, dstate)

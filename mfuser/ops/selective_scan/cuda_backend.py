@@ -1,4 +1,8 @@
-"""The selective scan in CUDA C++ (cuda/selective_scan.cuh): checks, memory and the two launches' arguments."""
+"""The selective scan in CUDA C++ (cuda/selective_scan.cuh): checks, memory and the two launches' arguments.
+
+A call of a small batch takes the GPU less time than Python needs for a few dozen tensor operations: nothing is converted,
+sliced or allocated here that need not be.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,14 @@ from torch.nn import functional as F
 from mfuser.ops import compiled
 
 _SUB = 16  # steps between kept states: kSub in the source, which refuses another
-_MOST_STATES = 64
+MOST_STATES = 64
 _LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LAUNCHERS = {
+    (direction, dtype): f"mfuser_selective_scan_{direction}_{name}"
+    for direction in ("fwd", "bwd")
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+}
+_STRIDES = {name: (f"{name}_batch", f"{name}_row") for name in ("u", "delta", "B", "C", "z", "dy")}
 # channels of a block by states at most, forward and backward: Place::kChannels
 _CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
 # What `plan` knows of the kernels, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
@@ -26,7 +35,7 @@ _START = 3.5
 _BEFORE = 1.0
 
 
-class _Params(ctypes.Structure):
+class Params(ctypes.Structure):
     """ScanParams of the source, field by field."""
 
     _fields_ = (
@@ -47,14 +56,19 @@ def refuse(*tensors: Tensor | None) -> str | None:
     """Say why the kernels cannot take the op's tensors; without tensors, why they cannot run at all."""
     if problem := compiled.refuse(tensors):
         return problem
-    if len(tensors) > 2 and tensors[2] is not None and tensors[2].shape[1] > _MOST_STATES:
-        return f"takes at most {_MOST_STATES} states, not {tensors[2].shape[1]}"
+    if len(tensors) > 2 and tensors[2] is not None and tensors[2].shape[1] > MOST_STATES:
+        return f"takes at most {MOST_STATES} states, not {tensors[2].shape[1]}"
     return None
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
     """Shape of what `forward` keeps for `backward`: the state before every 16th step, (B, ceil(L / 16), D, N), padded."""
-    return (u.shape[0], -(-u.shape[1] // _SUB), *(_fours(size) for size in A.shape))
+    return kept_shape(*u.shape[:2], *A.shape)
+
+
+def kept_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
+    """The same by sizes."""
+    return batch, -(-length // _SUB), _fours(dim), _fours(state)
 
 
 def forward(
@@ -63,13 +77,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the kept states (empty unless `keep`)."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=False)
-    call.activations(u=u, delta=delta, B=B, C=C, z=z)
-    call.weights(A=A, D=D, bias=bias, initial=initial)
-    y = call.tokens("y", u.shape[2])
+    call.inputs(u, delta, A, B, C, D, z, bias, initial)
+    y = call.tokens("y", u)
     state = call.states("state", A, u.shape[0])
     saved = call.buffer("saved", *saved_shape(u, A)) if keep else A.new_empty(0, dtype=torch.float32)
     call.run("fwd", softplus)
-    return y.contiguous().to(u.dtype), state.contiguous(), saved
+    if not y.is_contiguous():
+        y = y.contiguous()
+    return y if y.dtype is u.dtype else y.to(u.dtype), state if state.is_contiguous() else state.contiguous(), saved
 
 
 def backward(
@@ -78,23 +93,41 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=True)
-    call.activations(u=u, delta=delta, B=B, C=C, z=z, dy=dy)
-    call.weights(A=A, D=D, bias=bias, initial=initial, dstate=dstate)
-    call.point("saved", saved)
-    (dim, state), batch, length = A.shape, *u.shape[:2]
-    du, ddelta = call.tokens("du", dim), call.tokens("ddelta", dim)
-    dz = None if z is None else call.tokens("dz", dim)
-    dB, dC = call.tokens("dB", state), call.tokens("dC", state)
-    dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, batch)
-    dD, dbias = (call.buffer(name, call.dim)[:dim] for name in ("dD", "dbias"))
-    blocks, rows = -(-dim // _channels(state, backward=True)), batch * call.params.chunks
-    for name in ("part_B", "part_C"):
-        call.buffer(name, blocks, batch, length, call.state)
-    call.buffer("part_A", rows, call.dim, call.state)
-    for name in ("part_D", "part_bias"):
-        call.buffer(name, rows, call.dim)
+    call.inputs(u, delta, A, B, C, D, z, bias, initial)
+    call.activation("dy", dy)
+    if dstate is not None:
+        call.weight("dstate", dstate)
+    call.params.saved = saved.data_ptr()
+    du, ddelta, dB, dC = call.tokens("du", u), call.tokens("ddelta", delta), call.tokens("dB", B), call.tokens("dC", C)
+    dz = None if z is None else call.tokens("dz", z)
+    dA, dinitial = call.states("dA", A), None if initial is None else call.states("dinitial", A, u.shape[0])
+    dD, dbias = call.channels("dD", D), call.channels("dbias", bias)
     call.run("bwd", softplus)
-    return du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if bias is None else dbias, dinitial
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+@functools.lru_cache(maxsize=256)
+def sized(
+    batch: int, length: int, dim: int, state: int, multiprocessors: int, *, backward: bool
+) -> tuple[Params, tuple[tuple[str, int], ...], int]:
+    """What a launch takes for a shape, whose dim and state are multiples of four.
+
+    Returns: the arguments that are sizes (to be copied); the names and byte offsets of those that are scratch memory, and
+    how many bytes that is.
+    """
+    chunk = plan(batch, length, dim, state, multiprocessors, backward=backward)
+    chunks, rows = -(-length // chunk), batch * -(-length // chunk)
+    sizes = {"end": rows * dim * state, "total": rows * dim} if chunks > 1 else {}
+    if backward:
+        blocks = -(-dim // _channels(state, backward=True))
+        sizes |= dict.fromkeys(("part_B", "part_C"), blocks * batch * length * state)
+        sizes |= {"part_A": rows * dim * state, "part_D": rows * dim, "part_bias": rows * dim}
+    params = Params(batch=batch, length=length, dim=dim, state_size=state, chunks=chunks, chunk=chunk, sub=_SUB)
+    offsets, used = [], 0
+    for name, size in sizes.items():
+        offsets.append((name, used))
+        used += -(-4 * size // 256) * 256
+    return params, tuple(offsets), used
 
 
 class _Call:
@@ -105,69 +138,114 @@ class _Call:
     """
 
     def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor, *, backward: bool) -> None:
-        batch, length, _ = u.shape
-        self.dtype, self.u, self.held = dtype, u, list[Tensor]()
-        self.dim, self.state = (_fours(size) for size in A.shape)
-        chunk = plan(batch, length, self.dim, self.state, _multiprocessors(u.device), backward=backward)
-        chunks = -(-length // chunk)
-        self.params = _Params(
-            batch=batch, length=length, dim=self.dim, state_size=self.state, chunks=chunks, chunk=chunk, sub=_SUB
-        )
-        if chunks > 1:
-            self.buffer("end", batch, chunks, self.dim, self.state)
-            self.buffer("total", batch, chunks, self.dim)
+        (batch, length, _), (self.dim, self.state) = u.shape, A.shape
+        self.dtype, self.u = dtype, u
+        self.held = list[Tensor]()  # copies, which must live until the launch
+        # in memory
+        self.wide_dim, self.wide_state = self.dim + -self.dim % 4, self.state + -self.state % 4
+        params, scratch, size = sized(batch, length, self.wide_dim, self.wide_state, multiprocessors(u), backward=backward)
+        self.params = Params.from_buffer_copy(params)
+        if size:
+            memory = torch.empty(size, dtype=torch.uint8, device=u.device)
+            self.held.append(memory)
+            first = memory.data_ptr()
+            for name, offset in scratch:
+                setattr(self.params, name, first + offset)
 
-    def activations(self, **tensors: Tensor | None) -> None:
-        """Point at (B, L, channels) tensors of any batch and row stride."""
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            tensor, channels = tensor.to(self.dtype), tensor.shape[2]
-            if channels % 4:
-                tensor = F.pad(tensor, (0, -channels % 4))
-            elif tensor.stride(2) != 1 or tensor.stride(0) % 4 or tensor.stride(1) % 4 or tensor.stride(1) >= _LONGEST_ROW:
-                tensor = tensor.contiguous()
-            if tensor.data_ptr() % (4 * tensor.element_size()):
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-            self.point(name, tensor)
-            setattr(self.params, f"{name}_batch", tensor.stride(0))
-            setattr(self.params, f"{name}_row", tensor.stride(1) * tensor.element_size())
+    def inputs(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        bias: Tensor | None, initial: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Point at what both directions take."""
+        self.activation("u", u)
+        self.activation("delta", delta)
+        self.activation("B", B)
+        self.activation("C", C)
+        if z is not None:
+            self.activation("z", z)
+        self.weight("A", A)
+        if D is not None:
+            self.weight("D", D)
+        if bias is not None:
+            self.weight("bias", bias)
+        if initial is not None:
+            self.weight("initial", initial)
 
-    def weights(self, **tensors: Tensor | None) -> None:
-        """Point at (D,), (D, N) or (B, D, N) tensors, in fp32."""
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            tensor = tensor.to(torch.float32)
-            missing = -tensor.shape[-1] % 4 if tensor.dim() == 1 else self.state - tensor.shape[-1]
-            rows = 0 if tensor.dim() == 1 else self.dim - tensor.shape[-2]
-            tensor = F.pad(tensor, (0, missing, 0, rows) if rows else (0, missing)) if missing or rows else tensor.contiguous()
-            self.point(name, tensor.clone() if tensor.data_ptr() % 16 else tensor)
+    def activation(self, name: str, tensor: Tensor) -> None:
+        """Point at a (B, L, channels) tensor of any batch and row stride."""
+        if tensor.dtype is not self.dtype:
+            tensor = tensor.to(self.dtype)
+        bytes_ = tensor.element_size()
+        image, row, one = tensor.stride()
+        if tensor.shape[2] % 4:
+            tensor = F.pad(tensor, (0, -tensor.shape[2] % 4))
+        elif one != 1 or image % 4 or row % 4 or row >= _LONGEST_ROW:
+            tensor = tensor.contiguous()
+        pointer = tensor.data_ptr()
+        if pointer % (4 * bytes_):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+            pointer = tensor.data_ptr()
+        self.held.append(tensor)
+        image, row, _ = tensor.stride()
+        params, (batch_name, row_name) = self.params, _STRIDES[name]
+        setattr(params, name, pointer)
+        setattr(params, batch_name, image)
+        setattr(params, row_name, row * bytes_)
 
-    def tokens(self, name: str, channels: int) -> Tensor:
-        """An output (B, L, channels)."""
-        batch, length, _ = self.u.shape
-        whole = self.point(name, self.u.new_empty(batch, length, _fours(channels), dtype=self.dtype))
-        return whole[..., :channels]
+    def weight(self, name: str, tensor: Tensor) -> None:
+        """Point at a (D,), (D, N) or (B, D, N) tensor, in fp32."""
+        if tensor.dtype is not torch.float32:
+            tensor = tensor.float()
+        columns = self.wide_state - self.state if tensor.dim() > 1 else self.wide_dim - self.dim
+        rows = self.wide_dim - self.dim if tensor.dim() > 1 else 0
+        if columns or rows:
+            tensor = F.pad(tensor, (0, columns, 0, rows) if rows else (0, columns))
+        elif not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if tensor.data_ptr() % 16:
+            tensor = tensor.clone()
+        self.held.append(tensor)
+        setattr(self.params, name, tensor.data_ptr())
+
+    # `empty_like` alone takes a third of the time of an allocation by shape, type and device
+
+    def tokens(self, name: str, like: Tensor) -> Tensor:
+        """An output (B, L, channels) as `like`, contiguous unless it is cut."""
+        batch, length, channels = like.shape
+        if channels % 4:
+            return self._point(name, like.new_empty(batch, length, _fours(channels), dtype=self.dtype))[..., :channels]
+        if like.dtype is self.dtype and like.is_contiguous():
+            return self._point(name, torch.empty_like(like))
+        return self._point(name, like.new_empty(batch, length, channels, dtype=self.dtype))
 
     def states(self, name: str, A: Tensor, *batch: int) -> Tensor:
         """An output (D, N) like A, or (batch, D, N)."""
-        return self.buffer(name, *batch, self.dim, self.state)[..., : A.shape[0], : A.shape[1]]
+        if self.wide_dim != self.dim or self.wide_state != self.state:
+            return self.buffer(name, *batch, self.wide_dim, self.wide_state)[..., : self.dim, : self.state]
+        if batch or A.dtype is not torch.float32 or not A.is_contiguous():
+            return self.buffer(name, *batch, self.dim, self.state)
+        return self._point(name, torch.empty_like(A))
+
+    def channels(self, name: str, given: Tensor | None) -> Tensor | None:
+        """An output (D,), None where its input is; the kernels write it in any case."""
+        if given is not None and given.dtype is torch.float32 and self.wide_dim == self.dim and given.is_contiguous():
+            return self._point(name, torch.empty_like(given))
+        whole = self.buffer(name, self.wide_dim)
+        return None if given is None else whole[: self.dim]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """A buffer in fp32."""
-        return self.point(name, self.u.new_empty(shape, dtype=torch.float32))
+        return self._point(name, torch.empty(*shape, dtype=torch.float32, device=self.u.device))
 
-    def point(self, name: str, tensor: Tensor) -> Tensor:
-        """Give the kernels `tensor` as `name`."""
+    def _point(self, name: str, tensor: Tensor) -> Tensor:
         setattr(self.params, name, tensor.data_ptr())
-        self.held.append(tensor)  # a copy made here must live until the launch
+        self.held.append(tensor)
         return tensor
 
     def run(self, direction: str, softplus: bool) -> None:
         """Launch the kernels."""
         self.params.softplus = softplus
-        compiled.library().run(f"mfuser_selective_scan_{direction}_{_NAMES[self.dtype]}", self.params, like=self.u)
+        compiled.library().run(_LAUNCHERS[direction, self.dtype], self.params, like=self.u)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -205,8 +283,14 @@ def _channels(state: int, *, backward: bool) -> int:
     return next(channels[backward] for most, channels in _CHANNELS.items() if state <= most)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def multiprocessors(tensor: Tensor) -> int:
+    """How many the tensor's GPU has; 1 for a CPU."""
+    return _multiprocessors(tensor.get_device()) if tensor.is_cuda else 1
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _common(*tensors: Tensor | None) -> torch.dtype:

@@ -353,7 +353,7 @@ def test_a_build_needs_sources_a_compiler_and_an_architecture(tmp_path, monkeypa
 
 
 def reason() -> str:
-    compiled._installed.cache_clear()
+    compiled.forget()
     with pytest.raises(ImportError) as raised:
         compiled.library()
     assert compiled.status().reason == str(raised.value)
@@ -384,7 +384,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "_nvcc", lambda: "nvcc")
     monkeypatch.setattr(compiled, "_version", lambda _: "13.0.88")
     yield sources
-    compiled._installed.cache_clear()
+    compiled.forget()
 
 
 def test_a_library_that_is_missing_or_for_another_gpu_is_not_loaded(hopper, on_cpu, monkeypatch):
@@ -413,7 +413,7 @@ def test_a_library_that_does_not_load_says_what_the_loader_said(hopper, on_cpu):
 
 @pytest.mark.parametrize(("gpu", "built"), [((9, 0), "sm_80+sm_90"), ((8, 9), "sm_80+sm_90"), ((9, 0), "sm_90a")])
 def test_the_library_for_this_gpu_is_loaded_once(hopper, on_cpu, monkeypatch, gpu, built):
-    compiled._installed.cache_clear()
+    compiled.forget()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
     with pytest.raises(ImportError, match="not built"):
         compiled.library()
@@ -436,11 +436,12 @@ def test_a_changed_source_or_header_is_another_library(hopper):
     for name in ("probe.cu", "device.cuh"):
         (hopper / name).write_text((hopper / name).read_text() + "\n")
         folders.add(compiled.status().folder)
-    (hopper / "more.cuh").touch()
-    folders.add(compiled.status().folder)
+    for name in ("more.cuh", "more.h"):
+        (hopper / name).touch()
+        folders.add(compiled.status().folder)
     (hopper / "README.md").write_text("read by no compiler")
     folders.add(compiled.status().folder)
-    assert len(folders) == 4
+    assert len(folders) == 5
 
 
 def test_libraries_are_kept_in_the_users_cache_folder(monkeypatch):

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfuser.ops import BackendError, available, dispatch, explain, ran_since, resolve, selective_scan, tally
+from mfuser.ops import BackendError, available, dispatch, explain, ms_deform_attn, ran_since, resolve, selective_scan, tally
 
 
 def test_auto_takes_the_first_backend_that_accepts(monkeypatch):
@@ -111,3 +112,43 @@ def test_the_backward_is_counted_too():
     before = tally()
     y.sum().backward()
     assert ran_since(before) == {"selective_scan": "torch"}
+
+
+class Seen(TorchDispatchMode):
+    """The operators of ours that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mfuser":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def attend(value: torch.Tensor) -> torch.Tensor:
+    places = torch.full((1, 2, 3, 1, 2, 2), 0.4)
+    return ms_deform_attn(value[:, None].expand(1, 4, 3, 2), [(2, 2)], places, places[..., 0], backend="torch")
+
+
+OPERATORS = {"selective_scan": lambda x: scan("torch", x), "ms_deform_attn": attend}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_mode_sees_operators_that_else_go_without_the_dispatcher(name):
+    function, x = OPERATORS[name], torch.randn(1, 3, 2, requires_grad=True)
+    (outside,) = torch.autograd.grad(function(x).sum(), x)
+    with Seen() as seen:
+        (inside,) = torch.autograd.grad(function(x).sum(), x)
+    assert seen.names == [name, f"{name}_bwd"]
+    assert torch.equal(inside, outside)
+    with torch.no_grad():
+        assert not function(x).requires_grad
+
+
+def test_a_first_derivative_alone_is_what_operators_have():
+    u = torch.randn(1, 3, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(scan("torch", u).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"mfuser.+selective_scan_bwd.+no autograd formula"):
+        grad.sum().backward()

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from golden_files import fill_by_name, noise, numbers, relative_error
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mfuser.fusion import BidirectionalMVFuser, MTEnhancer, MVFuser
 from mfuser.ops import BackendError, available, compiled, dispatch, explain, mvfuser
 from mfuser.ops.mvfuser import plan
 
+from . import mvfuser_kernels
 from .emulation import fenced
 
 module = import_module("mfuser.ops.mvfuser")
+SCANS = {"cuda": "cuda", "triton": "torch"}  # torch's saves the interpreter's time; cuda's block has its own
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
-# width, state, batch, length, sane: h = 24 and rank 3; h = 6, which no vector fits
-CASES = [(48, 16, 1, 65, False), (48, 4, 2, 65, True), (48, 4, 2, 1, False), (48, 4, 1, 2, True), (12, 3, 2, 3, False)]
-# MTEnhancer's; rows in several pieces, of vectors and of single numbers
-WIDE_CASES = [(256, 16, 2, 5, False), (520, 2, 1, 3, False), (140, 3, 1, 3, True)]
+# width, state, batch, length, sane: h = 24 and rank 3; rank 4; h = 6, which no vector fits and cuda refuses
+CASES = [(48, 16, 1, 65, False), (48, 4, 2, 65, True), (48, 4, 2, 1, False), (64, 4, 1, 2, True), (12, 3, 2, 3, False)]
+# MTEnhancer's; rows in several pieces
+WIDE_CASES = [(256, 16, 2, 5, False), (520, 4, 1, 3, False), (136, 12, 1, 3, True)]
 
 
 @pytest.fixture(params=["emulated", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernels(request, monkeypatch) -> Iterator[tuple[str, str]]:
-    """The name of a backend with kernels and the device of its tensors; MVFuser runs it, with torch's scan."""
+    """The name of a backend with kernels and the device of its tensors; MVFuser runs it, with its scan."""
     name = "cuda" if request.param == "emulated" else request.param
-    monkeypatch.setattr("mfuser.fusion.plan", lambda *_: (name, "torch"))
+    monkeypatch.setattr("mfuser.fusion.plan", lambda *_: (name, SCANS[name]))
     if request.param == "emulated":
         with compiled.use(request.getfixturevalue("emulated")):
             yield name, "cpu"
@@ -122,6 +128,8 @@ def equal_composition(device: str, width: int, state: int, batch: int, length: i
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "x".join(map(str, c[:4])) + c[4] * "-sane")
 def test_value_and_every_gradient_equal_the_composition(kernels, case):
+    if kernels[0] == "cuda" and case[1] % 4:
+        pytest.skip("refused")
     equal_composition(kernels[1], *case)
 
 
@@ -149,7 +157,7 @@ def test_it_equals_the_authors(kernels):
     ("shape", "sane", "dtype"),
     [
         ((48, 16, 2, 12), False, torch.bfloat16), ((48, 16, 2, 12), True, torch.float16),
-        ((128, 4, 1, 11), True, torch.bfloat16), ((44, 3, 2, 13), False, torch.bfloat16),
+        ((128, 4, 1, 11), True, torch.bfloat16), ((40, 4, 2, 13), False, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_under_autocast_it_is_as_precise_as_the_composition(kernels, shape, sane, dtype):
@@ -269,21 +277,48 @@ def test_nothing_is_kept_without_gradients_and_little_with_them(kernels):
         assert not kept
         fuser.mix(joint)
     known = {p.data_ptr() for p in [joint, *fuser.parameters()]}
-    size = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() not in known)
+    own = [t for t in kept if t.data_ptr() not in known]
+    assert len(own) == 1
+    size, gaps = own[0].numel() * own[0].element_size(), 14 * 256
     weights = 2 * sum(p.numel() for name, p in fuser.named_parameters() if "proj.weight" in name) + 4 * (32 * 4 + 32)
-    states = 4 * 2 * 32 * 4 * len(range(0, 20, 16384 // (32 * 4)))  # torch's scan, per block
+    states = 4 * 2 * 32 * 4 * 2  # the scan's, of every 16th token
     # in bf16: tokens, xz (C each), x, z, delta, y (C / 2 each); rank, B, C
-    assert size == weights + states + 2 * (2 * 20) * (4 * 64 + 4 + 2 * 4)
+    expected = weights + states + 2 * (2 * 20) * (4 * 64 + 4 + 2 * 4)
+    assert expected <= size < expected + gaps
+
+
+@of_the_operator
+def test_a_call_makes_few_operations(kernels):
+    """A small batch's launches take the GPU less time than a few dozen operations of torch take the CPU."""
+    fuser, joint = make(64, 4, device=kernels[1]), tokens(2, 5, 64, device=kernels[1]).requires_grad_()
+    leaves = [joint, *fuser.parameters()]
+
+    def operations(function: Callable[[], object]) -> tuple[object, Counter[str]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = function()
+        names = (event.key for event in profile.events() if event.key.startswith(("aten::", "mfuser::")))
+        return result, Counter(names)
+
+    with torch.autocast(kernels[1], torch.bfloat16):
+        out, forward = operations(lambda: fuser.mix(joint))
+    probe = torch.ones_like(out)
+    _, backward = operations(lambda: torch.autograd.grad(out, leaves, probe))
+    with torch.no_grad():
+        _, alone = operations(lambda: fuser.mix(joint))
+    for counted, most in ((forward, 3), (backward, 13), (alone, 2)):
+        assert counted["aten::empty"] + counted["aten::empty_strided"] <= most, counted
+        # fill_: new memory is poisoned under test
+        assert not set(counted) - {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::fill_"}
 
 
 @of_the_operator
 def test_the_operators_are_well_formed(kernels):
     name, device = kernels
-    fuser = make(8, 2, device=device)
+    fuser = make(8, 4, device=device)
     weights = weights_of(fuser)
     for dtype in (torch.float32, torch.bfloat16):
         joint = tokens(2, 2, 8, device=device).requires_grad_()
-        options = (fuser.norm.eps, False, dtype, name, "torch")
+        options = (fuser.norm.eps, False, dtype, name, SCANS[name])
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint, weights, *options, True))
         detached = [w.detach() for w in weights]
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint.detach(), detached, *options, False))
@@ -295,7 +330,7 @@ def test_the_operators_are_well_formed(kernels):
 
 @of_the_operator
 def test_it_compiles_into_one_graph(kernels):
-    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
+    fuser, joint = make(24, 4, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
     torch._dynamo.reset()
     whole = torch.compile(fuser.mix, fullgraph=True, backend="aot_eager")
     assert max(errors(run(fuser, whole, joint), run(fuser, fuser.mix, joint)).values()) < 1e-6
@@ -304,7 +339,7 @@ def test_it_compiles_into_one_graph(kernels):
 
 @of_the_operator
 def test_it_is_computed_again_under_a_checkpoint(kernels):
-    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
+    fuser, joint = make(24, 4, device=kernels[1]), tokens(2, 5, 24, device=kernels[1])
     expected = run_backward(fuser, fuser.mix, joint)
     for reentrant in (False, True):
         actual = run_backward(fuser, lambda x, r=reentrant: checkpoint(fuser.mix, x, use_reentrant=r), joint)
@@ -327,7 +362,6 @@ def weights_of(fuser: MVFuser) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("half", "batch", "length"), [(24, 2, 9), (7, 3, 5), (264, 1, 67)])
 def test_kernels_touch_no_memory_beyond_their_tensors(emulated, half, batch, length, dtype):
-    backend = import_module("mfuser.ops.mvfuser.cuda_backend")
     for before in (False, True):
 
         def draw(*shape: int, kind: torch.dtype = dtype, before: bool = before) -> Tensor:
@@ -338,23 +372,86 @@ def test_kernels_touch_no_memory_beyond_their_tensors(emulated, half, batch, len
         xz, y, z, d, more = draw(batch, length, 2 * half), *(draw(batch, length, half) for _ in range(4))
         with compiled.use(emulated):
             results = [
-                *backend.conv_forward(xz, wx, wz, True),
-                *(conv := backend.conv_backward(xz, wx, wz, d, more, z, True)),
-                backend.norm_forward(y, z, weight, scale, 1e-5),
-                *(norm := backend.norm_backward(d.view(-1, half), y, z, weight, scale, 1e-5)),
+                *mvfuser_kernels.conv_forward(xz, wx, wz, True),
+                *(conv := mvfuser_kernels.conv_backward(xz, wx, wz, d, more, z, True)),
+                mvfuser_kernels.norm_forward(y, z, weight, scale, 1e-5),
+                *(norm := mvfuser_kernels.norm_backward(d.view(-1, half), y, z, weight, scale, 1e-5)),
             ]
             A, dA = draw(half, 3, kind=torch.float32), draw(half, 3, kind=torch.float32)
-            results += backend.finish(fenced(conv[1]), fenced(norm[3]), dA, A, draw(half, kind=torch.float32), 2.0)
+            results += mvfuser_kernels.finish(fenced(conv[1]), fenced(norm[3]), dA, A, draw(half, kind=torch.float32), 2.0)
             out = fenced(torch.full((batch * length, 11), 7.0, dtype=dtype))
-            backend.join(draw(batch, length, 5, kind=torch.float32), draw(batch, length, 5, kind=torch.float32), out[:, 1:])
+            mvfuser_kernels.join(
+                draw(batch, length, 5, kind=torch.float32), draw(batch, length, 5, kind=torch.float32), out[:, 1:]
+            )
             assert (out[:, 0] == 7).all()
             assert (out[:, 1:] != 7).all()
-            results += backend.prepare(y, [wx, weight], A, weight, 2.0, torch.bfloat16)[1]
+            results += mvfuser_kernels.prepare(y, [wx, weight], A, weight, 2.0, torch.bfloat16)[1]
         assert all(torch.isfinite(result).all() for result in results)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("shape", [(24, 4, 2, 9), (160, 16, 1, 67)], ids=str)
+def test_the_block_touches_no_memory_beyond_its_buffers(emulated, monkeypatch, shape, before):
+    width, state, batch, length = shape
+    backend, empty = import_module("mfuser.ops.mvfuser.cuda_backend"), torch.empty
+    monkeypatch.setattr(backend, "_ALIGNED", 16)
+    monkeypatch.setattr(backend, "_plan", backend._plan.__wrapped__)
+    buffers = []
+
+    def guarded(*size, **options) -> Tensor:
+        made = empty(*size, **options)
+        if made.dtype != torch.uint8:
+            return made
+        buffers.append(fenced(made, before=before))
+        return buffers[-1]
+
+    fuser, joint = make(width, state), tokens(batch, length, width)
+    with compiled.use(emulated):
+        monkeypatch.setattr("mfuser.fusion.plan", lambda *_: ("cuda", "cuda"))
+        expected = run(fuser, autocast(fuser.mix), joint)
+        monkeypatch.setattr(torch, "empty", guarded)
+        actual = run(fuser, autocast(fuser.mix), joint)
+        with torch.no_grad():
+            alone = fuser.mix(joint)
+    assert len(buffers) == 4
+    assert torch.isfinite(alone).all()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def one_by_one(name: str) -> ModuleType:
+    """The kernels of a backend as functions."""
+    return mvfuser_kernels if name == "cuda" else import_module(f"mfuser.ops.mvfuser.{name}_backend")
+
+
+@pytest.mark.parametrize("half", [7, 24, 130])
+@pytest.mark.parametrize("gate", [False, True])
+def test_kernels_of_any_width_equal_their_equations(kernels, half, gate):
+    backend, device, eps = one_by_one(kernels[0]), kernels[1], 1e-5
+    xz, wx, wz = tokens(2, 9, 2 * half, device=device), *(tokens(half, 1, 3, device=device) + i for i in range(2))
+    y, d, weight, scale = *tokens(2, 2, 9, half, device=device), tokens(half, device=device), tokens(1, device=device)[0]
+    leaves = [t.double().requires_grad_() for t in (xz, wx, wz, y, weight, scale)]
+    wide, conv_x, conv_z, scanned, factor, times = leaves
+    before = wide.mT.split(half, 1)
+    x, z = (F.conv1d(part, w, padding=1, groups=half).mT for part, w in zip(before, (conv_x, conv_z), strict=True))
+    x, z = F.silu(x), F.silu(z) if gate else z
+    g = times * scanned * (scanned.square().mean(-1, keepdim=True) + eps).rsqrt() * factor * F.silu(z)
+    grads = torch.autograd.grad([g, x], leaves, [d.double(), d.double()])
+
+    mine_x, mine_z = backend.conv_forward(xz, wx, wz, gate)
+    mine_g = backend.norm_forward(y, mine_z, weight, scale, eps)
+    # what comes in lacks the scale
+    dy, dz, again, norm = backend.norm_backward(d.view(-1, half), y, mine_z, weight, scale, eps)
+    dxz, conv = backend.conv_backward(xz, wx, wz, torch.zeros_like(d), d, dz, gate)
+    A = tokens(half, 3, device=device)
+    dwx, dwz, dweight, dscale, dA_log, dbias = backend.finish(conv, norm, 2 * A, A, weight, 3.0)
+    expected = (x, z, g, g, grads[3], grads[0], grads[1], grads[2], grads[4], grads[5], 2 * A * A, 3 * weight)
+    actual = (mine_x, mine_z, mine_g, again, dy, dxz, dwx, dwz, dweight, dscale, dA_log, dbias)
+    for mine, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine.double(), right.detach().double().view(mine.shape), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_xz_may_be_part_of_longer_ones(kernels):
-    backend = import_module(f"mfuser.ops.mvfuser.{kernels[0]}_backend")
+    backend = one_by_one(kernels[0])
     wide = tokens(2, 9, 64, device=kernels[1])
     wx, wz = (tokens(24, 1, 3, device=kernels[1]) for _ in range(2))
     d = [tokens(2, 9, 24, device=kernels[1]) for _ in range(3)]
@@ -371,7 +468,8 @@ def test_many_tokens_and_blocks(kernels, monkeypatch):
     monkeypatch.setattr(backend, "_NORM_BLOCKS", 3)
     if kernels[0] == "cuda":
         monkeypatch.setattr(backend, "_MANY", 0)
-    fuser, joint = make(24, 3, device=kernels[1]), tokens(2, 70, 24, device=kernels[1])
+        monkeypatch.setattr(backend, "_plan", backend._plan.__wrapped__)
+    fuser, joint = make(24, 4, device=kernels[1]), tokens(2, 70, 24, device=kernels[1])
     expected = run(fuser, fuser.composed, joint)
     assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
 
@@ -396,11 +494,26 @@ def test_a_named_backend_runs_or_raises(monkeypatch):
         with pytest.raises(BackendError, match="no backend for mvfuser: cuda: torch finds no usable CUDA GPU"):
             fuser.mix(joint)
     # the scan's kernels of that name are part of it
-    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (dispatch.Backend("cuda", "mfuser.ops.dispatch"),))
-    refusing = dispatch.Backend("cuda", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
+    accepting = dispatch.Backend("triton", "mfuser.ops.dispatch")
+    refusing = dispatch.Backend("triton", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
+    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (accepting,))
     monkeypatch.setitem(dispatch.TABLE, "selective_scan", (refusing,))
-    with pytest.raises(BackendError, match="no backend for selective_scan: cuda: is tired"):
+    fuser.backend = "triton"
+    with pytest.raises(BackendError, match="no backend for selective_scan: triton: is tired"):
         fuser.mix(joint)
+
+
+def test_the_scan_of_cudas_block_is_its_own(emulated, monkeypatch):
+    fuser = make(24, 4)
+    rows = tuple(dataclasses.replace(row, auto=True, gpu=False) for row in dispatch.TABLE["mvfuser"])
+    monkeypatch.setitem(dispatch.TABLE, "mvfuser", rows)
+    with compiled.use(emulated):
+        for requested in ("cuda", "auto", "mvfuser=cuda", "mvfuser=cuda,selective_scan=cuda"):
+            assert plan(requested, fuser.in_proj.weight, fuser.A_log) == ("cuda", "cuda")
+        # a scan that was named runs, in the composition, but not under a block that was named
+        assert plan("selective_scan=torch", fuser.in_proj.weight, fuser.A_log) is None
+        with pytest.raises(BackendError, match="no backend for mvfuser: cuda: its scan is cuda, too, not torch"):
+            plan("mvfuser=cuda,selective_scan=torch", fuser.in_proj.weight, fuser.A_log)
 
 
 def test_kernels_refuse_what_they_cannot_take(emulated):
@@ -409,6 +522,12 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         assert explain("mvfuser", fuser.in_proj.weight)["cuda"] is None
         assert explain("mvfuser", fuser.in_proj.weight.double())["cuda"] == "takes fp32, bf16 and fp16, not torch.float64"
         assert explain("mvfuser", fuser.in_proj.weight.to("meta"))["cuda"] == "takes cpu tensors, not meta"
+        for width, state, reason in (
+            (24, 3, "takes 4, 8, ... 64 states, not 3"), (24, 68, "takes 4, 8, ... 64 states, not 68"),
+            (12, 4, "takes a multiple of 4 scanned channels, not 6"), (24, 4, None),
+        ):  # fmt: skip
+            fuser = make(width, state)
+            assert explain("mvfuser", fuser.in_proj.weight, fuser.A_log)["cuda"] == reason
 
 
 def test_both_directions_and_the_enhancer(kernels):
@@ -417,7 +536,7 @@ def test_both_directions_and_the_enhancer(kernels):
     joint = tokens(1, 5, 24, device=kernels[1])
     both.to(kernels[1])
     assert torch.equal(both.mix(joint), both.composed(joint))
-    enhancer = MTEnhancer(24, dim=32, heads=2, state=3, backend="torch").eval().to(kernels[1])
+    enhancer = MTEnhancer(24, dim=32, heads=2, state=4, backend="torch").eval().to(kernels[1])
     text, visual = tokens(1, 4, 24, device=kernels[1]), tokens(1, 7, 24, device=kernels[1])
     fused = enhancer(text, visual)
     layer = enhancer.decoder[0].cross_attn
@@ -427,8 +546,8 @@ def test_both_directions_and_the_enhancer(kernels):
 
 @of_the_operator
 def test_wrong_shapes_are_named(kernels):
-    fuser, joint = make(24, 3, device=kernels[1]), tokens(1, 5, 24, device=kernels[1])
-    weights, options = weights_of(fuser), {"eps": 1e-5, "sane": False, "backends": (kernels[0], "torch")}
+    fuser, joint = make(24, 4, device=kernels[1]), tokens(1, 5, 24, device=kernels[1])
+    weights, options = weights_of(fuser), {"eps": 1e-5, "sane": False, "backends": (kernels[0], SCANS[kernels[0]])}
     with pytest.raises(ValueError, match=r"in_proj is \(24, 24\), expected \(24, 23\)"):
         mvfuser(joint[..., :23], *weights, **options)
     with pytest.raises(ValueError, match=r"needs joint \(B, L, C\)"):
