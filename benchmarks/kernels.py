@@ -67,6 +67,7 @@ class Contender:
     bind: Callable[[Case], Bound]
     own: bool = True
     graph: bool = True  # whether its calls can be captured
+    peer: bool = False  # not a backend of this package
 
 
 def own(op: str, device: torch.device) -> list[Contender]:
@@ -250,13 +251,13 @@ def _imported(name: str) -> ModuleType:
 
 
 SCAN_PEERS = [
-    Contender("mamba-ssm, raw", mamba_raw, own=False),
-    Contender("mamba-ssm, autograd", mamba_autograd, own=False),
+    Contender("mamba-ssm, raw", mamba_raw, own=False, peer=True),
+    Contender("mamba-ssm, autograd", mamba_autograd, own=False, peer=True),
 ]
-DEFORM_PEERS = [Contender("Deformable-DETR", deformable_detr, own=False)]
+DEFORM_PEERS = [Contender("Deformable-DETR", deformable_detr, own=False, peer=True)]
 BLOCK_PEERS = [
-    Contender("authors' composition over mamba-ssm", partial(composition, None, plain_norm), own=False),
-    Contender("the same, mamba-ssm's norm", partial(composition, None, None), own=False),
+    Contender("authors' composition over mamba-ssm", partial(composition, None, plain_norm), own=False, peer=True),
+    Contender("the same, mamba-ssm's norm", partial(composition, None, None), own=False, peer=True),
 ]
 
 
@@ -310,8 +311,8 @@ def plans(device: torch.device, *, quick: bool, tiny: bool) -> dict[str, Plan]:
 def loops(tiny: bool) -> list[tuple[Callable[..., Case], list[Contender]]]:
     """The plain loops on a CPU. Indexing costs the square of L: its L is smaller, and the backend stands beside it there."""
     torch_backend = [c for c in own("selective_scan", torch.device("cpu")) if c.name == "torch"]
-    by_index = Contender("loop, indexed steps", partial(plain_loop, indexed), own=False)
-    by_unbind = Contender("loop, unbound steps", partial(plain_loop, unbound), own=False)
+    by_index = Contender("loop, indexed steps", partial(plain_loop, indexed), own=False, peer=True)
+    by_unbind = Contender("loop, unbound steps", partial(plain_loop, unbound), own=False, peer=True)
     sizes = [(2, 8, 3, 4)] * 3 if tiny else [(2, 512, 128, 16), (2, 512, 256, 16), (2, 512, 2594, 16)]
     both, long = [*torch_backend, by_unbind, by_index], [*torch_backend, by_unbind]
     return list(zip(_scans(sizes), (both, both, long), strict=True))
@@ -337,6 +338,7 @@ class Row:
     error: float | None = None  # of the result, relative to fp64's, on the small case
     gradient_error: float | None = None  # the largest
     note: str = ""
+    peer: bool = False  # somebody else's: the first of a case is what the others are compared with
 
 
 @dataclass
@@ -399,7 +401,7 @@ class Bench:
         while self.cuda and len(cases) < max(2, min(8, -(-2 * self._cache() // cases[0].bytes[0]))):
             cases.append(make(DTYPES[dtype], self.device, seed=len(cases)))
         for contender in contenders:
-            row = Row(part, cases[0].shape, dtype, contender.name)
+            row = Row(part, cases[0].shape, dtype, contender.name, peer=contender.peer)
             floors = [self._floor(cases[0], dtype, backward=backward) for backward in (False, True)]
             row.floor_ms, row.floor_by = (floors[0][0], floors[1][0]), (floors[0][1], floors[1][1])
             begun = time.perf_counter()
@@ -654,33 +656,57 @@ def markdown(report: Report, *, cuda: bool) -> str:
 
 
 _METHOD = {
-    "cuda": "Median milliseconds. eager: events around one call, the cache emptied before it, Python's time included where it "
+    "cuda": "Median milliseconds. speed: times as fast as the first of the other people's kernels below, forward / forward and "
+    "backward / backward alone, by graphs where both have them. eager: events around one call, the cache emptied before it, Python's time included where it "
     "is longer. graph: replays of a CUDA graph of calls on rotating inputs. floor: the longest of bytes over the measured "
     "copy bandwidth, exponentials over their units at the highest clock, and products over the measured rate. error: "
     "||x - x64|| / ||x64|| on a small case, of the result and of the worst gradient.",
-    "cpu": "Median milliseconds. floor: bytes over the measured copy bandwidth. error: ||x - x64|| / ||x64|| on a small case, "
+    "cpu": "Median milliseconds. speed: times as fast as the first loop below, forward / forward and backward / backward alone. "
+    "floor: bytes over the measured copy bandwidth. error: ||x - x64|| / ||x64|| on a small case, "
     "of the result and of the worst gradient.",
 }
 
 
 def _table(rows: Sequence[Row], *, cuda: bool) -> list[str]:
-    header = ["shape", "dtype", "", "forward", "+ backward", "floor", "error", "gradients"]
+    header = ["shape", "dtype", "", "forward", "+ backward", "speed", "floor", "error", "gradients"]
     if cuda:
         header[3:5] = ["forward, graph", "+ backward, graph", "forward, eager", "+ backward, eager"]
     texts = [header]
     above = ""
+    peers = {_case(row): row for row in reversed(rows) if row.peer and row.both_ms is not None}
     for row in rows:
         eager = [_ms(row.forward_ms), _ms(row.both_ms)]
         graph = [_ms(row.forward_graph_ms), _ms(row.both_graph_ms)] if cuda else []
         floor = " / ".join(f"{_ms(ms)} {by}" for ms, by in zip(row.floor_ms, row.floor_by, strict=True))
         errors = ["" if e is None else f"{e:.1e}" for e in (row.error, row.gradient_error)]
-        case = f"{row.shape} {row.dtype}"
+        case = _case(row)
         names = [row.shape, row.dtype] if case != above else ["", ""]
-        texts.append([*names, row.contender, *graph, *eager, floor if case != above else "", *errors])
+        speed = _speed(row, peers.get(case))
+        texts.append([*names, row.contender, *graph, *eager, speed, floor if case != above else "", *errors])
         above = case
     widths = [max(len(line[i]) for line in texts) for i in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in texts]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def _case(row: Row) -> str:
+    return f"{row.shape} {row.dtype}"
+
+
+def _speed(row: Row, peer: Row | None) -> str:
+    """How many times as fast as the peer: forward / forward and backward / backward alone; by graphs where both have them."""
+    if peer is None or row.both_ms is None or row is peer:
+        return "1" if row is peer else ""
+    pairs = ((row.forward_graph_ms, row.both_graph_ms), (peer.forward_graph_ms, peer.both_graph_ms))
+    if None in (*pairs[0], *pairs[1]):
+        pairs = ((row.forward_ms, row.both_ms), (peer.forward_ms, peer.both_ms))
+    (forward, both), (peer_forward, peer_both) = pairs
+    assert forward is not None
+    assert both is not None
+    assert peer_forward is not None
+    assert peer_both is not None
+    ratios = (peer_forward / forward, peer_both / both, (peer_both - peer_forward) / max(both - forward, 1e-9))
+    return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def _ms(value: float | None) -> str:

@@ -50,24 +50,23 @@ class Backend:
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCAN, _DEFORM, _FUSER = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn", "mfuser.ops.mvfuser"
-# Kernels that have been emulated and interpreted, but not yet run on a GPU, run only when named.
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
-        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True, auto=False),
-        Backend("triton", f"{_SCAN}.triton_backend", gpu=True, auto=False),
-        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True, auto=False),
+        Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
+        Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
+        Backend("mamba_ssm", f"{_SCAN}.mamba_backend", gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
     ),
     "ms_deform_attn": (
-        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True, auto=False),
-        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True, auto=False),
+        Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True),
+        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True),
         Backend("torch", f"{_DEFORM}.torch_backend"),
         Backend("reference", f"{_DEFORM}.reference", auto=False),
     ),
     "mvfuser": (
-        Backend("cuda", f"{_FUSER}.cuda_backend", gpu=True, auto=False),
-        Backend("triton", f"{_FUSER}.triton_backend", gpu=True, auto=False),
+        Backend("cuda", f"{_FUSER}.cuda_backend", gpu=True),
+        Backend("triton", f"{_FUSER}.triton_backend", gpu=True),
         # MVFuser's modules one by one, around the scan of that name
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
