@@ -656,14 +656,14 @@ def markdown(report: Report, *, cuda: bool) -> str:
 
 
 _METHOD = {
-    "cuda": "Median milliseconds. speed: times as fast as the first of the other people's kernels below, forward / forward and "
-    "backward / backward alone, by graphs where both have them. eager: events around one call, the cache emptied before it, Python's time included where it "
-    "is longer. graph: replays of a CUDA graph of calls on rotating inputs. floor: the longest of bytes over the measured "
-    "copy bandwidth, exponentials over their units at the highest clock, and products over the measured rate. error: "
-    "||x - x64|| / ||x64|| on a small case, of the result and of the worst gradient.",
-    "cpu": "Median milliseconds. speed: times as fast as the first loop below, forward / forward and backward / backward alone. "
-    "floor: bytes over the measured copy bandwidth. error: ||x - x64|| / ||x64|| on a small case, "
-    "of the result and of the worst gradient.",
+    "cuda": "Median milliseconds. graph: replays of a CUDA graph of calls on rotating inputs. eager: events around one call, the "
+    "cache emptied before it, Python's time included where it is longer. speed: times as fast as the first of the other people's "
+    "kernels, forward / forward and backward / backward alone, by graphs where both have them. floor: the longest of bytes over "
+    "the measured copy bandwidth, exponentials over their units at the highest clock, and products over the measured rate. "
+    "error: ||x - x64|| / ||x64|| on a small case, of the result and of the worst gradient.",
+    "cpu": "Median milliseconds. speed: times as fast as the first loop, forward / forward and backward / backward alone. "
+    "floor: bytes over the measured copy bandwidth. error: ||x - x64|| / ||x64|| on a small case, of the result and of the worst "
+    "gradient.",
 }
 
 

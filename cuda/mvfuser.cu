@@ -118,6 +118,7 @@ __device__ __forceinline__ void cast_piece(const MvfuserCastPiece& p, long long 
 // T is the one type besides fp32
 template <typename T>
 __global__ void __launch_bounds__(kCastThreads) cast(const __grid_constant__ MvfuserCastParams params) {
+    after_launch_before();
     int i = 0;
     while (blockIdx.x >= params.piece[i].blocks) ++i;
     const MvfuserCastPiece& p = params.piece[i];
@@ -149,7 +150,7 @@ extern "C" int mfuser_mvfuser_cast(const MvfuserCastParams* given, void* stream)
     }
     if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
     return with_type(type, [&](auto t) {
-        return MFUSER_LAUNCH((cast<decltype(t)>), static_cast<unsigned>(blocks), kCastThreads, 0, stream, params);
+        return MFUSER_LAUNCH_NEXT((cast<decltype(t)>), static_cast<unsigned>(blocks), kCastThreads, 0, stream, params);
     });
 }
 
@@ -207,6 +208,7 @@ __device__ __forceinline__ void shift(float (&before)[V], float (&here)[V], cons
 // x = silu(conv(xz[..., :h])), z = silu(conv(xz[..., h:])), each row of xz read once (and twice at a thread's edges)
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kForwardGroups) conv_forward(const __grid_constant__ MvfuserConvParams p) {
+    after_launch_before();
     const Place<V, kForwardGroups> place(p);
     if (!place.inside || place.first >= place.last) return;
     const T* in = static_cast<const T*>(p.xz) + place.image * p.batch_stride + place.c;
@@ -244,6 +246,7 @@ __global__ void __launch_bounds__(32 * kForwardGroups) conv_forward(const __grid
 //   dxz[t] = w0 da[t+1] + w1 da[t] + w2 da[t-1],    dw_k = sum_t da[t] xz[t+k-1]
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kBackwardGroups) conv_backward(const __grid_constant__ MvfuserConvParams p) {
+    after_launch_before();
     const Place<V, kBackwardGroups> place(p);
     float dw[3][V] = {};
     if (place.inside && place.first < place.last) {
@@ -339,7 +342,7 @@ extern "C" int mfuser_mvfuser_conv_fwd(const MvfuserConvParams* p, void* stream)
         using T = decltype(t);
         return conv_launch<T, kForwardBytes / sizeof(T)>(*p, [&](auto width, unsigned grid) {
             constexpr int V = decltype(width)::value;
-            return MFUSER_LAUNCH((conv_forward<T, V>), grid, dim3(32, kForwardGroups), 0, stream, *p);
+            return MFUSER_LAUNCH_NEXT((conv_forward<T, V>), grid, dim3(32, kForwardGroups), 0, stream, *p);
         });
     });
 }
@@ -352,7 +355,7 @@ extern "C" int mfuser_mvfuser_conv_bwd(const MvfuserConvParams* p, void* stream)
         return conv_launch<T, kBackwardVector>(*p, [&](auto width, unsigned grid) {
             constexpr int V = decltype(width)::value;
             const size_t shared = (kBackwardGroups - 1) * 3 * V * 32 * sizeof(float);
-            return MFUSER_LAUNCH((conv_backward<T, V>), grid, dim3(32, kBackwardGroups), shared, stream, *p);
+            return MFUSER_LAUNCH_NEXT((conv_backward<T, V>), grid, dim3(32, kBackwardGroups), shared, stream, *p);
         });
     });
 }
@@ -374,6 +377,7 @@ __device__ __forceinline__ void load_row(Pack<T, V> (&to)[kNormChunks], const T*
 // that the last matrix product gives the block's result.
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kNormWarps) norm_forward(const __grid_constant__ MvfuserNormParams p) {
+    after_launch_before();
     const long long token = static_cast<long long>(blockIdx.x) * kNormWarps + threadIdx.y;
     if (token >= p.tokens) return;
     const T *y_row = static_cast<const T*>(p.y) + token * p.half, *z_row = static_cast<const T*>(p.z) + token * p.half;
@@ -418,6 +422,7 @@ __global__ void __launch_bounds__(32 * kNormWarps) norm_forward(const __grid_con
 // in its own row of shared memory.
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kNormWarps, 2) norm_backward(const __grid_constant__ MvfuserNormParams p) {
+    after_launch_before();
     MFUSER_SHARED(memory);
     float* sums = reinterpret_cast<float*>(memory);  // (warps, padded) and a number for each warp
     const int padded = (p.half + 3) / 4 * 4, warps = blockDim.y;
@@ -517,7 +522,7 @@ extern "C" int mfuser_mvfuser_norm_fwd(const MvfuserNormParams* p, void* stream)
             constexpr int V = decltype(width)::value;
             const long long blocks = quotient_up(p->tokens, kNormWarps);
             if (blocks > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
-            return MFUSER_LAUNCH((norm_forward<T, V>), static_cast<unsigned>(blocks), dim3(32, kNormWarps), 0, stream, *p);
+            return MFUSER_LAUNCH_NEXT((norm_forward<T, V>), static_cast<unsigned>(blocks), dim3(32, kNormWarps), 0, stream, *p);
         });
     });
 }
@@ -533,7 +538,7 @@ extern "C" int mfuser_mvfuser_norm_bwd(const MvfuserNormParams* p, void* stream)
         using T = decltype(t);
         return norm_launch<T>(*p, [&](auto width) {
             constexpr int V = decltype(width)::value;
-            return MFUSER_LAUNCH((norm_backward<T, V>), p->blocks, dim3(32, warps), shared, stream, *p);
+            return MFUSER_LAUNCH_NEXT((norm_backward<T, V>), p->blocks, dim3(32, warps), shared, stream, *p);
         });
     });
 }
@@ -544,6 +549,7 @@ namespace {
 
 // target[c] = factor * times[c] * sum over rows of source[:, c], always in the same order
 __global__ void __launch_bounds__(kSumColumns * kSumGroups) sum_rows(const __grid_constant__ MvfuserSumParams params) {
+    after_launch_before();
     __shared__ float shared[kSumGroups][kSumColumns];
     int i = 0;
     while (static_cast<int>(blockIdx.x) >= params.piece[i].blocks) ++i;
@@ -571,5 +577,5 @@ extern "C" int mfuser_mvfuser_sum(const MvfuserSumParams* given, void* stream) {
     for (int i = 0; i < params.pieces; ++i) {
         params.piece[i].blocks = blocks += (params.piece[i].columns - 1) / kSumColumns + 1;
     }
-    return MFUSER_LAUNCH(sum_rows, blocks, dim3(kSumColumns, kSumGroups), 0, stream, params);
+    return MFUSER_LAUNCH_NEXT(sum_rows, blocks, dim3(kSumColumns, kSumGroups), 0, stream, params);
 }

@@ -357,6 +357,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_summa
     using P = Place<G, K, kForwardWarps>;
     constexpr int threads = P::kThreads, channels = P::kWarpChannels, states = P::kStates, tile_steps = kTile<T>;
     constexpr bool exact = kExact<T>;
+    after_launch_before();
     MFUSER_SHARED(shared);
     const P at;
     // (warps, tile_steps, channels): delta and delta u (or dy)
@@ -1007,8 +1008,8 @@ cudaError_t forward(const ScanParams& p, void* stream) {
     if (p.chunks > 1) {
         const dim3 grid = grid_of<G, K, kForwardWarps>(p, p.chunks - 1);
         const cudaError_t error =
-            MFUSER_LAUNCH((scan_summary<T, G, K, false, SOFTPLUS, false>), grid, threads, (forward_bytes<T, G, K>(1, 2, 0)),
-                          stream, p);
+            MFUSER_LAUNCH_NEXT((scan_summary<T, G, K, false, SOFTPLUS, false>), grid, threads,
+                               (forward_bytes<T, G, K>(1, 2, 0)), stream, p);
         if (error != cudaSuccess) return error;
     }
     const dim3 grid = grid_of<G, K, kForwardWarps>(p, p.chunks);
@@ -1026,8 +1027,8 @@ cudaError_t backward(const ScanParams& p, void* stream) {
     cudaError_t error;
     if (p.chunks > 1) {
         const dim3 first_grid = grid_of<G, FORWARD_K, kForwardWarps>(p, p.chunks - 1);
-        error = MFUSER_LAUNCH((scan_summary<T, G, FORWARD_K, true, SOFTPLUS, GATED>), first_grid, 32 * kForwardWarps,
-                              first_bytes, stream, p);
+        error = MFUSER_LAUNCH_NEXT((scan_summary<T, G, FORWARD_K, true, SOFTPLUS, GATED>), first_grid, 32 * kForwardWarps,
+                                   first_bytes, stream, p);
         if (error != cudaSuccess) return error;
         error = MFUSER_LAUNCH_NEXT((scan_backward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
     } else {

@@ -23,7 +23,7 @@ from mfuser.ops.dispatch import mismatch
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
 # of `_gather`, by bytes of a channel: base cells of a program, and points of each that it has at a time, for 32 channels
-_GATHER = {4: {"cells": 4, "entries": 8, "warps": 1}, 2: {"cells": 8, "entries": 4, "warps": 1}}
+_GATHER = {4: {"cells": 4, "entries": 1, "warps": 1}, 2: {"cells": 4, "entries": 1, "warps": 1}}
 _SUMS = 2048  # elements of the (cells, channels) tile of `_add`
 _BLOCK = 256
 
