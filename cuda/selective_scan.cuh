@@ -28,7 +28,7 @@ constexpr int kLinger = 4;         // steps back whose results are stored togeth
 constexpr int kByHand = 1;         // exponentials of a step that the first pass, which waits for their unit, computes without
 constexpr int kForwardWarps = 4;   // warps per block
 constexpr int kBackwardWarps = 4;
-constexpr int kForwardBlocks = 3, kBackwardBlocks = 2;  // per SM: bounds the registers
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 2;  // per SM: bounds the registers
 // steps staged at a time in the forward, a multiple of kSub: they wait in registers
 template <typename T>
 constexpr int kTile = sizeof(T) == 4 ? 16 : 32;
@@ -505,9 +505,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
     const int column = Values::column(), odd = Values::step(0) % 2;  // a thread's rows are all odd or all even
     // (warps, tile_steps, channels)
     float* const y_rows = other_rows + 2 * tile_steps * states + at.warp * tile_steps * channels;
-    // (warps, 4, tile_steps, channels): the next delta, z, and u of two tiles
-    T* const raw = reinterpret_cast<T*>(other_rows + (2 * states + P::kChannels) * tile_steps) + at.warp * 4 * Values::kSize;
-    T *raw_u = raw + 2 * Values::kSize, *other_u = raw + 3 * Values::kSize;
+    // (warps, tensors, tile_steps, channels): the next delta, u of two tiles, and z
+    constexpr int tensors = GATED ? 4 : 3;
+    T* const raw =
+        reinterpret_cast<T*>(other_rows + (2 * states + P::kChannels) * tile_steps) + at.warp * tensors * Values::kSize;
+    T *raw_u = raw + Values::kSize, *other_u = raw + 2 * Values::kSize;
+    T* const raw_z = raw + (GATED ? 3 : 0) * Values::kSize;
 
     const int chunk = blockIdx.y, image = blockIdx.z;
     const int begin = chunk * p.chunk, stop = min(begin + p.chunk, p.length);
@@ -569,7 +572,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
         raw_B.put(rows, !padded);
         raw_C.put(rows + tile_steps * states, !padded);
         __syncthreads();
-        if (GATED) Values::fetch(raw + Values::kSize, z + int64_t(first) * p.z_row, p.z_row, stop - first);
+        if (GATED) Values::fetch(raw_z, z + int64_t(first) * p.z_row, p.z_row, stop - first);
         if (first + tile_steps < stop) fetch(first + tile_steps, other_u);
 #pragma unroll 1
         for (int t0 = 0; t0 < tile_steps && first + t0 < stop; t0 += kSub) {
@@ -629,7 +632,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
         for (int k = 0; k < Values::kEach; k++) {
             if (!Values::covers() || !staged || Values::step(k) >= stop - first) continue;
             const Four<float> sums = reinterpret_cast<const Four<float>*>(y_rows)[at.lane + k * 32];
-            const Four<T> u4 = Values::read(raw_u, k), z4 = Values::read(raw + (GATED ? 1 : 0) * Values::kSize, k);
+            const Four<T> u4 = Values::read(raw_u, k), z4 = Values::read(raw_z, k);
             Four<T> value;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -1013,7 +1016,7 @@ cudaError_t forward(const ScanParams& p, void* stream) {
         if (error != cudaSuccess) return error;
     }
     const dim3 grid = grid_of<G, K, kForwardWarps>(p, p.chunks);
-    constexpr size_t bytes = forward_bytes<T, G, K>(2, 4, 1);
+    constexpr size_t bytes = forward_bytes<T, G, K>(2, GATED ? 4 : 3, 1);
     if (p.chunks > 1) return MFUSER_LAUNCH_NEXT((scan_forward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
     return MFUSER_LAUNCH((scan_forward<T, G, K, SOFTPLUS, GATED>), grid, threads, bytes, stream, p);
 }
