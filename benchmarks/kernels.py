@@ -37,7 +37,8 @@ from torch.nn import functional as F
 
 from dgbench import results
 from dgbench.engine.device import device_name, pick_device
-from dgbench.kernels import DTYPES, Case, block_case, candidates, deform_case, machine, median_ms, nvidia_smi, scan_case
+from dgbench.kernel_cases import DTYPES, Case, block_case, deform_case, scan_case
+from dgbench.kernels import candidates, machine, median_ms, nvidia_smi
 from mfuser.fusion import MVFuser
 from mfuser.ops import compiled, dispatch
 

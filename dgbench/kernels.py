@@ -1,11 +1,7 @@
-"""The operators' backends on this machine: which run and why not, how their library is built, how long a call takes.
-
-A `Case` is one call of an operator with inputs drawn for it; `benchmarks/kernels.py` times the same cases.
-"""
+"""The operators' backends on this machine: which run and why not, how their library is built, how long a call takes."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 import subprocess
 import time
@@ -14,15 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgbench.engine.device import device_name, pick_device
 from dgbench.errors import DgbenchError, unknown
+from dgbench.kernel_cases import DTYPES, Case, block_case, deform_case, scan_case
 from dgbench.progress import Progress
-from mfuser.fusion import MVFuser
-from mfuser.ops import BackendError, compiled, dispatch, ms_deform_attn, selective_scan
+from mfuser.ops import BackendError, compiled, dispatch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _EXPS_PER_CLOCK = 16  # of a multiprocessor's special function units: CUDA programming guide, arithmetic throughput, 8.0 to 10.0
 
 
@@ -163,200 +158,7 @@ def _build_hint(problem: str) -> str | None:
     return None
 
 
-# ---- cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an operator on inputs of its own.
-
-    Attributes:
-        call: runs it with the backend of that name.    leaves: what the backward gives gradients of.
-        dout: the gradient of the result.    probe: what dispatch is asked with.
-        bytes: what forward and backward must read and write at least, each tensor once.
-        exps: exponentials of the forward that no way of computing it avoids.
-        products: multiply-adds of the forward's matrix products.    remake: the same call on other leaves and dout.
-    """
-
-    op: str
-    shape: str
-    call: Callable[[str], Tensor]
-    leaves: tuple[Tensor, ...]
-    dout: Tensor
-    probe: tuple[Tensor | None, ...]
-    bytes: tuple[int, int]
-    remake: Callable[[tuple[Tensor, ...], Tensor], Case]
-    exps: int = 0
-    products: int = 0
-
-    def forward(self, backend: str) -> Tensor:
-        """The operator's result."""
-        with torch.no_grad():
-            return self.call(backend)
-
-    def both(self, backend: str) -> tuple[Tensor, ...]:
-        """The result and the gradient of every leaf."""
-        out = self.call(backend)
-        return out, *torch.autograd.grad(out, self.leaves, self.dout)
-
-    def precise(self) -> Case:
-        """The same numbers in fp64, to compare with."""
-        return self.remake(tuple(leaf.detach().double().requires_grad_() for leaf in self.leaves), self.dout.double())
-
-
-def scan_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, shift: float = -2.0,
-    gated: bool = False, seed: int = 0,
-) -> Case:  # fmt: skip
-    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
-
-    Args:
-        shift: of the raw steps, whose bias is drawn around -1 already; -40 makes steps tiny, 30 large.
-        gated: also a gate and a first state, and the last state is part of the result.
-    """
-    draw = _Draw(dtype, device, seed)
-    wide = _wide(dtype)
-    leaves = [
-        draw(batch, length, dim), draw(batch, length, dim) + shift, -draw(dim, state, dtype=wide).exp(),
-        draw(batch, length, state), draw(batch, length, state), draw(dim, dtype=wide), draw(dim, dtype=wide) - 1,
-    ]  # fmt: skip
-    dout = draw(batch, length, dim)
-    if gated:
-        leaves += [draw(batch, length, dim), draw(batch, dim, state, dtype=wide)]
-        dout = torch.cat([dout.flatten().to(wide), draw(batch * dim * state, dtype=wide)])
-    return _scan(tuple(leaf.requires_grad_() for leaf in leaves), dout)
-
-
-def _scan(leaves: tuple[Tensor, ...], dout: Tensor) -> Case:
-    u, delta, A, B, C, D, bias, *more = leaves
-    z, initial = more or (None, None)
-
-    def call(backend: str) -> Tensor:
-        y, last = selective_scan(
-            u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, initial_state=initial, return_final_state=True,
-            backend=backend,
-        )  # fmt: skip
-        return y if initial is None else torch.cat([y.flatten().to(last.dtype), last.flatten()])
-
-    batch, length, dim = u.shape
-    tokens, mixers = u.numel() * u.element_size(), B.numel() * B.element_size()
-    return Case(
-        "selective_scan", f"B {batch}, L {length}, D {dim}, N {A.shape[1]}", call, leaves, dout,
-        (u, delta, A, B, C, D, z, bias, initial), (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers), _scan,
-        exps=u.numel() * A.shape[1],
-    )  # fmt: skip
-
-
-def deform_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, sides: Sequence[int], heads: int, dim: int, points: int,
-    spread: str = "near", seed: int = 0,
-) -> Case:  # fmt: skip
-    """Deformable self-attention over square maps: every cell of every map is a query; places and weights in fp32.
-
-    Args:
-        spread: "near", 1..P cells from the query's own place in a direction per head, as such layers start
-            (Zhu et al. 2021, appendix A.4), give or take a cell; "anywhere", uniformly; or "outside" as well.
-    """
-    draw = _Draw(dtype, device, seed)
-    wide = _wide(dtype)
-    cells, scales = sum(side * side for side in sides), len(sides)
-    places = (batch, cells, heads, scales, points, 2)
-    if spread == "anywhere":
-        locations = draw.uniform(*places, dtype=wide)
-    elif spread == "outside":
-        locations = 2 * draw.uniform(*places, dtype=wide) - 0.5
-    else:
-        centres = [(torch.arange(side, device=device, dtype=wide) + 0.5) / side for side in sides]
-        own = torch.cat([torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).flatten(0, 1) for c in centres])  # (Q, 2)
-        angle = torch.arange(heads, device=device, dtype=wide) * (2 * torch.pi / heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.arange(1, points + 1, device=device, dtype=wide)
-        offsets = direction[:, None, None] * distance[:, None] + draw(*places, dtype=wide) / 2
-        extent = torch.tensor(sides, device=device, dtype=wide)[:, None, None]
-        locations = own[:, None, None, None] + offsets / extent
-    weights = draw(batch, cells, heads, scales * points, dtype=wide).softmax(-1).unflatten(-1, (scales, points))
-    leaves = (draw(batch, cells, heads, dim), locations, weights)
-    return _deform(
-        tuple(leaf.requires_grad_() for leaf in leaves), draw(batch, cells, heads * dim), sides=tuple(sides), spread=spread
-    )
-
-
-def _deform(leaves: tuple[Tensor, ...], dout: Tensor, *, sides: tuple[int, ...], spread: str) -> Case:
-    value, locations, weights = leaves
-    shapes = [(side, side) for side in sides]
-
-    def call(backend: str) -> Tensor:
-        return ms_deform_attn(value, shapes, locations, weights, backend=backend)
-
-    batch, cells, heads, dim = value.shape
-    points = weights.shape[-1]
-    maps, rest = (sum(t.numel() * t.element_size() for t in group) for group in ((value,), (locations, weights)))
-    return Case(
-        "ms_deform_attn", f"B {batch}, Q {cells}, {heads} x {dim}, {len(sides)} scales, {points} points {spread}", call, leaves,
-        dout, leaves, (2 * maps + rest, 3 * maps + 2 * rest), partial(_deform, sides=sides, spread=spread),
-    )  # fmt: skip
-
-
-def block_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0
-) -> Case:
-    """A whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
-    draw = _Draw(dtype, device, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = MVFuser(width, state=state, dropout=0.0).to(device, _wide(dtype))
-    # as a trained one may have it: the initial 0.001 would hide errors
-    nn.init.ones_(module.scale)
-    joint = draw(batch, length, width).requires_grad_()
-    return _block((joint, *module.parameters()), draw(batch, length, width), module=module)
-
-
-def _block(leaves: tuple[Tensor, ...], dout: Tensor, *, module: MVFuser) -> Case:
-    joint, *values = leaves
-    own = list(module.parameters())
-    if any(value is not parameter for value, parameter in zip(values, own, strict=True)):
-        module = copy.deepcopy(module).to(values[0].dtype)
-        own = list(module.parameters())
-        with torch.no_grad():
-            for parameter, value in zip(own, values, strict=True):
-                parameter.copy_(value)
-    low = joint.dtype in (torch.bfloat16, torch.float16)
-
-    def call(backend: str) -> Tensor:
-        module.backend = backend
-        with torch.autocast(joint.device.type, joint.dtype, enabled=low):
-            return module.mix(joint)
-
-    batch, length, width = joint.shape
-    half, rank, state = width // 2, module.rank, module.state
-    tokens = joint.numel() * joint.element_size()
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in own)
-    return Case(
-        "mvfuser", f"B {batch}, L {length}, C {width}, N {state}", call, (joint, *own), dout,
-        (module.in_proj.weight, module.A_log), (2 * tokens + weights, 3 * tokens + 2 * weights),
-        partial(_block, module=module), exps=batch * length * half * state,
-        products=batch * length * (2 * width * half + half * (rank + 2 * state) + rank * half + half * width),
-    )  # fmt: skip
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Draw:
-    """Seeded normal numbers of one dtype on one device."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
-
-    def uniform(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device).to(dtype)
-
+# ---- timing
 
 _CASES: dict[str, Callable[..., Case]] = {"selective_scan": scan_case, "ms_deform_attn": deform_case, "mvfuser": block_case}
 _TINY: dict[str, dict[str, object]] = {
@@ -374,9 +176,6 @@ _ON_GPU: dict[str, dict[str, object]] = {
     "ms_deform_attn": {"batch": 2, "sides": (18, 36, 72), "heads": 8, "dim": 32, "points": 4},
     "mvfuser": {"batch": 2, "length": 2594, "width": 1024},
 }
-
-
-# ---- timing
 
 
 @dataclass(frozen=True, slots=True)
