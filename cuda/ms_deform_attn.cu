@@ -28,7 +28,7 @@ constexpr int kMaxThreads = 1024, kSortThreads = 512, kOffsetThreads = 256, kSca
 constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
 constexpr int kAhead = 6;  // points that a thread of `rank` places at a time
 constexpr int kMoved = 4;  // points of a thread of `scatter`
-constexpr int kBatch = 4;  // rows under way in a lane of `gather`
+constexpr int kBatch = 4;  // rows under way for a lane of `gather`
 constexpr int kMaxSegment = 65535;  // counts of a segment have 16 bits
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
@@ -687,6 +687,18 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             next = entries[shifts[at] + i];
         };
         look_ahead(begin + own);
+        // The row of a point is under way while those of the batch before it are in use. Behind the group's last point there is
+        // some point from before, whose row is not used.
+        Piece pieces[kBatch][kRepeat];
+        const auto bring = [&](int k, int query) {
+#pragma unroll
+            for (int r = 0; r < kRepeat; ++r) {
+                pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], query, row_bytes));
+            }
+        };
+        const auto bring_next = [&](int k) { bring(k, __shfl_sync(kAll, next.source >> p.point_bits, here % 32 + k)); };
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) bring_next(k);
         for (int done = 0; done < share; done += kLanes) {
             const int count = end - begin - done;
             __syncwarp();
@@ -698,25 +710,17 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             const int steps = min(kLanes, share - done);
             const int live = real[0] ? count : 0;
             for (int first = 0; first < steps; first += kBatch) {
-                Piece pieces[kBatch][kRepeat];
-                int2 source[kBatch];
+                int next_base[kBatch];
 #pragma unroll
-                for (int k = 0; k < kBatch; ++k) {
-                    // behind the group's last point there is some point from before, whose row is not used
-                    source[k] = sources[here + first + k];
-#pragma unroll
-                    for (int r = 0; r < kRepeat; ++r) {
-                        pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], source[k].x, row_bytes));
-                    }
-                }
+                for (int k = 0; k < kBatch; ++k) next_base[k] = sources[here + first + k].y;
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
                     if (first + k >= steps) break;
                     float product[4] = {};
                     if (first + k < live) {
-                        if (source[k].y != base) {
+                        if (next_base[k] != base) {
                             if (base >= 0) flush();
-                            base = source[k].y;
+                            base = next_base[k];
                             load_corners();
                         }
                         const float4 part = parts[here + first + k];
@@ -735,6 +739,11 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                                 for (int c = 0; c < 4; ++c) product[c] = fmaf(corner[c][r][v], x[v], product[c]);
                             }
                         }
+                    }
+                    if (first + kBatch < steps) {
+                        bring(k, sources[here + first + kBatch + k].x);
+                    } else if (done + kLanes < share) {
+                        bring_next(k);
                     }
                     const float total = sum_each<kLanes>(product, own);
                     if (own % (kLanes / 4) == 0) reinterpret_cast<float*>(inner + here + first + k)[own / (kLanes / 4)] = total;
