@@ -108,6 +108,16 @@ __device__ __forceinline__ void load(const void* from, float (&x)[V]) {
     widen(pack, x);
 }
 
+// The same bits in words where there are some: nvcc takes elements of 16 bits apart as soon as they arrive, and waits for that.
+template <typename T, int V>
+using Raw = std::conditional_t<sizeof(T) * V % 4 == 0, Pack<unsigned, (sizeof(T) * V + 3) / 4>, Pack<T, V>>;
+
+template <int V, typename T>
+union Bits {
+    Raw<T, V> raw;
+    Pack<T, V> pack;
+};
+
 // One multiply-add of 32 to 64 bits: rows are less than 4 GB apart.
 __device__ __forceinline__ const char* row_at(const char* first, int row, unsigned row_bytes) {
     return first + static_cast<unsigned long long>(static_cast<unsigned>(row)) * row_bytes;
@@ -583,20 +593,25 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
     // which a row has one more: base cell b has its neighbours at b + row_of[b] and 1, pitch + 1 and pitch + 2 from there
     const int pitch = columns + 1, bases = (rows + 1) * pitch, targets = rows * columns;
     const T* value = static_cast<const T*>(p.value) + image * p.value_stride[0] + head * p.value_stride[2];
-    using Piece = Pack<T, V>;
+    using Piece = Raw<T, V>;
     const auto load_values = [&](int start, int first, int step) {
         for (int i = first; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += step) {
             const int cell = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
             // a neighbour off the map has some cell of the map instead
             const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
             const int column = min(max(tile.column - 1 + cell % (columns + 2), 0), width - 1);
-            Piece piece{};
-            if (start + offset < p.dim) {
-                const long long at = maps.cell[tile.scale] + row * width + column;
-                piece = *reinterpret_cast<const Piece*>(value + at * p.value_stride[1] + start + offset);
+            const long long at = maps.cell[tile.scale] + row * width + column;
+            const T* from = value + at * p.value_stride[1] + start + offset;
+            Piece* to = reinterpret_cast<Piece*>(values + cell * kWidth + offset);
+            if (start + offset >= p.dim) {
+                *to = Piece{};
+            } else if constexpr (sizeof(Piece) >= 4) {
+                copy_async<sizeof(Piece)>(to, from);
+            } else {
+                *to = *reinterpret_cast<const Piece*>(from);
             }
-            *reinterpret_cast<Piece*>(values + cell * kWidth + offset) = piece;
         }
+        copies_done();
     };
 
     // While the first warps find the points, the others bring the values.
@@ -728,7 +743,7 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                         for (int r = 0; r < kRepeat; ++r) {
                             if (r > 0 && !real[r]) break;
                             float x[V];
-                            widen(pieces[k][r], x);
+                            widen(Bits<V, T>{pieces[k][r]}.pack, x);
 #pragma unroll
                             for (int v = 0; v < V; ++v) {
                                 sum[0][r][v] = fmaf(part.x, x[v], sum[0][r][v]);
@@ -800,7 +815,19 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                 for (int g = first / share + 1; g * share < past; ++g) add(sums + ((bases + g) * 4 + c) * kWidth);
             }
             const long long cell = maps.cell[tile.scale] + (tile.row + row) * width + tile.column + column;
-            store<V, T>(dvalue + cell * p.dvalue_stride[1] + start + offset, total);
+            T* to = dvalue + cell * p.dvalue_stride[1] + start + offset;
+            if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+                Piece piece;
+#pragma unroll
+                for (int v = 0; v < V; v += 2) {
+                    Bits<2, T> pair{};
+                    pair.pack.x[0] = from_float<T>(total[v]), pair.pack.x[1] = from_float<T>(total[v + 1]);
+                    piece.x[v / 2] = pair.raw.x[0];
+                }
+                *reinterpret_cast<Piece*>(to) = piece;
+            } else {
+                store<V, T>(to, total);
+            }
         }
         __syncthreads();
     }
