@@ -14,6 +14,8 @@
 // At last the four sums that meet in a cell are added. No atomics on floats: every sum has a fixed order, so the same
 // inputs give the same bits.
 //
+// Each kernel of the backward may start while the one before it ends: it does what needs only the inputs first.
+//
 // Locations are placed in fp32 whatever their type is; all sums are fp32.
 #include <climits>
 #include <type_traits>
@@ -396,6 +398,7 @@ __global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps 
     const Segment segment(p, maps);
     const int first_bin = blockIdx.y * p.window;
     const int bins = min(p.window, (segment.height + 1) * (segment.width + 1) - first_bin);
+    next_may_start();
     if (bins <= 0) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     unsigned short* ranks = p.ranks + (segment.list * p.queries << p.point_bits);
@@ -461,6 +464,8 @@ __global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps 
 __global__ void __launch_bounds__(kOffsetThreads) offset(const Params p, const Maps maps) {
     constexpr int kLoads = 8;
     __shared__ int windows_before;
+    after_launch_before();
+    next_may_start();
     const int list = blockIdx.x % (p.batch * p.heads * p.scales), scale = list % p.scales;
     const int first_bin = blockIdx.y * p.window, all = (maps.height[scale] + 1) * (maps.width[scale] + 1);
     const int bins = min(p.window, all - first_bin);
@@ -521,16 +526,15 @@ __global__ void __launch_bounds__(kScatterThreads) scatter(const Params p, const
     Place at[kMoved];
     int to[kMoved];
 #pragma unroll
-    for (int k = 0; k < kMoved; ++k) {
-        const int i = first + k * kScatterThreads;
-        index[k] = segment.index(p, i);
-        to[k] = index[k] >= 0 ? ranks[i] : 0;  // which is not one for points that fall outside
-    }
-    read_points<true>(p, index, point);
+    for (int k = 0; k < kMoved; ++k) index[k] = segment.index(p, first + k * kScatterThreads);
+    read_points(p, index, point);
+#pragma unroll
+    for (int k = 0; k < kMoved; ++k) at[k] = place(point[k], segment.height, segment.width);
+    after_launch_before();
+    next_may_start();
 #pragma unroll
     for (int k = 0; k < kMoved; ++k) {
-        at[k] = place(point[k], segment.height, segment.width);
-        if (at[k].inside) to[k] += places[segment.bin(at[k])];
+        to[k] = at[k].inside ? ranks[first + k * kScatterThreads] + places[segment.bin(at[k])] : 0;
     }
 #pragma unroll
     for (int k = 0; k < kMoved; ++k) {
@@ -617,6 +621,7 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
     // While the first warps find the points, the others bring the values.
     const int finders = blockDim.x > 128 ? 96 : blockDim.x > 32 ? 32 : 0, thread = threadIdx.x;
     if (thread >= finders) load_values(0, thread - finders, blockDim.x - finders);
+    after_launch_before();
     if (thread < finders || finders == 0) {
         // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
         constexpr int kLoads = 8;
@@ -890,11 +895,11 @@ cudaError_t sort(const Params& p, void* stream) {
     cudaError_t error = MFUSER_LAUNCH(rank, by_window, p.sort_threads, window * sizeof(int), stream, p, maps);
     if (error != cudaSuccess) return error;
     const dim3 by_bins(lists * ((window - 1) / kOffsetThreads + 1), windows);
-    error = MFUSER_LAUNCH(offset, by_bins, kOffsetThreads, 0, stream, p, maps);
+    error = MFUSER_LAUNCH_NEXT(offset, by_bins, kOffsetThreads, 0, stream, p, maps);
     if (error != cudaSuccess) return error;
     const long long longest = ((static_cast<long long>(p.queries) << p.point_bits) - 1) / p.segments + 1;
     const dim3 by_points(lists * p.segments, static_cast<unsigned>((longest - 1) / (kScatterThreads * kMoved) + 1));
-    return MFUSER_LAUNCH(scatter, by_points, kScatterThreads, 0, stream, p, maps);
+    return MFUSER_LAUNCH_NEXT(scatter, by_points, kScatterThreads, 0, stream, p, maps);
 }
 
 template <typename T, int V, int kLanes, int kRepeat>
@@ -903,8 +908,8 @@ cudaError_t launch_backward(const Params& p, void* stream) {
     const Layout<T, kLanes * V * kRepeat> layout(p.cell_tile, p.gather_threads, kLanes);
     if (p.gather_threads > gather_threads(V * kRepeat)) return cudaErrorInvalidValue;
     const unsigned grid = static_cast<unsigned>(static_cast<long long>(p.batch) * p.heads * maps.tile[p.scales]);
-    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream, p,
-                         maps);
+    return MFUSER_LAUNCH_NEXT((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream,
+                              p, maps);
 }
 
 template <typename T>
