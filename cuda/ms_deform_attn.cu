@@ -393,7 +393,7 @@ __device__ __forceinline__ int sum_upto(int x, int lane) {
 // other, which takes little time beside waiting for the locations, and so has the order of the points.
 __global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps maps) {
     MFUSER_SHARED(shared);
-    int* counters = reinterpret_cast<int*>(shared);  // (window,)
+    int* counters = reinterpret_cast<int*>(shared);  // (window + 32,)
     __shared__ int totals[kSortThreads / 32];
     const Segment segment(p, maps);
     const int first_bin = blockIdx.y * p.window;
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps 
         const int i = first + warp * 32 * kAhead + lane;
         long long index[kAhead];
         Point point[kAhead];
-        int bin[kAhead], before[kAhead];
+        int bin[kAhead], counter[kAhead], before[kAhead];
         unsigned same[kAhead];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k);
@@ -419,18 +419,22 @@ __global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps 
             const Place at = place(point[k], segment.height, segment.width);
             const int found = segment.bin(at) - first_bin;
             bin[k] = at.inside && found >= 0 && found < bins ? found : -1;
-            before[k] = 0;
         }
+        // The first lane of a bin adds for all. The others add to a counter that nobody reads, which is faster than a branch.
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) same[k] = __match_any_sync(kAll, bin[k]);
+        for (int k = 0; k < kAhead; ++k) {
+            same[k] = __match_any_sync(kAll, bin[k]);
+            const bool first = (same[k] & ((1u << lane) - 1)) == 0;
+            counter[k] = bin[k] >= 0 && first ? bin[k] : bins + lane;
+            before[k] = __popc(same[k]);
+        }
         const int turns = min(warps, (segment.end - first - 1) / (32 * kAhead) + 1);
         for (int turn = 0; turn < turns; ++turn) {
             if (warp == turn) {
-                // the first lane of a bin adds for all; nothing waits for what the counters were before
+                // none of these waits for what the counters were before
 #pragma unroll
                 for (int k = 0; k < kAhead; ++k) {
-                    const bool first = (same[k] & ((1u << lane) - 1)) == 0;
-                    if (bin[k] >= 0 && first) before[k] = atomicAdd(&counters[bin[k]], __popc(same[k]));
+                    before[k] = atomicAdd(&counters[counter[k]], before[k]);
                     __syncwarp();
                 }
             }
@@ -892,7 +896,7 @@ cudaError_t sort(const Params& p, void* stream) {
     const unsigned lists = static_cast<unsigned>(p.batch) * p.heads * p.scales;
     const int window = min(p.window, bins), windows = (bins - 1) / p.window + 1;
     const dim3 by_window(lists * p.segments, windows);
-    cudaError_t error = MFUSER_LAUNCH(rank, by_window, p.sort_threads, window * sizeof(int), stream, p, maps);
+    cudaError_t error = MFUSER_LAUNCH(rank, by_window, p.sort_threads, (window + 32) * sizeof(int), stream, p, maps);
     if (error != cudaSuccess) return error;
     const dim3 by_bins(lists * ((window - 1) / kOffsetThreads + 1), windows);
     error = MFUSER_LAUNCH_NEXT(offset, by_bins, kOffsetThreads, 0, stream, p, maps);
