@@ -5,13 +5,16 @@
 // The queries of a block are neighbours on their map, so that most rows come from the L1 cache.
 //
 // Backward: (1) the points of each (image, head, scale) are put in the order of their base cells, the upper left of their
-// four neighbours, by a counting sort: `count` counts those of each segment of the queries, `scan` makes places of the
-// counts, and `scatter` writes what step 2 needs of a point, 16 bytes, to its place. (2) In `gather` a block owns a tile of
+// four neighbours, by a counting sort: `rank` counts those of each segment of the queries and gives every point its rank
+// among those of its cell, `offset` makes places of the counts, and `scatter` writes what step 2 needs of a point, 16 bytes,
+// to its place. (2) In `gather` a block owns a tile of
 // cells and groups of lanes share the points of all base cells that reach into the tile evenly. A group keeps the values of
 // its base cell's four neighbours and the sums of dout over the points, once per neighbour; a row of dout, read once, gives
 // both the gradients of values and, by its inner products with the neighbours, those of the point's weight and location.
 // At last the four sums that meet in a cell are added. No atomics on floats: every sum has a fixed order, so the same
 // inputs give the same bits.
+//
+// Each kernel of the backward may start while the one before it ends: it does what needs only the inputs first.
 //
 // Locations are placed in fp32 whatever their type is; all sums are fp32.
 #include <climits>
@@ -23,11 +26,11 @@ namespace {
 
 constexpr int kMaxScales = 32;
 constexpr int kChunk = 16;  // points of a query that wait in shared memory at a time
-constexpr int kMaxThreads = 1024, kSortThreads = 512, kScanThreads = 1024;
+constexpr int kMaxThreads = 1024, kSortThreads = 512, kOffsetThreads = 256, kScatterThreads = 256;
 constexpr int gather_threads(int channels) { return channels == 8 ? 256 : 384; }  // of a block, two of which share a processor
-constexpr int kAhead = 8;      // points that a thread of `count` and `scatter` places at a time
-constexpr int kScanAhead = 6;  // bins of a thread of `scan` at a time
-constexpr int kBatch = 4;      // rows under way in a lane of `gather`
+constexpr int kAhead = 6;  // points that a thread of `rank` places at a time
+constexpr int kMoved = 4;  // points of a thread of `scatter`
+constexpr int kBatch = 4;  // rows under way for a lane of `gather`
 constexpr int kMaxSegment = 65535;  // counts of a segment have 16 bits
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
@@ -46,7 +49,9 @@ struct MsDeformAttnParams {
     float* dweights;        // as weights
     void* entries;          // scratch: (B, M, S, Q << point_bits) of 16 bytes, the points in the order of the base cells
     int* starts;            // scratch: (B, M, bins), a scale having (H + 1) * (W + 1) + 1 bins: where each one's entries start
-    int* counts;            // scratch: (B, M, segments, bins): how many a segment of the queries has, then where they start
+    int* places;            // scratch: (B, M, segments, bins): where those of a segment of the queries start
+    unsigned short* counts;  // scratch: the same shape: how many a segment has up to a bin, from the first one of a window on
+    unsigned short* ranks;   // scratch: (B, M, S, Q << point_bits): of a point, among those of its bin and segment
     long long value_stride[3], dvalue_stride[3];        // of batch, cell and head in elements; channels are contiguous
     int value_type, location_type, weight_type;         // enum Type
     int batch, queries, heads, dim, scales, points, point_bits;  // 1 << point_bits >= points
@@ -59,7 +64,7 @@ struct MsDeformAttnParams {
     int gather_threads;
     int gather_channels;  // of a lane of `gather`, 4 or 8
     int cell_tile;        // largest side of a tile of cells
-    int sort_threads;     // of a block of `count` and `scatter`, a multiple of 32
+    int sort_threads;     // of a block of `rank`, a multiple of 32
     int window;           // bins that such a block has counters for; a larger map takes several blocks
     int shapes[2 * kMaxScales];  // H, W of each scale
 };
@@ -105,6 +110,16 @@ __device__ __forceinline__ void load(const void* from, float (&x)[V]) {
     widen(pack, x);
 }
 
+// The same bits in words where there are some: nvcc takes elements of 16 bits apart as soon as they arrive, and waits for that.
+template <typename T, int V>
+using Raw = std::conditional_t<sizeof(T) * V % 4 == 0, Pack<unsigned, (sizeof(T) * V + 3) / 4>, Pack<T, V>>;
+
+template <int V, typename T>
+union Bits {
+    Raw<T, V> raw;
+    Pack<T, V> pack;
+};
+
 // One multiply-add of 32 to 64 bits: rows are less than 4 GB apart.
 __device__ __forceinline__ const char* row_at(const char* first, int row, unsigned row_bytes) {
     return first + static_cast<unsigned long long>(static_cast<unsigned>(row)) * row_bytes;
@@ -130,23 +145,24 @@ struct Point {
 
 // Those of the indices that are not -1; the others come to lie outside. One branch for the usual types, so that all loads
 // are under way together.
-template <int N>
+template <bool kWeights = true, int N>
 __device__ __forceinline__ void read_points(const Params& p, const long long (&index)[N], Point (&point)[N]) {
 #pragma unroll
     for (int k = 0; k < N; ++k) point[k] = {-9.0f, -9.0f, 0.0f};
-    if (p.location_type == kFloat32 && p.weight_type == kFloat32) {
+    if (p.location_type == kFloat32 && (p.weight_type == kFloat32 || !kWeights)) {
         const float* locations = static_cast<const float*>(p.locations);
         const float* weights = static_cast<const float*>(p.weights);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            if (index[k] >= 0) point[k] = {locations[2 * index[k]], locations[2 * index[k] + 1], weights[index[k]]};
+            if (index[k] < 0) continue;
+            point[k] = {locations[2 * index[k]], locations[2 * index[k] + 1], kWeights ? weights[index[k]] : 0.0f};
         }
     } else {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             if (index[k] < 0) continue;
             point[k] = {read(p.locations, 2 * index[k], p.location_type), read(p.locations, 2 * index[k] + 1, p.location_type),
-                        read(p.weights, index[k], p.weight_type)};
+                        kWeights ? read(p.weights, index[k], p.weight_type) : 0.0f};
         }
     }
 }
@@ -333,62 +349,34 @@ struct alignas(16) Entry {
     float y, x, weight;
 };
 
-// A block of `count` and `scatter`: a segment of the points of one (image, head, scale), and a window of its bins.
+// A block of the sort has points of one (image, head, scale), of a segment of its queries.
 struct Segment {
     int scale, height, width;
-    int begin, end;     // points
-    int first_bin, bins;
-    long long image, head;
-    int* counts;  // of the window
+    int begin, end;  // points
+    long long list;  // (image, head, scale)
+    long long row, step;  // of the first query's first point among all; from a query to the next one
+    long long bins;       // the first bin of the list, in `counts` and `places`
 
     __device__ __forceinline__ Segment(const Params& p, const Maps& maps) {
-        const unsigned list = blockIdx.x / p.segments, segment = blockIdx.x % p.segments;
-        scale = list % p.scales, height = maps.height[scale], width = maps.width[scale];
-        const long long image_head = list / p.scales;
-        image = image_head / p.heads, head = image_head % p.heads;
-        const long long points = static_cast<long long>(p.queries) << p.point_bits;
+        const int segment = blockIdx.x % p.segments;
+        list = blockIdx.x / p.segments;
+        scale = static_cast<int>(list % p.scales), height = maps.height[scale], width = maps.width[scale];
+        const long long image_head = list / p.scales, points = static_cast<long long>(p.queries) << p.point_bits;
+        const long long image = image_head / p.heads, head = image_head % p.heads;
         begin = static_cast<int>(points * segment / p.segments), end = static_cast<int>(points * (segment + 1) / p.segments);
-        first_bin = blockIdx.y * p.window;
-        bins = min(p.window, (height + 1) * (width + 1) - first_bin);
-        counts = p.counts + (image_head * p.segments + segment) * maps.bin[p.scales] + maps.bin[scale] + first_bin;
+        step = static_cast<long long>(p.heads) * p.scales * p.points;
+        row = ((image * p.queries * p.heads + head) * p.scales + scale) * p.points;
+        bins = (image_head * p.segments + segment) * maps.bin[p.scales] + maps.bin[scale];
     }
 
-    // of the i-th point, or -1 where there is none or `end` is reached
-    __device__ __forceinline__ long long index(const Params& p, int i, int end) const {
+    // of the i-th point, or -1 where there is none
+    __device__ __forceinline__ long long index(const Params& p, int i) const {
         const int query = i >> p.point_bits, point = i & ((1 << p.point_bits) - 1);
-        if (i >= end || point >= p.points) return -1;
-        return (((image * p.queries + query) * p.heads + head) * p.scales + scale) * p.points + point;
+        return i < end && point < p.points ? row + query * step + point : -1;
     }
 
-    // of a point, from the window's first bin on, or -1 if it is in another window or in none
-    __device__ __forceinline__ int bin(const Place& at) const {
-        const int bin = (at.row + 1) * (width + 1) + at.column + 1 - first_bin;
-        return at.inside && bin >= 0 && bin < bins ? bin : -1;
-    }
+    __device__ __forceinline__ int bin(const Place& at) const { return (at.row + 1) * (width + 1) + at.column + 1; }
 };
-
-__global__ void __launch_bounds__(kSortThreads) count(const Params p, const Maps maps) {
-    MFUSER_SHARED(shared);
-    int* counters = reinterpret_cast<int*>(shared);  // (window,)
-    const Segment segment(p, maps);
-    if (segment.bins <= 0) return;
-    for (int i = threadIdx.x; i < segment.bins; i += blockDim.x) counters[i] = 0;
-    __syncthreads();
-    for (int i = segment.begin + threadIdx.x; i < segment.end; i += blockDim.x * kAhead) {
-        long long index[kAhead];
-        Point point[kAhead];
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + k * static_cast<int>(blockDim.x), segment.end);
-        read_points(p, index, point);
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            const int bin = segment.bin(place(point[k], segment.height, segment.width));
-            if (bin >= 0) atomicAdd(&counters[bin], 1);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < segment.bins; i += blockDim.x) segment.counts[i] = counters[i];
-}
 
 // The sum of the numbers of the lanes up to this one.
 __device__ __forceinline__ int sum_upto(int x, int lane) {
@@ -400,133 +388,165 @@ __device__ __forceinline__ int sum_upto(int x, int lane) {
     return x;
 }
 
-// Counts become places: bin by bin, and segment by segment within a bin. A block has one (image, head, scale).
-__global__ void __launch_bounds__(kScanThreads) scan(const Params p, const Maps maps) {
-    constexpr int kLoads = 8;
-    __shared__ int totals[kScanAhead][32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = blockDim.x;
-    const int scale = blockIdx.x % p.scales, bins = (maps.height[scale] + 1) * (maps.width[scale] + 1);
-    const long long image_head = blockIdx.x / p.scales, pitch = maps.bin[p.scales];
-    int* starts = p.starts + image_head * pitch + maps.bin[scale];
-    int* counts = p.counts + image_head * p.segments * pitch + maps.bin[scale];
-    int carry = 0;
-    for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) <= bins; first += step * kScanAhead) {
-        int sum[kScanAhead], upto[kScanAhead];
-#pragma unroll
-        for (int k = 0; k < kScanAhead; ++k) sum[k] = 0;
-#pragma unroll 4
-        for (int s = 0; s < p.segments; ++s) {
-#pragma unroll
-            for (int k = 0; k < kScanAhead; ++k) {
-                if (first + k * step < bins) sum[k] += counts[s * pitch + first + k * step];
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < kScanAhead; ++k) {
-            upto[k] = sum_upto(sum[k], lane);
-            if (lane == 31) totals[k][warp] = upto[k];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < kScanAhead; ++k) {
-            const int total = sum_upto(lane < step / 32 ? totals[k][lane] : 0, lane);
-            const int before = __shfl_sync(kAll, total, max(warp - 1, 0));
-            int start = carry + (warp > 0 ? before : 0) + upto[k] - sum[k];
-            carry += __shfl_sync(kAll, total, 31);
-            const int bin = first + k * step;
-            if (bin <= bins) starts[bin] = start;
-            if (bin >= bins) continue;
-            for (int s = 0; s < p.segments; s += kLoads) {
-                int count[kLoads];
-#pragma unroll
-                for (int i = 0; i < kLoads; ++i) count[i] = s + i < p.segments ? counts[(s + i) * pitch + bin] : 0;
-#pragma unroll
-                for (int i = 0; i < kLoads; ++i) {
-                    if (s + i < p.segments) counts[(s + i) * pitch + bin] = start;
-                    start += count[i];
-                }
-            }
-        }
-        __syncthreads();
-    }
-}
-
-// Two counters of 16 bits each; a multiple of 16 bytes.
-__host__ __device__ __forceinline__ int counter_words(int bins) { return (bins + 7) / 8 * 4; }
-
-// Write the points in the order of the bins; those of one bin keep their order. Every warp has a run of the segment and
-// counters of its own, so that a point's rank in its bin follows from the warps before and from the lanes before in its own.
-__global__ void __launch_bounds__(kSortThreads) scatter(const Params p, const Maps maps) {
+// The rank of each point among those of its bin and segment, in their order; and how many the bins up to each one have, from
+// the window's first bin on. A block has a segment and a window of the bins. Its warps add to the counters one after the
+// other, which takes little time beside waiting for the locations, and so has the order of the points.
+__global__ void __launch_bounds__(kSortThreads) rank(const Params p, const Maps maps) {
     MFUSER_SHARED(shared);
+    int* counters = reinterpret_cast<int*>(shared);  // (window + 32,)
+    __shared__ int totals[kSortThreads / 32];
     const Segment segment(p, maps);
-    if (segment.bins <= 0) return;
+    const int first_bin = blockIdx.y * p.window;
+    const int bins = min(p.window, (segment.height + 1) * (segment.width + 1) - first_bin);
+    next_may_start();
+    if (bins <= 0) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const int words = counter_words(segment.bins);
-    unsigned* counters = reinterpret_cast<unsigned*>(shared);  // (warps, words)
-    unsigned* mine = counters + warp * words;
-    const int run = (segment.end - segment.begin + 32 * warps - 1) / (32 * warps) * 32;
-    const int begin = min(segment.begin + run * warp, segment.end), end = min(begin + run, segment.end);
+    unsigned short* ranks = p.ranks + (segment.list * p.queries << p.point_bits);
 
-    for (int i = lane; i < words / 4; i += 32) reinterpret_cast<uint4*>(mine)[i] = make_uint4(0, 0, 0, 0);
-    __syncwarp();
-    for (int i = begin + lane; i < end; i += 32 * kAhead) {
+    for (int i = threadIdx.x; i < bins; i += blockDim.x) counters[i] = 0;
+    __syncthreads();
+    for (int first = segment.begin; first < segment.end; first += blockDim.x * kAhead) {
+        const int i = first + warp * 32 * kAhead + lane;
         long long index[kAhead];
         Point point[kAhead];
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
-        read_points(p, index, point);
-#pragma unroll
-        for (int k = 0; k < kAhead; ++k) {
-            const int bin = segment.bin(place(point[k], segment.height, segment.width));
-            if (bin >= 0) atomicAdd(&mine[bin / 2], 1u << 16 * (bin % 2));
-        }
-    }
-    __syncthreads();
-    // no sum of 16 bits reaches the one above it: a segment has at most kMaxSegment points
-    for (int i = threadIdx.x; i < words; i += blockDim.x) {
-        unsigned sum = 0;
-#pragma unroll 4
-        for (int w = 0; w < warps; ++w) {
-            const unsigned count = counters[w * words + i];
-            counters[w * words + i] = sum;
-            sum += count;
-        }
-    }
-    __syncthreads();
-
-    const long long list = (segment.image * p.heads + segment.head) * p.scales + segment.scale;
-    Entry* entries = static_cast<Entry*>(p.entries) + (list * p.queries << p.point_bits);
-    for (int i = begin + lane; i - lane < end; i += 32 * kAhead) {
-        long long index[kAhead];
-        Point point[kAhead];
-        Entry entry[kAhead];
-        int bin[kAhead], start[kAhead];
+        int bin[kAhead], counter[kAhead], before[kAhead];
         unsigned same[kAhead];
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k, end);
-        read_points(p, index, point);
+        for (int k = 0; k < kAhead; ++k) index[k] = segment.index(p, i + 32 * k);
+        read_points<false>(p, index, point);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             const Place at = place(point[k], segment.height, segment.width);
-            entry[k] = {i + 32 * k, at.y, at.x, point[k].weight};
-            bin[k] = segment.bin(at);
-            start[k] = bin[k] >= 0 ? segment.counts[bin[k]] : 0;
-            // no block of `gather` meets it
-            if (index[k] >= 0 && !at.inside && blockIdx.y == 0) {
-                p.dweights[index[k]] = p.dlocations[2 * index[k]] = p.dlocations[2 * index[k] + 1] = 0.0f;
-            }
+            const int found = segment.bin(at) - first_bin;
+            bin[k] = at.inside && found >= 0 && found < bins ? found : -1;
         }
+        // The first lane of a bin adds for all. The others add to a counter that nobody reads, which is faster than a branch.
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k) same[k] = __match_any_sync(kAll, bin[k]);
+        for (int k = 0; k < kAhead; ++k) {
+            same[k] = __match_any_sync(kAll, bin[k]);
+            const bool first = (same[k] & ((1u << lane) - 1)) == 0;
+            counter[k] = bin[k] >= 0 && first ? bin[k] : bins + lane;
+            before[k] = __popc(same[k]);
+        }
+        const int turns = min(warps, (segment.end - first - 1) / (32 * kAhead) + 1);
+        for (int turn = 0; turn < turns; ++turn) {
+            if (warp == turn) {
+                // none of these waits for what the counters were before
+#pragma unroll
+                for (int k = 0; k < kAhead; ++k) {
+                    before[k] = atomicAdd(&counters[counter[k]], before[k]);
+                    __syncwarp();
+                }
+            }
+            __syncthreads();
+        }
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             const int earlier = __popc(same[k] & ((1u << lane) - 1));
-            const int rank = bin[k] >= 0 ? mine[bin[k] / 2] >> 16 * (bin[k] % 2) & 0xFFFF : 0;
-            __syncwarp();
-            const unsigned peers = __popc(same[k]);
-            if (bin[k] >= 0 && earlier == 0) atomicAdd(&mine[bin[k] / 2], peers << 16 * (bin[k] % 2));
-            __syncwarp();
-            if (bin[k] >= 0) entries[start[k] + rank + earlier] = entry[k];
+            const int rank = __shfl_sync(kAll, before[k], __ffs(static_cast<int>(same[k])) - 1) + earlier;
+            if (bin[k] >= 0) ranks[i + 32 * k] = static_cast<unsigned short>(rank);
+        }
+    }
+
+    // an odd run of bins for each thread: the threads of a warp read different banks
+    const int run = (bins - 1) / static_cast<int>(blockDim.x) + 1 | 1;
+    const int begin = min(run * static_cast<int>(threadIdx.x), bins), end = min(begin + run, bins);
+    int sum = 0;
+    for (int i = begin; i < end; ++i) sum += counters[i];
+    const int upto = sum_upto(sum, lane);
+    if (lane == 31) totals[warp] = upto;
+    __syncthreads();
+    int carry = upto - sum;
+    for (int w = 0; w < warp; ++w) carry += totals[w];
+    for (int i = begin; i < end; ++i) counters[i] = carry += counters[i];
+    __syncthreads();
+    unsigned short* counts = p.counts + segment.bins + first_bin;
+    for (int i = threadIdx.x; i < bins; i += blockDim.x) counts[i] = static_cast<unsigned short>(counters[i]);
+}
+
+// Where the points of each bin start, and those of each segment within it. A block has a few bins of one window of a list.
+__global__ void __launch_bounds__(kOffsetThreads) offset(const Params p, const Maps maps) {
+    constexpr int kLoads = 8;
+    __shared__ int windows_before;
+    after_launch_before();
+    next_may_start();
+    const int list = blockIdx.x % (p.batch * p.heads * p.scales), scale = list % p.scales;
+    const int first_bin = blockIdx.y * p.window, all = (maps.height[scale] + 1) * (maps.width[scale] + 1);
+    const int bins = min(p.window, all - first_bin);
+    const int bin = blockIdx.x / (p.batch * p.heads * p.scales) * blockDim.x + threadIdx.x;
+    if (bin - static_cast<int>(threadIdx.x) >= bins) return;
+    const long long image_head = list / p.scales, pitch = maps.bin[p.scales];
+    const unsigned short* window = p.counts + image_head * p.segments * pitch + maps.bin[scale];
+    int start = 0;
+    if (first_bin > 0) {
+        if (threadIdx.x == 0) windows_before = 0;
+        __syncthreads();
+        int sum = 0;
+        for (int i = threadIdx.x; i < static_cast<int>(blockIdx.y) * p.segments; i += blockDim.x) {
+            sum += window[i % p.segments * pitch + (i / p.segments + 1) * p.window - 1];
+        }
+        if (sum > 0) atomicAdd(&windows_before, sum);
+        __syncthreads();
+        start = windows_before;
+        window += first_bin;
+    }
+    if (bin >= bins) return;
+    for (int s = 0; s < p.segments; s += kLoads) {
+        int before[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) before[i] = bin > 0 && s + i < p.segments ? window[(s + i) * pitch + bin - 1] : 0;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) start += before[i];
+    }
+    int* starts = p.starts + image_head * pitch + maps.bin[scale] + first_bin + bin;
+    int* places = p.places + image_head * p.segments * pitch + maps.bin[scale] + first_bin + bin;
+    *starts = start;
+    for (int s = 0; s < p.segments; s += kLoads) {
+        int before[kLoads], upto[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            before[i] = bin > 0 && s + i < p.segments ? window[(s + i) * pitch + bin - 1] : 0;
+            upto[i] = s + i < p.segments ? window[(s + i) * pitch + bin] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            if (s + i < p.segments) places[(s + i) * pitch] = start;
+            start += upto[i] - before[i];
+        }
+    }
+    if (first_bin + bin == all - 1) starts[1] = start;
+}
+
+// Write the points in the order of the bins; those of one bin keep their order. A block has a part of a segment.
+__global__ void __launch_bounds__(kScatterThreads) scatter(const Params p, const Maps maps) {
+    const Segment segment(p, maps);
+    const long long points = segment.list * p.queries << p.point_bits;
+    const unsigned short* ranks = p.ranks + points;
+    Entry* entries = static_cast<Entry*>(p.entries) + points;
+    const int* places = p.places + segment.bins;
+    const int first = segment.begin + blockIdx.y * (kScatterThreads * kMoved) + threadIdx.x;
+    long long index[kMoved];
+    Point point[kMoved];
+    Place at[kMoved];
+    int to[kMoved];
+#pragma unroll
+    for (int k = 0; k < kMoved; ++k) index[k] = segment.index(p, first + k * kScatterThreads);
+    read_points(p, index, point);
+#pragma unroll
+    for (int k = 0; k < kMoved; ++k) at[k] = place(point[k], segment.height, segment.width);
+    after_launch_before();
+    next_may_start();
+#pragma unroll
+    for (int k = 0; k < kMoved; ++k) {
+        to[k] = at[k].inside ? ranks[first + k * kScatterThreads] + places[segment.bin(at[k])] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kMoved; ++k) {
+        if (at[k].inside) {
+            entries[to[k]] = {first + k * kScatterThreads, at[k].y, at[k].x, point[k].weight};
+        } else if (index[k] >= 0) {
+            // no block of `gather` meets it
+            p.dweights[index[k]] = p.dlocations[2 * index[k]] = p.dlocations[2 * index[k] + 1] = 0.0f;
         }
     }
 }
@@ -581,25 +601,31 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
     // which a row has one more: base cell b has its neighbours at b + row_of[b] and 1, pitch + 1 and pitch + 2 from there
     const int pitch = columns + 1, bases = (rows + 1) * pitch, targets = rows * columns;
     const T* value = static_cast<const T*>(p.value) + image * p.value_stride[0] + head * p.value_stride[2];
-    using Piece = Pack<T, V>;
+    using Piece = Raw<T, V>;
     const auto load_values = [&](int start, int first, int step) {
         for (int i = first; i < (rows + 2) * (columns + 2) * kLanes * kRepeat; i += step) {
             const int cell = i / (kLanes * kRepeat), offset = i % (kLanes * kRepeat) * V;
             // a neighbour off the map has some cell of the map instead
             const int row = min(max(tile.row - 1 + cell / (columns + 2), 0), height - 1);
             const int column = min(max(tile.column - 1 + cell % (columns + 2), 0), width - 1);
-            Piece piece{};
-            if (start + offset < p.dim) {
-                const long long at = maps.cell[tile.scale] + row * width + column;
-                piece = *reinterpret_cast<const Piece*>(value + at * p.value_stride[1] + start + offset);
+            const long long at = maps.cell[tile.scale] + row * width + column;
+            const T* from = value + at * p.value_stride[1] + start + offset;
+            Piece* to = reinterpret_cast<Piece*>(values + cell * kWidth + offset);
+            if (start + offset >= p.dim) {
+                *to = Piece{};
+            } else if constexpr (sizeof(Piece) >= 4) {
+                copy_async<sizeof(Piece)>(to, from);
+            } else {
+                *to = *reinterpret_cast<const Piece*>(from);
             }
-            *reinterpret_cast<Piece*>(values + cell * kWidth + offset) = piece;
         }
+        copies_done();
     };
 
     // While the first warps find the points, the others bring the values.
     const int finders = blockDim.x > 128 ? 96 : blockDim.x > 32 ? 32 : 0, thread = threadIdx.x;
     if (thread >= finders) load_values(0, thread - finders, blockDim.x - finders);
+    after_launch_before();
     if (thread < finders || finders == 0) {
         // a row of base cells is a run of the entries, and the tile's list is these runs, one after the other
         constexpr int kLoads = 8;
@@ -685,6 +711,18 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             next = entries[shifts[at] + i];
         };
         look_ahead(begin + own);
+        // The row of a point is under way while those of the batch before it are in use. Behind the group's last point there is
+        // some point from before, whose row is not used.
+        Piece pieces[kBatch][kRepeat];
+        const auto bring = [&](int k, int query) {
+#pragma unroll
+            for (int r = 0; r < kRepeat; ++r) {
+                pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], query, row_bytes));
+            }
+        };
+        const auto bring_next = [&](int k) { bring(k, __shfl_sync(kAll, next.source >> p.point_bits, here % 32 + k)); };
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) bring_next(k);
         for (int done = 0; done < share; done += kLanes) {
             const int count = end - begin - done;
             __syncwarp();
@@ -696,25 +734,17 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
             const int steps = min(kLanes, share - done);
             const int live = real[0] ? count : 0;
             for (int first = 0; first < steps; first += kBatch) {
-                Piece pieces[kBatch][kRepeat];
-                int2 source[kBatch];
+                int next_base[kBatch];
 #pragma unroll
-                for (int k = 0; k < kBatch; ++k) {
-                    // behind the group's last point there is some point from before, whose row is not used
-                    source[k] = sources[here + first + k];
-#pragma unroll
-                    for (int r = 0; r < kRepeat; ++r) {
-                        pieces[k][r] = *reinterpret_cast<const Piece*>(row_at(dout_rows[r], source[k].x, row_bytes));
-                    }
-                }
+                for (int k = 0; k < kBatch; ++k) next_base[k] = sources[here + first + k].y;
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
                     if (first + k >= steps) break;
                     float product[4] = {};
                     if (first + k < live) {
-                        if (source[k].y != base) {
+                        if (next_base[k] != base) {
                             if (base >= 0) flush();
-                            base = source[k].y;
+                            base = next_base[k];
                             load_corners();
                         }
                         const float4 part = parts[here + first + k];
@@ -722,7 +752,7 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                         for (int r = 0; r < kRepeat; ++r) {
                             if (r > 0 && !real[r]) break;
                             float x[V];
-                            widen(pieces[k][r], x);
+                            widen(Bits<V, T>{pieces[k][r]}.pack, x);
 #pragma unroll
                             for (int v = 0; v < V; ++v) {
                                 sum[0][r][v] = fmaf(part.x, x[v], sum[0][r][v]);
@@ -733,6 +763,11 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                                 for (int c = 0; c < 4; ++c) product[c] = fmaf(corner[c][r][v], x[v], product[c]);
                             }
                         }
+                    }
+                    if (first + kBatch < steps) {
+                        bring(k, sources[here + first + kBatch + k].x);
+                    } else if (done + kLanes < share) {
+                        bring_next(k);
                     }
                     const float total = sum_each<kLanes>(product, own);
                     if (own % (kLanes / 4) == 0) reinterpret_cast<float*>(inner + here + first + k)[own / (kLanes / 4)] = total;
@@ -789,7 +824,19 @@ __global__ void __launch_bounds__(gather_threads(V * kRepeat), 2) gather(const P
                 for (int g = first / share + 1; g * share < past; ++g) add(sums + ((bases + g) * 4 + c) * kWidth);
             }
             const long long cell = maps.cell[tile.scale] + (tile.row + row) * width + tile.column + column;
-            store<V, T>(dvalue + cell * p.dvalue_stride[1] + start + offset, total);
+            T* to = dvalue + cell * p.dvalue_stride[1] + start + offset;
+            if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+                Piece piece;
+#pragma unroll
+                for (int v = 0; v < V; v += 2) {
+                    Bits<2, T> pair{};
+                    pair.pack.x[0] = from_float<T>(total[v]), pair.pack.x[1] = from_float<T>(total[v + 1]);
+                    piece.x[v / 2] = pair.raw.x[0];
+                }
+                *reinterpret_cast<Piece*>(to) = piece;
+            } else {
+                store<V, T>(to, total);
+            }
         }
         __syncthreads();
     }
@@ -847,16 +894,16 @@ cudaError_t sort(const Params& p, void* stream) {
     int bins = 1;
     for (int s = 0; s < p.scales; ++s) bins = max(bins, maps.bin[s + 1] - maps.bin[s] - 1);
     const unsigned lists = static_cast<unsigned>(p.batch) * p.heads * p.scales;
-    const int window = min(p.window, bins);
-    const dim3 grid(lists * p.segments, (bins + p.window - 1) / p.window);
-    cudaError_t error = MFUSER_LAUNCH(count, grid, p.sort_threads, window * sizeof(int), stream, p, maps);
+    const int window = min(p.window, bins), windows = (bins - 1) / p.window + 1;
+    const dim3 by_window(lists * p.segments, windows);
+    cudaError_t error = MFUSER_LAUNCH(rank, by_window, p.sort_threads, (window + 32) * sizeof(int), stream, p, maps);
     if (error != cudaSuccess) return error;
-    int scan_threads = 32;
-    while (scan_threads < kScanThreads && scan_threads < bins) scan_threads *= 2;
-    error = MFUSER_LAUNCH(scan, lists, scan_threads, 0, stream, p, maps);
+    const dim3 by_bins(lists * ((window - 1) / kOffsetThreads + 1), windows);
+    error = MFUSER_LAUNCH_NEXT(offset, by_bins, kOffsetThreads, 0, stream, p, maps);
     if (error != cudaSuccess) return error;
-    const size_t bytes = static_cast<size_t>(p.sort_threads) / 32 * counter_words(window) * sizeof(unsigned);
-    return MFUSER_LAUNCH(scatter, grid, p.sort_threads, bytes, stream, p, maps);
+    const long long longest = ((static_cast<long long>(p.queries) << p.point_bits) - 1) / p.segments + 1;
+    const dim3 by_points(lists * p.segments, static_cast<unsigned>((longest - 1) / (kScatterThreads * kMoved) + 1));
+    return MFUSER_LAUNCH_NEXT(scatter, by_points, kScatterThreads, 0, stream, p, maps);
 }
 
 template <typename T, int V, int kLanes, int kRepeat>
@@ -865,8 +912,8 @@ cudaError_t launch_backward(const Params& p, void* stream) {
     const Layout<T, kLanes * V * kRepeat> layout(p.cell_tile, p.gather_threads, kLanes);
     if (p.gather_threads > gather_threads(V * kRepeat)) return cudaErrorInvalidValue;
     const unsigned grid = static_cast<unsigned>(static_cast<long long>(p.batch) * p.heads * maps.tile[p.scales]);
-    return MFUSER_LAUNCH((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream, p,
-                         maps);
+    return MFUSER_LAUNCH_NEXT((gather<T, V, kLanes, kRepeat>), grid, p.gather_threads, static_cast<size_t>(layout.bytes), stream,
+                              p, maps);
 }
 
 template <typename T>

@@ -17,11 +17,11 @@ _MAX_SEGMENT = 65535
 # of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
     4: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 256, "gather_channels": 4,
-        "cell_tile": 7, "sort_threads": 256, "window": 6144},
+        "cell_tile": 7, "sort_threads": 512, "window": 6144},
     2: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 128, "gather_channels": 8,
-        "cell_tile": 6, "sort_threads": 256, "window": 6144},
+        "cell_tile": 6, "sort_threads": 512, "window": 6144},
 }  # fmt: skip
-# Points of a scale that a block sorts, unless they were more segments than that: a segment has counters of its own.
+# Points of a scale that a block sorts, unless those were more segments than that: a segment has counters of its own.
 _SEGMENT, _SEGMENTS = 5632, 16
 
 
@@ -64,11 +64,14 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
     bins = sum((height + 1) * (width + 1) + 1 for height, width in zip(shapes[::2], shapes[1::2], strict=True))
     points = queries << params.point_bits
     params.segments = max(min(-(-points // _SEGMENT), _SEGMENTS), -(-points // _MAX_SEGMENT))
-    entries, starts, counts = 4 * batch * heads * scales * points, batch * heads * bins, params.segments * batch * heads * bins
-    scratch = torch.empty(entries + starts + counts, dtype=torch.int32, device=value.device)
+    ranks, starts = batch * heads * scales * points, batch * heads * bins
+    counts = params.segments * starts
+    scratch = torch.empty(16 * ranks + 4 * starts + 6 * counts + 2 * ranks, dtype=torch.uint8, device=value.device)
     params.entries = scratch.data_ptr()
-    params.starts = params.entries + 4 * entries
-    params.counts = params.starts + 4 * starts
+    params.starts = params.entries + 16 * ranks
+    params.places = params.starts + 4 * starts
+    params.counts = params.places + 4 * counts
+    params.ranks = params.counts + 2 * counts
     params.dout, params.dvalue = dout.data_ptr(), dvalue.data_ptr()
     params.dlocations, params.dweights = dlocations.data_ptr(), dweights.data_ptr()
     params.dvalue_stride[:] = dvalue.stride()[:3]
@@ -81,7 +84,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("value", "locations", "weights", "dout", "out", "dvalue")),
-        *((name, ctypes.c_void_p) for name in ("dlocations", "dweights", "entries", "starts", "counts")),
+        *((name, ctypes.c_void_p) for name in ("dlocations", "dweights", "entries", "starts", "places", "counts", "ranks")),
         *((name, ctypes.c_longlong * 3) for name in ("value_stride", "dvalue_stride")),
         *((name, ctypes.c_int) for name in ("value_type", "location_type", "weight_type")),
         *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "dim", "scales", "points", "point_bits", "segments")),

@@ -200,13 +200,15 @@ def test_tuning_does_not_change_the_results_of_cuda(backend, dtype, changed, mon
 
 @by_backend("cuda")
 @pytest.mark.parametrize(("segment", "segments"), [(100, 99), (1, 7), (2000, 1)])
-def test_segments_give_the_same_bits(backend, segment, segments, monkeypatch):
+@pytest.mark.parametrize("window", [1, 7, 999])
+def test_segments_and_windows_give_the_same_bits(backend, segment, segments, window, monkeypatch):
     module = import_module("mfuser.ops.ms_deform_attn.cuda_backend")
     maps = [(1, 1), (3, 5)]
     given = inputs(2, 150, 2, 8, 3, maps, dtype=torch.float32, backend=backend)
     expected = run(attend(backend, maps), given)
     monkeypatch.setattr(module, "_SEGMENT", segment)
     monkeypatch.setattr(module, "_SEGMENTS", segments)
+    monkeypatch.setitem(module._TUNING, 4, module._TUNING[4] | {"window": window, "sort_threads": 64})
     assert all(torch.equal(a, e) for a, e in zip(run(attend(backend, maps), given), expected, strict=True))
 
 
