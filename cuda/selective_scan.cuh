@@ -447,7 +447,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_summa
                 const float2 now = now_at[t % 2][k][t * channels];
 #pragma unroll
                 for (int s = 0; s < S; s++) {
-                    const float decay = k * S + s < kByHand ? exp2_by_hand(now.x * a[k][s]) : exp2_fast(now.x * a[k][s]);
+                    const float decay = k * S + s < (exact ? 0 : kByHand) ? exp2_by_hand(now.x * a[k][s]) : exp2_fast(now.x * a[k][s]);
                     h[k][s] = REVERSE ? decay * fmaf(now.y, v[s], h[k][s]) : fmaf(decay, h[k][s], now.y * v[s]);
                 }
             }
@@ -875,6 +875,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                         ys[j] = y[0];
                     }
                 }
+                __syncwarp();  // results take the place of what other lanes have read
 #pragma unroll
                 for (int j = 0; j < kLinger; j++) {
                     const int t = t0 + i0 + j, odd = (i0 + j) % 2;

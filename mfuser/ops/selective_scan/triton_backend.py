@@ -42,6 +42,7 @@ _JOIN = 0.5  # time of joining a chunk's end, averaged over chunks, in steps
 _SUM_ROWS, _SUM_COLUMNS = 8, 256  # tile of the kernel that adds partial sums
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E_LOW = tl.constexpr(1.92596299e-8)  # log2(e) less _LOG2E in fp32
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -225,8 +226,19 @@ def _load(base, row, stride, columns, mask):
 
 
 @triton.jit
+def _exp_minus_abs(x):
+    """exp(-|x|), also where it is tiny: the exponent in base 2 is rounded, and what that leaves out is put back."""
+    m = -tl.abs(x)
+    whole = m * _LOG2E
+    rest = tl.fma(m, _LOG2E, -whole) + m * _LOG2E_LOW
+    e = tl.exp2(whole)
+    return tl.fma(e, rest * _LN2, e)
+
+
+@triton.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp2(x * -_LOG2E))
+    e = _exp_minus_abs(x)
+    return tl.where(x >= 0, 1.0, e) / (1 + e)
 
 
 @triton.jit
@@ -235,7 +247,7 @@ def _steps(delta, bias, live, SOFTPLUS: tl.constexpr):
     x = delta.to(tl.float32) + bias[None, :]
     if SOFTPLUS:
         # max(x, 0) + log(1 + e); the logarithm is 2 artanh(s) by its series for s <= 1/3, so that small steps keep their digits
-        e = tl.exp2(tl.abs(x) * -_LOG2E)
+        e = _exp_minus_abs(x)
         s = e / (2 + e)
         q = s * s
         series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q / 13)))))
