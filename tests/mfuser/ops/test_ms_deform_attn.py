@@ -373,6 +373,7 @@ def test_no_points_give_zeros(backend):
     assert not dvalue.any()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_triton_compiles_for_a_gpu(dtype, tmp_path):
     pytest.importorskip("triton")
