@@ -486,12 +486,13 @@ def checks(tiny: bool) -> Iterator[tuple[str, list[str], Callable[..., Case]]]:
 
 
 def check(
-    device: torch.device, *, tiny: bool, tell: Callable[[str], None], only: Sequence[str] = (), backends: Sequence[str] = ()
-) -> bool:
+    device: torch.device, *, tiny: bool, tell: Callable[[str], None], only: Sequence[str] = (), backends: Sequence[str] = (),
+    compare: bool = True,
+) -> bool:  # fmt: skip
     """Hold every backend to twice the torch backend's error against fp64, and to the same bits twice; say what fails.
 
     Args:
-        only: operators; none means all.    backends: the same.
+        only: operators; none means all.    backends: the same.    compare: False asks for the same bits only.
     """
     counts: dict[tuple[str, str], list[float]] = {}  # compared, failed, largest ratio
     refused: dict[tuple[str, str], str] = {}
@@ -500,10 +501,10 @@ def check(
             continue
         rows = [row for row in candidates(op, device) if row.name not in FOREIGN and (not backends or row.name in backends)]
         for dtype in dtypes:
-            draws = [make(DTYPES[dtype], device, seed=seed) for seed in range(_draws(op, make))]
+            draws = [make(DTYPES[dtype], device, seed=seed) for seed in range(_draws(op, make) if compare else 1)]
             case = draws[0]
-            expected = _pooled(draw.precise().both("torch") for draw in draws)
-            usual = _pooled(draw.both("torch") for draw in draws)
+            expected = _pooled(draw.precise().both("torch") for draw in draws) if compare else ()
+            usual = _pooled(draw.both("torch") for draw in draws) if compare else ()
             for row in rows:
                 if (reason := dispatch.unusable(row, *case.probe)) is not None:
                     refused[op, row.name] = reason
@@ -592,12 +593,12 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def sanitize(arguments: Sequence[str]) -> bool:
-    """Run the small checks under compute-sanitizer; without torch's allocator, which would hide what lies beyond a tensor."""
+    """Run the small cases under compute-sanitizer; without torch's allocator, which would hide what lies beyond a tensor."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     clean = True
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
-        command += [sys.executable, __file__, "--check", "--tiny", *arguments]
+        command += [sys.executable, __file__, "--check", "--tiny", "--bits", *arguments]
         print("+ PYTORCH_NO_CUDA_MEMORY_CACHING=1 " + " ".join(command), flush=True)
         if not Path(program).exists():
             print(f"{program} does not exist", flush=True)
@@ -743,12 +744,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     parser.add_argument("--only", nargs="+", choices=(*PARTS, "loops"), help="parts; default: all that the device has")
+    parser.add_argument("--bits", action="store_true", help="with --check: the same bits twice, no comparison")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="with --check or --sanitize: these only")
     parser.add_argument("--out", type=Path, help=f"folder of the .md and .json; default: {HERE.name}/, none with --tiny")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter measurements")
     parser.add_argument("--tiny", action="store_true", help="every path in seconds, on shapes that mean nothing")
     parser.add_argument("--check", action="store_true", help="compare all backends with fp64 instead; print what fails")
-    parser.add_argument("--sanitize", action="store_true", help="--check --tiny under compute-sanitizer's memcheck and racecheck")
+    parser.add_argument("--sanitize", action="store_true", help="small cases under compute-sanitizer's memcheck and racecheck")
     given = parser.parse_args()
     device = pick_device(given.device)
     tell = partial(print, file=sys.stderr, flush=True)
@@ -766,7 +768,8 @@ def main() -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.filterwarnings("ignore", message=".*deterministic")
         ops = [PARTS[part] for part in given.only or PARTS if part in PARTS]
-        ok = check(device, tiny=given.tiny, tell=partial(print, flush=True), only=ops, backends=given.backends or ())
+        ok = check(device, tiny=given.tiny, tell=partial(print, flush=True), only=ops, backends=given.backends or (),
+                   compare=not given.bits)  # fmt: skip
         return 0 if ok else 1
     return measure(given, device, tell)
 
