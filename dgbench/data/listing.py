@@ -15,7 +15,7 @@ class DomainState:
 
     name: str
     title: str
-    splits: dict[str, int]  # split -> images in the complete split
+    splits: dict[str, int | None]  # split -> images in the complete split
     size: str  # W x H
     access: str
     licence: str
@@ -56,7 +56,7 @@ def states(root: Path | None = None) -> list[DomainState]:
             DomainState(
                 domain.name,
                 domain.title,
-                dict(domain.splits),
+                {name: split.count for name, split in domain.splits.items()},
                 domain.size,
                 domain.access,
                 domain.licence,

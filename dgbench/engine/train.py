@@ -168,7 +168,7 @@ def schedule(step: int, steps: int, optim: OptimSpec) -> float:
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:
     data = recipe.data
     try:
-        return SegDataset(data.source, "train", root=root, size=data.size, limit=data.train_images)
+        return SegDataset(data.source, "train", root=root, size=data.size, limit=data.train_images, resize_labels=True)
     except DataError as missing:
         try:
             _model(recipe, None, recipe.train.seed)
