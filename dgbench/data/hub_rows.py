@@ -1,60 +1,43 @@
-"""Sets from the Hugging Face Hub: a commit of a repository in a folder, and its rows as (id, image, label).
+"""Sets from the Hugging Face Hub: a commit of a repository, and its rows as (id, image, label) in a folder of the user's.
 
 A repository holds Parquet files, of which two columns are the image and the label; or loose files, of which two globs name
 them and are paired by what their stars stand for (`rgb/rgb_*.png` and `ss/ss_*.png`). A branch is resolved to a commit once,
-and the commit is what is fetched and recorded. `dgbench-hub.json` in the folder says how its rows are read.
+and the commit is what is fetched and recorded. The rows are kept with their bytes, undecoded, as `datasets` stores them:
+`<folder>/hub/<split>/`, and `source.json` beside the splits says where they are from and how their labels are read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgbench import atomic
-from dgbench.data.transfer import FullDiskError, full_disk
+from dgbench.data.hub_files import Listed
+from dgbench.data.index import HUB
 from dgbench.errors import DataError, unknown
 
 if TYPE_CHECKING:
     import datasets
 
-HUB_FILE = "dgbench-hub.json"
+SOURCE = f"{HUB}/source.json"
 
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """How the rows of a folder that came from the Hub are read; the content of `dgbench-hub.json`."""
+    """Where the rows of a folder are from and how they are read: the content of `source.json`."""
 
     name: str
-    repo: str
+    repository: str
     revision: str  # the commit
     columns: dict[str, str]  # "image" and "label" -> a column, or a glob of loose files
-    splits: dict[str, list[str]]  # split -> Parquet files, or images; relative paths
+    splits: dict[str, int]  # split -> rows
     encoding: str  # key of dgbench.data.decode.ENCODINGS
     label_map: str  # key of dgbench.data.labels.LABEL_MAPS
     licence: str | None
-
-    @property
-    def parquet(self) -> bool:
-        """Whether the columns are of Parquet files, not globs."""
-        return not any(map(_is_glob, self.columns.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A commit of a repository and those of its files that are wanted."""
-
-    repo: str
-    revision: str
-    licence: str | None
-    files: dict[str, int]  # path -> bytes
-    sha256: dict[str, str]  # of the large ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,49 +54,37 @@ class HubWish:
 
 
 def read(folder: Path) -> HubSet | None:
-    """How a folder's rows are read; None if it did not come from the Hub."""
+    """Where a folder's rows are from; None if it did not come from the Hub."""
     try:
-        return HubSet(**json.loads((folder / HUB_FILE).read_text()))
+        return HubSet(**json.loads((folder / SOURCE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{folder / HUB_FILE} cannot be read: {error}", f"remove {folder} and download the set again") from None
+        raise DataError(f"{folder / SOURCE} cannot be read: {error}", f"remove {folder} and download the set again") from None
 
 
-def found(root: Path) -> dict[str, Path]:
-    """The Hub sets below a data root: name -> folder."""
-    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{HUB_FILE}"))}
+def found(root: Path) -> dict[str, HubSet]:
+    """The sets of the user's below a data root, by name."""
+    sets = {path.parents[1].name: read(path.parents[1]) for path in sorted(root.glob(f"*/{SOURCE}"))}
+    return {name: hub for name, hub in sets.items() if hub is not None}
 
 
 def rows(folder: Path, split: str) -> datasets.Dataset:
     """The rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded.
 
-    Raises: DataError if the folder is no Hub set, has no such split, or a file of it is gone.
+    Raises: DataError if the folder is no set from the Hub, has no such split, or is damaged.
     """
     import datasets
 
     hub = read(folder)
     if hub is None:
-        raise DataError(f"{folder} is no set from the Hub: it has no {HUB_FILE}", "dgbench download --hub OWNER/NAME makes one")
+        raise DataError(f"{folder} is no set from the Hub: it has no {SOURCE}", "dgbench download --hub OWNER/NAME makes one")
     if split not in hub.splits:
         raise DataError(f"`{hub.name}` has no split `{split}`", f"its splits are {', '.join(f'`{s}`' for s in hub.splits)}")
-    missing = [path for path in hub.splits[split] if not (folder / path).is_file()]
-    if missing:
-        raise DataError(f"{folder / missing[0]} is gone, and {len(missing) - 1} more files of `{hub.name}`",
-                        f"remove {folder} and download the set again: {_command(hub)}")  # fmt: skip
-    undecoded = datasets.Image(decode=False)
-    if hub.parquet:
-        files = [str(folder / path) for path in hub.splits[split]]
-        table = datasets.Dataset.from_parquet(files).select_columns(list(hub.columns.values()))
-        table = table.rename_columns({column: part for part, column in hub.columns.items() if column != part})
-        table = table.cast_column("image", undecoded).cast_column("label", undecoded)
-        return table.add_column("id", [f"{split}/{n:06d}" for n in range(len(table))]).select_columns(["id", "image", "label"])
-    labels = {image: _label_of(image, hub.columns) for image in hub.splits[split]}
-    features = datasets.Features({"id": datasets.Value("string"), "image": undecoded, "label": undecoded})
-    return datasets.Dataset.from_dict(
-        {"id": list(labels), "image": [str(folder / image) for image in labels],
-         "label": [str(folder / label) for label in labels.values()]}, features=features,
-    )  # fmt: skip
+    try:
+        return datasets.load_from_disk(folder / HUB / split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / HUB / split} is damaged: {error}", f"remove {folder} and run: {_command(hub)}") from None
 
 
 def wish_of(
@@ -121,13 +92,15 @@ def wish_of(
 ) -> tuple[str, HubWish]:
     """The name of the domain to be and what a user wants of the Hub, checked as far as that goes without a network.
 
-    Raises: DataError for columns or a label map that cannot be.
+    Raises: DataError for columns, an encoding or a label map that cannot be.
     """
-    from dgbench.data.labels import LABEL_MAPS
+    from dgbench.data.decode import ENCODINGS
+    from dgbench.data.labels import named
 
     pairs = columns_of(columns)
-    if label_map not in LABEL_MAPS:
-        raise DataError(*unknown("label map", label_map, LABEL_MAPS))
+    named(label_map)
+    if encoding not in ENCODINGS:
+        raise DataError(*unknown("encoding", encoding, ENCODINGS))
     chosen = name or re.sub(r"[^a-z0-9_-]+", "-", repo.rpartition("/")[2].lower()).strip("-")
     return chosen, HubWish(repo, revision or "main", tuple(patterns_of(pairs)), pairs, encoding, label_map, split)
 
@@ -151,75 +124,72 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
-    """Ask the Hub for the commit behind a revision and for the files of it that match.
-
-    Raises: DataError saying what the Hub answered and what to do.
-    """
-    from fnmatch import fnmatch
-
-    from huggingface_hub import HfApi
-
-    with _explained(repo, revision):
-        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-    chosen = [f for f in info.siblings or () if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
-    licence = getattr(info.card_data, "license", None) if info.card_data else None
-    return Listed(
-        repo, str(info.sha), licence if isinstance(licence, str) else None, {f.rfilename: f.size or 0 for f in chosen},
-        {f.rfilename: f.lfs.sha256 for f in chosen if f.lfs is not None},
-    )  # fmt: skip
-
-
-def fetch(wanted: Listed, folder: Path, again: str) -> None:
-    """Bring a commit's files into a folder, going on with what an earlier try left, and check each size and stated sha256.
-
-    Raises: DataError saying what the Hub answered, or which file is damaged (it is removed); FullDiskError.
-    """
-    from huggingface_hub import snapshot_download
-
-    _check_room(wanted, folder, again)
-    names = [_literal(name) for name in wanted.files]
-    with _explained(wanted.repo, wanted.revision), full_disk(folder, None, again):
-        snapshot_download(wanted.repo, repo_type="dataset", revision=wanted.revision, local_dir=folder, allow_patterns=names)
-    for name, size in wanted.files.items():
-        path = folder / name
-        have = path.stat().st_size if path.is_file() else None
-        problem = None
-        if have != size:
-            problem = f"has {have or 0:,} bytes, the Hub states {size:,}"
-        elif name in wanted.sha256 and (digest := _sha256(path)) != wanted.sha256[name]:
-            problem = f"is damaged: its sha256 is {digest}, the Hub states {wanted.sha256[name]}"
-        if problem:
-            path.unlink(missing_ok=True)
-            raise DataError(f"{wanted.repo}/{name} {problem}", f"it is removed; {again}")
-    # huggingface_hub's own notes on how far it was
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
 def patterns_of(columns: Mapping[str, str]) -> list[str]:
     """What to fetch of a repository whose columns are these."""
     globs = [column for column in columns.values() if _is_glob(column)]
     return [*(globs or ["*.parquet"]), "README.md", "LICENSE*"]
 
 
-def describe(
-    name: str, wanted: Listed, columns: Mapping[str, str], folder: Path, *, encoding: str, label_map: str, split: str
-) -> HubSet:
-    """Look into the files that were fetched and write down how their rows are read.
+def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path) -> HubSet:
+    """Make rows of the files that were fetched, and write down where they are from.
 
     Args:
-        split: what to call all of a repository of loose files.
+        fetched: the repository's files.    into: the domain's folder.
 
     Raises: DataError if a column is not there or is no image, or if images and labels do not pair.
     """
-    if any(map(_is_glob, columns.values())):
-        splits = {split: _paired(wanted, columns)}
+    import datasets
+
+    assert wish.columns is not None
+    undecoded = datasets.Image(decode=False)
+    features = datasets.Features({"id": datasets.Value("string"), "image": undecoded, "label": undecoded})
+    loose = any(map(_is_glob, wish.columns.values()))
+    if loose:
+        splits = {wish.split: _paired(wanted, wish.columns)}
     else:
-        splits = _parquet_splits(wanted, folder)
-        check_columns(wanted, columns, folder / next(iter(splits.values()))[0])
-    hub = HubSet(name, wanted.repo, wanted.revision, dict(columns), splits, encoding, label_map, wanted.licence)
-    atomic.write(folder / HUB_FILE, json.dumps(asdict(hub), indent=1))
+        splits = _parquet_splits(wanted, fetched)
+        check_columns(wanted, wish.columns, fetched / next(iter(splits.values()))[0])
+    counts: dict[str, int] = {}
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        for split, files in splits.items():
+            told = {"split": split, "files": files, "columns": wish.columns, "folder": str(fetched)}
+            made = datasets.Dataset.from_generator(
+                _loose_rows if loose else _parquet_rows, features=features, gen_kwargs=told, cache_dir=str(fetched / ".rows")
+            )
+            made.save_to_disk(into / HUB / split)
+            counts[split] = len(made)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, OSError | DataError) else error) from None
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    hub = HubSet(name, wanted.repo, wanted.revision, dict(wish.columns), counts, wish.encoding, wish.label_map, wanted.licence)
+    atomic.write(into / SOURCE, json.dumps(asdict(hub), indent=1))
     return hub
+
+
+def _parquet_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    for name in files:
+        # a few rows at a time: an image is megabytes
+        for batch in ParquetFile(Path(folder, name)).iter_batches(16, columns=list(columns.values())):
+            for row in batch.to_pylist():
+                yield {"id": f"{split}/{number:06d}", "image": row[columns["image"]], "label": row[columns["label"]]}
+                number += 1
+
+
+def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str) -> Iterator[dict[str, Any]]:
+    for image in files:
+        label = _label_of(image, columns)
+        yield {
+            "id": image,
+            "image": {"bytes": Path(folder, image).read_bytes(), "path": image},
+            "label": {"bytes": Path(folder, label).read_bytes(), "path": label},
+        }
 
 
 def check_columns(wanted: Listed, columns: Mapping[str, str], file: Path) -> None:
@@ -310,72 +280,6 @@ def _is_glob(column: str) -> bool:
     return "*" in column
 
 
-def _literal(name: str) -> str:
-    # a file's own name as a pattern
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
 def _command(hub: HubSet) -> str:
     columns = " ".join(f"'{part}={column}'" for part, column in hub.columns.items())
-    return f"dgbench download --hub {hub.repo} --revision {hub.revision} --columns {columns} --as {hub.name}"
-
-
-def _check_room(wanted: Listed, folder: Path, again: str) -> None:
-    missing = sum(size for name, size in wanted.files.items() if not (folder / name).is_file())
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise FullDiskError(f"no room for {wanted.repo}: {missing:,} bytes are missing, {folder.parent} has {free:,} free",
-                            f"make room there, or point --root or DGBENCH_DATA at a larger disk; then {again}")  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _explained(repo: str, revision: str) -> Iterator[None]:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    from mfuser.hub import transport_error
-
-    page, again = f"{constants.ENDPOINT}/datasets/{repo}", "run the same command again"
-    try:
-        yield
-    except (OSError, RuntimeError, HFValidationError, transport_error()) as problem:
-        error: BaseException = problem
-        while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, HFValidationError):
-            raise DataError(f"`{repo}` is no name of a repository: {reason}", "--hub OWNER/NAME, as on the Hub's page") from None
-        if isinstance(error, GatedRepoError):
-            raise DataError(f"{repo} is gated: its owner asks you to accept the licence first",
-                            f"accept it at {page}, log in with: hf auth login, and {again}") from None  # fmt: skip
-        if isinstance(error, RevisionNotFoundError):
-            raise DataError(f"{repo} has no revision `{revision}`", f"{page}/commits/main lists them; --revision takes a branch, "
-                            "a tag or a commit") from None  # fmt: skip
-        if isinstance(error, RepositoryNotFoundError):
-            raise DataError(f"the Hub knows no dataset {repo}, or it is private",
-                            f"check the name at {page}; for a private one log in with: hf auth login") from None  # fmt: skip
-        if isinstance(error, HfHubHTTPError):
-            raise DataError(f"{constants.ENDPOINT} does not give out {repo}: it answers {error.response.status_code}",
-                            f"see https://status.huggingface.co, and {again}") from None  # fmt: skip
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-            raise  # the file system's refusal names its file itself
-        raise DataError(f"no connection to {constants.ENDPOINT} for {repo}: {reason}",
-                        f"check the network and HTTPS_PROXY, then {again}: it goes on where it stopped") from None  # fmt: skip
-
-
-def fetch_one(wanted: Listed, name: str, folder: Path, again: str) -> Path:
-    """Bring one file of a commit into a folder."""
-    fetch(Listed(wanted.repo, wanted.revision, None, {name: wanted.files[name]}, wanted.sha256), folder, again)
-    return folder / name
+    return f"dgbench download --hub {hub.repository} --revision {hub.revision} --columns {columns} --as {hub.name}"

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dgbench.data import archives, given, hub_rows
+from dgbench.data import archives, domains, given, hub_rows
 from dgbench.data.domains import Domain
 from dgbench.data.given import Given
+from dgbench.data.hub_files import Listed, listing
 from dgbench.data.hub_rows import HubWish
+from dgbench.data.index import find
 from dgbench.data.sources import Archive, Source, Way
 from dgbench.data.stage import UNFINISHED, Stage, read_manifest
 from dgbench.data.transfer import Transfer
@@ -69,7 +71,7 @@ class Order:
     wanted: list[Archive] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int | None] = field(default_factory=dict)  # by archive
-    listed: hub_rows.Listed | None = None
+    listed: Listed | None = None
     note: str = ""
 
     @property
@@ -127,7 +129,8 @@ class Order:
         if self.here or self.tree is not None:
             return 0
         if self.wish:
-            return sum(self.listed.files.values()) if self.listed else 0
+            # rows are written twice on the way from their files
+            return (3 if self.wish.columns else 1) * sum(self.listed.files.values()) if self.listed else 0
         sizes = {a.name: self.sizes.get(a.name) or 0 for a in self.to_transfer}
         unpacked = sum(sizes[a.name] * a.grows for a in self.to_transfer)
         unpacked += sum(archives.packed_size(g.path) * 1.05 for g in self.given)
@@ -146,7 +149,7 @@ def domain_order(
 
     Raises: DataError if nobody hands the domain out, or an archive of the user's is not what its name says.
     """
-    target = next((root / f for f in row.folders if (root / f).is_dir()), root / row.folders[0])
+    target = _folder(row, source, root)
     stage = Stage(target)
     terms = source.terms if source else ""
     order = Order(row.name, row.title, row.licence, terms, row.homepage, stage, source)
@@ -160,8 +163,8 @@ def domain_order(
         needed = [archive for archive in source.archives if archive.needed]
         in_place = manifest.covered() - manifest.lost(target) if manifest else set()
         order.here = manifest is not None and {a.name for a in needed} <= in_place
-    if not order.here and manifest is None and target.is_dir() and not (target / UNFINISHED).exists():
-        order.note = _usable(row, root)
+    if not order.here and manifest is None and not (target / UNFINISHED).exists():
+        order.note = readable(row, root)
         order.here = bool(order.note)
     if order.here:
         return order
@@ -173,6 +176,14 @@ def domain_order(
     if order.wish is None:
         _find_archives(order, source, from_paths, mirror)
     return order
+
+
+def _folder(row: Domain, source: Source | None, root: Path) -> Path:
+    """Where a domain lies or is to lie; not in a folder that by its name is another's (Mapillary has two versions)."""
+    family = {row.name, *((source.domain, *source.also) if source else ())}
+    others = {other.folders[0] for other in domains.DOMAINS.values() if other.folders and other.name not in family}
+    mine = [f for f in row.folders if f not in others]
+    return next((root / f for f in mine if (root / f).is_dir()), root / mine[0])
 
 
 def _find_archives(order: Order, source: Source, from_paths: Sequence[Path], mirror: str | None) -> None:
@@ -204,8 +215,8 @@ def hub_order(name: str, wish: HubWish, root: Path) -> Order:
     hub = hub_rows.read(stage.target) if stage.target.is_dir() else None
     if hub is not None and read_manifest(stage.target) is not None:
         other = re.fullmatch("[0-9a-f]{40}", wish.revision) and wish.revision != hub.revision
-        if (hub.repo, hub.columns) != (wish.repo, wish.columns) or other:
-            raise DataError(f"{stage.target} holds {hub.repo} at {hub.revision[:12]} already",
+        if (hub.repository, hub.columns) != (wish.repo, wish.columns) or other:
+            raise DataError(f"{stage.target} holds {hub.repository} at {hub.revision[:12]} already",
                             "choose another name with --as, or remove that folder")  # fmt: skip
         order.here, order.note, order.licence = True, f"commit {hub.revision}", hub.licence or ""
     elif stage.target.is_dir() and any(stage.target.iterdir()):
@@ -229,7 +240,7 @@ def ask_servers(orders: Sequence[Order], transfer: Transfer) -> None:
             kept = order.stage.home / "revision"
             # what was begun at one commit is finished at it, wherever the branch is now
             revision = kept.read_text() if order.wish.revision == "main" and kept.is_file() else order.wish.revision
-            order.listed = hub_rows.listing(order.wish.repo, revision, order.wish.patterns)
+            order.listed = listing(order.wish.repo, revision, order.wish.patterns)
             order.note = f"commit {order.listed.revision}"
             if order.source is None:
                 order.licence = order.listed.licence or "not stated"
@@ -245,15 +256,15 @@ def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: i
     return Plan(needs, sum(moving), sum(o.room(at_once) for o in orders), shutil.disk_usage(place).free, str(place))
 
 
-def _usable(row: Domain, root: Path) -> str:
-    """How much of a domain can be read from files that are there already; "" if it cannot."""
-    from dgbench.data.dataset import SegDataset
-
-    found = []
+def readable(row: Domain, root: Path) -> str:
+    """What can be read of a domain's splits from files that are there; "" if one of them is missing."""
+    told = []
     for split in [split for split in row.splits if split in ("train", "val")]:
         try:
-            dataset = SegDataset(row.name, split, root=root)
+            there = find(row, split, root)
         except DataError:
             return ""
-        found.append(f"{split} {len(dataset):,}")
-    return f"not from this program: {', '.join(found)} images" if found else ""
+        if not len(there):
+            return ""
+        told.append(f"{split} {len(there):,} ({there.layout.name})")
+    return ", ".join(told)

@@ -44,7 +44,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What dgbench put into a folder."""
+    """What dgbench put into a folder. A power cut can leave files empty that it lists: `lost` finds them by their size."""
 
     domain: str
     receipts: tuple[Receipt, ...]
@@ -218,8 +218,6 @@ class Stage:
             {"schema": _SCHEMA, "domain": domain, "revision": revision, "dgbench": __version__,
              "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "archives": [asdict(r) for r in manifest.receipts]}
         )  # fmt: skip
-        if hasattr(os, "sync"):
-            os.sync()  # the manifest must not reach the disk before what it lists
         if not self._real.exists() or not any(self._real.iterdir()):
             atomic.write(self.tree / MANIFEST, text)
             if self._real.exists():

@@ -48,7 +48,7 @@ class Patience:
     longest: float = 30.0
     longest_asked: float = 300.0  # a server that asks to wait longer (Retry-After) is told to the user instead
     connect: float = 20.0
-    read: float = 60.0
+    read: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
