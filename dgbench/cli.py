@@ -171,10 +171,13 @@ def _warn_on_stderr() -> None:
 
 
 def _domain_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    from dgbench.data.domains import names
+    from dgbench.data.domains import DOMAINS, names
 
     given = ctx.params.get("targets") or ()
-    return [name for name in names() if name.startswith(incomplete) and name not in given]
+    known: Sequence[str] = tuple(DOMAINS)
+    with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
+        known = names()
+    return [name for name in known if name.startswith(incomplete) and name not in given]
 
 
 def _keys(incomplete: str) -> list[str]:
@@ -200,10 +203,22 @@ def _runs(incomplete: str) -> list[str]:
 
 # ---- options that mean the same everywhere
 
+
+def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
+    """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
+    if folder is not None and not ctx.resilient_parsing:
+        before = os.environ.get("DGBENCH_DATA")
+        os.environ["DGBENCH_DATA"] = str(folder)
+        ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
+    return folder
+
+
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
+RootOpt = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
+]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,

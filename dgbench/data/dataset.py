@@ -66,7 +66,7 @@ class SegDataset:
 
     def __init__(self, domain: str, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
                  limit: int | None = None, label_map: str | None = None, resize_labels: bool = False) -> None:  # fmt: skip
-        self.domain = lookup(domain)
+        self.domain = lookup(domain, root)
         self.domain.require_split(split)
         self.split = split
         self.size = size if size or not self.domain.procedural else RENDER_SIZE
