@@ -235,7 +235,8 @@ _TABLE: tuple[Domain, ...] = (
         splits={s: Split(n, (Layout("official v2.0", f"{f}/images/*.jpg", (("/images/", "/v2.0/labels/"), (".jpg", ".png"))),))
                 for s, f, n in (("train", "training", 18000), ("val", "validation", 2000))},
         licence="CC BY-NC-SA 4.0", access="request", homepage="https://www.mapillary.com/dataset/vistas",
-        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"), withheld={"test": _SERVER},
+        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"), legend="config_v2.0.json",
+        withheld={"test": _SERVER},
     ),
     _acdc("*", 1600, 406), _acdc("fog", 400, 100), _acdc("night", 400, 106), _acdc("rain", 400, 100), _acdc("snow", 400, 100),
     Domain(
