@@ -66,7 +66,7 @@ class SegDataset:
 
     def __init__(self, domain: str, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
                  limit: int | None = None, label_map: str | None = None, resize_labels: bool = False) -> None:  # fmt: skip
-        self.domain = lookup(domain)
+        self.domain = lookup(domain, root)
         self.domain.require_split(split)
         self.split = split
         self.size = size if size or not self.domain.procedural else RENDER_SIZE
@@ -114,7 +114,7 @@ class SegDataset:
         if self.found is None:
             return Sample(self.name(index), *_cached_render(self._render_key(), index))
         row = self._rows[index]
-        image = _read_image(row)
+        image = image_of(row)
         label = self._read_label(row)
         if image.shape[:2] != label.shape:
             raise DataError(
@@ -136,8 +136,7 @@ class SegDataset:
 
     def _read_label(self, row: dict[str, Any]) -> NDArray[np.uint8]:
         assert self.found is not None
-        path, data = row["label"]["path"], row["label"]["bytes"]
-        return read_label(Path(path or row["id"]), self.label_map, self.found.layout.encoding, data)
+        return read_label(label_path(row), self.label_map, self.found.layout.encoding, row["label"]["bytes"])
 
     def _render_key(self) -> _RenderKey:
         assert self.size is not None
@@ -260,7 +259,16 @@ def _warn(text: str) -> None:
     logging.getLogger(__name__).warning(text)
 
 
-def _read_image(row: dict[str, Any]) -> NDArray[np.uint8]:
+def label_path(row: dict[str, Any]) -> Path:
+    """The file of a row's label; of rows that hold bytes, what to call them."""
+    return Path(row["label"]["path"] or row["id"])
+
+
+def image_of(row: dict[str, Any]) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of a row's image, from its file or its bytes.
+
+    Raises: DataError naming the file or the row when it cannot be read as an image.
+    """
     path, data = row["image"]["path"], row["image"]["bytes"]
     if data is None:
         return read_image(Path(path))

@@ -58,6 +58,7 @@ class Domain:
     homepage: str = ""
     folders: tuple[str, ...] = ()  # names its folder may have below the data root, and a folder inside that one
     label_maps: tuple[str, ...] = ()  # every map that fits its files, where there is a choice
+    legend: str = ""  # a JSON in its folder that names its values
     withheld: Mapping[str, str] = field(default_factory=dict)  # split that cannot be scored -> why
     aliases: tuple[str, ...] = ()
     severity: float | None = None  # streets only, from `name@severity`

@@ -15,7 +15,7 @@ from pathlib import Path
 from dgbench.data.domain import Domain, Layout, Split
 from dgbench.errors import DataError, unknown
 
-__all__ = ["DOMAINS", "RENDER_SIZE", "Domain", "Layout", "Split", "cache_root", "data_root", "lookup", "names"]
+__all__ = ["DOMAINS", "RENDER_SIZE", "Domain", "Layout", "Split", "built_in", "cache_root", "data_root", "lookup", "names"]
 
 STREETS_SPLITS = {"train": 4000, "val": 100}
 RENDER_SIZE = (256, 512)  # (H, W) where nothing else is asked for
@@ -235,7 +235,8 @@ _TABLE: tuple[Domain, ...] = (
         splits={s: Split(n, (Layout("official v2.0", f"{f}/images/*.jpg", (("/images/", "/v2.0/labels/"), (".jpg", ".png"))),))
                 for s, f, n in (("train", "training", 18000), ("val", "validation", 2000))},
         licence="CC BY-NC-SA 4.0", access="request", homepage="https://www.mapillary.com/dataset/vistas",
-        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"), withheld={"test": _SERVER},
+        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"), legend="config_v2.0.json",
+        withheld={"test": _SERVER},
     ),
     _acdc("*", 1600, 406), _acdc("fog", 400, 100), _acdc("night", 400, 106), _acdc("rain", 400, 100), _acdc("snow", 400, 100),
     Domain(
@@ -269,23 +270,48 @@ _TABLE: tuple[Domain, ...] = (
 DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 
 
-def names() -> tuple[str, ...]:
-    """Every domain's name, aliases left out."""
-    return tuple(DOMAINS)
+def names(root: Path | None = None) -> tuple[str, ...]:
+    """Every domain's name, aliases left out; those that a user declared in a file come last.
 
-
-def lookup(name: str) -> Domain:
-    """The row of a name or alias; `streets-fog@0.6` sets a severity in 0..1.
-
-    Raises: DataError naming the nearest known domain, or what a severity may be.
+    Raises: DataError for a declaration that is wrong.
     """
+    return (*DOMAINS, *_declared(root))
+
+
+def built_in(name: str) -> Domain | None:
+    """The row of the table with this name or alias."""
+    return DOMAINS.get(name) or next((d for d in DOMAINS.values() if name in d.aliases), None)
+
+
+def lookup(name: str, root: Path | None = None) -> Domain:
+    """The row of a name, an alias or a YAML file; `streets-fog@0.6` sets a severity in 0..1.
+
+    Raises: DataError naming the nearest known domain, or what a severity may be, or what is wrong with a declaration.
+    """
+    if name.endswith((".yaml", ".yml")):
+        from dgbench.data.custom import load
+
+        return load(Path(name))
     base, at, suffix = name.partition("@")
-    row = DOMAINS.get(base) or next((d for d in DOMAINS.values() if base in d.aliases), None)
+    row = built_in(base)
     if row is None:
-        raise DataError(*unknown("domain", base, [*DOMAINS, *(a for d in DOMAINS.values() for a in d.aliases)]))
+        from dgbench.data.custom import build, discover, find
+
+        if (declared := find(base, root)) is None:
+            known = [*DOMAINS, *(a for d in DOMAINS.values() for a in d.aliases), *discover(root)]
+            raise DataError(*unknown("domain", base, known))
+        row = build(declared.name, declared.spec)
     if not at:
         return row
     return _with_severity(row, suffix)
+
+
+def _declared(root: Path | None) -> tuple[str, ...]:
+    if "DGBENCH_DOMAINS" not in os.environ and not (data_root(root) / "domains").is_dir():
+        return ()  # reading declarations takes pydantic, which completion need not wait for
+    from dgbench.data.custom import discover
+
+    return tuple(discover(root))
 
 
 def _with_severity(row: Domain, text: str) -> Domain:

@@ -73,13 +73,18 @@ def index(domain: Domain, split: str, root: Path | None = None) -> Index:
 
     Raises: DataError if the folder or every pair is missing.
     """
-    import datasets
-
     found = find(domain, split, root)
     if not len(found):
         raise _no_pairs(found)
+    return Index(found, rows_of(found))
+
+
+def rows_of(found: Found) -> datasets.Dataset:
+    """The pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
+    import datasets
+
     if found.rows:
-        return Index(found, datasets.load_from_disk(found.folder / HUB / split))
+        return datasets.load_from_disk(found.folder / HUB / found.split)
     features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
                                   "label": datasets.Image(decode=False)})  # fmt: skip
     columns = {
@@ -87,7 +92,7 @@ def index(domain: Domain, split: str, root: Path | None = None) -> Index:
         "image": [{"path": str(found.folder / image), "bytes": None} for image, _ in found.pairs],
         "label": [{"path": str(found.folder / label), "bytes": None} for _, label in found.pairs],
     }
-    return Index(found, datasets.Dataset.from_dict(columns, features=features))
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def find(domain: Domain, split: str, root: Path | None = None) -> Found:

@@ -79,7 +79,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
     names = list(targets) if targets is not None else list(recipe.data.targets)
-    domains = [lookup(name).name for name in names]  # every name is checked before any time is spent
+    domains = [lookup(name, root).name for name in names]  # every name is checked before any time is spent
     if include_source and "val" in lookup(recipe.data.source).splits:
         domains = [recipe.data.source, *(d for d in domains if d != recipe.data.source)]
     if not domains:
@@ -92,7 +92,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
             root=root,
             size=recipe.data.size,
             limit=recipe.data.val_images,
-            label_map=protocol.label_map(rules, lookup(d)),
+            label_map=protocol.label_map(rules, lookup(d, root)),
         )
         for d in domains
     ]
