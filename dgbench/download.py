@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
             if order.tree is None:
                 stack.enter_context(order.stage.locked())
         orders.ask_servers(moving, transfer)
-        if wanted:
+        if moving:
             _check_room_and_terms(wanted, towers, root, options)
         rows: list[Fetched | Stored] = list(_towers(towers, options.bars))
         acquire(moving, Work(transfer, options.bars, options.patience, options.jobs, again), problems)
@@ -132,32 +132,31 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
 def _worked_out(names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None) -> tuple[list[str], list[Order]]:
     """The towers among the names, and an order for each domain."""
     given.check(options.from_paths)
-    folders = {alias: row for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases)}
+    root = domains.data_root(options.root)
     towers, rows = [], []
     for name in dict.fromkeys(names):
-        if name.partition("@")[0] not in folders:
-            towers.append(_tower(name, folders))
+        if domains.built_in(name.partition("@")[0]) is None:
+            towers.append(_tower(name, root))
             continue
         row = domains.lookup(name)
         if row.procedural:
             raise DataError(f"`{row.name}` is rendered here: there is nothing to download", f"dgbench data show {row.base}")
         rows.append(row)
-    root = domains.data_root(options.root)
     wanted: dict[Path, Order] = {}
     for row in rows:
         order = orders.domain_order(row, source(row.name), root, options.from_paths, options.mirror, options.revision)
         wanted.setdefault(order.stage.target, order)  # acdc and acdc-fog are one folder
     if wish is not None:
         name, what = wish
-        if name in folders or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-            taken = name in folders
+        if domains.built_in(name) is not None or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+            taken = domains.built_in(name) is not None
             why = "there is one of that name" if taken else "use letters a-z, digits, - and _ only"
             raise DataError(f"`{name}` cannot be the name of a new domain: {why}", "choose another with --as")
         wanted[root / name] = orders.hub_order(name, what, root)
     return towers, list(wanted.values())
 
 
-def _tower(name: str, folders: Iterable[str]) -> str:
+def _tower(name: str, root: Path) -> str:
     # here and not above: importing towers takes seconds that domains do not need
     from mfuser.encoders import tower
     from mfuser.pretrained import WEIGHTS, files
@@ -165,7 +164,11 @@ def _tower(name: str, folders: Iterable[str]) -> str:
     if name in WEIGHTS:
         return name
     if not name.startswith("timm:"):
-        raise DgbenchError(*unknown("tower or domain", name, [*WEIGHTS, *folders]))
+        if name in domains.names(root):
+            raise DataError(f"`{name}` is a domain of your own: its declaration does not say where its files come from",
+                            f"put them into {root}, or fetch a set of the Hub with --hub")  # fmt: skip
+        known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
+        raise DgbenchError(*unknown("tower or domain", name, [*WEIGHTS, *known]))
     try:
         tower(name), files(name)
     except ValueError as error:
@@ -245,7 +248,8 @@ def _checked(manifest: Manifest | None) -> str | None:
 
 def _by_hand(order: Order) -> DataError:
     assert order.source is not None
-    steps = "\n".join(f"  {n}. {step}" for n, step in enumerate((*order.source.steps, by_hand_hint(order.name)), 1))
+    last = f"run: dgbench download {order.name} --from FOLDER, the folder that your browser downloads to"
+    steps = "\n".join(f"  {n}. {step}" for n, step in enumerate((*order.source.steps, last), 1))
     missing = ", ".join(a.name for a in order.wanted)
     waiting = ", ".join(receipt.name for receipt in order.stage.receipts())
     kept = f"; unpacked already and waiting for it: {waiting}" if waiting else ""

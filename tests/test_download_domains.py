@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -152,6 +153,36 @@ def test_a_terminal_is_asked(answer: str, state: int, mirror: Server, data: Path
     assert process.returncode == state, told
     assert "Dark Zurich: for research, teaching" in told
     assert (data / "dark-zurich").is_dir() is (state == 0)
+
+
+def test_a_log_has_a_line_when_a_file_begins_and_ends(mirror: Server, data: Path) -> None:
+    size = len(dark_zurich()["Dark_Zurich_val_anon.zip"])
+    lines = run(data, "dark-zurich", "--mirror", mirror.url, "--yes").stderr.splitlines()
+    assert lines[0].split() == ["name", "state", "files", "size", "licence"]
+    assert f"Dark_Zurich_val_anon.zip: {size} B" in lines
+    assert f"Dark_Zurich_val_anon.zip: {size} B in 0s" in lines
+    assert any(line.startswith("unpacking Dark_Zurich_val_anon.zip: ") and line.endswith(" in 0s") for line in lines)
+    assert run(data, "gta5", "--mirror", mirror.url, "--yes", "--quiet").stderr == ""
+
+
+def test_a_terminal_shows_a_bar_for_each_file(mirror: Server, data: Path) -> None:
+    mirror.bytes_per_second = 10_000
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "dgbench", "download", "acdc", "--mirror", mirror.url, "--root", str(data), "--yes"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment(TERM="xterm", COLUMNS="100"))
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 65536):
+            shown += block
+    except OSError:  # how Linux tells that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, shown
+    text = shown.decode()
+    assert re.search(r"gt_trainval.zip +\S*━", text)
+    assert re.search(r"rgb_anon_trainvaltest.zip +\S*━.* kB/s", text)
+    assert text.count("rgb_anon_trainvaltest.zip") > 2  # it moved
 
 
 def test_no_room_is_told_before_any_byte(mirror: Server, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

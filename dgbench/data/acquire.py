@@ -237,4 +237,4 @@ def _link(order: Order) -> None:
 
 def by_hand_hint(name: str) -> str:
     """What a user can do who would rather download in a browser."""
-    return f"download it in a browser and run: dgbench download {name} --from FOLDER"
+    return f"download it in a browser, then run: dgbench download {name} --from FOLDER"

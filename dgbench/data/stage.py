@@ -117,6 +117,8 @@ class Stage:
         """
         from filelock import FileLock, Timeout
 
+        root = self.home.parent.parent
+        new_root = not root.exists()
         self.home.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.home.with_name(f"{self.home.name}.lock"), timeout=0)
         try:
@@ -130,6 +132,8 @@ class Stage:
             with contextlib.suppress(OSError):
                 Path(lock.lock_file).unlink(missing_ok=True)
                 self.home.parent.rmdir()
+                if new_root:
+                    root.rmdir()
 
     def archive(self, name: str) -> Path:
         """Where an archive of this name is transferred to."""

@@ -53,7 +53,7 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         return
     with ExitStack() as stack:
         joined = _Joined([stack.enter_context(volume.open("rb")) for volume in files])
-        archive = stack.enter_context(zipfile.ZipFile(io.BufferedReader(joined)))
+        archive = stack.enter_context(zipfile.ZipFile(io.BufferedReader(joined, 1 << 20)))
         shift = archive.start_dir - joined.directory  # what zipfile took every offset to be short of
         for info in archive.filelist:
             info.header_offset += joined.starts[info.volume] - shift
