@@ -113,8 +113,10 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     transfer = Transfer(options.patience, options.bars.advance, options.bars.note)
     with ExitStack() as stack:
         stack.callback(transfer.close)
-        for order in moving:
-            if order.tree is None:
+        for order in wanted:
+            if order.here and read_manifest(order.stage.target):
+                order.stage.sweep()
+            elif order in moving and order.tree is None:
                 stack.enter_context(order.stage.locked())
         orders.ask_servers(moving, transfer)
         if moving:

@@ -52,18 +52,19 @@ def archives_for(source: Source, paths: Sequence[Path]) -> list[Given]:
     return found
 
 
-def tree_for(row: Domain, source: Source | None, paths: Sequence[Path]) -> Path | None:
-    """The folder in or just below the given ones that holds a domain's official layout, or bears its name."""
-    below = [child for path in paths if path.is_dir() for child in sorted(path.iterdir()) if child.is_dir()]
+def trees(row: Domain, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Folders that may hold a domain unpacked: those given, and those just below that bear its name, the inner ones first."""
     folders = [path for path in paths if path.is_dir()]
-    named = [child for child in below if child.name in row.folders]
+    named = [child for path in folders for child in sorted(path.iterdir()) if child.is_dir() and child.name in row.folders]
     # bdd100k/bdd100k: some archives repeat the name
     inner = [child / child.name for child in [*named, *folders] if (child / child.name).is_dir()]
-    if source is not None and source.archives:
-        for folder in [*folders, *named, *inner, *below]:
-            if all(holds(folder, archive) for archive in source.archives if archive.needed):
-                return folder
-    return next(iter([*inner, *named]), None)
+    return folders, [*inner, *named]
+
+
+def holds_all(folder: Path, source: Source) -> bool:
+    """Whether a folder holds what all archives of a source give."""
+    needed = [archive for archive in source.archives if archive.needed]
+    return bool(needed) and all(holds(folder, archive) for archive in needed)
 
 
 def holds(folder: Path, archive: Archive) -> bool:

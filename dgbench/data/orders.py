@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import re
 import shutil
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -168,13 +169,16 @@ def domain_order(
         order.here = bool(order.note)
     if order.here:
         return order
-    if from_paths and (tree := given.tree_for(row, source, from_paths)) is not None:
-        order.tree = tree
-        return order
-    if source is None:
+    folders, named = given.trees(row, from_paths)
+    if source is not None:
+        order.tree = next((folder for folder in [*folders, *named] if given.holds_all(folder, source)), None)
+        if order.tree is None and order.wish is None:
+            _find_archives(order, source, from_paths, mirror)
+    if order.tree is None and not order.given:
+        # a layout that is known though it is not the official one; a folder of the name that holds none is told of
+        order.tree = next((folder for folder in [*folders, *named] if _readable_at(row, folder)), next(iter(named), None))
+    if source is None and order.tree is None:
         raise DataError(f"nobody is known to hand out `{row.name}`", f"put its files into {target}; see {row.homepage}")
-    if order.wish is None:
-        _find_archives(order, source, from_paths, mirror)
     return order
 
 
@@ -266,5 +270,14 @@ def readable(row: Domain, root: Path) -> str:
             return ""
         if not len(there):
             return ""
-        told.append(f"{split} {len(there):,} ({there.layout.name})")
-    return ", ".join(told)
+        of = f" of {there.expected:,}" if there.expected > len(there) else ""
+        told.append(f"{split} {len(there):,}{of} ({there.layout.name})")
+    return ", ".join(told) + (
+        "; to get the set whole, move the folder away first" if any(" of " in text for text in told) else ""
+    )
+
+
+def _readable_at(row: Domain, folder: Path) -> bool:
+    with tempfile.TemporaryDirectory() as apart:
+        Path(apart, row.folders[0]).symlink_to(folder.resolve(), target_is_directory=True)
+        return bool(readable(row, Path(apart)))

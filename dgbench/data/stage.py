@@ -106,6 +106,7 @@ class Stage:
         real = target.resolve()
         self.home = real.parent / _HIDDEN / real.name
         self._real = real
+        self._lock = self.home.with_name(f"{real.name}.lock")
         self._parts = self.home / "parts"
         self._tree = self.home / "tree"
 
@@ -120,7 +121,7 @@ class Stage:
         root = self.home.parent.parent
         new_root = not root.exists()
         self.home.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.home.with_name(f"{self.home.name}.lock"), timeout=0)
+        lock = FileLock(self._lock, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -130,7 +131,7 @@ class Stage:
         finally:
             lock.release()
             with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink(missing_ok=True)
+                self._lock.unlink(missing_ok=True)
                 self.home.parent.rmdir()
                 if new_root:
                     root.rmdir()
@@ -222,6 +223,9 @@ class Stage:
             {"schema": _SCHEMA, "domain": domain, "revision": revision, "dgbench": __version__,
              "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "archives": [asdict(r) for r in manifest.receipts]}
         )  # fmt: skip
+        for folder in (self.tree, self._real):
+            for left in folder.glob(f".{MANIFEST}.*.tmp"):  # of a try that was killed
+                left.unlink()
         if not self._real.exists() or not any(self._real.iterdir()):
             atomic.write(self.tree / MANIFEST, text)
             if self._real.exists():
@@ -231,7 +235,7 @@ class Stage:
             atomic.sync_folder(self._real.parent)
         else:
             self._check_clashes(before)
-            atomic.write(self._real / UNFINISHED, "dgbench download is adding files to this folder; run it again to finish\n")
+            (self._real / UNFINISHED).write_text("dgbench download is adding files to this folder; run it again to finish\n")
             _merge(self.tree, self._real, overwrite=True)
             atomic.write(self._real / MANIFEST, text)
             (self._real / UNFINISHED).unlink()
@@ -241,6 +245,14 @@ class Stage:
     def clear(self) -> None:
         """Remove the workshop."""
         archives.remove(self.home)
+
+    def sweep(self) -> None:
+        """Remove what a try left that was killed when its folder was in place already."""
+        if self.home.exists() or self._lock.exists():
+            with contextlib.suppress(DataError), self.locked():
+                self.clear()
+        with contextlib.suppress(OSError):
+            self.home.parent.rmdir()
 
     def _receipt_path(self, name: str) -> Path:
         return self._parts / f"{name}.receipt.json"
