@@ -24,9 +24,11 @@ from small_sets import OFFICIAL, acdc, bdd100k, cityscapes, dark_zurich, gta5, l
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.domain import UNFINISHED
 from dgbench.data.domains import lookup
 from dgbench.data.index import find
-from dgbench.data.stage import MANIFEST, UNFINISHED, Stage, read_manifest
+from dgbench.data.stage import MANIFEST, Stage, read_manifest
+from dgbench.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 
@@ -587,6 +589,8 @@ def test_an_interrupted_addition_is_not_read_and_is_finished(mirror: Server, dat
     refused(run(data, "acdc", "--mirror", mirror.url, "--yes"))
     (data / "acdc" / UNFINISHED).write_text("")  # as a kill in the middle of adding leaves it
     (data / "acdc" / "gt/fog/val/GP01").mkdir(parents=True)
+    with pytest.raises(DataError, match="files are being added to"):
+        find(lookup("acdc"), "val", data)
     plan: dict[str, Any] = json.loads(done(run(data, "acdc", "--mirror", mirror.url, "--dry-run", "--json")))
     assert plan["needs"][0]["state"] == "to fetch"
     done(run(data, "acdc", "--mirror", mirror.url, "--yes"))

@@ -12,6 +12,8 @@ from dgbench.errors import DataError
 if TYPE_CHECKING:
     from dgbench.data.labels import LabelMap
 
+UNFINISHED = ".dgbench-incomplete"  # a file in a domain's folder while `dgbench download` is adding others to it
+
 Role = Literal["source", "target", "both"]
 Access = Literal["procedural", "open", "account", "request", "own"]
 

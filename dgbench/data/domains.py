@@ -271,7 +271,7 @@ DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 
 
 def names(root: Path | None = None) -> tuple[str, ...]:
-    """Every domain's name, aliases left out; those that a user declared in a file come last.
+    """Every domain's name, aliases left out; those that a user declared in a file, or fetched from a Hub, come last.
 
     Raises: DataError for a declaration that is wrong.
     """
@@ -295,23 +295,27 @@ def lookup(name: str, root: Path | None = None) -> Domain:
     base, at, suffix = name.partition("@")
     row = built_in(base)
     if row is None:
-        from dgbench.data.custom import build, discover, find
+        from dgbench.data import custom, hub_sets
 
-        if (declared := find(base, root)) is None:
-            known = [*DOMAINS, *(a for d in DOMAINS.values() for a in d.aliases), *discover(root)]
+        declared = custom.find(base, root)
+        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(base, data_root(root))
+        if row is None:
+            known = [*names(root), *(a for d in DOMAINS.values() for a in d.aliases)]
             raise DataError(*unknown("domain", base, known))
-        row = build(declared.name, declared.spec)
     if not at:
         return row
     return _with_severity(row, suffix)
 
 
 def _declared(root: Path | None) -> tuple[str, ...]:
+    from dgbench.data import hub_sets
+
+    fetched = tuple(name for name in hub_sets.names(data_root(root)) if built_in(name) is None)
     if "DGBENCH_DOMAINS" not in os.environ and not (data_root(root) / "domains").is_dir():
-        return ()  # reading declarations takes pydantic, which completion need not wait for
+        return fetched  # reading declarations takes pydantic, which completion need not wait for
     from dgbench.data.custom import discover
 
-    return tuple(discover(root))
+    return tuple(dict.fromkeys((*discover(root), *fetched)))
 
 
 def _with_severity(row: Domain, text: str) -> Domain:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgbench.data import archives
-from dgbench.data.domains import Domain
+from dgbench.data.domain import Domain
 from dgbench.data.sources import Archive, Source, matches
 from dgbench.errors import DataError
 

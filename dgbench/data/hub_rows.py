@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from dgbench import atomic
 from dgbench.data.hub_files import Listed
-from dgbench.data.index import HUB
+from dgbench.data.hub_sets import HUB, SOURCE
 from dgbench.errors import DataError, unknown
 
 if TYPE_CHECKING:
     import datasets
-
-SOURCE = f"{HUB}/source.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +59,6 @@ def read(folder: Path) -> HubSet | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder / SOURCE} cannot be read: {error}", f"remove {folder} and download the set again") from None
-
-
-def found(root: Path) -> dict[str, HubSet]:
-    """The sets of the user's below a data root, by name."""
-    sets = {path.parents[1].name: read(path.parents[1]) for path in sorted(root.glob(f"*/{SOURCE}"))}
-    return {name: hub for name, hub in sets.items() if hub is not None}
 
 
 def rows(folder: Path, split: str) -> datasets.Dataset:

@@ -7,7 +7,6 @@ whether the files lie in folders (paths) or in rows that were fetched from a Hub
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from dgbench.data.domain import Domain, Layout
+from dgbench.data import hub_sets
+from dgbench.data.domain import UNFINISHED, Domain, Layout
 from dgbench.data.domains import data_root
 from dgbench.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
-
-HUB = "hub"  # folder, inside a domain's, of rows that were fetched from a Hub: <split>/ of datasets' own, and source.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Found:
         split = self.domain.splits[self.split]
         count = self.layout.count or split.count
         if count is None:
-            return len(self) + len(self.unlabelled)
+            return len(self)
         lost = len(self.left_out) + sum(1 for image in self.unlabelled if stem(image) in split.known_bad)
         return max(len(self), count - lost)
 
@@ -84,7 +82,7 @@ def rows_of(found: Found) -> datasets.Dataset:
     import datasets
 
     if found.rows:
-        return datasets.load_from_disk(found.folder / HUB / found.split)
+        return datasets.load_from_disk(found.folder / found.layout.images)
     features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
                                   "label": datasets.Image(decode=False)})  # fmt: skip
     columns = {
@@ -104,6 +102,9 @@ def find(domain: Domain, split: str, root: Path | None = None) -> Found:
     base = data_root(root)
     best: Found | None = None
     for folder in domain.roots(base):
+        if (folder / UNFINISHED).exists():
+            raise DataError(f"files are being added to {folder}, or that was interrupted",
+                            f"wait until it ends, or finish it: dgbench download {domain.name}")  # fmt: skip
         files = _Files(folder)
         for layout in domain.splits[split].layouts:
             here = _in_layout(domain, split, layout, files)
@@ -167,26 +168,28 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = cache(self._names)
+        self.listed = cache(self._listed)
 
-    def _names(self, relative: str) -> frozenset[str]:
+    def _listed(self, relative: str) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of everything in a folder, and of the folders among them."""
         try:
             # names that start with a dot are other programs' companions of a file
-            return frozenset(entry.name for entry in os.scandir(self.folder / relative) if not entry.name.startswith("."))
+            entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
+            entries = []
+        return frozenset(e.name for e in entries), frozenset(e.name for e in entries if e.is_dir())
 
     def has(self, path: str) -> bool:
         parent, _, name = path.rpartition("/")
-        return name in self.names(parent)
+        return name in self.listed(parent)[0]
 
     def matching(self, pattern: str) -> list[str]:
         """The paths that match a glob, sorted; `*` does not cross a `/`."""
         return sorted(self._walk("", pattern.split("/")))
 
     def _walk(self, parent: str, parts: Sequence[str]) -> Iterator[str]:
-        names = self.names(parent)
         first, rest = parts[0], parts[1:]
+        names = self.listed(parent)[1 if rest else 0]
         matched = fnmatch.filter(names, first) if any(c in first for c in "*?[") else [first] * (first in names)
         for name in matched:
             path = f"{parent}/{name}" if parent else name
@@ -213,36 +216,41 @@ def _in_layout(domain: Domain, split: str, layout: Layout, files: _Files) -> Fou
 
 
 def _in_hub(domain: Domain, split: str, folder: Path) -> Found | None:
-    """Rows that `dgbench download --hub` left: datasets' own folder a split, and a JSON that says how to read them."""
-    state, source = folder / HUB / split / "dataset_info.json", folder / HUB / "source.json"
-    if not (state.is_file() and source.is_file()):
+    layout = hub_sets.layout(folder, split)
+    if layout is None:
         return None
     import datasets
 
     try:
-        told = json.loads(source.read_text(encoding="utf-8"))
-        name, revision = f"{told['repository']}", f"hub {told['repository']}@{told['revision']}"
-        layout = Layout(f"Hub rows of {name}", f"{HUB}/{split}", (), told["encoding"], told.get("label_map"), revision=revision)
-        rows = len(datasets.load_from_disk(state.parent))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{source.parent} is damaged: {error}", "remove it and download it again") from None
+        rows = len(datasets.load_from_disk(folder / layout.images))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / layout.images} is damaged: {error}", f"remove {folder} and download it again") from None
     return Found(domain, split, folder, layout, rows=rows)
 
 
 def _not_here(domain: Domain, split: str, root: Path) -> DataError:
-    first = domain.splits[split].layouts[0]
-    folder = domain.root(root)
+    layouts = domain.splits[split].layouts
+    if not layouts:
+        return DataError(f"`{domain.name}` {split} is not below {root} any more", "fetch it again: dgbench download --hub")
+    first, folder = layouts[0], domain.root(root)
+    if folder is None and domain.access == "own":
+        return DataError(
+            f"`{domain.name}` is not on this disk: no folder {root / domain.folders[0]}",
+            "its declaration says `folder`: below the data root, or an absolute path",
+        )
     if folder is None:
         return DataError(
             f"`{domain.name}` is not on this disk: no folder {' or '.join(f'`{f}`' for f in domain.folders)} in {root}",
             f"get it from {domain.homepage} ({domain.access}) so that `{root / domain.folders[0] / first.images}` "
             "finds its images, or point --root or DGBENCH_DATA at the folder that holds it",
         )
-    others = {layout.images: None for layout in domain.splits[split].layouts[1:] if layout.images != first.images}
+    others = {layout.images: None for layout in layouts[1:] if layout.images != first.images}
     also = f", nor {' nor '.join(others)}" if others else ""
     return DataError(
         f"`{domain.name}` {split}: no image matches {folder / first.images}{also}",
-        f"unpack the official archives into {folder} without renaming; see {domain.homepage}",
+        f"unpack the official archives into {folder} without renaming; see {domain.homepage}"
+        if domain.access != "own"
+        else "its declaration says `images`: a glob below its folder, whose `*` does not cross a `/`",
     )
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from dgbench.data import archives, domains, given, hub_rows
-from dgbench.data.domains import Domain
+from dgbench.data.domain import UNFINISHED, Domain
 from dgbench.data.given import Given
 from dgbench.data.hub_files import Listed, listing
 from dgbench.data.hub_rows import HubWish
 from dgbench.data.index import find
 from dgbench.data.sources import Archive, Source, Way
-from dgbench.data.stage import UNFINISHED, Stage, read_manifest
+from dgbench.data.stage import Stage, read_manifest
 from dgbench.data.transfer import Transfer
 from dgbench.errors import DataError
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from dgbench import __version__, atomic
 from dgbench.data import archives
+from dgbench.data.domain import UNFINISHED
 from dgbench.data.transfer import FULL, FullDiskError
 from dgbench.errors import DataError
 
 MANIFEST = "dgbench-manifest.json"
-UNFINISHED = ".dgbench-incomplete"
 _HIDDEN = ".dgbench-download"
 _SCHEMA = 1
 

@@ -158,7 +158,7 @@ def _look(found: Found, label_map: LabelMap | None, row: dict[str, Any]) -> _Loo
         pixels = image_of(row)
         size, one_color = pixels.shape[:2], bool((pixels == pixels[0, 0]).all())
     except DataError as error:
-        problems.append(Problem("unreadable", image, error.message.removeprefix(f"{row['image']['path']} ")))
+        problems.append(Problem("unreadable", image, error.message.removeprefix(f"{row['image']['path'] or image} ")))
     try:
         any_map = label_map or LabelMap("", {}, frozenset())
         stored = read_stored(path, any_map, found.layout.encoding, row["label"]["bytes"])

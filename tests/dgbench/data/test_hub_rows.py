@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from dgbench import cli
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import lookup
-from dgbench.data.hub_rows import columns_of, found, rows
+from dgbench.data.hub_rows import columns_of, read, rows
 from dgbench.data.index import find
 from dgbench.data.stage import read_manifest
 from dgbench.errors import DataError
@@ -133,7 +133,9 @@ def test_loose_files_are_paired_by_their_stars(hub: Hub, data: Path) -> None:
 def test_a_fetched_set_is_a_domain(hub: Hub, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DGBENCH_DATA", str(data))
     done(run(data, "--hub", "someone/Streets", *COLUMNS, "--as", "mine", "--yes"))
-    assert found(data)["mine"].splits == {"train": 5, "val": 3}
+    told = read(data / "mine")
+    assert told is not None
+    assert told.splits == {"train": 5, "val": 3}
     dataset = SegDataset("mine", "val")
     assert len(dataset) == 3
     assert np.array_equal(dataset[1].image, Image.open(io.BytesIO(PAIRS["validation"][1][0])))
