@@ -510,6 +510,13 @@ def test_mapillary_comes_in_volumes(data: Path, tmp_path: Path) -> None:
     assert counts("mapillary", data) == {"train": 1, "val": 1}
 
 
+def test_a_set_that_lies_in_the_folder_of_another_is_here(data: Path, tmp_path: Path) -> None:
+    downloads = written(mapillary("v2.0"), tmp_path / "Downloads")
+    done(run(data, "mapillary", "--from", str(downloads)))
+    row = json.loads(done(run(data, "mapillary-v2", "--json")))[0]
+    assert (row["state"], row["folder"]) == ("here", str(data / "mapillary"))
+
+
 @pytest.mark.parametrize("given", ["", "..", "inner"])
 def test_an_unpacked_tree_is_linked(given: str, data: Path, tmp_path: Path) -> None:
     place = tmp_path / "disk" / ("cityscapes/cityscapes" if given == "inner" else "cityscapes")

@@ -227,8 +227,8 @@ def _link(order: Order) -> None:
                         f"move it away; then it can point at {tree}")  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(tree, target_is_directory=True)
-    order.note = orders.readable(domains.lookup(order.name), target.parent)
-    if not order.note:
+    order.note, folder = orders.readable(domains.lookup(order.name), target.parent)
+    if folder is None:
         target.unlink()
         raise DataError(f"{tree} does not hold `{order.name}` in a layout that is known",
                         f"docs/data.md lists the layouts; {order.page} has the official files")  # fmt: skip

@@ -165,8 +165,9 @@ def domain_order(
         in_place = manifest.covered() - manifest.lost(target) if manifest else set()
         order.here = manifest is not None and {a.name for a in needed} <= in_place
     if not order.here and manifest is None and not (target / UNFINISHED).exists():
-        order.note = readable(row, root)
-        order.here = bool(order.note)
+        order.note, folder = readable(row, root)
+        order.here = folder is not None
+        order.stage = Stage(folder or target)
     if order.here:
         return order
     folders, named = given.trees(row, from_paths)
@@ -260,24 +261,23 @@ def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: i
     return Plan(needs, sum(moving), sum(o.room(at_once) for o in orders), shutil.disk_usage(place).free, str(place))
 
 
-def readable(row: Domain, root: Path) -> str:
-    """What can be read of a domain's splits from files that are there; "" if one of them is missing."""
-    told = []
+def readable(row: Domain, root: Path) -> tuple[str, Path | None]:
+    """What can be read of a domain's splits from files that are there, and from which folder; None if a split is missing."""
+    told, whole, folder = [], True, None
     for split in [split for split in row.splits if split in ("train", "val")]:
         try:
             there = find(row, split, root)
         except DataError:
-            return ""
+            return "", None
         if not len(there):
-            return ""
-        of = f" of {there.expected:,}" if there.expected > len(there) else ""
-        told.append(f"{split} {len(there):,}{of} ({there.layout.name})")
-    return ", ".join(told) + (
-        "; to get the set whole, move the folder away first" if any(" of " in text for text in told) else ""
-    )
+            return "", None
+        folder, short = there.folder, there.expected > len(there)
+        whole = whole and not short
+        told.append(f"{split} {len(there):,}{f' of {there.expected:,}' if short else ''} ({there.layout.name})")
+    return ", ".join(told) + ("" if whole else "; to get the set whole, move the folder away first"), folder
 
 
 def _readable_at(row: Domain, folder: Path) -> bool:
     with tempfile.TemporaryDirectory() as apart:
         Path(apart, row.folders[0]).symlink_to(folder.resolve(), target_is_directory=True)
-        return bool(readable(row, Path(apart)))
+        return readable(row, Path(apart))[1] is not None
