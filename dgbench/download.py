@@ -245,7 +245,9 @@ def _checked(manifest: Manifest | None) -> str | None:
         return "size, sha256 of large files"
     known = sum(receipt.md5 is not None for receipt in manifest.receipts)
     others = len(manifest.receipts) - known
-    return " and ".join([f"md5 of {known}"] * bool(known) + [f"size of {others}"] * bool(others)) + " archives"
+    # the checksums inside archives were looked at in any case
+    told = [f"{what} of {n} archive{'s' * (n > 1)}" for what, n in (("md5", known), ("size", others)) if n]
+    return ", ".join(told)
 
 
 def _by_hand(order: Order) -> DataError:
