@@ -171,10 +171,13 @@ def _warn_on_stderr() -> None:
 
 
 def _domain_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    from dgbench.data.domains import names
+    from dgbench.data.domains import DOMAINS, names
 
     given = ctx.params.get("targets") or ()
-    return [name for name in names() if name.startswith(incomplete) and name not in given]
+    known: Sequence[str] = tuple(DOMAINS)
+    with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
+        known = names()
+    return [name for name in known if name.startswith(incomplete) and name not in given]
 
 
 def _keys(incomplete: str) -> list[str]:
@@ -200,16 +203,29 @@ def _runs(incomplete: str) -> list[str]:
 
 # ---- options that mean the same everywhere
 
+
+def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
+    """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
+    if folder is not None and not ctx.resilient_parsing:
+        before = os.environ.get("DGBENCH_DATA")
+        os.environ["DGBENCH_DATA"] = str(folder)
+        ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
+    return folder
+
+
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
+RootOpt = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
+]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,
     typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=_domain_names),
 ]
-SplitOpt = Annotated[str, typer.Option(metavar="NAME", help="train or val.")]
+SplitOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Default: val, else the first that the domain has.")]
+LabelMapOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.")]
 DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=_domain_names)]
 
 app = typer.Typer(
@@ -220,7 +236,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(cls=Program, help="List domains, look at them, count their classes.", no_args_is_help=True)
+data = typer.Typer(cls=Program, help="List domains, look at them, verify their files, count their classes.", no_args_is_help=True)
 app.add_typer(data, name="data", rich_help_panel="Get")
 kernels = typer.Typer(cls=Program, help="List the operators' backends, build the CUDA kernels, time them.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels", rich_help_panel="Get")
@@ -241,19 +257,85 @@ def _dgbench(
     """Train on one domain, score on domains never seen."""
 
 
-@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench download dinov2_l eva02")
+@app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench download cityscapes gta5 bdd acdc --dry-run")
 def download(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Towers, see `dgbench models`.")],
+    ctx: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Domains and towers, see `data list` and `models`.", autocompletion=_domain_names),
+    ] = None,
+    from_paths: Annotated[
+        list[Path] | None,
+        typer.Option("--from", metavar="PATH...", help="What you have: archives, folders of them, an unpacked tree."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is needed and what is here.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept the terms of the data sets, which are shown.")] = False,
+    mirror: Annotated[
+        str | None, typer.Option(metavar="URL", help="Take archives from URL/<domain>/<archive> instead of the sites.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=32, metavar="COUNT", help="Archives at a time.")] = 4,
+    hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="A dataset of the Hub as a domain of your own.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART=COLUMN...", help="With --hub: image=COLUMN label=COLUMN, or globs of loose files."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Of a Hub repository; default: main as it is now.")
+    ] = None,
+    name_as: Annotated[str | None, typer.Option("--as", metavar="NAME", help="With --hub: the domain's name.")] = None,
+    encoding: Annotated[str, typer.Option(metavar="NAME", help="With --hub: how label files store their values.")] = "ids",
+    label_map: Annotated[str, typer.Option(metavar="NAME", help="With --hub: what the labels' values mean.")] = "train-ids",
+    split: Annotated[str, typer.Option(metavar="NAME", help="With --hub: what to call a set of loose files.")] = "val",
+    root: RootOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
-    """Fetch towers' published weights from the Hugging Face Hub and check them."""
+    """Fetch domains and towers: show what is needed, then transfer, check and unpack it; again to go on after a stop."""
+    from dgbench import download as downloads
     from dgbench import render
-    from dgbench.download import download as fetch
+    from dgbench.data.hub_rows import wish_of
 
-    with render.transfers(quiet=quiet) as progress:
-        fetched = fetch(names, progress)
-    render.show(fetched, as_json=as_json)
+    if hub is None and (columns or name_as):
+        raise typer.BadParameter("describes a repository: give it with --hub", ctx=ctx, param_hint="'--columns', '--as'")
+    if not names and hub is None:
+        raise typer.BadParameter("name a domain or a tower, or give --hub OWNER/NAME", ctx=ctx, param_hint="'NAME...'")
+    wish = wish_of(hub, columns or (), revision, name_as, encoding=encoding, label_map=label_map, split=split) if hub else None
+    given = {"--from": from_paths, "--mirror": mirror, "--root": root, "--hub": hub, "--columns": columns,
+             "--revision": revision, "--as": name_as}  # fmt: skip
+    with render.transfers(quiet=quiet) as bars:
+        options = downloads.Options(
+            root, tuple(from_paths or ()), mirror, revision, jobs, accept=yes, bars=bars,
+            ask=_accepts if sys.stdin.isatty() else None, command=_retyped("download", names or (), given),
+            show=render.tell if not quiet else lambda _plan: None,
+        )  # fmt: skip
+        if dry_run:
+            render.show(downloads.plan(names or (), options, wish), as_json=as_json)
+            return
+        outcome = downloads.download(names or (), options, wish)
+    if outcome.rows:
+        render.show(list(outcome.rows), as_json=as_json)
+    for problem in outcome.problems:
+        render.failure(problem.message, problem.hint)
+    if outcome.problems:
+        raise typer.Exit(1)
+
+
+def _accepts(terms: str) -> bool:
+    from dgbench import render
+
+    render.note(f"The owners ask of those who use these sets:\n{terms}")
+    return typer.confirm("Do you accept?", err=True)
+
+
+def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) -> str:
+    """The command for its user to type again."""
+    import shlex
+
+    words = ["dgbench", command, *names]
+    for flag, value in options.items():
+        if value:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 @app.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench models --json")
@@ -298,7 +380,8 @@ def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
 def data_show(
     domain: DomainArg,
     n: Annotated[int, typer.Option(min=1, metavar="COUNT", help="How many images.")] = 6,
-    split: SplitOpt = "val",
+    split: SplitOpt = None,
+    label_map: LabelMapOpt = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
     root: RootOpt = None,
     as_json: JsonOpt = False,
@@ -308,14 +391,16 @@ def data_show(
     from dgbench import render
     from dgbench.data.listing import sheet
 
-    render.show(sheet(domain, split, out, images=n, root=root, progress=render.progress(quiet=quiet)), as_json=as_json)
+    drawn = sheet(domain, split, out, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
+    render.show(drawn, as_json=as_json)
 
 
 @data.command("stats", cls=Command, epilog="Example: dgbench data stats streets-game --n 200")
 def data_stats(
     domain: DomainArg,
     n: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="Only the first images; default: all.")] = None,
-    split: SplitOpt = "val",
+    split: SplitOpt = None,
+    label_map: LabelMapOpt = None,
     root: RootOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -324,8 +409,34 @@ def data_stats(
     from dgbench import render
     from dgbench.data.listing import class_shares
 
-    shares = class_shares(domain, split, images=n, root=root, progress=render.progress(quiet=quiet))
+    shares = class_shares(domain, split, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
     render.show(shares, as_json=as_json)
+
+
+@data.command("verify", cls=Command, epilog="Example: dgbench data verify cityscapes bdd100k")
+def data_verify(
+    names: Annotated[
+        list[str], typer.Argument(metavar="DOMAIN...", help="See `dgbench data list`.", autocompletion=_domain_names)
+    ],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", metavar="NAME...", help="Default: of train and val what is on this disk.")
+    ] = None,
+    label_map: LabelMapOpt = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Fewer images than the complete split are all right.")] = False,
+    root: RootOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Read every file: pairs, sizes, label values against the map, classes; exit 1 if something is wrong."""
+    from dgbench import render
+    from dgbench.data.verify import splits_to_verify, verify
+
+    progress = render.progress(quiet=quiet)
+    wanted = [(name, split) for name in names for split in (splits or splits_to_verify(name, root))]
+    reports = [verify(name, split, root, label_map=label_map, progress=progress) for name, split in wanted]
+    render.show(reports, as_json=as_json)
+    if not all(report.ok and (partial or not report.n_missing) for report in reports):
+        raise typer.Exit(1)
 
 
 @kernels.command("list", cls=Command, epilog="Example: dgbench kernels list")

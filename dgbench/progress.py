@@ -21,13 +21,35 @@ class Progress(Protocol):
         """Say one line that stays on the screen."""
 
 
+class Bars(Protocol):
+    """Several transfers at once, each by its name; every method may be called from any thread."""
+
+    def begin(self, name: str, total: int | None, done: int = 0) -> None:
+        """Begin a transfer of `total` bytes, None where nobody says, of which `done` are there from an earlier try."""
+
+    def advance(self, name: str, n: int) -> None:
+        """`n` more bytes have come; fewer than none where a transfer began anew."""
+
+    def end(self, name: str) -> None:
+        """The transfer is over, complete or not."""
+
+    def note(self, text: str) -> None:
+        """Say one line that stays on the screen."""
+
+
 class Silent:
-    """A `Progress` that says nothing: the default of library calls, and `--quiet`."""
+    """A `Progress` and `Bars` that say nothing: the default of library calls, and `--quiet`."""
 
     def start(self, what: str, total: int, unit: str) -> None:
         """Say nothing."""
 
-    def advance(self, n: int = 1, **fields: float | str) -> None:
+    def advance(self, *_: object, **__: object) -> None:
+        """Say nothing."""
+
+    def begin(self, name: str, total: int | None, done: int = 0) -> None:
+        """Say nothing."""
+
+    def end(self, name: str) -> None:
         """Say nothing."""
 
     def stop(self) -> None:

@@ -11,19 +11,25 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dgbench.progress import Progress, Silent
+from dgbench.progress import Bars, Progress, Silent
 from dgbench.results import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
     from dgbench.data.listing import ClassShare, DomainState, Sheet
+    from dgbench.data.orders import Plan
+    from dgbench.data.verify import Report
     from dgbench.doctor import Check
+    from dgbench.download import Stored
     from dgbench.engine.convert import Converted
     from dgbench.engine.predict import Prediction
     from dgbench.kernels import Bench, Built, KernelList, TimedCase
@@ -75,6 +81,12 @@ def show(result: object, *, as_json: bool = False) -> None:
             _draw_rich(table, console)
         else:
             _write(plain(table))
+
+
+def tell(result: object) -> None:
+    """Print a typed result as text on stderr: what a command says before it does its work."""
+    for table in _TABLES[type(result).__name__](result):
+        note(plain(table))
 
 
 def plain(table: Table, width: int = WIDTH) -> str:
@@ -341,15 +353,78 @@ def _predictions(predictions: Sequence[Prediction]) -> list[Table]:
 def _domain_states(states: Sequence[DomainState]) -> list[Table]:
     rows = []
     for state in states:
-        counts = " / ".join(str(state.splits.get(split, ABSENT)) for split in ("train", "val"))
-        where = Cell("not here", "dim") if state.where is None else Cell(state.where)
-        rows.append((Cell(state.name), Cell(counts), Cell(state.size), Cell(state.access), Cell(state.licence), where))
+        counts = " / ".join(str(state.splits.get(split) or ABSENT) for split in ("train", "val"))
+        texts = (state.name, state.role, counts, state.size, state.access, state.licence or ABSENT)
+        rows.append((*map(Cell, texts), _on_disk(state)))
     legend = [
         "rendered: procedural, needs no files; a severity in 0..1 can be added: streets-fog@0.6.",
-        "Others are looked for in --root, else DGBENCH_DATA, else ./data.",
+        "Others are looked for in --root, else DGBENCH_DATA, else ./data; what is found is named by its layout.",
+        "Further splits, folders, label maps and homepages: --json.",
     ]
-    header = ("domain", "train / val", "W x H", "access", "licence", "where")
+    header = ("domain", "role", "train / val", "W x H", "access", "licence", "on this disk")
     return [Table("", header, tuple(rows), left=True, legend=tuple(legend))]
+
+
+def _on_disk(state: DomainState) -> Cell:
+    if state.where is None:
+        return Cell("not here", "dim")
+    if state.where == "rendered":
+        return Cell("rendered")
+    if not state.here:
+        return Cell(f"{state.where}: no files of it", "warn")
+    by_layout: dict[str, list[str]] = {}
+    for split, found in state.here.items():
+        some = "" if found.n_pairs == found.n_expected else f" {found.n_pairs} of {found.n_expected}"
+        by_layout.setdefault(found.layout, []).append(split + some)
+    complete = all(found.n_pairs == found.n_expected for found in state.here.values())
+    return Cell(
+        "; ".join(f"{', '.join(splits)}: {layout}" for layout, splits in by_layout.items()), "good" if complete else "warn"
+    )
+
+
+_LISTED = 20  # problems that are shown; JSON has all
+
+
+def _reports(reports: Sequence[Report]) -> list[Table]:
+    return [table for report in reports for table in (_verdict(report), _found_values(report)) if table.rows]
+
+
+def _verdict(report: Report) -> Table:
+    missing = f", {report.n_missing} missing" if report.n_missing else ""
+    sizes = [f"{size} ({n})" for size, n in list(report.sizes.items())[:4]]
+    more = [f"{len(report.sizes) - 4} more"] if len(report.sizes) > 4 else []
+    facts = [
+        ("folder", Cell(str(report.folder))),
+        ("layout", Cell(report.layout + (f": {report.note}" if report.note else ""))),
+        ("label map", Cell(report.label_map or "none is agreed on for these labels")),
+        ("pairs", Cell(f"{report.n_pairs}{missing}", "warn" if missing else "")),
+        ("sizes", Cell(", ".join([*sizes, *more]) or ABSENT)),
+    ]
+    if report.one_color:
+        some = ", ".join(report.one_color[:4]) + (", ..." if len(report.one_color) > 4 else "")
+        facts.append(("one colour", Cell(f"{len(report.one_color)}: {some}", "warn")))
+    facts += [("known bad", Cell(f"{file}: {why}", "dim")) for file, why in report.known_bad.items()]
+    shown = report.problems[:_LISTED]
+    facts += [(problem.kind, Cell(f"{problem.file}: {problem.detail}", "bad")) for problem in shown]
+    if rest := len(report.problems) - len(shown):
+        facts.append(("", Cell(f"and {rest} more problems: --json lists all", "bad")))
+    state = "no problems" if report.ok else f"{len(report.problems)} problems" if report.n_pairs else "no pairs"
+    rows = tuple((Cell(name), cell) for name, cell in facts)
+    return Table(f"{report.domain} {report.split}: {state}{missing}", ("", "found"), rows, left=True)
+
+
+def _found_values(report: Report) -> Table:
+    total = max(sum(value.pixels for value in report.values), 1)
+    rows = []
+    for value in report.values:
+        style: Literal["bad", "dim", ""] = "bad" if value.meaning == "unknown" and report.label_map else (
+            "dim" if value.meaning == "ignored" else "")  # fmt: skip
+        texts = (str(value.value), value.meaning, f"{100 * value.pixels / total:.2f}", str(value.images))
+        rows.append(tuple(Cell(text, style) for text in texts))
+    legend = ["pixels: % of all pixels. images: in how many the value occurs."]
+    if absent := [name for name, n in report.n_images.items() if not n]:
+        legend.append(f"Classes that do not occur: {', '.join(absent)}.")
+    return Table("", ("value", "meaning", "pixels", "images"), tuple(rows), keys=2, legend=tuple(legend))
 
 
 def _class_shares(shares: Sequence[ClassShare]) -> list[Table]:
@@ -387,6 +462,13 @@ def _models(models: Sequence[Model]) -> list[Table]:
     return [Table("", header, tuple(rows), left=True, legend=legend)]
 
 
+def _downloaded(rows: Sequence[Fetched | Stored]) -> list[Table]:
+    """Towers and domains, a table each."""
+    towers = [row for row in rows if hasattr(row, "repo")]
+    stored = [row for row in rows if not hasattr(row, "repo")]
+    return [*(_fetched(towers) if towers else []), *(_stored(stored) if stored else [])]  # type: ignore[arg-type]
+
+
 def _fetched(fetched: Sequence[Fetched]) -> list[Table]:
     rows = []
     for row in fetched:
@@ -395,6 +477,42 @@ def _fetched(fetched: Sequence[Fetched]) -> list[Table]:
         rows.append((Cell(row.name), Cell(row.file or ABSENT), Cell(size), Cell(state), Cell(row.checked or ABSENT)))
     places = tuple(f"{row.name}: {row.path}" for row in fetched if row.path)
     return [Table("", ("tower", "file", "size", "state", "checked"), tuple(rows), keys=2, left=True, legend=places)]
+
+
+def _stored(stored: Sequence[Stored]) -> list[Table]:
+    rows = []
+    for row in stored:
+        files = ABSENT if row.files is None else f"{row.files:,}"
+        texts = (row.name, files, _size(row.bytes), {"here": "already here"}.get(row.state, row.state), row.checked or ABSENT)
+        rows.append(tuple(map(Cell, texts)))
+    legend = [f"{row.name}: {row.folder}{f' ({row.note})' if row.note else ''}" for row in stored]
+    return [Table("", ("domain", "files", "size", "state", "checked"), tuple(rows), left=True, legend=tuple(legend))]
+
+
+def _plan(plan: Plan) -> list[Table]:
+    rows = []
+    for need in plan.needs:
+        what = {"here": "", "to link": ""}.get(need.state, f"{need.files:,}" if need.files else ABSENT)
+        size = "" if need.state in ("here", "to link") else _size(need.bytes)
+        state = Cell(need.state, "good" if need.state == "here" else "warn" if need.state == "by hand" else "")
+        rows.append((Cell(need.name), state, Cell(what), Cell(size), Cell(need.licence or ABSENT)))
+    legend = [
+        f"{_size(plan.bytes)} to bring, at most {_size(plan.room)} of room needed, {_size(plan.free)} free in {plan.place}."
+    ]
+    legend += [f"{need.name}: {need.note}." for need in plan.needs if need.note]
+    if by_hand := [need.name for need in plan.needs if need.state == "by hand"]:
+        legend.append(f"By hand: download in a browser, then --from FOLDER; dgbench download {by_hand[0]} tells the steps.")
+    return [Table("", ("name", "state", "files", "size", "licence"), tuple(rows), left=True, legend=tuple(legend))]
+
+
+def _size(n: int | None) -> str:
+    """Bytes as `5.7 GB`."""
+    if n is None:
+        return "unknown"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= scale:
+            return f"{n / scale:,.1f} {unit}"
+    return f"{n} B"
 
 
 def _converted(done: Converted) -> list[Table]:
@@ -467,10 +585,13 @@ _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Check": _checks,
     "Prediction": _predictions,
     "DomainState": _domain_states,
+    "Report": _reports,
     "ClassShare": _class_shares,
     "Sheet": _sheet,
     "Model": _models,
-    "Fetched": _fetched,
+    "Fetched": _downloaded,
+    "Stored": _downloaded,
+    "Plan": _plan,
     "Converted": _converted,
     "KernelList": _kernel_list,
     "Built": _built,
@@ -513,18 +634,108 @@ def progress(*, quiet: bool = False) -> Progress:
 
 
 @contextlib.contextmanager
-def transfers(*, quiet: bool = False) -> Iterator[Progress]:
-    """Within, downloads are told on stderr: a line before each, and on a terminal huggingface_hub's own bar."""
+def transfers(*, quiet: bool = False) -> Iterator[Bars]:
+    """Within, downloads are told on stderr: on a terminal a bar each, elsewhere lines; --quiet silences other libraries, too."""
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not quiet:
-        yield _Lines()
+        console = _console(stderr=True)
+        bars = _Bars(console) if console.is_terminal and not console.is_dumb_terminal else _TransferLines()
+        try:
+            yield bars
+        finally:
+            bars.close()
         return
     disable_progress_bars()
     try:
         yield Silent()
     finally:
         enable_progress_bars()
+
+
+class _Bars:
+    """Transfers on a terminal, drawn while there are any."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
+        self._drawn: RichProgress | None = None
+
+    def begin(self, name: str, total: int | None, done: int = 0) -> None:
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        with self._lock:
+            if self._drawn is None:
+                self._drawn = RichProgress(
+                    TextColumn("{task.description}"), BarColumn(bar_width=16), DownloadColumn(), TransferSpeedColumn(),
+                    TimeRemainingColumn(compact=True), console=self._console, transient=True,
+                )  # fmt: skip
+                self._drawn.start()
+            self._tasks[name] = self._drawn.add_task(name, total=total, completed=done)
+
+    def advance(self, name: str, n: int) -> None:
+        if self._drawn is not None and name in self._tasks:
+            self._drawn.advance(self._tasks[name], n)
+
+    def end(self, name: str) -> None:
+        with self._lock:
+            if self._drawn is not None and name in self._tasks:
+                self._drawn.remove_task(self._tasks.pop(name))
+            if not self._tasks:
+                self._stop()
+
+    def note(self, text: str) -> None:
+        if self._drawn is not None:
+            self._drawn.console.print(text, markup=False)
+        else:
+            note(text)
+
+    def close(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._drawn is not None:
+            self._drawn.stop()
+        self._drawn = None
+
+
+class _TransferLines:
+    """Transfers in a log: a line when one begins and ends, and how far all are every half minute."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: dict[str, int] = {}
+        self._totals: dict[str, int | None] = {}
+        self._begun: dict[str, float] = {}
+        self._told_at = time.monotonic()
+
+    def begin(self, name: str, total: int | None, done: int = 0) -> None:
+        with self._lock:
+            self._done[name], self._totals[name], self._begun[name] = done, total, time.monotonic()
+            kept = f", {_size(done)} of it are here" if done else ""
+            note(f"{name}{f': {_size(total)}' if total is not None else ''}{kept}")
+
+    def advance(self, name: str, n: int) -> None:
+        with self._lock:
+            self._done[name] = self._done.get(name, 0) + n
+            if time.monotonic() - self._told_at >= 30:
+                self._told_at = time.monotonic()
+                for each, done in self._done.items():
+                    total = self._totals.get(each)
+                    note(f"{each}: {_size(done)}{f' of {_size(total)}' if total is not None else ''}")
+
+    def end(self, name: str) -> None:
+        with self._lock:
+            done = self._done.pop(name, 0)
+            note(f"{name}: {_size(done)} in {duration(time.monotonic() - self._begun.pop(name, 0.0))}")
+
+    def note(self, text: str) -> None:
+        note(text)
+
+    def close(self) -> None:
+        """Nothing is drawn that would have to end."""
 
 
 def _fields(values: Mapping[str, float | str]) -> str:

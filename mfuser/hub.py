@@ -128,15 +128,15 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
         path = Path(hf_hub_download(file.repo, file.file))
         stated = stated or get_hf_file_metadata(url)
     # hf_xet, huggingface_hub's other way of moving bytes, raises RuntimeError
-    except (OSError, RuntimeError, _transport_error()) as error:
+    except (OSError, RuntimeError, transport_error()) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the file system's refusal names its file itself
         raise _explained(tower, file, error) from error
     return Fetched(tower, "downloaded", file.repo, file.file, str(path), path.stat().st_size, _check(tower, file, path, stated))
 
 
-def _transport_error() -> type[Exception]:
-    # of the HTTP library beneath huggingface_hub, which is not the same one in all its versions
+def transport_error() -> type[Exception]:
+    """The error of the HTTP library beneath huggingface_hub, which is not the same one in all its versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception))
@@ -209,7 +209,7 @@ def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
         return DownloadError(f"{endpoint} does not answer as a Hub does: {reason}", "check HF_ENDPOINT, and any proxy between")
     if "Consistency check failed" in reason:
         return DownloadError(f"{name} did not arrive whole: {reason.partition(': ')[2]}", f"it is removed; {again}")
-    if isinstance(error, _transport_error()):
+    if isinstance(error, transport_error()):
         hint = f"check the network and HTTPS_PROXY; or, {how_to_get([tower])}"
         return DownloadError(f"no connection to {endpoint} for {name}: {reason}", hint)
     return DownloadError(f"{name} cannot be fetched: {reason}", again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class Hub:
-    """Files by `repo/file`; what is wrong with the next answers; and the requests that came."""
+    """Files by `repo/file`, of a dataset `datasets/repo/file`; what is wrong with the next answers; the requests that came."""
 
     url: str
     files: dict[str, bytes]
@@ -24,6 +25,8 @@ class Hub:
     # "small" gives git's object id as etag, "page" lacks what a Hub says of a file, an int is the status of every answer
     fault: str | int | None = None
     error_code: str | None = None  # the Hub's own word beside the status
+    licence: str | None = None  # on the card of every dataset
+    commit: str = COMMIT  # behind `main`
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, `repo/file`, Range
 
     def bodies(self) -> list[tuple[str, str | None]]:
@@ -48,9 +51,12 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
             self.answer(body=True)
 
         def answer(self, *, body: bool) -> None:
-            asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+            asked = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
             path = "/".join(asked.groups()) if asked else self.path
             hub.requests.append((self.command, path, self.headers.get("Range")))
+            if not isinstance(hub.fault, int) and path.startswith("/api/datasets/"):
+                self.tell_of_dataset(path)
+                return
             if isinstance(hub.fault, int) or path not in hub.files:
                 self.send_response(hub.fault if isinstance(hub.fault, int) else 404)
                 code = hub.error_code if isinstance(hub.fault, int) else "EntryNotFound"
@@ -86,6 +92,35 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                 self.close_connection = True
                 return
             self.wfile.write(content[start:])
+
+        def tell_of_dataset(self, path: str) -> None:
+            """What a dataset repository holds: its description, or its tree."""
+            asked = re.fullmatch(r"/api/datasets/([^/]+/[^/?]+)(?:/(revision|tree)/([^/?]+))?.*", path)
+            assert asked is not None
+            repo, what, revision = asked.groups()
+            prefix = f"datasets/{repo}/"
+            files = {name.removeprefix(prefix): content for name, content in hub.files.items() if name.startswith(prefix)}
+            if not files or revision not in (None, "main", hub.commit):
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RevisionNotFound" if files else "RepoNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            sums = {name: {"sha256": sha256(data), "oid": sha256(data), "size": len(data), "pointerSize": 130}
+                    for name, data in files.items()}  # fmt: skip
+            told: object = [{"type": "file", "path": name, "oid": "0" * 40, "size": len(data), "lfs": sums[name]}
+                            for name, data in files.items()]  # fmt: skip
+            if what != "tree":
+                siblings = [{"rfilename": n, "size": len(d), "blobId": "0" * 40, "lfs": sums[n]} for n, d in files.items()]
+                card = {"license": hub.licence} if hub.licence else {}
+                told = {"id": repo, "sha": hub.commit, "siblings": siblings, "cardData": card, "private": False, "gated": False,
+                        "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+            body = json.dumps(told).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

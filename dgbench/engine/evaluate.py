@@ -41,6 +41,7 @@ class _TestView(Dataset[_Item]):
 
     def __init__(self, dataset: SegDataset, rules: protocol.Protocol) -> None:
         self.dataset, self.rules = dataset, rules
+        self.halved_before = dataset.found is not None and dataset.found.layout.halved
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,13 +50,18 @@ class _TestView(Dataset[_Item]):
         sample = self.dataset[index]
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)
         label = torch.from_numpy(sample.label.copy())
-        size = self.rules.test_size(self.dataset.domain.base, (image.shape[1], image.shape[2]))
+        domain, height, width = self.dataset.domain.base, *image.shape[1:]
+        halve = domain in self.rules.halved
+        if halve and self.halved_before:
+            # the protocol is given the size that the image once had
+            height, width, halve = 2 * height, 2 * width, False
+        size = self.rules.test_size(domain, (height, width))
         if size != tuple(image.shape[1:]):
             resized = F.interpolate(
                 image[None].float(), size, mode="bilinear", align_corners=False, antialias=self.rules.antialias
             )
             image = resized[0].round().clamp(0, 255).to(torch.uint8)
-        if self.rules.label_grid == "halved" and self.dataset.domain.base in self.rules.halved:
+        if self.rules.label_grid == "halved" and halve:
             label = label[::2, ::2]
         return _Item(image, label)
 
@@ -73,7 +79,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
     names = list(targets) if targets is not None else list(recipe.data.targets)
-    domains = [lookup(name).name for name in names]  # every name is checked before any time is spent
+    domains = [lookup(name, root).name for name in names]  # every name is checked before any time is spent
     if include_source and "val" in lookup(recipe.data.source).splits:
         domains = [recipe.data.source, *(d for d in domains if d != recipe.data.source)]
     if not domains:
@@ -86,7 +92,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
             root=root,
             size=recipe.data.size,
             limit=recipe.data.val_images,
-            label_map=protocol.label_map(rules, lookup(d)),
+            label_map=protocol.label_map(rules, lookup(d, root)),
         )
         for d in domains
     ]
@@ -123,7 +129,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
     counts = np.stack(matrices)
     iou = metrics.iou(counts.sum(0))
     commit, dirty = results.commit()
-    row = protocol.domain_row(dataset.domain, dataset.split, dataset.label_map.name, dataset.size)
+    row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size, dataset.revision)
     record = results.Record(
         id=results.new_id(), kind="eval", created=results.now_iso(), method=model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
