@@ -171,10 +171,13 @@ def _warn_on_stderr() -> None:
 
 
 def _domain_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    from dgbench.data.domains import names
+    from dgbench.data.domains import DOMAINS, names
 
     given = ctx.params.get("targets") or ()
-    return [name for name in names() if name.startswith(incomplete) and name not in given]
+    known: Sequence[str] = tuple(DOMAINS)
+    with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
+        known = names()
+    return [name for name in known if name.startswith(incomplete) and name not in given]
 
 
 def _protocol_names(incomplete: str) -> list[str]:
@@ -206,10 +209,22 @@ def _runs(incomplete: str) -> list[str]:
 
 # ---- options that mean the same everywhere
 
+
+def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
+    """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
+    if folder is not None and not ctx.resilient_parsing:
+        before = os.environ.get("DGBENCH_DATA")
+        os.environ["DGBENCH_DATA"] = str(folder)
+        ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
+    return folder
+
+
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
+RootOpt = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
+]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,
@@ -219,7 +234,8 @@ ProtocolOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=_protocol_names),
 ]
-SplitOpt = Annotated[str, typer.Option(metavar="NAME", help="train or val.")]
+SplitOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Default: val, else the first that the domain has.")]
+LabelMapOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.")]
 DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=_domain_names)]
 
 app = typer.Typer(
@@ -230,7 +246,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(cls=Program, help="List domains, look at them, count their classes.", no_args_is_help=True)
+data = typer.Typer(cls=Program, help="List domains, look at them, verify their files, count their classes.", no_args_is_help=True)
 app.add_typer(data, name="data", rich_help_panel="Get")
 kernels = typer.Typer(cls=Program, help="List the operators' backends, build the CUDA kernels, time them.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels", rich_help_panel="Get")
@@ -308,7 +324,8 @@ def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
 def data_show(
     domain: DomainArg,
     n: Annotated[int, typer.Option(min=1, metavar="COUNT", help="How many images.")] = 6,
-    split: SplitOpt = "val",
+    split: SplitOpt = None,
+    label_map: LabelMapOpt = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
     root: RootOpt = None,
     as_json: JsonOpt = False,
@@ -318,14 +335,16 @@ def data_show(
     from dgbench import render
     from dgbench.data.listing import sheet
 
-    render.show(sheet(domain, split, out, images=n, root=root, progress=render.progress(quiet=quiet)), as_json=as_json)
+    drawn = sheet(domain, split, out, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
+    render.show(drawn, as_json=as_json)
 
 
 @data.command("stats", cls=Command, epilog="Example: dgbench data stats streets-game --n 200")
 def data_stats(
     domain: DomainArg,
     n: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="Only the first images; default: all.")] = None,
-    split: SplitOpt = "val",
+    split: SplitOpt = None,
+    label_map: LabelMapOpt = None,
     root: RootOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -334,8 +353,34 @@ def data_stats(
     from dgbench import render
     from dgbench.data.listing import class_shares
 
-    shares = class_shares(domain, split, images=n, root=root, progress=render.progress(quiet=quiet))
+    shares = class_shares(domain, split, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
     render.show(shares, as_json=as_json)
+
+
+@data.command("verify", cls=Command, epilog="Example: dgbench data verify cityscapes bdd100k")
+def data_verify(
+    names: Annotated[
+        list[str], typer.Argument(metavar="DOMAIN...", help="See `dgbench data list`.", autocompletion=_domain_names)
+    ],
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", metavar="NAME...", help="Default: of train and val what is on this disk.")
+    ] = None,
+    label_map: LabelMapOpt = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Fewer images than the complete split are all right.")] = False,
+    root: RootOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Read every file: pairs, sizes, label values against the map, classes; exit 1 if something is wrong."""
+    from dgbench import render
+    from dgbench.data.verify import splits_to_verify, verify
+
+    progress = render.progress(quiet=quiet)
+    wanted = [(name, split) for name in names for split in (splits or splits_to_verify(name, root))]
+    reports = [verify(name, split, root, label_map=label_map, progress=progress) for name, split in wanted]
+    render.show(reports, as_json=as_json)
+    if not all(report.ok and (partial or not report.n_missing) for report in reports):
+        raise typer.Exit(1)
 
 
 @kernels.command("list", cls=Command, epilog="Example: dgbench kernels list")

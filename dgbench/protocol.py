@@ -206,9 +206,16 @@ def label_map(protocol: Protocol, domain: Domain) -> str:
     return f"mapillary-{protocol.mapillary_map}" if domain.label_map in theirs else domain.label_map
 
 
-def domain_row(domain: Domain, split: str, label_map: str, size: Size | None) -> dict[str, Any]:
-    """Return what fixes the pixels and labels of a scored split; enters the hash."""
-    row: dict[str, Any] = {"name": domain.name, "split": split, "revision": domain.revision(), "label_map": label_map}
+def domain_row(
+    domain: Domain, split: str, label_map: str, size: tuple[int, int] | None, revision: str | None = None
+) -> dict[str, Any]:
+    """Return what fixes the pixels and labels of a scored split; enters the hash.
+
+    Args:
+        revision: of the files that are read, where they may differ from the published ones; default: the domain's.
+    """
+    revision = revision or domain.revision()
+    row: dict[str, Any] = {"name": domain.name, "split": split, "revision": revision, "label_map": label_map}
     return row if size is None else row | {"size": list(size)}
 
 

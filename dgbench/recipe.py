@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict
 from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, LiteralString, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import (
@@ -26,21 +26,17 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dgbench import atomic
-from dgbench.errors import DgbenchError, RecipeError, suggest, unknown
+from dgbench.data.custom import Declared, UserDomain, declare, read
+from dgbench.data.custom import find as find_declared
+from dgbench.data.domains import built_in
+from dgbench.errors import DgbenchError, RecipeError, unknown
 from dgbench.resources import recipes_dir
+from dgbench.spec import Count, Loader, Number, Spec, Whole, one_line, own, parse, problem_line
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 _SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
-
-
-def _no_bool(value: Any) -> Any:
-    # pydantic reads true as 1
-    if isinstance(value, bool):
-        raise PydanticCustomError("number_type", "expected a number")
-    return value
 
 
 def _no_is_text(value: Any) -> Any:
@@ -54,7 +50,38 @@ def _known_domain(name: str) -> str:
     try:
         return lookup(name).name
     except DgbenchError as error:
-        raise _custom("domain", _one_line(error)) from None
+        raise own(one_line(error)) from None
+
+
+def _declare(given: dict[str, UserDomain]) -> dict[str, UserDomain]:
+    for name, spec in given.items():
+        try:
+            declare(Declared(name, spec, "the recipe"))
+        except DgbenchError as error:
+            raise own(one_line(error)) from None
+    return given
+
+
+def _with_declarations(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's `data` with the declarations that it names in files, or that its domains have elsewhere, written out."""
+    given, targets = data.get("domains", {}), data.get("targets")
+    used = [data.get("source"), *(targets if isinstance(targets, list | tuple) else [])]
+    try:
+        if isinstance(given, list | tuple):
+            read_ones = [read(Path(str(path))) for path in given]
+            given = {declared.name: declared.spec for declared in read_ones}
+        if not isinstance(given, dict):
+            return data  # the field's own check says so
+        for name in (name for name in used if isinstance(name, str)):
+            if name.endswith((".yaml", ".yml")):
+                declared: Declared | None = read(Path(name))
+            else:
+                declared = None if name in given or built_in(name.partition("@")[0]) else find_declared(name)
+            if declared is not None:
+                given = given | {declared.name: declared.spec}
+    except DgbenchError as error:
+        raise own(one_line(error)) from None
+    return data | {"domains": given} if given else data
 
 
 def _known_protocol(name: str) -> str:
@@ -63,25 +90,11 @@ def _known_protocol(name: str) -> str:
     try:
         return lookup(name).name
     except DgbenchError as error:
-        raise _custom("protocol", _one_line(error)) from None
+        raise own(one_line(error)) from None
 
 
-def _custom(kind: LiteralString, text: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, "{text}", {"text": text})
-
-
-def _one_line(error: DgbenchError) -> str:
-    return error.message + (f", {error.hint}" if error.hint else "")
-
-
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Size = tuple[Count, Count]  # (H, W)
 DomainName = Annotated[str, AfterValidator(_known_domain)]
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class MethodSpec(BaseModel):
@@ -105,10 +118,13 @@ class MethodSpec(BaseModel):
         return ", ".join([towers, *map(str, unusual)]) if towers else ""
 
 
-class DataSpec(_Spec):
+class DataSpec(Spec):
     """What is trained on, what is scored, and how images reach the model. Sizes are (H, W)."""
 
+    # domains that the user declares, by name, or files that do; a resolved recipe holds those that it needs
+    domains: Annotated[dict[str, UserDomain], AfterValidator(_declare)] = Field(default_factory=dict)
     source: DomainName
+    source_split: str = "train"  # GTA5 has `official-train`, too
     targets: tuple[DomainName, ...] = Field(min_length=1)
     size: Size | None = None  # rendered or resized to this; null: as the files are
     crop: Size = (512, 512)  # training crop and test window
@@ -120,10 +136,15 @@ class DataSpec(_Spec):
     flip: Annotated[Number, Field(ge=0, le=1)] = 0.5
     photometric: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _declares_what_it_names(cls, given: Any) -> Any:
+        return _with_declarations(given) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _fits_together(self) -> DataSpec:
         if problem := self._misfit():
-            raise _custom("data", problem)
+            raise own(problem)
         return self
 
     def _misfit(self) -> str | None:
@@ -133,7 +154,7 @@ class DataSpec(_Spec):
             return f"`{self.source}` is both source and target; targets must be unseen"
         if repeated := [name for i, name in enumerate(self.targets) if name in self.targets[:i]]:
             return f"`{repeated[0]}` is given twice in targets"
-        for name, split in ((self.source, "train"), *((target, "val") for target in self.targets)):
+        for name, split in ((self.source, self.source_split), *((target, "val") for target in self.targets)):
             if split not in (splits := lookup(name).splits):
                 return f"`{name}` has no split `{split}`, only {', '.join(splits)}"
         if self.scale[0] > self.scale[1]:
@@ -143,38 +164,38 @@ class DataSpec(_Spec):
         return None
 
 
-class TrainSpec(_Spec):
+class TrainSpec(Spec):
     """How long and how the training loop runs."""
 
     steps: Count
     batch_size: Count  # over all processes
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**31)] = 0
-    workers: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0  # loader processes
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
+    workers: Annotated[Whole, Field(ge=0)] = 0  # loader processes
     precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_text)] = "no"
     log_every: Count = 10
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
 
 
-class OptimSpec(_Spec):
+class OptimSpec(Spec):
     """AdamW with linear warm-up and poly decay."""
 
     lr: Annotated[Number, Field(gt=0)]
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
-    warmup_steps: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 0
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = 1.0e-6  # of lr at step 0
     power: Annotated[Number, Field(gt=0)] = 0.9
     min_lr: Annotated[Number, Field(ge=0)] = 0.0
 
 
-class EvalSpec(_Spec):
+class EvalSpec(Spec):
     """How checkpoints are scored."""
 
     protocol: Annotated[str, AfterValidator(_known_protocol)] = "unified"
     batch_size: Count = 1  # windows at a time
 
 
-class Expectation(_Spec):
+class Expectation(Spec):
     """A reference result of this recipe; shown as such, never ranked as one's own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
@@ -184,7 +205,7 @@ class Expectation(_Spec):
     origin: str = Field(alias="from")  # the record or the paper it comes from
 
 
-class Recipe(_Spec):
+class Recipe(Spec):
     """One experiment: a method, trained on one source, scored on targets never seen."""
 
     name: str
@@ -216,7 +237,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, chec
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems += [_problem(details, Recipe) for details in error.errors()]
+        problems += [problem_line(details, Recipe) for details in error.errors()]
     if problems or recipe is None:
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
@@ -227,6 +248,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, chec
 def recipe_hash(recipe: Recipe) -> str:
     """Return 12 hex digits of what determines the experiment: everything but the name and the expected results."""
     content = recipe.model_dump(mode="json", exclude={"expect", "name"})
+    # of a declaration counts what fixes pixels and labels; what a recipe does not use leaves its hash as it was
+    if declared := content["data"].pop("domains"):
+        content["data"]["declared"] = {name: recipe.data.domains[name].digest() for name in declared}
+    if recipe.data.source_split == "train":
+        del content["data"]["source_split"]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -234,6 +260,8 @@ def recipe_hash(recipe: Recipe) -> str:
 def dump(recipe: Recipe, path: Path) -> Path:
     """Write the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
     content = recipe.model_dump(mode="json", by_alias=True)
+    if not recipe.data.domains:
+        del content["data"]["domains"]
     head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
     return atomic.write(path, head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None))
 
@@ -347,7 +375,7 @@ def _where(path: Path, overrides: Sequence[str]) -> str:
 
 def _with_parent(path: Path) -> dict[str, Any]:
     """Return a recipe's content merged over its parent's."""
-    child = _parse(path)
+    child = _read(path)
     parent_name = child.pop("extends", None)
     if parent_name is None:
         return child
@@ -362,13 +390,22 @@ def _with_parent(path: Path) -> dict[str, Any]:
             f"{path}: extends: no file {parent_name} in {path.parent} or {recipes_dir()}",
             unknown("", parent_name, near)[1],
         )
-    parent = _parse(parent_path)
+    parent = _read(parent_path)
     if "extends" in parent:
         raise RecipeError(
             f"{path}: its parent {parent_path} extends {parent['extends']}; only one level is allowed",
             "a reader should need two files at most: state the values in the child",
         )
     return _merged(parent, child)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = parse(path, RecipeError, "recipes/streets/mfuser.yaml")
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(data.get("domains"), list):
+        # files lie beside the recipe that names them
+        data["domains"] = [str(path.parent / str(file)) for file in data["domains"]]
+    return content
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -386,18 +423,6 @@ def _other_method(below: dict[str, Any], above: dict[str, Any]) -> bool:
     return "name" in below and "name" in above and below["name"] != above["name"]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that a repeated key is an error and not a silent choice of the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
     """YAML's safe dumper with floats that YAML 1.1 reads back as floats: 1.0e-05, not 1e-05."""
 
@@ -412,22 +437,6 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 _Dumper.add_representer(float, _represent_float)
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}{line}: not valid YAML: {error.problem}", "check indentation, colons and brackets there"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML text: {error}", "a recipe is a UTF-8 text file") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: expected `key: value` lines, got {type(content).__name__}", "see recipes/streets/mfuser.yaml")
-    return content
-
-
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Apply `key.path=value` texts to `content` in place; return what is wrong with them."""
     problems = []
@@ -438,7 +447,7 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
             problems.append(f"{text}: expected key.path=value, as in train.steps=200")
             continue
         try:
-            value = yaml.load(value_text, Loader=_Loader)
+            value = yaml.load(value_text, Loader=Loader)
         except yaml.YAMLError:
             problems.append(f"{'.'.join(path)}: `{value_text}` is not a YAML value")
             continue
@@ -474,7 +483,7 @@ def _check_options(content: dict[str, Any]) -> list[str]:
     try:
         values = checked.model_validate({key: value for key, value in given.items() if key not in _SET_ELSEWHERE})
     except ValidationError as error:
-        return misplaced + [_problem(details, checked, prefix=("method",)) for details in error.errors()]
+        return misplaced + [problem_line(details, checked, prefix=("method",)) for details in error.errors()]
     try:
         # the dataclass fills in what depends on other options; the run keeps the filled-in values
         resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
@@ -488,72 +497,3 @@ def _default(field: DataclassField[Any]) -> Any:
     if field.default_factory is not MISSING:
         return Field(default_factory=field.default_factory)
     return ... if field.default is MISSING else field.default
-
-
-def _problem(details: ErrorDetails, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
-    """Return one line for one pydantic error: the key path, what was expected and what was given."""
-    loc, kind, given = details["loc"], details["type"], _shown(details["input"])
-    context = details.get("ctx", {})
-    path = _key_path((*prefix, *loc))
-    if kind == "extra_forbidden":
-        close = suggest(str(loc[-1]), _keys_at(model, loc[:-1]))
-        listed = ", ".join(sorted(_keys_at(model, loc[:-1])))
-        return f"{path}: unknown key, " + (f"did you mean `{close}`?" if close else f"choose from {listed}")
-    if kind == "missing" and isinstance(loc[-1], int):
-        return f"{_key_path((*prefix, *loc[:-1]))}: expected more than {loc[-1]} values"
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind == "literal_error":
-        return f"{path}: expected {context['expected']}, got {given}"
-    if kind in _BOUNDS:
-        word, key = _BOUNDS[kind]
-        return f"{path}: must be {word} {context[key]}, got {given}"
-    if kind in _EXPECTED:
-        return f"{path}: expected {_EXPECTED[kind]}, got {given}"
-    if kind in _OWN:
-        return f"{path}: {details['msg']}"
-    return f"{path}: {details['msg'][:1].lower()}{details['msg'][1:]}, got {given}"
-
-
-_OWN = ("domain", "protocol", "data")  # errors raised here, complete sentences
-_BOUNDS = {
-    "greater_than_equal": ("at least", "ge"),
-    "greater_than": ("above", "gt"),
-    "less_than_equal": ("at most", "le"),
-    "less_than": ("below", "lt"),
-}
-_EXPECTED = {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
-    **dict.fromkeys(("float_type", "float_parsing", "number_type", "finite_number"), "a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
-    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "`key: value` pairs"),
-    "string_type": "text",
-    "too_short": "at least one value",
-    "too_long": "fewer values",
-}
-
-
-def _key_path(loc: Sequence[str | int]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return text.removeprefix(".") or "recipe"
-
-
-def _shown(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
-    """Return the keys that `model` knows at a place."""
-    for part in loc:
-        if isinstance(part, str) and part in model.model_fields:
-            model = next(iter(_models_in(model.model_fields[part].annotation)), model)
-    return {field.alias or name for name, field in model.model_fields.items()}
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models_in(inner)

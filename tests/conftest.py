@@ -29,7 +29,7 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
     np.random.seed(0)  # libraries under test may use the global generator
     torch.manual_seed(0)
-    for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "DGBENCH_DOMAINS", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -91,7 +91,7 @@ def test_all_problems_come_at_once_with_their_key_paths(tmp_path: Path) -> None:
         ("data.targets=[streets-game]", "data: `streets-game` is both source and target; targets must be unseen"),
         ("data.targets=[streets-fog, streets-fog]", "data: `streets-fog` is given twice in targets"),
         ("data.targets=[gta5]", "data: `gta5` has no split `val`, only train"),
-        ("data.source=acdc-fog", "data: `acdc-fog` has no split `train`, only val"),
+        ("data.source=dark-zurich", "data: `dark-zurich` has no split `train`, only val"),
         ("data.scale=[2, 0.5]", "data: scale must rise, got [2.0, 0.5]"),
         ("data.crop=[512, 512]", "data: crop [512, 512] does not fit into size [256, 512]"),
         ("data.targets=[]", "data.targets: expected at least one value, got []"),

@@ -1,28 +1,33 @@
 """One class that reads every domain: an index of samples, each decoded to an RGB image and a map of train ids.
 
 Rendered domains are kept as PNG files in the cache folder, written whole or not at all, so that a second run reads
-what the first rendered. Folder domains are read in place, with labels mapped on the fly and checked.
+what the first rendered. Files of other domains are read in place, with labels mapped on the fly and checked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dgbench.data.domains import RENDER_SIZE, Domain, cache_root, data_root, lookup
+from dgbench.data.decode import read_label
+from dgbench.data.domains import RENDER_SIZE, cache_root, lookup
 from dgbench.data.images import Part, decode
-from dgbench.data.labels import LABEL_MAPS, LabelMap
+from dgbench.data.index import Found, stem
+from dgbench.data.index import index as index_files
 from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores
@@ -44,98 +49,126 @@ class SegDataset:
 
     Args:
         domain: a name of `dgbench.data.domains`, with or without a severity.
-        split: "train" or "val".
+        split: "train" or "val", or another that the domain has.
         root: data root for folder domains (default: DGBENCH_DATA or `./data`).
         size: (H, W). Rendered domains are rendered at it; images of folder domains are resized to it (bilinear with
             antialiasing) and their labels are left as they are. None keeps files as they are; rendered domains then
             are 256x512.
         limit: use the first `limit` samples only.
-        label_map: read labels by this map instead of the domain's own (Mapillary has three in use).
+        label_map: read labels by this map instead of the domain's own (Mapillary has three in use). Where only labels that
+            someone has already mapped are on the disk, those are read, and `label_map` says so.
 
-    Raises: DataError when the folder, a file or a label is missing or malformed.
+    `available` is the number of images in the complete split, `found` what lies on the disk (None if rendered), `label_map`
+    what the files are read by, `policy` the name under which a score of these labels is recorded.
+
+    Raises: DataError when the folder, a file or a label is missing or malformed. A few labels are read at once, so that
+        files of a wrong encoding are noticed before any time is spent.
     """
 
     def __init__(self, domain: str, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
                  limit: int | None = None, label_map: str | None = None) -> None:  # fmt: skip
-        self.domain = lookup(domain)
-        self.label_map = LABEL_MAPS[label_map or self.domain.label_map]
+        self.domain = lookup(domain, root)
         self.domain.require_split(split)
         self.split = split
         self.size = size if size or not self.domain.procedural else RENDER_SIZE
-        self.available = self.domain.splits[split]
-        self._files: list[tuple[str, Path, Path]] = []
-        self._folder: Path | None = None
+        self.label_map = self.domain.read_by(label_map)
+        self.policy = self.label_map.name
+        self.found: Found | None = None
         if self.domain.procedural:
+            self.available = self.domain.splits[split].count or 0
             if limit is not None and limit > self.available:
                 raise DataError(
                     f"`{self.domain.name}` has {self.available} {split} images, {limit} were asked for",
                     "ask for fewer, or leave the limit out",
                 )
             self._count = limit or self.available
-        else:
-            self._files = _index(self.domain, split, data_root(root))
-            self._folder = self.domain.root(data_root(root))
-            self.available = len(self._files)
-            self._files = self._files[:limit]
-            self._count = len(self._files)
+            return
+        listed = index_files(self.domain, split, root)
+        self.found, self._rows = listed.found, listed.rows
+        layout = self.found.layout
+        if layout.label_map is not None:
+            self.label_map = self.domain.read_by(layout.label_map)
+            # equal labels have one name, whether they are mapped here or were before
+            self.policy = self.policy if layout.revision == "official" else layout.label_map
+        self.available = self.found.expected
+        self._count = min(len(self._rows), limit or len(self._rows))
+        _tell(self.found)
+        for i in sorted({0, self._count // 2, self._count - 1}):
+            self.label(i)
 
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def revision(self) -> str:
+        """What pins pixels and labels; part of the protocol hash."""
+        return self.domain.revision() if self.found is None else self.found.revision()
+
     def name(self, index: int) -> str:
         """The sample's stable name: its path below the domain's folder, or its index."""
-        return f"{index:06d}" if self.domain.procedural else self._files[index][0]
+        return f"{index:06d}" if self.found is None else str(self._rows[index]["id"])
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._count:
             raise IndexError(f"index {index} of {self._count}")
-        if self.domain.procedural:
+        if self.found is None:
             return Sample(self.name(index), *_cached_render(self._render_key(), index))
-        name, image_path, label_path = self._files[index]
-        image = read_image(image_path, self.size)
-        label = read_label(label_path, self.label_map)
-        if self.size is None and image.shape[:2] != label.shape:
+        row = self._rows[index]
+        image = image_of(row)
+        label = self._read_label(row)
+        if image.shape[:2] != label.shape:
             raise DataError(
-                f"{image_path} is {image.shape[1]}x{image.shape[0]} but its label {label_path} is "
+                f"{row['image']['path']} is {image.shape[1]}x{image.shape[0]} but its label {row['label']['path']} is "
                 f"{label.shape[1]}x{label.shape[0]}",
-                "the pair is damaged or mismatched: download it again, or move both files out of the folder",
+                "the pair is damaged or mismatched: download it again, or move both files out of the folder; "
+                f"`dgbench data verify {self.domain.name} --split {self.split}` lists all such pairs",
             )
-        return Sample(name, image, label)
+        if self.size is not None:
+            image = _resized(image, self.size)
+        return Sample(row["id"], image, label)
 
     def image(self, index: int, part: Part | None = None) -> NDArray[np.uint8]:
-        """Only the image, (H, W, 3) RGB, or only a part of it: cheaper than the whole sample."""
-        if self.domain.procedural:
+        """Only the image, (H, W, 3) RGB at the dataset's size, or only a part of it: cheaper than the whole sample."""
+        if self.found is None:
             image = _cached_file(self._render_key(), index, 0)
-            return image if part is None else part.of(image)
-        return read_image(self._files[index][1], self.size, part=part)
+        elif self.size is None:
+            return image_of(self._rows[index], part)
+        else:
+            image = _resized(image_of(self._rows[index]), self.size)
+        return image if part is None else part.of(image)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """(H, W) at which the image comes, told by its header."""
-        if self.size is not None:
-            return self.size
-        return read_size(self._files[index][1])
+        """(H, W) at which `image` comes, told by the file's header."""
+        return self.size or size_of(self._rows[index])
 
     @property
     def folder(self) -> Path | None:
         """The folder in which the domain's files lie; None where they are rendered."""
-        return self._folder
+        return None if self.found is None else self.found.folder
 
     def fingerprint(self) -> str:
         """16 hex digits that change when a label may have changed: names, sizes and times of the files, and the label map."""
-        what = (self.domain.name, self.domain.revision(), self.split, self.size if self.domain.procedural else None)
-        digest = hashlib.sha256(repr((what, self.label_map.name, sorted(self.label_map.classes.items()))).encode())
-        for index in range(len(self)):
-            digest.update(f"\n{self.name(index)}".encode())
-            if not self.domain.procedural:
-                state = self._files[index][2].stat()
-                digest.update(f" {state.st_size} {state.st_mtime_ns}".encode())
+        digest = hashlib.sha256()
+
+        def enter(*what: object) -> None:
+            digest.update(f"{what}\n".encode())
+
+        enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
+        enter(self.label_map.name, sorted(self.label_map.classes.items()))
+        for path in [] if self.found is None else self.found.label_files(len(self)):
+            state = path.stat()
+            enter(path.name, state.st_size, state.st_mtime_ns)
         return digest.hexdigest()[:16]
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Only the label, (H, W) train ids: cheaper than the whole sample."""
-        if self.domain.procedural:
+        """Only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
+        if self.found is None:
             return _cached_file(self._render_key(), index, 1)
-        return read_label(self._files[index][2], self.label_map)
+        return self._read_label(self._rows[index])
+
+    def _read_label(self, row: dict[str, Any]) -> NDArray[np.uint8]:
+        assert self.found is not None
+        return read_label(label_path(row), self.label_map, self.found.layout.encoding, row["label"]["bytes"])
 
     def _render_key(self) -> _RenderKey:
         assert self.size is not None
@@ -239,38 +272,57 @@ def _cached_file(key: _RenderKey, index: int, which: int) -> NDArray[np.uint8]:
     return _cached_render(key, index)[which]
 
 
-def _index(domain: Domain, split: str, root: Path) -> list[tuple[str, Path, Path]]:
-    folder = domain.root(root)
-    layout = domain.layouts[split]
-    if folder is None:
-        raise DataError(
-            f"`{domain.name}` is not on this disk: no folder {' or '.join(f'`{f}`' for f in domain.folders)} in {root}",
-            f"get it from {domain.homepage} ({domain.access}) so that `{root / domain.folders[0] / layout.images}` "
-            "finds its images, or point --root or DGBENCH_DATA at the folder that holds it",
-        )
-    images = sorted(folder.glob(layout.images))
-    if not images:
-        raise DataError(
-            f"`{domain.name}` {split}: no image matches {folder / layout.images}",
-            f"unpack the official archives into {folder} without renaming; see {domain.homepage}",
-        )
-    files, unpaired = [], []
-    for image in images:
-        relative = image.relative_to(folder).as_posix()
-        label = relative
-        for old, new in layout.to_label:
-            label = label.replace(old, new)
-        if (folder / label).is_file():
-            files.append((relative, image, folder / label))
-        else:
-            unpaired.append(folder / label)
-    if unpaired:
-        raise DataError(
-            f"`{domain.name}` {split}: {len(unpaired)} of {len(images)} images have no label; the first missing file "
-            f"is {unpaired[0]}",
-            "unpack the label archive, or move images without labels out of the folder",
-        )
-    return files
+def _tell(found: Found) -> None:
+    """Say once what a user should know about the files that are read."""
+    what = f"{found.domain.name} {found.split}"
+    known = found.domain.splits[found.split].known_bad
+    for kind, paths in (("images without a label", found.unlabelled), ("labels without an image", found.imageless)):
+        if strange := [path for path in paths if stem(path) not in known]:
+            _warn(f"{what}: {len(strange)} {kind} in {found.folder}, the first is {strange[0]}; they are left out")
+    if found.left_out:
+        _warn(f"{what}: {len(found.left_out)} pairs that are known to be bad are left out: {', '.join(found.left_out)}")
+    if len(found) < found.expected:
+        _warn(f"{what}: {len(found)} of its {found.expected} images are on this disk, scores will be marked as partial")
+    if found.layout.note:
+        _warn(f"{what}: read from the layout `{found.layout.name}`: {found.layout.note}")
+
+
+@cache
+def _warn(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
+def label_path(row: dict[str, Any]) -> Path:
+    """The file of a row's label; of rows that hold bytes, what to call them."""
+    return Path(row["label"]["path"] or row["id"])
+
+
+def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
+
+    Raises: DataError naming the file or the row when it cannot be read as an image.
+    """
+    path, data = row["image"]["path"], row["image"]["bytes"]
+    if data is None:
+        return read_image(Path(path), part=part)
+    with _explained(row["id"]):
+        return decode(data, part)
+
+
+def size_of(row: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) of a row's image, by its header.
+
+    Raises: DataError naming the file or the row when it cannot be read as an image.
+    """
+    path, data = row["image"]["path"], row["image"]["bytes"]
+    with _explained(path or row["id"]), Image.open(path if data is None else io.BytesIO(data)) as file:
+        return file.height, file.width
+
+
+def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
@@ -282,22 +334,11 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | 
         image = decode(path.read_bytes(), part if size is None else None)
     if size is None:
         return image
-    if image.shape[:2] != size:
-        image = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    return image if part is None else part.of(image)
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """(H, W) of an image file, by its header.
-
-    Raises: DataError naming the file when it cannot be read as an image.
-    """
-    with _explained(path), Image.open(path) as file:
-        return file.height, file.width
+    return _resized(image, size) if part is None else part.of(_resized(image, size))
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path | str) -> Iterator[None]:
     """Within, what is wrong with an image file becomes a DataError that names it."""
     try:
         yield
@@ -312,39 +353,6 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path} cannot be read as an image: {_first_line(error)}",
             "the file is damaged, incomplete or not an image: download it again, or move it out of the folder",
         ) from None
-
-
-def read_label(path: Path, label_map: LabelMap) -> NDArray[np.uint8]:
-    """(H, W) train ids of an 8-bit grey or palette label file.
-
-    Raises: DataError naming the file and the offending values when it holds anything outside the map.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("L", "P", "1"):
-                raise DataError(
-                    f"{path} is a {file.mode} image, not an 8-bit label map",
-                    "this looks like a colour rendering of the labels: the file with ids is needed",
-                )
-            stored = np.asarray(file)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            f"{path} cannot be read as a label map: {_first_line(error)}",
-            "the file is damaged or incomplete: download it again",
-        ) from None
-    stored = stored.astype(np.uint8)
-    # OpenCV's tables: counting the values and indexing in NumPy takes ten times as long, more than the decoding
-    if cv2.LUT(stored, (~label_map.known).astype(np.uint8)).any():
-        strange = [int(v) for v in np.unique(stored) if not label_map.known[v]]
-        allowed = sorted(label_map.classes)
-        raise DataError(
-            f"{path} holds label {'values' if len(strange) > 1 else 'value'} {', '.join(map(str, strange[:8]))}"
-            f"{', ...' if len(strange) > 8 else ''}, which the label map `{label_map.name}` does not know "
-            f"({allowed[0]}..{max(allowed)} and 255)",
-            "the labels are in another encoding than this domain's official files, or damaged: unpack the official "
-            "label archive again",
-        )
-    return np.asarray(cv2.LUT(stored, label_map.table))
 
 
 def _first_line(error: BaseException) -> str:

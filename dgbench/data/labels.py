@@ -1,17 +1,19 @@
 """The 19 evaluated classes, their palette, and the label maps that lead to them.
 
-A label map is a look-up table of 256 bytes from the value stored in a label file to a train id, 255 = ignored. A value
-that the map does not list is an error of the file, never silently "ignored": wrong label files are the field's most
-common cause of meaningless scores.
+A label map leads from the value stored in a label file to a train id, 255 = ignored. A value that the map does not list is
+an error of the file, never silently "ignored": wrong label files are the field's most common cause of meaningless scores.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dgbench.errors import DataError, unknown
 
 IGNORE = 255
 
@@ -52,28 +54,57 @@ class LabelMap:
     """From stored values to train ids. `ignored` are values that are allowed and count as ignore."""
 
     name: str
-    classes: dict[int, int]  # stored value -> train id
+    classes: Mapping[int, int]  # stored value, 0..65535 -> train id
     ignored: frozenset[int]
+    names: Mapping[str, int] = field(default_factory=dict)  # name -> stored value, where files hold names (IDD's polygons)
 
     @cached_property
     def table(self) -> NDArray[np.uint8]:
-        """(256,) uint8: train id, or 255."""
-        table = np.full(256, IGNORE, np.uint8)
+        """(256,) uint8, or (65536,) where values exceed a byte: train id, or 255."""
+        table = np.full(self._length, IGNORE, np.uint8)
         for value, train_id in self.classes.items():
             table[value] = train_id
         return table
 
     @cached_property
     def known(self) -> NDArray[np.bool_]:
-        """(256,) bool: values a label file may hold."""
-        known = np.zeros(256, bool)
+        """Like `table`, bool: values that a label file may hold."""
+        known = np.zeros(self._length, bool)
         known[[*self.classes, *self.ignored]] = True
         return known
 
+    @property
+    def _length(self) -> int:
+        return 256 if max((*self.classes, *self.ignored), default=0) < 256 else 65536
 
-def _map(name: str, classes: dict[int, int], ignored: range | set[int]) -> LabelMap:
-    return LabelMap(name, classes, frozenset(ignored) - set(classes) | {IGNORE})
+    def strangers(self, values: Iterable[int]) -> list[int]:
+        """Those of the stored values that the map does not know."""
+        return [v for v in values if v >= self._length or not self.known[v]]
 
+    def stored(self, train_id: int) -> int:
+        """The smallest value that stands for a train id, 255 for what is ignored; inverts the map for writing files.
+
+        Raises: DataError where the map has no value for that class (SYNTHIA has no terrain).
+        """
+        if train_id == IGNORE:
+            return min(self.ignored)
+        values = [value for value, mapped in self.classes.items() if mapped == train_id]
+        if not values:
+            raise DataError(f"the label map `{self.name}` has no value for class {train_id}, {NAMES[train_id]}")
+        return min(values)
+
+
+def _map(name: str, classes: Mapping[int, int], ignored: Iterable[int] = (), names: Mapping[str, int] | None = None) -> LabelMap:
+    return LabelMap(name, classes, frozenset(ignored) - set(classes) | {IGNORE}, names or {})
+
+
+_TRAIN_IDS = {i: i for i in range(19)}
+_LABEL_IDS = {c.label_id: i for i, c in enumerate(CLASSES)}
+
+_SYNTHIA = {
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16,
+    12: 17, 11: 18,
+}  # fmt: skip
 
 # Mapillary Vistas v1.2 ids, in the three versions in use; scores under two of them do not compare.
 _VISTAS_ROBUSTNET = {
@@ -83,23 +114,62 @@ _VISTAS_ROBUSTNET = {
 _VISTAS_OPENSEG = {k: v for k, v in _VISTAS_ROBUSTNET.items() if k != 41} | {
     7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7,
 }  # fmt: skip
-
 _VISTAS_WD2 = {k: v for k, v in _VISTAS_ROBUSTNET.items() if k != 58} | {
     23: 0, 8: 0, 7: 0, 14: 0, 43: 0, 36: 0, 12: 0, 11: 0, 9: 1, 5: 3, 46: 5,
+}  # fmt: skip
+
+# IDD's own ids are the places in this list (AutoNUE, anue_labels.py)
+_IDD_NAMES = (
+    "road", "parking", "drivable fallback", "sidewalk", "rail track", "non-drivable fallback", "person", "animal", "rider",
+    "motorcycle", "bicycle", "autorickshaw", "car", "truck", "bus", "caravan", "trailer", "train", "vehicle fallback", "curb",
+    "wall", "fence", "guard rail", "billboard", "traffic sign", "traffic light", "pole", "polegroup", "obs-str-bar-fallback",
+    "building", "bridge", "tunnel", "vegetation", "sky", "fallback background", "unlabeled", "ego vehicle",
+    "rectification border", "out of roi", "license plate",
+)  # fmt: skip
+_IDD_VALUES = {name: value for value, name in enumerate(_IDD_NAMES)}
+_IDD = {_IDD_VALUES[c.name]: i for i, c in enumerate(CLASSES) if c.name in _IDD_VALUES}
+# 26 merged ids: animals are persons, groups of poles are poles, fallback background is sky; terrain and train cannot be told
+_IDD_LEVEL3 = {
+    0: 0, 2: 1, 22: 2, 14: 3, 15: 4, 20: 5, 19: 6, 18: 7, 24: 8, 25: 10, 4: 11, 5: 12, 9: 13, 10: 14, 11: 15, 6: 17, 7: 18,
+}  # fmt: skip
+
+# WildDash2's unified label policy (Zendel et al., CVPR 2022); 0..33 are Cityscapes' ids but for "on rails", 31
+_WILDDASH2 = {k: v for k, v in _LABEL_IDS.items() if k != 31} | {
+    38: 0, 41: 0, 43: 0, 61: 0, 64: 0, 70: 0, 74: 0, 75: 0, 76: 0, 79: 0, 52: 1, 65: 1, 77: 1, 80: 1, 56: 3, 45: 5, 46: 5,
+    78: 9, 47: 12, 48: 12, 49: 12, 35: 13, 34: 14, 58: 17,
 }  # fmt: skip
 
 LABEL_MAPS: dict[str, LabelMap] = {
     m.name: m
     for m in (
-        _map("train-ids", {i: i for i in range(19)}, set()),
-        _map("cityscapes-ids", {c.label_id: i for i, c in enumerate(CLASSES)}, range(34)),
+        _map("train-ids", _TRAIN_IDS),
+        _map("cityscapes-ids", _LABEL_IDS, range(34)),
         # GTA5 uses Cityscapes' ids; 34 (licence plate) occurs in some of its files
-        _map("gta5-ids", {c.label_id: i for i, c in enumerate(CLASSES)}, range(35)),
+        _map("gta5-ids", _LABEL_IDS, range(35)),
+        _map("synthia-ids", _SYNTHIA, range(23)),
+        # train ids with more than one value for what is not evaluated
+        _map("urbansyn-ids", _TRAIN_IDS, range(19, 256)),
         _map("mapillary-robustnet", _VISTAS_ROBUSTNET, range(66)),
         _map("mapillary-openseg", _VISTAS_OPENSEG, range(66)),
         _map("mapillary-wd2-policy", _VISTAS_WD2, range(66)),
+        # AutoNUE takes non-drivable fallback for terrain, others ignore it
+        _map("idd-autonue", _IDD | {5: 9}, range(40), _IDD_VALUES),
+        _map("idd-no-terrain", _IDD, range(40), _IDD_VALUES),
+        _map("idd-level3", _IDD_LEVEL3, range(26)),
+        _map("wilddash2-policy", _WILDDASH2, range(81)),
+        _map("wilddash2-on-rails", _WILDDASH2 | {31: 16}, range(81)),
     )
 }
+
+
+def named(name: str) -> LabelMap:
+    """The label map of this name.
+
+    Raises: DataError naming the nearest one.
+    """
+    if name not in LABEL_MAPS:
+        raise DataError(*unknown("label map", name, LABEL_MAPS))
+    return LABEL_MAPS[name]
 
 
 def palette() -> NDArray[np.uint8]:

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgbench.data import domains
+from dgbench.errors import DataError
 from dgbench.progress import Progress
+
+if TYPE_CHECKING:
+    from dgbench.data.domain import Domain
+
+
+@dataclass(frozen=True, slots=True)
+class SplitState:
+    """What of a split lies on this disk."""
+
+    layout: str  # name of the one that was found
+    folder: str
+    n_pairs: int
+    n_expected: int  # pairs of the complete split, without those known to be bad
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +30,16 @@ class DomainState:
 
     name: str
     title: str
-    splits: dict[str, int]  # split -> images in the complete split
+    role: str  # "source", "target" or "both"
+    splits: dict[str, int | None]  # split -> images in the complete split
     size: str  # W x H
     access: str
     licence: str
+    homepage: str
+    label_maps: tuple[str, ...]  # the default one first; none where there is no agreed map to the 19 classes
     aliases: tuple[str, ...]
     where: str | None  # its folder, "rendered" if it needs none, None if it is not on this disk
+    here: dict[str, SplitState]  # split -> what lies on this disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +65,48 @@ class Sheet:
 
 
 def states(root: Path | None = None) -> list[DomainState]:
-    """Return every domain, in the table's order."""
-    base = domains.data_root(root)
-    found = []
-    for domain in domains.DOMAINS.values():
-        folder = domain.root(base)
-        where = "rendered" if domain.procedural else None if folder is None else str(folder)
-        found.append(
-            DomainState(
-                domain.name,
-                domain.title,
-                dict(domain.splits),
-                domain.size,
-                domain.access,
-                domain.licence,
-                domain.aliases,
-                where,
-            )
-        )
-    return found
+    """Return every domain, in the table's order, then those that the user declared.
+
+    Raises: DataError for a declaration that is wrong.
+    """
+    return [_state(domains.lookup(name, root), root) for name in domains.names(root)]
+
+
+def _state(domain: Domain, root: Path | None) -> DomainState:
+    folder = domain.root(domains.data_root(root))
+    here = {} if folder is None else {split: state for split in domain.splits if (state := _split_state(domain, split, root))}
+    return DomainState(
+        name=domain.name, title=domain.title, role=domain.role, size=domain.size, access=domain.access, licence=domain.licence,
+        splits={name: split.count for name, split in domain.splits.items()}, homepage=domain.homepage,
+        label_maps=tuple(dict.fromkeys((*filter(None, (domain.label_map,)), *domain.label_maps))), aliases=domain.aliases,
+        where="rendered" if domain.procedural else None if folder is None else str(folder), here=here,
+    )  # fmt: skip
+
+
+def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | None:
+    from dgbench.data.index import find
+
+    try:
+        found = find(domain, split, root)
+    except DataError:
+        return None
+    return SplitState(found.layout.name, str(found.folder), len(found), found.expected)
+
+
+def usual_split(name: str, root: Path | None = None) -> str:
+    """The split that a command looks at when none is named: val if there is one."""
+    splits = domains.lookup(name, root).splits
+    return "val" if "val" in splits else next(iter(splits))
 
 
 def class_shares(
-    name: str, split: str, *, progress: Progress, images: int | None = None, root: Path | None = None
+    name: str,
+    split: str | None = None,
+    *,
+    progress: Progress,
+    images: int | None = None,
+    root: Path | None = None,
+    label_map: str | None = None,
 ) -> list[ClassShare]:
     """Return the share of each class, in class order, counted over the first `images` of a split.
 
@@ -78,7 +116,8 @@ def class_shares(
     from dgbench.data.labels import NAMES
     from dgbench.data.sampling import class_counts
 
-    dataset = SegDataset(name, split, root=root, limit=images)
+    split = split or usual_split(name, root)
+    dataset = SegDataset(name, split, root=root, limit=images, label_map=label_map)
     dataset.prepare(progress)
     counts = class_counts(dataset, progress)  # (n, K)
     total = max(int(counts.sum()), 1)
@@ -89,7 +128,16 @@ def class_shares(
     ]  # fmt: skip
 
 
-def sheet(name: str, split: str, out: Path, *, progress: Progress, images: int = 6, root: Path | None = None) -> Sheet:
+def sheet(
+    name: str,
+    split: str | None,
+    out: Path,
+    *,
+    progress: Progress,
+    images: int = 6,
+    root: Path | None = None,
+    label_map: str | None = None,
+) -> Sheet:
     """Write image, label overlay and legend of the first images of a split to `out`.
 
     Raises: DataError for an unknown domain or split, missing or damaged files.
@@ -97,7 +145,8 @@ def sheet(name: str, split: str, out: Path, *, progress: Progress, images: int =
     from dgbench.data.dataset import SegDataset
     from dgbench.data.sheet import contact_sheet, save_image
 
-    dataset = SegDataset(name, split, root=root)
+    split = split or usual_split(name, root)
+    dataset = SegDataset(name, split, root=root, label_map=label_map)
     count = min(images, len(dataset))
     progress.start(f"drawing {dataset.domain.name} {split}", count, "images")
     samples = []

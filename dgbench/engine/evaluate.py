@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class _TestView(Dataset[_Item]):
     """Images at the protocol's test size, labels on its label grid."""
 
     def __init__(self, dataset: SegDataset, rules: protocol.Protocol, size: protocol.Size | None) -> None:
-        self.dataset, self.rules, self.size = dataset, rules, size
+        self.dataset, self.size = dataset, size
+        halved_before = dataset.found is not None and dataset.found.layout.halved
+        self.rules = replace(rules, halved=()) if halved_before else rules
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,7 +70,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     """
     recipe = load_recipe(str(run / "recipe.yaml"))
     names = list(targets) if targets is not None else list(recipe.data.targets)
-    domains = [lookup(name).name for name in names]  # every name is checked before any time is spent
+    domains = [lookup(name, root).name for name in names]  # every name is checked before any time is spent
     if include_source and "val" in lookup(recipe.data.source).splits:
         domains = [recipe.data.source, *(d for d in domains if d != recipe.data.source)]
     if not domains:
@@ -80,9 +82,9 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
             "val",
             root=root,
             # files are read as they are: what brings them to a size is the protocol's to choose
-            size=recipe.data.size if lookup(d).procedural else None,
+            size=recipe.data.size if lookup(d, root).procedural else None,
             limit=recipe.data.val_images,
-            label_map=protocol.label_map(rules, lookup(d)),
+            label_map=protocol.label_map(rules, lookup(d, root)),
         )
         for d in domains
     ]
@@ -121,7 +123,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     iou = metrics.iou(total, absent=absent)
     commit, dirty = results.commit()
-    row = protocol.domain_row(dataset.domain, dataset.split, dataset.label_map.name, dataset.size or size)
+    row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
     record = results.Record(
         id=results.new_id(), kind="eval", created=results.now_iso(), method=model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,

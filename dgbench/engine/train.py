@@ -142,7 +142,7 @@ def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDat
     record = results.Record(
         id=results.new_id(), kind="train", created=results.now_iso(), method=recipe.method.name,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
-        target=recipe.data.source, split="train", n_images=len(dataset), n_available=dataset.available,
+        target=recipe.data.source, split=dataset.split, n_images=len(dataset), n_available=dataset.available,
         seconds=seconds, seed=recipe.train.seed, steps=recipe.train.steps,
         checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=backends,
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
@@ -170,7 +170,7 @@ def schedule(step: int, steps: int, optim: OptimSpec) -> float:
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:
     data = recipe.data
     try:
-        return SegDataset(data.source, "train", root=root, size=data.size, limit=data.train_images)
+        return SegDataset(data.source, data.source_split, root=root, size=data.size, limit=data.train_images)
     except DataError as missing:
         try:
             _model(recipe, None, recipe.train.seed)

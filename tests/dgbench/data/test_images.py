@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench.data.dataset import read_image, read_size
+from dgbench.data.dataset import read_image, size_of
 from dgbench.data.images import Part, decode
 from dgbench.errors import DataError
 
@@ -133,11 +133,12 @@ def test_a_file_that_ends_early_is_refused(kind: str, tmp_path: Path) -> None:
 def test_a_size_or_a_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "scene.png"
     path.write_bytes(PNGS["rgb"])
-    assert read_size(path) == SIZE
+    assert size_of({"id": "a", "image": {"path": str(path), "bytes": None}}) == SIZE
+    assert size_of({"id": "a", "image": {"path": None, "bytes": PNGS["rgb"]}}) == SIZE
     small = np.asarray(RGB.resize((40, 24), Image.Resampling.BILINEAR))
     assert np.array_equal(read_image(path, (24, 40)), small)
     part = Part(2, 5, 20, 40)
     assert np.array_equal(read_image(path, part=part), part.of(scene()))
     assert np.array_equal(read_image(path, (24, 40), part=part), part.of(small))
     with pytest.raises(DataError, match="no such image"):
-        read_size(tmp_path / "nothing.png")
+        size_of({"id": "a", "image": {"path": str(tmp_path / "nothing.png"), "bytes": None}})

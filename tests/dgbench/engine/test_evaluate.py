@@ -239,3 +239,23 @@ def test_another_models_checkpoint_is_refused(run, tmp_path, setting, said):
 def test_an_unknown_device_is_refused(run):
     with pytest.raises(DgbenchError, match="unknown device `gpu`"):
         evaluate(run, ["streets-city"], progress=Silent(), device="gpu")
+
+
+def test_images_that_were_halved_before_are_not_halved_again(run, tmp_path):
+    def write(folder, images, labels, size, value):
+        for part, pixels in ((images, np.zeros((*size, 3), np.uint8)), (labels, np.full(size, value, np.uint8))):
+            (tmp_path / folder / "mapillary" / part).parent.mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / folder / "mapillary" / part)
+
+    write("official", "validation/images/a.jpg", "validation/labels/a.png", (160, 320), 13)  # Vistas' road
+    write("rein", "half/val_img/a.jpg", "half/val_label/a.png", (80, 160), 0)
+    shutil.copytree(run / "checkpoint", tmp_path / "run/checkpoint")
+    recipe = load_recipe(str(run / "recipe.yaml"), ["eval.protocol=paper-half", "data.size=null"])
+    dump(recipe, tmp_path / "run/recipe.yaml")
+    records = [
+        evaluate(tmp_path / "run", ["mapillary"], progress=Silent(), device="cpu", root=tmp_path / folder)[0]
+        for folder in ("official", "rein")
+    ]
+    assert [int(results.read_confusion(record).sum()) for record in records] == [80 * 160, 80 * 160]
+    assert records[0].protocol_hash != records[1].protocol_hash
+    assert not records[0].complete, "one image of 2,000"

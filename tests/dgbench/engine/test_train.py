@@ -23,6 +23,7 @@ from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
 from mfuser.ops import BackendError
 
+ROOT = Path(__file__).parents[3]
 SMALL = [
     "data.size=[64, 128]",
     "data.crop=[64, 64]",
@@ -98,7 +99,8 @@ def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterr
     if hasattr(os, "sched_setaffinity"):  # one core, so one worker; two where this test runs
         pinned = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.execv(sys.argv[1], sys.argv[1:])"
         command = [sys.executable, "-c", pinned, *command]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 120
     while not (killed / "log.jsonl").exists() or len(losses(killed)) < 4:
         assert process.poll() is None

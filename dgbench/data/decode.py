@@ -1,0 +1,253 @@
+"""Label files to the values that they store, and on to train ids, by the encoding that a layout names.
+
+Readers disagree about labels: Pillow reads SYNTHIA's 16-bit colours as zeros, OpenCV turns palette indices into colours,
+torchvision misreads 4-bit palettes, none with an error. Each encoding here is read by what reads it right, and refuses a
+file that is of another kind.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, UnidentifiedImageError
+
+from dgbench.data.labels import CLASSES, IGNORE, LabelMap
+from dgbench.errors import DataError
+
+Stored = NDArray[np.uint8] | NDArray[np.uint16]
+
+_UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
+# colours of Cityscapes' classes that are not evaluated (cityscapesScripts, labels.py); black is "unlabeled"
+_IGNORED_COLORS = (
+    (0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140), (180, 165, 180), (150, 100, 100), (150, 120, 90),
+    (0, 0, 90), (0, 0, 110),
+)  # fmt: skip
+
+
+def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> NDArray[np.uint8]:
+    """(H, W) train ids of a label file.
+
+    Args:
+        path: the file; only its name is used when `data` holds its bytes.
+        encoding: key of `ENCODINGS`.
+
+    Raises: DataError naming the file and the offending values when it holds anything outside the map.
+    """
+    stored = read_stored(path, label_map, encoding, data)
+    if stored.max() < 256 and len(label_map.table) == 256:
+        # OpenCV's tables: counting and indexing in NumPy take ten times as long, more than the decoding
+        import cv2
+
+        narrow = np.ascontiguousarray(stored, np.uint8)
+        if not cv2.LUT(narrow, (~label_map.known).astype(np.uint8)).any():
+            return np.asarray(cv2.LUT(narrow, label_map.table))
+    if strange := label_map.strangers(present(stored)):
+        raise DataError(
+            f"{path} holds label {'values' if len(strange) > 1 else 'value'} {', '.join(map(str, strange[:8]))}"
+            f"{', ...' if len(strange) > 8 else ''}, which the label map `{label_map.name}` does not know "
+            f"({_span(label_map)} and 255)",
+            "the labels are in another encoding than this domain's official files, or damaged: unpack the official "
+            "label archive again",
+        )
+    train_ids: NDArray[np.uint8] = label_map.table[stored]
+    return train_ids
+
+
+def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> Stored:
+    """(H, W) values as the file stores them, not yet looked up in the map.
+
+    Raises: DataError naming the file if it is missing, damaged, or of another encoding.
+    """
+    try:
+        content = path.read_bytes() if data is None else data
+        return ENCODINGS[encoding](content, path, label_map)
+    except FileNotFoundError:
+        raise DataError(f"no such label: {path}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, a label file was expected") from None
+    except PermissionError:
+        raise DataError(f"no permission to read {path}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as a label map: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            "the file is damaged or incomplete: download it again",
+        ) from None
+
+
+def present(stored: Stored) -> list[int]:
+    """The values that occur, rising."""
+    return [int(value) for value in np.flatnonzero(np.bincount(stored.ravel()))]
+
+
+def _span(label_map: LabelMap) -> str:
+    allowed = sorted(label_map.classes)
+    return f"{allowed[0]}..{allowed[-1]}" if allowed else "none"
+
+
+def _ids(content: bytes, path: Path, _: LabelMap) -> Stored:
+    """8-bit grey, 8/4/2/1-bit palette (the index counts, not the colour), 16-bit grey."""
+    depth, kind = _png_header(content)
+    if kind == _GREY and depth < 8:
+        raise DataError(
+            f"{path} is a {depth}-bit grey image, whose values every reader scales up to 255",
+            "save it as 8-bit grey, or unpack the official label archive again",
+        )
+    with Image.open(io.BytesIO(content)) as file:
+        if file.mode in ("L", "P"):
+            return np.asarray(file)
+        if file.mode in ("I;16", "I;16B", "I"):
+            wide = np.asarray(file)
+            if wide.min() >= 0 and wide.max() < _UNKNOWN:
+                return wide.astype(np.uint16)
+        raise DataError(
+            f"{path} is a {file.mode} image, not an 8-bit label map",
+            "this looks like a colour rendering of the labels: the file with ids is needed",
+        )
+
+
+def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
+    """SYNTHIA: a 16-bit colour PNG, the class in red (green has the instance). Pillow would keep the high bytes: zeros."""
+    depth, kind = _png_header(content)
+    if (depth, kind) != (16, _COLOR):
+        what = f" but a PNG of {depth}-bit {_KINDS.get(kind, 'unknown')}" if depth else ""
+        raise DataError(
+            f"{path} is not a 16-bit colour PNG{what}",
+            "the official labels hold the class in 16 bits of red; a file saved again by another program has lost it",
+        )
+    import cv2
+
+    with Image.open(io.BytesIO(content)) as file:
+        file.verify()  # the checksums of all chunks: OpenCV returns what it got of a damaged file
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise OSError("OpenCV cannot decode it")
+    red: NDArray[np.uint16] = pixels[..., 2]  # OpenCV's order is BGR
+    return red
+
+
+def _colors(content: bytes, path: Path, _: LabelMap) -> Stored:
+    """Colours of Cityscapes' palette to train ids; an 8-bit grey file under this name already holds train ids."""
+    with Image.open(io.BytesIO(content)) as file:
+        if file.mode == "L":
+            return np.asarray(file)
+        if file.mode not in ("RGB", "RGBA", "P"):
+            raise DataError(
+                f"{path} is a {file.mode} image, a colour map was expected", "unpack the official label archive again"
+            )
+        packed = _packed(file)
+    train_ids = _color_table()[packed]
+    if (train_ids == _UNKNOWN).any():
+        code = int(packed[train_ids == _UNKNOWN][0])
+        color = (code & 255, code >> 8 & 255, code >> 16)
+        raise DataError(
+            f"{path} holds the colour {color}, which is none of the Cityscapes palette",
+            "colour maps must not be resized or saved with loss: unpack the official label archive again",
+        )
+    return train_ids.astype(np.uint8)
+
+
+def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
+    """IDD, Cityscapes: JSON objects with a label's name and a polygon, each drawn over those before it."""
+    try:
+        scene: dict[str, Any] = json.loads(content)
+        size = int(scene["imgWidth"]), int(scene["imgHeight"])
+        objects = [(o["label"], [tuple(p) for p in o["polygon"]]) for o in scene["objects"] if not o.get("deleted")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is not a file of polygons: {type(error).__name__} {error}",
+            "it should hold imgHeight, imgWidth and objects: unpack the official label archive again",
+        ) from None
+    image = Image.new("L", size, label_map.names.get("unlabeled", IGNORE))
+    drawer = ImageDraw.Draw(image)
+    for label, polygon in objects:
+        # a `cargroup` is several cars that could not be told apart
+        name = label if label in label_map.names else str(label).removesuffix("group")
+        if name not in label_map.names:
+            raise DataError(
+                f"{path} has a polygon labelled `{label}`, which the label map `{label_map.name}` does not know",
+                "the labels are of another data set, or of another version of it",
+            )
+        if len(polygon) > 2:
+            drawer.polygon(polygon, fill=label_map.names[name])
+    return np.asarray(image)
+
+
+def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
+    """WildDash2, COCO: colours are segments, `<folder>.json` beside the folder says which category each is; 0 is void."""
+    segments = _segments(path.parent.with_suffix(".json")).get(path.name)
+    if segments is None:
+        raise DataError(
+            f"{path} has no annotation in {path.parent.with_suffix('.json')}", "unpack the official label archive again"
+        )
+    with Image.open(io.BytesIO(content)) as file:
+        if file.mode not in ("RGB", "RGBA"):
+            raise DataError(f"{path} is a {file.mode} image, a panoptic PNG is RGB", "unpack the official label archive again")
+        packed = _packed(file)
+    table = np.full(1 << 24, _UNKNOWN, np.uint16)
+    table[0] = 0
+    for segment, category in segments.items():
+        table[segment] = category
+    categories: NDArray[np.uint16] = table[packed]
+    if (categories == _UNKNOWN).any():
+        raise DataError(
+            f"{path} holds segment {int(packed[categories == _UNKNOWN][0])}, which its annotation does not list",
+            "the PNG and the JSON are of different versions: unpack the official label archive again",
+        )
+    return categories
+
+
+ENCODINGS: dict[str, Callable[[bytes, Path, LabelMap], Stored]] = {
+    "ids": _ids,
+    "rgb16": _rgb16,
+    "colors": _colors,
+    "polygons": _polygons,
+    "panoptic": _panoptic,
+}
+
+_GREY, _COLOR = 0, 2  # colour types of the PNG specification, chapter 11
+_KINDS = {0: "grey", 2: "colour", 3: "palette", 4: "grey + alpha", 6: "colour + alpha"}
+
+
+def _png_header(content: bytes) -> tuple[int, int]:
+    """Bits per sample and colour type of a PNG, (0, -1) of anything else."""
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
+        return 0, -1
+    depth, kind = struct.unpack(">BB", content[24:26])
+    return depth, kind
+
+
+def _packed(file: Image.Image) -> NDArray[np.uint32]:
+    """(H, W) R + 256 G + 65536 B."""
+    pixels = np.asarray(file.convert("RGBA")).view(np.dtype("<u4"))[..., 0]
+    return pixels & np.uint32(0xFFFFFF)
+
+
+@lru_cache(1)
+def _color_table() -> NDArray[np.uint16]:
+    table = np.full(1 << 24, _UNKNOWN, np.uint16)
+    rows = [(color, IGNORE) for color in _IGNORED_COLORS] + [(c.color, i) for i, c in enumerate(CLASSES)]
+    for (red, green, blue), train_id in rows:
+        table[red + (green << 8) + (blue << 16)] = train_id
+    return table
+
+
+@lru_cache(4)
+def _segments(path: Path) -> dict[str, dict[int, int]]:
+    """File name of a panoptic PNG -> segment -> category."""
+    try:
+        annotations = json.loads(path.read_bytes())["annotations"]
+        return {a["file_name"]: {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]} for a in annotations}
+    except FileNotFoundError:
+        raise DataError(f"no {path.name} beside the folder of panoptic PNGs: {path}", "unpack the label archive again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a file of panoptic annotations: {type(error).__name__} {error}", "unpack the label archive again"
+        ) from None

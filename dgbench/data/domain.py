@@ -1,0 +1,120 @@
+"""What a row of the table of domains says: a domain, its splits, and the layouts in which a split's files may lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dgbench.errors import DataError
+
+if TYPE_CHECKING:
+    from dgbench.data.labels import LabelMap
+
+Role = Literal["source", "target", "both"]
+Access = Literal["procedural", "open", "account", "request", "own"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way in which the files of a split lie below the domain's folder."""
+
+    name: str  # shown to the user as the one that was found
+    images: str  # glob, relative to the domain's folder
+    to_label: tuple[tuple[str, str], ...]  # replacements that turn an image's relative path into its label's
+    encoding: str = "ids"  # key of dgbench.data.decode.ENCODINGS
+    label_map: str | None = None  # what its label files are read by; None: the domain's own, or what is asked for
+    only: tuple[str, ...] = ()  # a text file, at one of these places, that lists the images of the split by file name
+    revision: str = "official"  # anything else: pixels or labels differ from the published files, and so do scores
+    count: int | None = None  # images of the complete split in this layout, where it has fewer than the split
+    halved: bool = False  # images and labels have half the published height and width
+    note: str = ""  # what differs from the published files
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One split; the layouts are tried in order, and the first with the most pairs is read."""
+
+    count: int | None  # images in the complete split; None: whatever is found (user domains)
+    layouts: tuple[Layout, ...] = ()  # empty: rendered
+    # file stem -> what is said about it. A listed pair is looked at, and left out if it is unreadable or of two sizes; a
+    # listed image without a label, or a label without an image, goes without a warning
+    known_bad: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One domain (not "dataset": a role in a domain-generalisation experiment)."""
+
+    name: str
+    title: str
+    role: Role
+    splits: Mapping[str, Split]
+    size: str  # W x H, as published
+    label_map: str  # the default, a key of dgbench.data.labels.LABEL_MAPS; "" where no map to the 19 classes is agreed on
+    licence: str
+    access: Access
+    homepage: str = ""
+    folders: tuple[str, ...] = ()  # names its folder may have below the data root, and a folder inside that one
+    label_maps: tuple[str, ...] = ()  # every map that fits its files, where there is a choice
+    legend: str = ""  # a JSON in its folder that names its values
+    withheld: Mapping[str, str] = field(default_factory=dict)  # split that cannot be scored -> why
+    aliases: tuple[str, ...] = ()
+    severity: float | None = None  # streets only, from `name@severity`
+    inline_map: LabelMap | None = None  # a user domain's own label map
+    digest: str = ""  # of what defines a user domain
+
+    @property
+    def procedural(self) -> bool:
+        return self.access == "procedural"
+
+    @property
+    def base(self) -> str:
+        return self.name.partition("@")[0]
+
+    def roots(self, data_root: Path) -> Iterator[Path]:
+        """The folders below `data_root` in which its files may lie, the outer ones first."""
+        outer = [data_root / f for f in self.folders if (data_root / f).is_dir()]
+        yield from outer
+        yield from (folder / f for folder in outer for f in self.folders if (folder / f).is_dir())
+
+    def root(self, data_root: Path) -> Path | None:
+        """The domain's folder below `data_root`, or None when there is none."""
+        return next(self.roots(data_root), None)
+
+    def revision(self) -> str:
+        """What pins the data that a score was computed on; part of the protocol hash."""
+        if self.procedural:
+            from dgbench.data.streets import VERSION
+
+            return f"streets-v{VERSION}"
+        return f"user-{self.digest}" if self.digest else "official"
+
+    def require_split(self, split: str) -> None:
+        """Raise a DataError unless this split exists and has labels."""
+        if reason := self.withheld.get(split):
+            raise DataError(f"`{self.name}` {split} cannot be scored here: {reason}", f"its splits are {self._listed()}")
+        if split not in self.splits:
+            raise DataError(f"`{self.name}` has no split `{split}`", f"its splits are {self._listed()}")
+
+    def _listed(self) -> str:
+        return ", ".join(f"`{s}`" for s in self.splits)
+
+    def read_by(self, label_map: str | None = None) -> LabelMap:
+        """The label map of this name, by default the domain's own.
+
+        Raises: DataError for an unknown name, or if the domain has no default.
+        """
+        from dgbench.data.labels import named
+
+        name = label_map or self.label_map
+        if self.inline_map is not None and name == self.inline_map.name:
+            return self.inline_map
+        if not name:
+            raise DataError(
+                f"`{self.name}` has no agreed map of its labels to the 19 classes",
+                "look at its values with `dgbench data verify`, and declare a domain with a map of your own (docs/data.md); "
+                "published scores use `mapillary`, whose labels lie beside these",
+            )
+        return named(name)

@@ -1,0 +1,269 @@
+"""What of a split lies on the disk: which layout, which pairs of image and label, and what has no counterpart.
+
+Pairs are made by path: an image's path leads to its label's. `index` puts them into a `datasets.Dataset`, the same columns
+whether the files lie in folders (paths) or in rows that were fetched from a Hub (bytes).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, UnidentifiedImageError
+
+from dgbench.data import hub_sets
+from dgbench.data.domain import Domain, Layout
+from dgbench.data.domains import data_root
+from dgbench.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files of a split. Paths are relative to `folder`."""
+
+    domain: Domain
+    split: str
+    folder: Path
+    layout: Layout
+    pairs: tuple[tuple[str, str], ...] = ()  # (image, label)
+    unlabelled: tuple[str, ...] = ()  # images whose label is missing
+    imageless: tuple[str, ...] = ()  # labels whose image is missing
+    left_out: Mapping[str, str] = field(default_factory=dict)  # image of a known bad pair -> what is wrong with it
+    rows: int = 0  # of a Hub's rows; `pairs` is empty then
+
+    def __len__(self) -> int:
+        return self.rows or len(self.pairs)
+
+    @property
+    def expected(self) -> int:
+        """Images in the complete split, without those that are known to be bad."""
+        split = self.domain.splits[self.split]
+        count = self.layout.count or split.count
+        if count is None:
+            return len(self) + len(self.unlabelled)
+        lost = len(self.left_out) + sum(1 for image in self.unlabelled if stem(image) in split.known_bad)
+        return max(len(self), count - lost)
+
+    def label_files(self, count: int) -> list[Path]:
+        """The files that hold the labels of the first `count` pairs."""
+        if self.rows:
+            return sorted(path for path in (self.folder / self.layout.images).rglob("*") if path.is_file())
+        labels = [self.folder / label for _, label in self.pairs[:count]]
+        # what some encodings keep beside the folder of labels: which segment is which category
+        beside = {path.parent.with_suffix(".json") for path in labels}
+        return [*labels, *sorted(path for path in beside if path.is_file())]
+
+    def revision(self) -> str:
+        """What pins pixels and labels: the domain's revision, and the layout's where it is not the published one."""
+        base = self.domain.revision()
+        return base if self.layout.revision == "official" else f"{base}, {self.layout.revision}"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A split ready to be read: `rows` has the columns id (string), image and label ({"path", "bytes"})."""
+
+    found: Found
+    rows: datasets.Dataset
+
+
+def index(domain: Domain, split: str, root: Path | None = None) -> Index:
+    """Find a split and make a `datasets.Dataset` of it. `id` is the image's path below the domain's folder.
+
+    Raises: DataError if the folder or every pair is missing.
+    """
+    found = find(domain, split, root)
+    if not len(found):
+        raise _no_pairs(found)
+    return Index(found, rows_of(found))
+
+
+def rows_of(found: Found) -> datasets.Dataset:
+    """The pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
+    import datasets
+
+    if found.rows:
+        return datasets.load_from_disk(found.folder / found.layout.images)
+    features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
+                                  "label": datasets.Image(decode=False)})  # fmt: skip
+    columns = {
+        "id": [image for image, _ in found.pairs],
+        "image": [{"path": str(found.folder / image), "bytes": None} for image, _ in found.pairs],
+        "label": [{"path": str(found.folder / label), "bytes": None} for _, label in found.pairs],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def find(domain: Domain, split: str, root: Path | None = None) -> Found:
+    """Find a split's files: of all layouts the one with the most pairs, of equals the first.
+
+    Raises: DataError if there is no folder, or no image in any layout.
+    """
+    domain.require_split(split)
+    base = data_root(root)
+    best: Found | None = None
+    for folder in domain.roots(base):
+        files = _Files(folder)
+        for layout in domain.splits[split].layouts:
+            here = _in_layout(domain, split, layout, files)
+            if here is not None and (best is None or len(here) > len(best)):
+                best = here
+            if best is not None and len(best) == domain.splits[split].count:
+                break
+        rows = _in_hub(domain, split, folder)
+        if rows is not None and (best is None or not len(best)):
+            best = rows
+    if best is None:
+        raise _not_here(domain, split, base)
+    return _complete(best)
+
+
+def _complete(found: Found) -> Found:
+    """Add what only the chosen layout is asked for: labels without images, and a look at known bad pairs."""
+    if found.rows:
+        return found
+    files = _Files(found.folder)
+    split = found.domain.splits[found.split]
+    bad = {image: problem for image, label in found.pairs if stem(image) in split.known_bad
+           and (problem := mismatch(found.folder / image, found.folder / label))}  # fmt: skip
+    pairs = tuple(pair for pair in found.pairs if pair[0] not in bad)
+    imageless: tuple[str, ...] = ()
+    labels = label_of(found.layout.images, found.layout)
+    if not found.layout.only and labels != found.layout.images:
+        images = [*(image for image, _ in found.pairs), *found.unlabelled]
+        wanted = {label_of(image, layout) for image in images for layout in split.layouts}
+        imageless = tuple(label for label in files.matching(labels) if label not in wanted)
+    return Found(found.domain, found.split, found.folder, found.layout, pairs, found.unlabelled, imageless, bad)
+
+
+def label_of(image: str, layout: Layout) -> str:
+    """The path of an image's label, both relative to the domain's folder."""
+    for old, new in layout.to_label:
+        image = image.replace(old, new)
+    return image
+
+
+def stem(path: str) -> str:
+    """A file's name without folders and suffix."""
+    return path.rpartition("/")[2].rpartition(".")[0]
+
+
+def mismatch(image: Path, label: Path) -> str | None:
+    """What is wrong with a pair as far as the files' heads tell; None if nothing is."""
+    sizes = []
+    for path in (image, label):
+        try:
+            with Image.open(path) as file:
+                sizes.append(file.size)
+        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
+            return f"{path.name} cannot be read"
+    (w, h), (label_w, label_h) = sizes
+    return None if sizes[0] == sizes[1] else f"the image is {w}x{h}, its label {label_w}x{label_h}"
+
+
+class _Files:
+    """A folder whose sub-folders are listed once each: asking a file server 25,000 times whether a file exists is slow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = cache(self._names)
+
+    def _names(self, relative: str) -> frozenset[str]:
+        try:
+            # names that start with a dot are other programs' companions of a file
+            return frozenset(entry.name for entry in os.scandir(self.folder / relative) if not entry.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            return frozenset()
+
+    def has(self, path: str) -> bool:
+        parent, _, name = path.rpartition("/")
+        return name in self.names(parent)
+
+    def matching(self, pattern: str) -> list[str]:
+        """The paths that match a glob, sorted; `*` does not cross a `/`."""
+        return sorted(self._walk("", pattern.split("/")))
+
+    def _walk(self, parent: str, parts: Sequence[str]) -> Iterator[str]:
+        names = self.names(parent)
+        first, rest = parts[0], parts[1:]
+        matched = fnmatch.filter(names, first) if any(c in first for c in "*?[") else [first] * (first in names)
+        for name in matched:
+            path = f"{parent}/{name}" if parent else name
+            if rest:
+                yield from self._walk(path, rest)
+            else:
+                yield path
+
+
+def _in_layout(domain: Domain, split: str, layout: Layout, files: _Files) -> Found | None:
+    images = files.matching(layout.images)
+    if layout.only:
+        listed = next((files.folder / place for place in layout.only if files.has(place)), None)
+        if listed is None:
+            return None
+        names = set(listed.read_text(encoding="utf-8").split())
+        images = [image for image in images if image.rpartition("/")[2] in names or stem(image) in names]
+    if not images:
+        return None
+    labelled = [(image, label_of(image, layout)) for image in images]
+    pairs = tuple(pair for pair in labelled if files.has(pair[1]))
+    unlabelled = tuple(image for image, label in labelled if not files.has(label))
+    return Found(domain, split, files.folder, layout, pairs, unlabelled)
+
+
+def _in_hub(domain: Domain, split: str, folder: Path) -> Found | None:
+    layout = hub_sets.layout(folder, split)
+    if layout is None:
+        return None
+    import datasets
+
+    try:
+        rows = len(datasets.load_from_disk(folder / layout.images))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / layout.images} is damaged: {error}", f"remove {folder} and download it again") from None
+    return Found(domain, split, folder, layout, rows=rows)
+
+
+def _not_here(domain: Domain, split: str, root: Path) -> DataError:
+    layouts = domain.splits[split].layouts
+    if not layouts:
+        return DataError(f"`{domain.name}` {split} is not below {root} any more", "fetch it again: dgbench download --hub")
+    first, folder = layouts[0], domain.root(root)
+    if folder is None and domain.access == "own":
+        return DataError(
+            f"`{domain.name}` is not on this disk: no folder {root / domain.folders[0]}",
+            "its declaration says `folder`: below the data root, or an absolute path",
+        )
+    if folder is None:
+        return DataError(
+            f"`{domain.name}` is not on this disk: no folder {' or '.join(f'`{f}`' for f in domain.folders)} in {root}",
+            f"get it from {domain.homepage} ({domain.access}) so that `{root / domain.folders[0] / first.images}` "
+            "finds its images, or point --root or DGBENCH_DATA at the folder that holds it",
+        )
+    others = {layout.images: None for layout in layouts[1:] if layout.images != first.images}
+    also = f", nor {' nor '.join(others)}" if others else ""
+    return DataError(
+        f"`{domain.name}` {split}: no image matches {folder / first.images}{also}",
+        f"unpack the official archives into {folder} without renaming; see {domain.homepage}"
+        if domain.access != "own"
+        else "its declaration says `images`: a glob below its folder, whose `*` does not cross a `/`",
+    )
+
+
+def _no_pairs(found: Found) -> DataError:
+    images = found.unlabelled
+    if not images:
+        return DataError(f"`{found.domain.name}` {found.split}: every pair is known to be bad", "download the set again")
+    return DataError(
+        f"`{found.domain.name}` {found.split}: {len(images)} of {len(images)} images have no label; the first missing file "
+        f"is {found.folder / label_of(images[0], found.layout)}",
+        "unpack the label archive; `dgbench data verify` lists what is missing",
+    )
