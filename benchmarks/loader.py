@@ -250,8 +250,8 @@ def processor() -> str:
 def markdown(rows: Sequence[Row], decoding: dict[str, float], about: dict[str, str]) -> str:
     """Return the report as Markdown."""
     lines = ["# Throughput of the training loader", ""]
-    lines += ["By `python benchmarks/loader.py`; its head says what is compared. Images a second of one core, one thread:", ""]
-    lines += ["median over the repeats, in which both pipelines take turns. ratio: median of the repeats' own.", ""]
+    lines += ["By `python benchmarks/loader.py`; its head says what is compared. Images a second of one core, one thread: median"]
+    lines += ["over the repeats, in which both pipelines take turns. ratio: median of the repeats' own.", ""]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     lines += ["", "| files | sampling | plain, images/s | dgbench, images/s | ratio |", "|---|---|---|---|---|"]
     lines += [f"| {r.files} | {r.sampling} | {r.plain:.1f} | {r.ours:.1f} | {r.ratio:.2f} |" for r in rows]
