@@ -107,7 +107,8 @@ def test_methods_do_not_import_each_other() -> None:
 def test_results_and_recipes_need_neither_torch_nor_models() -> None:
     light = (
         "dgbench.recipe", "dgbench.protocol", "dgbench.results", "dgbench.report", "dgbench.metrics", "dgbench.errors",
-        "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.data.domains", "dgbench.data.labels",
+        "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.spec", "dgbench.data.domain", "dgbench.data.domains",
+        "dgbench.data.labels", "dgbench.data.custom", "dgbench.data.hub_sets", "dgbench.data.index", "dgbench.data.verify",
         "dgbench.data.listing", "dgbench.download",
     )  # fmt: skip
     assert not offences(light, *HEAVY)

@@ -182,11 +182,12 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
     """WildDash2, COCO: colours are segments, `<folder>.json` beside the folder says which category each is; 0 is void."""
-    segments = _segments(path.parent.with_suffix(".json")).get(path.name)
+    table_file = path.parent.with_suffix(".json")
+    if not table_file.is_file():
+        raise DataError(f"no {table_file.name} beside the folder of {path}", "unpack the official label archive again")
+    segments = _segments(table_file, table_file.stat().st_mtime_ns).get(path.name)
     if segments is None:
-        raise DataError(
-            f"{path} has no annotation in {path.parent.with_suffix('.json')}", "unpack the official label archive again"
-        )
+        raise DataError(f"{path} has no annotation in {table_file}", "unpack the official label archive again")
     with Image.open(io.BytesIO(content)) as file:
         if file.mode not in ("RGB", "RGBA"):
             raise DataError(f"{path} is a {file.mode} image, a panoptic PNG is RGB", "unpack the official label archive again")
@@ -240,13 +241,11 @@ def _color_table() -> NDArray[np.uint16]:
 
 
 @lru_cache(4)
-def _segments(path: Path) -> dict[str, dict[int, int]]:
+def _segments(path: Path, _changed: int) -> dict[str, dict[int, int]]:
     """File name of a panoptic PNG -> segment -> category."""
     try:
         annotations = json.loads(path.read_bytes())["annotations"]
         return {a["file_name"]: {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]} for a in annotations}
-    except FileNotFoundError:
-        raise DataError(f"no {path.name} beside the folder of panoptic PNGs: {path}", "unpack the label archive again") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is not a file of panoptic annotations: {type(error).__name__} {error}", "unpack the label archive again"

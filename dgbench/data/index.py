@@ -48,7 +48,7 @@ class Found:
         split = self.domain.splits[self.split]
         count = self.layout.count or split.count
         if count is None:
-            return len(self) + len(self.unlabelled)
+            return len(self)
         lost = len(self.left_out) + sum(1 for image in self.unlabelled if stem(image) in split.known_bad)
         return max(len(self), count - lost)
 
@@ -174,26 +174,28 @@ class _Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = cache(self._names)
+        self.listed = cache(self._listed)
 
-    def _names(self, relative: str) -> frozenset[str]:
+    def _listed(self, relative: str) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of everything in a folder, and of the folders among them."""
         try:
             # names that start with a dot are other programs' companions of a file
-            return frozenset(entry.name for entry in os.scandir(self.folder / relative) if not entry.name.startswith("."))
+            entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
+            entries = []
+        return frozenset(e.name for e in entries), frozenset(e.name for e in entries if e.is_dir())
 
     def has(self, path: str) -> bool:
         parent, _, name = path.rpartition("/")
-        return name in self.names(parent)
+        return name in self.listed(parent)[0]
 
     def matching(self, pattern: str) -> list[str]:
         """The paths that match a glob, sorted; `*` does not cross a `/`."""
         return sorted(self._walk("", pattern.split("/")))
 
     def _walk(self, parent: str, parts: Sequence[str]) -> Iterator[str]:
-        names = self.names(parent)
         first, rest = parts[0], parts[1:]
+        names = self.listed(parent)[1 if rest else 0]
         matched = fnmatch.filter(names, first) if any(c in first for c in "*?[") else [first] * (first in names)
         for name in matched:
             path = f"{parent}/{name}" if parent else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,12 @@ def test_rows_are_one_dataset_of_ids_and_undecoded_files(tmp_path: Path):
     assert rows.column_names == ["id", "image", "label"]
     assert rows[1]["id"] == "leftImg8bit/val/a/00001_leftImg8bit.png"
     assert rows[1]["label"] == {"path": str(tmp_path / "cityscapes/gtFine/val/a/00001_gtFine_labelIds.png"), "bytes": None}
+
+
+def test_loader_processes_get_the_whole_of_it(tmp_path: Path):
+    (label, *_) = write_split(tmp_path, FILES["wilddash2"], official("wilddash2"), 2)
+    copy = pickle.loads(pickle.dumps(SegDataset("wilddash2", "val", root=tmp_path)))
+    assert np.array_equal(copy[0].label, label)
 
 
 def test_the_layout_with_most_pairs_wins_and_of_equals_the_official(tmp_path: Path):
