@@ -180,6 +180,12 @@ def _domain_names(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in known if name.startswith(incomplete) and name not in given]
 
 
+def _protocol_names(incomplete: str) -> list[str]:
+    from dgbench.protocol import PROTOCOLS
+
+    return [name for name in PROTOCOLS if name.startswith(incomplete)]
+
+
 def _keys(incomplete: str) -> list[str]:
     from dgbench.recipe import key_paths
 
@@ -223,6 +229,10 @@ RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where r
 TargetsOpt = Annotated[
     list[str] | None,
     typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=_domain_names),
+]
+ProtocolOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=_protocol_names),
 ]
 SplitOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Default: val, else the first that the domain has.")]
 LabelMapOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.")]
@@ -585,6 +595,7 @@ def eval_(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="RUN", help="The same as the argument RUN.", autocompletion=_runs)
     ] = None,
+    protocol: ProtocolOpt = None,
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
@@ -592,17 +603,21 @@ def eval_(
     quiet: QuietOpt = False,
 ) -> None:
     """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
+    from dgbench import protocol as protocols
     from dgbench import render
     from dgbench.data.domains import lookup
 
     if run is not None and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     names = [lookup(name).name for name in targets] if targets else None
+    rules = protocols.lookup(protocol).name if protocol else None
     folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
     from dgbench.engine.evaluate import evaluate
 
     progress = render.progress(quiet=quiet)
-    records = evaluate(folder, names, progress=progress, device=device, include_source=names is None, root=root)
+    records = evaluate(
+        folder, names, progress=progress, device=device, include_source=names is None, root=root, protocol_name=rules
+    )
     render.show(records, as_json=as_json)
 
 
@@ -657,6 +672,20 @@ def leaderboard(
     only = lookup(source).name if source else None
     board = arrange(results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published)
     render.show(board, as_json=as_json)
+
+
+@app.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench protocols paper-half")
+def protocols(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them; default: all.", autocompletion=_protocol_names)
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show what the protocols say, field by field: sizes, windows, label maps, classes."""
+    from dgbench import render
+    from dgbench.protocol import presets
+
+    render.show(presets(name), as_json=as_json)
 
 
 @app.command(cls=Command, rich_help_panel="Help", epilog="Example: dgbench doctor --json")

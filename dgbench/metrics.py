@@ -3,12 +3,14 @@
 One matrix is kept per image; everything else (a domain's mIoU, its interval, a paired comparison) is arithmetic on the
 stored matrices. mIoU here means: sum the matrices of all images, IoU = TP / (TP + FP + FN) per class, mean over the
 classes that occur in label or prediction. It is not the mean of per-image IoUs, and a class that is predicted but
-absent from the labels counts as 0.
+absent from the labels counts as 0. Papers differ in what they do with absent classes and in which classes they average
+(16 or 13 for SYNTHIA): `absent` and `classes` say so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Counts = NDArray[np.int64]
+Absent = Literal["skip", "unlabelled", "zero"]
 
 
 def confusion(pred: NDArray[np.integer[Any]] | Tensor, label: NDArray[np.integer[Any]] | Tensor, classes: int) -> Counts:
@@ -62,24 +65,40 @@ def _check_range(lowest: int, highest: int, lowest_label: int, classes: int) -> 
         raise ValueError(f"label {lowest_label} is negative; ignored pixels are 255")
 
 
-def iou(confusion: NDArray[Any]) -> NDArray[np.float64]:
-    """Return TP / (TP + FP + FN) per class, (..., K, K) -> (..., K); NaN for a class that occurs nowhere."""
+def iou(confusion: NDArray[Any], *, absent: Absent = "skip") -> NDArray[np.float64]:
+    """Return TP / (TP + FP + FN) per class, (..., K, K) -> (..., K).
+
+    Args:
+        absent: which classes have no IoU, that is NaN. `skip`: those in neither label nor prediction (Cityscapes,
+            mmsegmentation). `unlabelled`: those without a labelled pixel, even if predicted (detectron2, CLOUDS).
+            `zero`: none; those that occur nowhere have 0.
+    """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - hits
-    result: NDArray[np.float64] = np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
+    labelled = confusion.sum(axis=-1)
+    union = labelled + confusion.sum(axis=-2) - hits
+    counted = labelled > 0 if absent == "unlabelled" else union > 0
+    nothing = 0.0 if absent == "zero" else np.nan
+    result: NDArray[np.float64] = np.divide(hits, union, out=np.full(hits.shape, nothing), where=counted)
     return result
 
 
-def miou(confusion: NDArray[Any]) -> float:
-    """Return the mean IoU in 0..1 of one (K, K) matrix over the classes that occur; NaN if none does.
+def miou(confusion: NDArray[Any], *, classes: Sequence[int] | None = None, absent: Absent = "skip") -> float:
+    """Return the mean IoU in 0..1 of one (K, K) matrix; NaN if no class has an IoU.
+
+    Args:
+        classes: train ids over which the mean runs; None: all. The others still count as wrong predictions and labels.
+        absent: as `iou`'s.
 
     >>> round(miou(np.array([[2, 0, 1], [0, 1, 0], [0, 0, 0]])), 4)   # IoUs 2/3, 1, 0
     0.5556
     """
-    return float(_mean_over_present(iou(confusion)))
+    return float(_mean(confusion, classes, absent))
 
 
-def bootstrap(per_image: NDArray[Any], *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+def bootstrap(
+    per_image: NDArray[Any], *, resamples: int = 1000, seed: int = 0, level: float = 0.95,
+    classes: Sequence[int] | None = None, absent: Absent = "skip",
+) -> tuple[float, float]:  # fmt: skip
     """Return the percentile interval of the mIoU when images are drawn anew with replacement.
 
     It says how much the score would move with other images of the same domain; it does not cover other training runs.
@@ -87,12 +106,13 @@ def bootstrap(per_image: NDArray[Any], *, resamples: int = 1000, seed: int = 0, 
     Args:
         per_image: (n, K, K) counts, one matrix per image.
         level: the interval's coverage, 0.95 for 2.5 % on each side.
+        classes, absent: as `miou`'s.
 
     Returns: (low, high) in 0..1; (NaN, NaN) for fewer than two images.
     """
     if len(per_image) < 2:
         return float("nan"), float("nan")
-    return _interval(_resampled(per_image, _weights(len(per_image), resamples, seed)), level)
+    return _interval(_resampled(per_image, _weights(len(per_image), resamples, seed), classes, absent), level)
 
 
 def paired_difference(
@@ -121,12 +141,13 @@ def _weights(n: int, resamples: int, seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
 
 
-def _resampled(per_image: NDArray[Any], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def _resampled(per_image: NDArray[Any], weights: NDArray[np.float64], classes: Sequence[int] | None = None,
+               absent: Absent = "skip") -> NDArray[np.float64]:  # fmt: skip
     """Return the mIoU of every resample, (resamples,)."""
-    n, classes, _ = per_image.shape
+    n, k, _ = per_image.shape
     # float64 holds every sum exactly: counts stay far below 2^53
-    summed = weights @ per_image.reshape(n, classes * classes).astype(np.float64)
-    return _mean_over_present(iou(summed.reshape(-1, classes, classes)))
+    summed = weights @ per_image.reshape(n, k * k).astype(np.float64)
+    return _mean(summed.reshape(-1, k, k), classes, absent)
 
 
 def _interval(values: NDArray[np.float64], level: float) -> tuple[float, float]:
@@ -135,14 +156,11 @@ def _interval(values: NDArray[np.float64], level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _mean_over_present(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean over the last axis without NaN; NaN where all are (and no warning, unlike numpy's own)."""
+def _mean(confusion: NDArray[Any], classes: Sequence[int] | None, absent: Absent) -> NDArray[np.float64]:
+    """Return the mean IoU over the classes that have one, (..., K, K) -> (...); NaN where none has (and no warning)."""
+    values = iou(confusion, absent=absent)
+    values = values if classes is None else values[..., list(classes)]
     present = ~np.isnan(values)
-    return np.asarray(
-        np.divide(
-            np.where(present, values, 0.0).sum(axis=-1),
-            present.sum(axis=-1),
-            out=np.full(values.shape[:-1], np.nan),
-            where=present.any(axis=-1),
-        )
-    )
+    # summed class by class, as the Cityscapes scripts do: numpy's own order differs from theirs in the last bit
+    sums = np.cumsum(np.where(present, values, 0.0), axis=-1)[..., -1]
+    return np.asarray(np.divide(sums, present.sum(axis=-1), out=np.full(values.shape[:-1], np.nan), where=present.any(axis=-1)))

@@ -3,6 +3,9 @@
 The published papers do not: they differ in test size, label grid and the Mapillary label map, which moves the average
 of three targets by 2 to 2.5 points for one and the same checkpoint (Tang et al., AAAI 2025, table 1). Every record
 therefore carries the hash of its protocol together with its domain's row, and no table ranks across two hashes.
+
+`docs/protocol.md` says where each preset's values come from. `dgbench.data.resizing` and `dgbench.engine.scoring` do
+what the fields say; a field that nothing obeys does not belong here.
 """
 
 from __future__ import annotations
@@ -10,82 +13,133 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dgbench.errors import RecipeError, unknown
 
 if TYPE_CHECKING:
     from dgbench.data.domains import Domain
 
+Size = tuple[int, int]  # (H, W)
+MapillaryMap = Literal["robustnet", "openseg", "wd2-policy"]
+
+# train ids over which SYNTHIA's papers average: it has no terrain, truck and train; 13 leaves out wall, fence and pole too
+CLASS_SETS: dict[int, tuple[int, ...]] = {
+    19: tuple(range(19)),
+    16: tuple(c for c in range(19) if c not in (9, 14, 16)),
+    13: tuple(c for c in range(19) if c not in (3, 4, 5, 9, 14, 16)),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a checkpoint is scored on a domain. All fields enter the hash."""
+    """How a checkpoint is scored on a domain. All fields but `follows` enter the hash."""
 
     name: str
-    version: int = 1  # raised when the meaning of a field changes
-    label_space: str = "cityscapes-19"
-    fit: Mapping[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # domain -> (H, W) box an image is fitted into; absent: file size
-    interpolation: Literal["bilinear"] = "bilinear"  # of test images
-    antialias: bool = False  # mmseg resizes with OpenCV, which has none; it shows when 2048 shrinks to 1024
-    halved: tuple[str, ...] = ()  # domains whose images and labels are halved before anything else (Rein's offline script)
-    label_grid: Literal["original", "halved"] = "original"  # scores are upsampled to the label's size
-    window: Literal["crop", "whole"] = "crop"  # the sliding window is the training crop
-    stride: float = 2 / 3  # of the window: 341 for 512, 683 for 1024
-    merge: Literal["mean"] = "mean"  # overlapping windows; the last one is shifted back to the border
-    upsampling: Literal["method"] = "method"  # where mask scores are upsampled is part of the method
-    tta: Literal["none"] = "none"
-    mapillary_map: Literal["robustnet", "openseg", "wd2-policy"] = "robustnet"
-    absent_classes: Literal["skip"] = "skip"  # a class in neither label nor prediction is left out of the mean
-    ignored_pixels: Literal["skip"] = "skip"  # whatever is predicted there costs nothing
+    follows: str = ""  # whose evaluation it is
+    version: int = 2  # raised when the meaning of a field changes
+    mapillary_map: MapillaryMap = "robustnet"
+
+    # image and label alike, before anything else
+    halved: tuple[str, ...] = ()  # domains halved by Rein's offline script: Pillow's bicubic, label nearest
+    square: Mapping[str, int] = field(default_factory=dict)  # RobustNet's: this high, then cropped or padded to a square
+
+    # the size at which the model sees the image; a domain in neither is seen as its files are
+    fit: Mapping[str, Size] = field(default_factory=dict)  # domain -> (H, W) box, aspect ratio kept (mmcv's rescale)
+    short_edge: int | None = None  # every image's short edge is brought to this (detectron2's)
+    resize: Literal["opencv-bilinear", "pillow-bilinear"] = "opencv-bilinear"  # OpenCV's has no antialiasing
+    label_grid: Literal["original", "resized"] = "original"  # resized: the label is brought to the image's size, nearest
+
+    # how the model looks at it
+    window: Literal["crop", "whole"] = "crop"  # slides the training crop; the last window is shifted back to the border
+    stride: float = 2 / 3  # of the window: 341 for 512, 683 for 1024; overlaps are averaged
+    upsampling: Literal["method", "masks", "scores"] = "method"  # mask logits to the window before or after they are mixed
+    scales: tuple[float, ...] = (1.0,)  # of the test size; the softmax of several is averaged
+    flip: bool = False  # the mirrored image too
+
+    # what the score is
+    classes: Literal[19, 16, 13] = 19  # the mean runs over these; the confusion matrix is of all 19
+    absent_classes: Literal["skip", "unlabelled", "zero"] = "skip"  # see `dgbench.metrics.miou`
     checkpoint: Literal["last"] = "last"  # never chosen by a target's labels
 
-    def test_size(self, domain: str, size: tuple[int, int]) -> tuple[int, int]:
+    @property
+    def digest(self) -> str:
+        """8 hex digits of the protocol alone, shown with its name."""
+        return _sha256(self._content())[:8]
+
+    def _content(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "follows"}
+
+    def prepared_size(self, domain: str, size: Size) -> Size:
+        """Return the (H, W) of image and label after `halved` or `square`, from that of the files."""
+        height, width = size
+        if _family(domain, self.halved):
+            return height // 2, width // 2
+        side = self.square.get(_family(domain, self.square))
+        return (side, side) if side else (height, width)
+
+    def test_size(self, domain: str, size: Size, scale: float = 1.0) -> Size:
         """Return the (H, W) at which an image of `size` (H, W) of this domain is shown to the model.
 
-        A box keeps the aspect ratio: long edge at most the box's long edge, short edge at most its short edge
-        (mmcv's rescale, which rounds half up).
+        A box keeps the aspect ratio: long edge at most the box's long edge, short edge at most its short edge. Both
+        this and the short edge round half up, as mmcv and detectron2 do.
         """
-        height, width = size
-        if domain in self.halved:
-            height, width = height // 2, width // 2
-        if (box := _row(self.fit, domain)) is None:
-            return height, width
-        scale = min(max(box) / max(height, width), min(box) / min(height, width))
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+        height, width = self.prepared_size(domain, size)
+        ratio = 1.0
+        if box := self.fit.get(_family(domain, self.fit)):
+            ratio = min(max(box) / max(height, width), min(box) / min(height, width))
+        elif self.short_edge is not None:
+            ratio = self.short_edge / min(height, width)
+        ratio *= scale
+        return max(1, int(height * ratio + 0.5)), max(1, int(width * ratio + 0.5))
 
-    def stride_of(self, window: tuple[int, int]) -> tuple[int, int]:
+    def stride_of(self, window: Size) -> Size:
         """Return the (H, W) step between windows of (H, W) pixels."""
         return max(1, round(window[0] * self.stride)), max(1, round(window[1] * self.stride))
 
 
-def _row(table: Mapping[str, tuple[int, int]], domain: str) -> tuple[int, int] | None:
-    # `acdc-fog` and `streets-fog@0.6` are measured like the family they belong to
-    return table.get(domain) or table.get(domain.partition("@")[0].partition("-")[0])
+def _family(domain: str, named: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """Return under which of the named domains this one falls, or "": `acdc-fog` is measured like `acdc`."""
+    bare = domain.partition("@")[0]
+    return next((name for name in (bare, bare.partition("-")[0]) if name in named), "")
 
+
+_UNIFIED = Protocol("unified", "our proposal: one rule for all", fit={"mapillary": (1024, 2048)})
+_VLTSEG = Protocol(
+    "vltseg-real", "VLTSeg trained on real images", upsampling="masks", stride=768 / 1024,
+    fit={"cityscapes": (1024, 2048), "bdd100k": (1024, 2048), "mapillary": (1024, 2048), "acdc": (1080, 1920)},
+)  # fmt: skip
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        # our own proposal: the files' own sizes (Mapillary bounded), labels untouched, one Mapillary map for all
-        Protocol("unified", fit={"mapillary": (1024, 2048)}),
-        # what the configs of tqdm and MFuser do
+        _UNIFIED,
         Protocol(
-            "paper-full",
+            "paper-full", "tqdm, MFuser", mapillary_map="openseg", upsampling="scores",
             fit={"cityscapes": (1024, 2048), "bdd100k": (720, 1280), "mapillary": (1024, 2048)},
-            mapillary_map="openseg",
         ),
-        # what the 512-crop configs of Rein and SET do
         Protocol(
-            "paper-half",
+            "paper-half", "Rein and SET with 512 crops", mapillary_map="openseg", upsampling="masks", halved=("mapillary",),
             fit={"cityscapes": (512, 1024), "bdd100k": (720, 1280), "mapillary": (512, 1024), "acdc": (540, 960)},
-            halved=("mapillary",),
-            label_grid="halved",
-            mapillary_map="openseg",
         ),
+        Protocol(
+            "vltseg-synthetic", "VLTSeg trained on GTA5 or SYNTHIA", upsampling="masks", stride=426 / 512,
+            fit={"cityscapes": (512, 1024), "bdd100k": (512, 1024), "mapillary": (512, 1024), "acdc": (540, 960)},
+        ),
+        _VLTSEG,
+        replace(
+            _VLTSEG, name="vltseg-tta", follows="VLTSeg, as sent to test servers",
+            scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.25), flip=True,
+        ),
+        Protocol(
+            "clouds", "CLOUDS", short_edge=1024, resize="pillow-bilinear", label_grid="resized", window="whole",
+            upsampling="masks", absent_classes="unlabelled",
+        ),
+        Protocol("robustnet", "RobustNet, WildNet, SHADE (ResNet), FAMix", square={"mapillary": 1536}, window="whole"),
+        # SYNTHIA has 16 of the classes
+        replace(_UNIFIED, name="unified-16", follows="unified, SYNTHIA's 16 classes", classes=16),
+        replace(_UNIFIED, name="unified-13", follows="unified, 13 of them", classes=13),
     )
 }  # fmt: skip
 
@@ -100,9 +154,56 @@ def lookup(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A protocol as `dgbench protocols` shows it."""
+
+    name: str
+    digest: str
+    follows: str
+    rules: dict[str, str]  # what is ruled -> how, in words
+
+
+def presets(name: str | None = None) -> list[Preset]:
+    """Return one preset, or all of them, in words.
+
+    Raises: RecipeError for an unknown name.
+    """
+    chosen = [lookup(name)] if name else list(PROTOCOLS.values())
+    return [Preset(p.name, p.digest, p.follows, _in_words(p)) for p in chosen]
+
+
+def _in_words(p: Protocol) -> dict[str, str]:
+    """Every field that enters the hash; sizes as W x H, as papers write them."""
+    sizes = {}
+    for domain in ("cityscapes", "bdd100k", "mapillary", "acdc"):
+        box = p.fit.get(domain)
+        text = f"fit {box[1]}x{box[0]}" if box else f"short edge {p.short_edge}" if p.short_edge else "as the file"
+        if domain in p.halved:
+            text = f"half, {text}"
+        sizes[domain] = f"square {p.square[domain]}" if domain in p.square else text
+    scales = "" if p.scales == (1.0,) else "scales " + ", ".join(f"{scale:g}" for scale in p.scales)
+    return {
+        "Mapillary's map": p.mapillary_map,
+        **sizes,
+        "others": f"short edge {p.short_edge}" if p.short_edge else "as the file",
+        "resized by": p.resize,
+        "label grid": p.label_grid,
+        "window": "training crop" if p.window == "crop" else "whole image",
+        "stride": f"{p.stride:.3g} of it" if p.window == "crop" else "none",
+        "upsampling": p.upsampling,
+        "tta": " + ".join(filter(None, (scales, "flip" * p.flip))) or "none",
+        "classes": str(p.classes),
+        "absent classes": p.absent_classes,
+        "checkpoint": p.checkpoint,
+        "version": str(p.version),
+    }
+
+
 def label_map(protocol: Protocol, domain: Domain) -> str:
     """Return the label map by which this domain's labels are read."""
-    return f"mapillary-{protocol.mapillary_map}" if domain.base == "mapillary" else domain.label_map
+    theirs = [f"mapillary-{name}" for name in get_args(MapillaryMap)]
+    return f"mapillary-{protocol.mapillary_map}" if domain.label_map in theirs else domain.label_map
 
 
 def domain_row(
@@ -125,5 +226,8 @@ def protocol_hash(protocol: Protocol, domain_row: Mapping[str, Any]) -> str:
         domain_row: what fixes the pixels and labels of the domain: name, split, revision, label map, and for rendered
             domains the size. JSON-able.
     """
-    content = json.dumps({"protocol": asdict(protocol), "domain": dict(domain_row)}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return _sha256({"protocol": protocol._content(), "domain": dict(domain_row)})[:12]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dgbench.engine.convert import Converted
     from dgbench.engine.predict import Prediction
     from dgbench.kernels import Bench, Built, KernelList, TimedCase
+    from dgbench.protocol import Preset
     from dgbench.report.leaderboard import Group, Leaderboard, Row, Score
     from dgbench.results import Record
     from mfuser.hub import Fetched, Model
@@ -205,7 +206,8 @@ def _leaderboard(board: Leaderboard) -> list[Table]:
     tables: list[Table] = []
     for group in board.groups:
         # what two groups of one title differ in is inside their protocol hashes
-        alike = any((g.source, g.targets, g.protocol) == (group.source, group.targets, group.protocol)
+        alike = any((g.source, g.targets, g.protocol, g.protocol_digest)
+                    == (group.source, group.targets, group.protocol, group.protocol_digest)
                     for g in board.groups[: len(tables)])  # fmt: skip
         tables.append(_own(group, "; at another image size or label map than the table above" if alike else ""))
     if not tables:
@@ -231,7 +233,8 @@ def _own(group: Group, remark: str = "") -> Table:
         dim = row.kind == "reference"
         wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
         narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
-    title = f"Trained on {group.source}{targets}, protocol {group.protocol}: mIoU in %, higher is better{remark}"
+    protocol = _protocol(group.protocol, group.protocol_digest)
+    title = f"Trained on {group.source}{targets}, protocol {protocol}: mIoU in %{remark}"
     compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, intervals=False))
     return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, intervals=True), compact=compact)
 
@@ -255,11 +258,11 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _own_legend(group: Group, *, intervals: bool) -> tuple[str, ...]:
-    lines = ["* best."]
+    lines = ["Higher is better; * best."]
     if not intervals:
-        lines = ["* best. Intervals and image counts: in a wider terminal or with --json."]
+        lines = ["Intervals and image counts: in a wider terminal or with --json. Higher is better; * best."]
     elif any(score.half is not None for row in group.rows for score in _all_scores(row) if score):
-        lines = ["±: half the 95 % bootstrap interval over images (not over training runs). * best."]
+        lines = ["Higher is better; * best. ±: half the 95 % bootstrap interval over images (not over training runs)."]
     lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
     if any(score.partial for row in group.rows for score in _all_scores(row) if score):
         lines.append("~ only some images of the split: not ranked, not averaged.")
@@ -297,6 +300,10 @@ def _score_cell(score: Score | None, best: float | None, *, interval: bool = Tru
     return Cell(percent(score, interval=interval))
 
 
+def _protocol(name: str, digest: str) -> str:
+    return f"{name} ({digest})" if digest else name
+
+
 def _method(row: Row) -> str:
     return f"{row.method} ({row.variant})" if row.variant else row.method
 
@@ -310,6 +317,7 @@ def _shared_prefix(targets: Sequence[str]) -> str:
 
 def _records(records: Sequence[Record]) -> list[Table]:
     rows = []
+    subsets = sorted({key for record in records for key in record.extra if key.startswith("miou")}, reverse=True)
     for record in records:
         low, high = record.interval
         interval = ABSENT if low is None or high is None or math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
@@ -317,16 +325,31 @@ def _records(records: Sequence[Record]) -> list[Table]:
         total = record.seconds.get("total")
         count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"
         seen = " (source)" if record.target == record.source else ""
-        rows.append((Cell(record.target + seen), Cell(miou), Cell(interval), Cell(count),
+        over = [record.extra.get(key) for key in subsets]
+        rows.append((Cell(record.target + seen), Cell(miou),
+                     *(Cell(f"{100 * value:.1f}" if isinstance(value, float) else ABSENT) for value in over),
+                     Cell(interval), Cell(count),
                      Cell(ABSENT if total is None else duration(total)),
                      Cell(f"{record.n_images / total:.1f}" if total else ABSENT)))  # fmt: skip
     first = records[0]
     variant = f" ({first.variant})" if first.variant else ""
-    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {first.source}, protocol {first.protocol}"
+    protocol = _protocol(first.protocol, first.protocol_digest)
+    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {first.source}, protocol {protocol}"
     legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
+    if subsets:
+        legend.append("mIoU16, mIoU13: over the classes that SYNTHIA has, and those without wall, fence and pole.")
     if first.run is not None:
         legend.append(f"Records: {first.run}")
-    return [Table(title, ("domain", "mIoU", "interval", "images", "time", "images/s"), tuple(rows), legend=tuple(legend))]
+    header = ("domain", "mIoU", *(key.replace("miou", "mIoU") for key in subsets), "interval", "images", "time", "images/s")
+    return [Table(title, header, tuple(rows), legend=tuple(legend))]
+
+
+def _presets(found: Sequence[Preset]) -> list[Table]:
+    rows = [(Cell(what), *(Cell(preset.rules[what]) for preset in found)) for what in found[0].rules]
+    rows = [(Cell("hash"), *(Cell(preset.digest) for preset in found)), *rows]
+    legend = [f"{preset.name}: {preset.follows}." for preset in found]
+    legend.append("Sizes are W x H. Scores under two hashes are never ranked together; docs/protocol.md explains each line.")
+    return [Table("", ("", *(preset.name for preset in found)), tuple(rows), left=True, legend=tuple(legend))]
 
 
 def _checks(checks: Sequence[Check]) -> list[Table]:
@@ -582,6 +605,7 @@ def _milliseconds(*values: float) -> tuple[str, ...]:
 _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Leaderboard": _leaderboard,
     "Record": _records,
+    "Preset": _presets,
     "Check": _checks,
     "Prediction": _predictions,
     "DomainState": _domain_states,

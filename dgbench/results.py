@@ -53,7 +53,8 @@ class Record:
     target: str  # the source itself for its validation split
     split: str
     protocol: str = ""
-    protocol_hash: str = ""
+    protocol_digest: str = ""  # of the protocol alone
+    protocol_hash: str = ""  # of the protocol and what fixes the domain's pixels and labels
     miou: float | None = None
     iou: tuple[float | None, ...] = ()  # per class, None for a class in neither label nor prediction
     interval: tuple[float | None, float | None] = (None, None)  # 95 %, bootstrap over images

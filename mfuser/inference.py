@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mfuser.segmentor import Segmentor
 
-
-def slide(model: Segmentor, images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *,
+def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *,
           windows_at_once: int = 16) -> Tensor:  # fmt: skip
     """Scores (B, K, H, W) averaged over overlapping windows.
 
@@ -19,6 +18,7 @@ def slide(model: Segmentor, images: Tensor, crop: tuple[int, int], stride: tuple
     smaller than the window are padded with zeros on the right and below, and the padding is cut off again.
 
     Args:
+        model: a Segmentor, or what maps windows (B, 3, *crop) to scores (B, K, *crop) otherwise.
         images: (B, 3, H, W) in [0, 1].    crop, stride: (H, W) of the window and its step.
         windows_at_once: how many windows go through the model together; changes memory, not the result.
 

@@ -52,6 +52,13 @@ class Segmentor(nn.Module):
         """Class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
+    def masks(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Class logits (B, Q, K + 1), the last "no object", and mask logits (B, Q, h, w) that `forward` mixes to scores.
+
+        None for a method that scores pixels without masks.
+        """
+        return None
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from dgbench import __version__, cli, results
 from dgbench.errors import DataError
+from dgbench.protocol import PROTOCOLS, lookup
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -138,6 +139,8 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
     assert "streets/mfuser" in completed("dgbench train str")
     assert completed("dgbench train --set train.steps=3 train.batch") == ["train.batch_size="]
     assert completed("dgbench data show streets-n") == ["streets-night"]
+    assert completed("dgbench eval --protocol paper") == ["paper-full", "paper-half"]
+    assert completed("dgbench protocols cl") == ["clouds"]
 
 
 # ---- start-up
@@ -177,7 +180,7 @@ def test_help_needs_no_heavy_import_and_little_time(terminal: bool) -> None:
     assert ours < 3 * seconds_of_help(BARE.format(names=names))
 
 
-@pytest.mark.parametrize("arguments", [["leaderboard"], ["data", "list"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["leaderboard"], ["data", "list"], ["protocols"], ["--version"]])
 def test_light_commands_run_without_torch(arguments: list[str], here: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {arguments}; from dgbench.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -215,6 +218,40 @@ def test_data_list_says_what_is_on_the_disk(here: Path) -> None:
     assert rows["cityscapes"] == "sets/cityscapes"
     assert rows["mapillary"] is None
     assert rows["streets-fog"] == "rendered"
+
+
+def test_protocols_are_shown_field_by_field() -> None:
+    text = run("protocols").stdout
+    lines = {line.split("  ")[0]: line.split()[1:] for line in text.splitlines()}
+    assert text.splitlines()[0].split() == ["unified", "paper-full", "paper-half", "vltseg-synthetic"]
+    assert lines["hash"][:1] == [lookup("robustnet").digest]  # of the last block of columns
+    assert all(f"{name}: " in text for name in PROTOCOLS)
+    one = run("protocols", "paper-half").stdout
+    assert "half, fit 1024x512" in one
+    assert "openseg" in one
+    assert "paper-full" not in one
+    [shown] = json.loads(run("protocols", "clouds", "--json").stdout)
+    assert (shown["name"], shown["digest"]) == ("clouds", lookup("clouds").digest)
+    assert shown["rules"]["absent classes"] == "unlabelled"
+    assert "did you mean `paper-half`?" in fails("protocols", "paper-hlf")
+
+
+def test_an_unknown_protocol_is_refused_before_a_run_is_looked_for(here: Path) -> None:
+    error = fails("eval", "nothing", "--protocol", "unifid")
+    assert error == "error: unknown protocol `unifid`\n\nhint: did you mean `unified`?\n"
+
+
+def test_eval_scores_under_the_protocol_that_is_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGBENCH_CACHE", str(here / "cache"))
+    trained = run("train", "streets/smoke", "--no-eval", "--quiet", "--out", "runs/a", "--device", "cpu")
+    assert trained.exit_code == 0, trained.output
+    done = run("eval", "runs/a", "--targets", "streets-city", "--protocol", "paper-half", "--quiet", "--device", "cpu")
+    assert f"protocol paper-half ({lookup('paper-half').digest})" in done.stdout
+    usual = json.loads(run("eval", "runs/a", "--targets", "streets-city", "--quiet", "--json", "--device", "cpu").stdout)
+    assert [record["protocol"] for record in usual] == ["unified"]
+    board = json.loads(run("leaderboard", "--no-published", "--json").stdout)
+    ours = [group for group in board["groups"] if any(row["kind"] == "run" for row in group["rows"])]
+    assert sorted(group["protocol"] for group in ours) == ["paper-half", "unified"]
 
 
 def test_leaderboard_shows_runs_and_published_rows_apart(here: Path) -> None:

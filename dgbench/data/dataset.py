@@ -6,12 +6,13 @@ what the first rendered. Files of other domains are read in place, with labels m
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -24,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dgbench.data.decode import read_label
 from dgbench.data.domains import RENDER_SIZE, cache_root, lookup
+from dgbench.data.images import Part, decode
 from dgbench.data.index import Found, stem
 from dgbench.data.index import index as index_files
 from dgbench.errors import DataError
@@ -55,7 +57,6 @@ class SegDataset:
         limit: use the first `limit` samples only.
         label_map: read labels by this map instead of the domain's own (Mapillary has three in use). Where only labels that
             someone has already mapped are on the disk, those are read, and `label_map` says so.
-        resize_labels: resize labels to `size`, too (nearest), as training wants it.
 
     `available` is the number of images in the complete split, `found` what lies on the disk (None if rendered), `label_map`
     what the files are read by, `policy` the name under which a score of these labels is recorded.
@@ -65,12 +66,11 @@ class SegDataset:
     """
 
     def __init__(self, domain: str, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
-                 limit: int | None = None, label_map: str | None = None, resize_labels: bool = False) -> None:  # fmt: skip
+                 limit: int | None = None, label_map: str | None = None) -> None:  # fmt: skip
         self.domain = lookup(domain, root)
         self.domain.require_split(split)
         self.split = split
         self.size = size if size or not self.domain.procedural else RENDER_SIZE
-        self.resize_labels = resize_labels
         self.label_map = self.domain.read_by(label_map)
         self.policy = self.label_map.name
         self.found: Found | None = None
@@ -123,15 +123,47 @@ class SegDataset:
                 "the pair is damaged or mismatched: download it again, or move both files out of the folder; "
                 f"`dgbench data verify {self.domain.name} --split {self.split}` lists all such pairs",
             )
-        if self.size is not None and label.shape != self.size:
-            image = _resized(image, self.size, Image.Resampling.BILINEAR)
-            label = _resized(label, self.size, Image.Resampling.NEAREST) if self.resize_labels else label
+        if self.size is not None:
+            image = _resized(image, self.size)
         return Sample(row["id"], image, label)
+
+    def image(self, index: int, part: Part | None = None) -> NDArray[np.uint8]:
+        """Only the image, (H, W, 3) RGB at the dataset's size, or only a part of it: cheaper than the whole sample."""
+        if self.found is None:
+            image = _cached_file(self._render_key(), index, 0)
+        elif self.size is None:
+            return image_of(self._rows[index], part)
+        else:
+            image = _resized(image_of(self._rows[index]), self.size)
+        return image if part is None else part.of(image)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(H, W) at which `image` comes, told by the file's header."""
+        return self.size or size_of(self._rows[index])
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder in which the domain's files lie; None where they are rendered."""
+        return None if self.found is None else self.found.folder
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when a label may have changed: names, sizes and times of the files, and the label map."""
+        digest = hashlib.sha256()
+
+        def enter(*what: object) -> None:
+            digest.update(f"{what}\n".encode())
+
+        enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
+        enter(self.label_map.name, sorted(self.label_map.classes.items()))
+        for path in [] if self.found is None else self.found.label_files(len(self)):
+            state = path.stat()
+            enter(path.name, state.st_size, state.st_mtime_ns)
+        return digest.hexdigest()[:16]
 
     def label(self, index: int) -> NDArray[np.uint8]:
         """Only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
         if self.found is None:
-            return _cached_label(self._render_key(), index)
+            return _cached_file(self._render_key(), index, 1)
         return self._read_label(self._rows[index])
 
     def _read_label(self, row: dict[str, Any]) -> NDArray[np.uint8]:
@@ -232,11 +264,12 @@ def _cached_render(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDAr
         return _render_one(key, index)
 
 
-def _cached_label(key: _RenderKey, index: int) -> NDArray[np.uint8]:
+def _cached_file(key: _RenderKey, index: int, which: int) -> NDArray[np.uint8]:
+    """The image (0) or the label (1) alone."""
     if key.image(index).exists():
         with suppress(OSError, UnidentifiedImageError):  # a damaged one is rendered again
-            return np.asarray(Image.open(key.label(index)))
-    return _cached_render(key, index)[1]
+            return np.asarray(Image.open((key.image(index), key.label(index))[which]))
+    return _cached_render(key, index)[which]
 
 
 def _tell(found: Found) -> None:
@@ -264,36 +297,51 @@ def label_path(row: dict[str, Any]) -> Path:
     return Path(row["label"]["path"] or row["id"])
 
 
-def image_of(row: dict[str, Any]) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of a row's image, from its file or its bytes.
+def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
 
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
     path, data = row["image"]["path"], row["image"]["bytes"]
     if data is None:
-        return read_image(Path(path))
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            return np.asarray(file.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{row['id']} cannot be read as an image: {_first_line(error)}", "download the rows again") from None
+        return read_image(Path(path), part=part)
+    with _explained(row["id"]):
+        return decode(data, part)
 
 
-def _resized(pixels: NDArray[np.uint8], size: tuple[int, int], how: Image.Resampling) -> NDArray[np.uint8]:
-    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), how))
+def size_of(row: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) of a row's image, by its header.
+
+    Raises: DataError naming the file or the row when it cannot be read as an image.
+    """
+    path, data = row["image"]["path"], row["image"]["bytes"]
+    with _explained(path or row["id"]), Image.open(path if data is None else io.BytesIO(data)) as file:
+        return file.height, file.width
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased).
+def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased); or a part of that.
 
     Raises: DataError naming the file when it cannot be read as an image.
     """
+    with _explained(path):
+        image = decode(path.read_bytes(), part if size is None else None)
+    if size is None:
+        return image
+    return _resized(image, size) if part is None else part.of(_resized(image, size))
+
+
+@contextmanager
+def _explained(path: Path | str) -> Iterator[None]:
+    """Within, what is wrong with an image file becomes a DataError that names it."""
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-            if size is not None and image.size != (size[1], size[0]):
-                image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            return np.asarray(image)
+        yield
     except FileNotFoundError:
         raise DataError(f"no such image: {path}") from None
     except IsADirectoryError:

@@ -52,6 +52,15 @@ class Found:
         lost = len(self.left_out) + sum(1 for image in self.unlabelled if stem(image) in split.known_bad)
         return max(len(self), count - lost)
 
+    def label_files(self, count: int) -> list[Path]:
+        """The files that hold the labels of the first `count` pairs."""
+        if self.rows:
+            return sorted(path for path in (self.folder / self.layout.images).rglob("*") if path.is_file())
+        labels = [self.folder / label for _, label in self.pairs[:count]]
+        # what some encodings keep beside the folder of labels: which segment is which category
+        beside = {path.parent.with_suffix(".json") for path in labels}
+        return [*labels, *sorted(path for path in beside if path.is_file())]
+
     def revision(self) -> str:
         """What pins pixels and labels: the domain's revision, and the layout's where it is not the published one."""
         base = self.domain.revision()

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 import mfuser
 from dgbench import atomic, results
 from dgbench.data.dataset import SegDataset
+from dgbench.data.resizing import one_thread
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
-from dgbench.data.transforms import Augmentation, StepBatches, TrainView
+from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
 from dgbench.engine import checkpoints
 from dgbench.engine.device import device_name, peak_gib, pick_device
 from dgbench.errors import CheckpointError, DataError, RecipeError
@@ -67,6 +68,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         checkpoints.clean(run)
         dump(recipe, run / "recipe.yaml")
         dataset.prepare(progress)
+        if recipe.data.rare_class_sampling is not None:
+            class_counts(dataset, progress)  # once; the other processes find them
     accelerator.wait_for_everyone()
 
     start = found[1] if found else 0
@@ -95,8 +98,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
             factor = schedule(step, spec.steps, recipe.optim)
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * factor
-            images = images.to(accelerator.device, non_blocking=True, memory_format=torch.channels_last)
-            labels = labels.to(accelerator.device, non_blocking=True)
+            images, labels = to_model(images, labels, accelerator.device)
             terms: dict[str, Tensor] = loss_of(images, labels)
             loss = torch.stack(list(terms.values())).sum()
             accelerator.backward(loss)
@@ -168,7 +170,7 @@ def schedule(step: int, steps: int, optim: OptimSpec) -> float:
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:
     data = recipe.data
     try:
-        return SegDataset(data.source, data.source_split, root=root, size=data.size, limit=data.train_images, resize_labels=True)
+        return SegDataset(data.source, data.source_split, root=root, size=data.size, limit=data.train_images)
     except DataError as missing:
         try:
             _model(recipe, None, recipe.train.seed)
@@ -210,7 +212,7 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
     if data.rare_class_sampling is None:
         sampler = UniformSampler(len(dataset), spec.seed)
     else:
-        sampler = RareClassSampler(class_counts(dataset, progress), data.rare_class_sampling, spec.seed)
+        sampler = RareClassSampler(class_counts(dataset, progress), data.rare_class_sampling, spec.seed, dataset.size)
     augmentation = Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
     per_process, rest = divmod(spec.batch_size, accelerator.num_processes)
     if rest:
@@ -228,6 +230,7 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=one_thread,
     )
 
 

@@ -1,6 +1,7 @@
 """The leaderboard: own records, reference results of recipes, and published numbers, each kept apart.
 
-Rows are ranked only inside one group: one source, one protocol, one set of targets with equal protocol hashes.
+Rows are ranked only inside one group: one source, one protocol by name and digest, one set of targets with equal protocol
+hashes.
 Reference rows stand in for recipes that have not been run here; published rows were measured under protocols that
 differ from paper to paper, so they get groups of their own and no rank.
 """
@@ -69,6 +70,7 @@ class Group:
     protocol_hashes: tuple[str, ...]
     rows: tuple[Row, ...]
     other_targets: tuple[str, ...] = ()  # scored by some row, but not a column
+    protocol_digest: str = ""  # of the protocol alone; "" for published rows and records from before it was kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,12 @@ class Reference:
     miou: Mapping[str, float]  # target -> 0..1; the source stands for its validation split
     origin: str
     hashes: Mapping[str, str] = field(default_factory=dict)  # column -> protocol hash that the recipe scores under
+    protocol_digest: str = ""
+
+    @property
+    def measured(self) -> _Measured:
+        """What it can be ranked with."""
+        return self.source, self.protocol, self.protocol_digest
 
 
 @dataclass(slots=True)
@@ -112,6 +120,7 @@ class _Model:
 
 
 _SOURCE = ""  # the column of the source's validation split
+_Measured = tuple[str, str, str]  # source, protocol, the protocol's digest: what all rows of a group share
 
 
 def leaderboard(
@@ -134,21 +143,21 @@ def leaderboard(
     """
     records = [r for r in records if source in (None, r.source)]
     references = [r for r in references if source in (None, r.source)]
-    parts: dict[tuple[str, str], list[_Model]] = {}
+    parts: dict[_Measured, list[_Model]] = {}
     for key, model in _models(records).items():
-        parts.setdefault((key[0], key[1]), []).append(model)
+        parts.setdefault((key[0], key[1], key[2]), []).append(model)
     groups, shown = [], []
-    for (trained_on, protocol), models in parts.items():
+    for measured, models in parts.items():
         for cluster in _compatible(models):
             hashes = {column: value for model in cluster for column, value in model.hashes.items()}
-            mine = [r for r in references if _belongs(r, trained_on, protocol, hashes)]
-            groups.append(_group(trained_on, protocol, cluster, mine, targets, every=every))
-            shown.append((trained_on, protocol, hashes))
+            mine = [r for r in references if _belongs(r, measured, hashes)]
+            groups.append(_group(measured, cluster, mine, targets, every=every))
+            shown.append((measured, hashes))
     lonely = [r for r in references if not any(_belongs(r, *group) for group in shown)]
     while lonely:
         first = lonely[0]
-        together = [r for r in lonely if _belongs(r, first.source, first.protocol, first.hashes)]
-        groups.append(_group(first.source, first.protocol, [], together, targets, every=every))
+        together = [r for r in lonely if _belongs(r, first.measured, first.hashes)]
+        groups.append(_group(first.measured, [], together, targets, every=every))
         lonely = [r for r in lonely if r not in together]
     tables = [table for table in load_published() if source in (None, table.source)] if published else []
     return Leaderboard(tuple(groups), tuple(tables))
@@ -168,9 +177,9 @@ def references() -> list[Reference]:
         recipe = load_recipe(name, check_method=False)
         for origin in dict.fromkeys(row.origin for row in recipe.expect):
             miou = {row.target: row.miou for row in recipe.expect if row.origin == origin}
-            method, source = recipe.method, recipe.data.source
+            method, source, rules = recipe.method, recipe.data.source, protocols.lookup(recipe.eval.protocol)
             hashes = {_SOURCE if target == source else target: _expected_hash(recipe, target) for target in miou}
-            found.append(Reference(name, method.name, method.variant, source, recipe.eval.protocol, miou, origin, hashes))
+            found.append(Reference(name, method.name, method.variant, source, rules.name, miou, origin, hashes, rules.digest))
     return found
 
 
@@ -211,16 +220,17 @@ def _models(records: Iterable[Record]) -> dict[tuple[str, ...], _Model]:
     """Collect the newest record per column of every checkpoint, newest first."""
     models: dict[tuple[str, ...], _Model] = {}
     for record in sorted((r for r in records if r.kind == "eval"), key=_age, reverse=True):
-        key = (record.source, record.protocol, record.method, record.variant, record.recipe_hash, record.checkpoint)
+        measured = (record.source, record.protocol, record.protocol_digest)
+        key = (*measured, record.method, record.variant, record.recipe_hash, record.checkpoint)
         models.setdefault(key, _Model({})).records.setdefault(_column(record), record)
     return models
 
 
-def _belongs(reference: Reference, source: str, protocol: str, hashes: Mapping[str, str]) -> bool:
+def _belongs(reference: Reference, measured: _Measured, hashes: Mapping[str, str]) -> bool:
     """Whether a reference was scored as the models of a group were."""
     shared = hashes.keys() & reference.hashes.keys()
     same = all(hashes[column] == reference.hashes[column] for column in shared)
-    return (reference.source, reference.protocol) == (source, protocol) and same
+    return reference.measured == measured and same
 
 
 def _compatible(models: Sequence[_Model]) -> list[list[_Model]]:
@@ -239,8 +249,7 @@ def _compatible(models: Sequence[_Model]) -> list[list[_Model]]:
 
 
 def _group(
-    source: str,
-    protocol: str,
+    measured: _Measured,
     models: Sequence[_Model],
     references: Sequence[Reference],
     targets: Sequence[str] | None,
@@ -255,7 +264,8 @@ def _group(
     hashes = {column: value for model in models for column, value in model.hashes.items()}
     others = sorted({c for model in kept for c in model.records} - {*columns, _SOURCE})
     used = tuple(hashes[column] for column in (*columns, _SOURCE) if column in hashes)
-    return Group(source, columns, protocol, used, tuple(_ranked(rows)), tuple(others))
+    source, protocol, digest = measured
+    return Group(source, columns, protocol, used, tuple(_ranked(rows)), tuple(others), digest)
 
 
 def _usual_targets(models: Sequence[_Model], references: Sequence[Reference]) -> tuple[str, ...]:

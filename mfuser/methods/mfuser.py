@@ -251,9 +251,13 @@ class MFuser(Segmentor):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        outputs, _ = self._decode(images)
-        scores = class_scores(*outputs[-1])
+        scores = class_scores(*self.masks(images))
         return F.interpolate(scores, self.image_size, mode="bilinear", align_corners=False)
+
+    def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and mask logits of the last decoder layer, one query a class."""
+        outputs, _ = self._decode(images)
+        return outputs[-1]
 
     def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
         """Class, mask and dice terms of every decoder output, and the alignment of image and text."""

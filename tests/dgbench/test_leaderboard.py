@@ -68,6 +68,20 @@ def test_two_protocol_hashes_are_never_in_one_table() -> None:
     assert not set(groups[0].protocol_hashes) & set(groups[1].protocol_hashes)
 
 
+def test_two_protocols_of_one_name_are_never_in_one_table_nor_in_one_mean() -> None:
+    """Another version of a protocol, even where it was scored on other targets, and by the same checkpoint."""
+    city, world = model(0.5, 0.4, 0.4)[1:]
+    later = dataclasses.replace(world, protocol_digest="22222222")
+    groups = leaderboard([dataclasses.replace(city, protocol_digest="11111111"), later]).groups
+    assert sorted(group.protocol_digest for group in groups) == ["11111111", "22222222"]
+    assert all(len(group.rows) == 1 and len(group.targets) == 1 for group in groups)
+    [group] = leaderboard([dataclasses.replace(r, protocol_digest="11111111") for r in (city, world)]).groups
+    assert group.targets == ("streets-city", "streets-world")
+    reference = dataclasses.replace(REFERENCE, protocol_digest="22222222")
+    groups = leaderboard([dataclasses.replace(r, protocol_digest="11111111") for r in (city, world)], [reference]).groups
+    assert [[row.kind for row in group.rows] for group in groups] == [["run"], ["reference"]]
+
+
 def test_sources_and_protocols_have_tables_of_their_own() -> None:
     records = [
         *model(0.5, 0.4, 0.4),
@@ -160,6 +174,7 @@ def test_shipped_references_hold_the_hashes_that_their_recipes_score_under(tmp_p
     dataset = SegDataset("streets-city", "val", size=(128, 256))
     row = protocol.domain_row(dataset.domain, "val", dataset.label_map.name, dataset.size)
     assert tiny.hashes["streets-city"] == protocol.protocol_hash(protocol.lookup("unified"), row)
+    assert tiny.protocol_digest == protocol.lookup("unified").digest
     assert not set(tiny.hashes.values()) & set(gpu.hashes.values())
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgbench.metrics import bootstrap, confusion, iou, miou, paired_difference
+from dgbench.protocol import CLASS_SETS
 
 # two 10 x 10 images of three classes; class 2 is predicted in the first, but is no label in either
 THREE_CLASSES = np.array([[[47, 8, 5], [3, 37, 0], [0, 0, 0]], [[45, 15, 0], [2, 38, 0], [0, 0, 0]]])
@@ -98,8 +99,31 @@ def test_a_class_that_occurs_nowhere_is_left_out() -> None:
     assert miou(np.diag([5, 3, 0])) == 1.0
 
 
+def test_other_rules_for_absent_classes() -> None:
+    """Three classes right, one labelled and missed, one only predicted, one nowhere."""
+    matrix = np.diag([10, 10, 10, 0, 0, 0])
+    matrix[3, 0], matrix[0, 4] = 10, 10
+    scores = {0: 10 / 30, 1: 1.0, 2: 1.0, 3: 0.0, 4: 0.0}
+    assert iou(matrix)[:5] == pytest.approx(list(scores.values()))
+    assert miou(matrix) == pytest.approx(sum(scores.values()) / 5)
+    # detectron2's evaluator looks at labelled classes alone
+    assert miou(matrix, absent="unlabelled") == pytest.approx(sum(scores.values()) / 4)
+    assert miou(matrix, absent="zero") == pytest.approx(sum(scores.values()) / 6)
+    assert bootstrap(np.stack([matrix] * 3), absent="zero") == pytest.approx((miou(matrix, absent="zero"),) * 2)
+
+
+def test_the_mean_over_some_classes_keeps_the_others_mistakes() -> None:
+    rng = np.random.default_rng(3)
+    matrix = rng.integers(1, 100, (19, 19))
+    for classes in CLASS_SETS.values():
+        assert miou(matrix, classes=classes) == pytest.approx(np.mean(iou(matrix)[list(classes)]))
+    matrices = rng.integers(1, 100, (20, 19, 19))
+    low, high = bootstrap(matrices, classes=CLASS_SETS[13])
+    assert low < miou(matrices.sum(0), classes=CLASS_SETS[13]) < high
+
+
 def test_equal_to_cityscapesscripts_on_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Write label-id PNGs as Cityscapes has them and let the official script score them."""
+    """Write label-id PNGs in Cityscapes' folders and let the official script find and score them."""
     evaluation = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     labels = pytest.importorskip("cityscapesscripts.helpers.labels")
     to_id = np.array([labels.trainId2label[k].id for k in range(19)], np.uint8)
@@ -107,7 +131,9 @@ def test_equal_to_cityscapesscripts_on_files(tmp_path: Path, capsys: pytest.Capt
     # a train is nowhere, a truck only predicted, and ids outside the evaluated ones are ignored
     present = [k for k in range(19) if k not in (14, 16)]
     total = np.zeros((19, 19), np.int64)
-    predictions, truths = [], []
+    truth, results = tmp_path / "gtFine/val/lindau", tmp_path / "results"
+    truth.mkdir(parents=True)
+    results.mkdir()
     for number in range(3):
         truth_id = rng.choice(to_id[present], (64, 128))
         truth_id[rng.random(truth_id.shape) < 0.2] = rng.choice([0, 1, 4, 9, 15, 30])
@@ -116,24 +142,47 @@ def test_equal_to_cityscapesscripts_on_files(tmp_path: Path, capsys: pytest.Capt
         keep = rng.random(label.shape) < 0.7
         pred = np.where(keep & (label != 255), label, rng.choice([*present, 14], label.shape)).astype(np.uint8)
         total += confusion(pred, label, 19)
-        name = f"city_{number:06d}_000019"
-        for array, suffix, paths in ((truth_id, "_gtFine_labelIds", truths), (to_id[pred], "_pred", predictions)):
-            path = tmp_path / f"{name}{suffix}.png"
-            Image.fromarray(array.astype(np.uint8)).save(path)
-            paths.append(str(path))
+        name = f"lindau_{number:06d}_000019"
+        Image.fromarray(truth_id.astype(np.uint8)).save(truth / f"{name}_gtFine_labelIds.png")
+        Image.fromarray(to_id[pred]).save(results / f"{name}_pred.png")
     official = Namespace(
         evalInstLevelScore=False, evalPixelAccuracy=False, evalLabels=[], bold="", nocol="", colorized=False,
-        quiet=True, JSONOutput=False, avgClassSize={}, printRow=5, normalized=True,
+        quiet=True, JSONOutput=False, avgClassSize={}, printRow=5, normalized=True, predictionPath=str(results),
+        predictionWalk=None,
     )  # fmt: skip
-    scores = evaluation.evaluateImgLists(predictions, truths, official)
+    truths = sorted(str(path) for path in truth.glob("*_gtFine_labelIds.png"))
+    scores = evaluation.evaluateImgLists([evaluation.getPrediction(official, path) for path in truths], truths, official)
     capsys.readouterr()
     ours = iou(total)
     for k in range(19):
         expected = scores["classScores"][labels.trainId2label[k].name]
-        assert ours[k] == pytest.approx(expected, abs=1e-12, nan_ok=True), labels.trainId2label[k].name
+        assert ours[k] == expected or (np.isnan(ours[k]) and np.isnan(expected)), labels.trainId2label[k].name
     assert ours[14] == 0.0
     assert np.isnan(ours[16])
-    assert miou(total) == pytest.approx(scores["averageScoreClasses"], abs=1e-12)
+    assert miou(total) == scores["averageScoreClasses"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_to_torchmetrics(seed: int) -> None:
+    classification = pytest.importorskip("torchmetrics.classification")
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 17, (2, 40, 60))  # classes 17 and 18 occur nowhere
+    pred = np.where(rng.random(label.shape) < 0.7, label, rng.integers(0, 17, label.shape))
+    label[rng.random(label.shape) < 0.1] = 255
+    settings = {"num_classes": 19, "ignore_index": 255}
+    tensors = torch.from_numpy(pred), torch.from_numpy(label)
+    theirs = classification.MulticlassConfusionMatrix(**settings)(*tensors)
+    counts = sum(confusion(p, t, 19) for p, t in zip(pred, label, strict=True))
+    assert np.array_equal(counts, theirs.numpy())
+    scores = classification.MulticlassJaccardIndex(**settings, average=None)(*tensors).numpy()  # fp32
+    ours = iou(counts)
+    # a class that occurs nowhere has no IoU here and 0 there; their mean leaves it out all the same
+    assert np.isnan(ours[17:]).all()
+    assert (scores[17:] == 0).all()
+    assert np.array_equal(ours[:17].astype(np.float32), scores[:17])
+    assert np.array_equal(iou(counts, absent="zero").astype(np.float32), scores)
+    mean = classification.MulticlassJaccardIndex(**settings)(*tensors)
+    assert miou(counts) == pytest.approx(float(mean), abs=1e-6)
 
 
 def simulated(n_images: int, rng: np.random.Generator, accuracy: float = 0.8) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Protocols give the sizes that the papers' configs give, and their hash tells any two apart."""
+"""Protocols give the sizes that the papers' configs give, say what they rule, and their hash tells any two apart."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import dataclasses
 
 import pytest
 
+from dgbench.data.domains import lookup as domain
 from dgbench.errors import RecipeError
-from dgbench.protocol import PROTOCOLS, Protocol, lookup, protocol_hash
+from dgbench.protocol import CLASS_SETS, PROTOCOLS, Protocol, label_map, lookup, presets, protocol_hash
 
 ROW = {"name": "cityscapes", "split": "val", "revision": "official"}
+# another value of every field that enters the hash
+CHANGED = {
+    "name": "other", "version": 3, "mapillary_map": "openseg", "halved": ("cityscapes",), "square": {"bdd100k": 1536},
+    "fit": {}, "short_edge": 1024, "resize": "pillow-bilinear", "label_grid": "resized", "window": "whole", "stride": 0.5,
+    "upsampling": "masks", "scales": (1.0, 0.5), "flip": True, "classes": 16, "absent_classes": "zero", "checkpoint": "best",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,15 @@ ROW = {"name": "cityscapes", "split": "val", "revision": "official"}
         ("paper-full", "cityscapes", (1024, 2048), (1024, 2048)),
         ("paper-full", "mapillary", (2448, 3264), (1024, 1365)),
         ("paper-full", "mapillary", (3264, 2448), (1365, 1024)),
+        # VLTSeg's brings BDD to 1820x1024 after training on real images, and within 1024x512 after synthetic ones
+        ("vltseg-real", "bdd100k", (720, 1280), (1024, 1820)),
+        ("vltseg-synthetic", "bdd100k", (720, 1280), (512, 910)),
+        # CLOUDS': short edge 1024, so BDD grows and Cityscapes stays
+        ("clouds", "bdd100k", (720, 1280), (1024, 1820)),
+        ("clouds", "cityscapes", (1024, 2048), (1024, 2048)),
+        # RobustNet's: Mapillary as a square of 1536, everything else as it is
+        ("robustnet", "mapillary", (2448, 3264), (1536, 1536)),
+        ("robustnet", "bdd100k", (720, 1280), (720, 1280)),
         ("unified", "cityscapes", (1024, 2048), (1024, 2048)),
         ("unified", "acdc-night", (1080, 1920), (1080, 1920)),
         ("unified", "streets-fog@0.6", (256, 512), (256, 512)),
@@ -33,20 +49,24 @@ def test_test_sizes(protocol: str, domain: str, file_size: tuple[int, int], test
     assert lookup(protocol).test_size(domain, file_size) == test_size
 
 
-@pytest.mark.parametrize(("window", "stride"), [(512, 341), (1024, 683), (256, 171)])
-def test_stride_is_two_thirds_of_the_window(window: int, stride: int) -> None:
-    assert lookup("unified").stride_of((window, window)) == (stride, stride)
+@pytest.mark.parametrize(
+    ("protocol", "window", "stride"),
+    [
+        ("unified", 512, 341), ("unified", 1024, 683), ("unified", 256, 171), ("paper-half", 512, 341),
+        ("vltseg-synthetic", 512, 426), ("vltseg-real", 1024, 768),
+    ],
+)  # fmt: skip
+def test_strides_are_those_of_the_configs(protocol: str, window: int, stride: int) -> None:
+    assert lookup(protocol).stride_of((window, window)) == (stride, stride)
 
 
-def test_every_field_enters_the_hash() -> None:
+def test_every_field_enters_the_hash_and_only_whom_it_follows_does_not() -> None:
     base = lookup("unified")
-    changed = {"name": "other", "version": 2, "label_space": "cityscapes-16", "fit": {}, "interpolation": "nearest",
-               "antialias": True, "halved": ("x",), "label_grid": "halved", "window": "whole", "stride": 0.5,
-               "merge": "max", "upsampling": "late", "tta": "flip", "mapillary_map": "openseg",
-               "absent_classes": "zero", "ignored_pixels": "count", "checkpoint": "best"}  # fmt: skip
-    assert set(changed) == {field.name for field in dataclasses.fields(Protocol)}
-    hashes = {protocol_hash(dataclasses.replace(base, **{name: value}), ROW) for name, value in changed.items()}
-    assert len(hashes | {protocol_hash(base, ROW)}) == len(changed) + 1
+    assert set(CHANGED) | {"follows"} == {field.name for field in dataclasses.fields(Protocol)}
+    others = [dataclasses.replace(base, **{name: value}) for name, value in CHANGED.items()]
+    assert len({protocol_hash(other, ROW) for other in others} | {protocol_hash(base, ROW)}) == len(CHANGED) + 1
+    assert len({other.digest for other in others} | {base.digest}) == len(CHANGED) + 1
+    assert dataclasses.replace(base, follows="nobody").digest == base.digest
 
 
 def test_the_domain_enters_the_hash_and_its_order_does_not() -> None:
@@ -54,10 +74,43 @@ def test_the_domain_enters_the_hash_and_its_order_does_not() -> None:
     assert protocol_hash(base, ROW) != protocol_hash(base, ROW | {"revision": "v2"})
     assert protocol_hash(base, ROW) == protocol_hash(base, dict(reversed(ROW.items())))
     assert len(protocol_hash(base, ROW)) == 12
+    assert len(base.digest) == 8
 
 
 def test_presets_differ_and_an_unknown_one_is_suggested() -> None:
-    assert len({protocol_hash(protocol, ROW) for protocol in PROTOCOLS.values()}) == 3
+    assert len({protocol_hash(protocol, ROW) for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
     with pytest.raises(RecipeError, match="unknown protocol `paper-ful`") as caught:
         lookup("paper-ful")
     assert caught.value.hint == "did you mean `paper-full`?"
+
+
+@pytest.mark.parametrize("field", [name for name in CHANGED if name != "name"])
+def test_what_a_field_says_is_shown(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = lookup("unified")
+    monkeypatch.setitem(PROTOCOLS, "changed", dataclasses.replace(base, **{field: CHANGED[field]}))
+    [shown] = presets("changed")
+    [usual] = presets("unified")
+    assert shown.rules != usual.rules
+    assert shown.rules.keys() == usual.rules.keys()
+
+
+def test_presets_are_listed_with_whom_they_follow() -> None:
+    listed = presets()
+    assert [preset.name for preset in listed] == list(PROTOCOLS)
+    assert all(preset.follows and preset.digest == lookup(preset.name).digest for preset in listed)
+
+
+def test_mapillarys_labels_are_read_by_the_protocols_map_and_others_by_their_own() -> None:
+    assert label_map(lookup("paper-half"), domain("mapillary")) == "mapillary-openseg"
+    assert label_map(lookup("unified"), domain("mapillary")) == "mapillary-robustnet"
+    assert label_map(lookup("paper-half"), domain("cityscapes")) == "cityscapes-ids"
+
+
+def test_the_smaller_sets_of_classes_are_those_of_synthias_papers() -> None:
+    from dgbench.data.labels import NAMES
+
+    without_16 = {NAMES[c] for c in set(CLASS_SETS[19]) - set(CLASS_SETS[16])}
+    without_13 = {NAMES[c] for c in set(CLASS_SETS[16]) - set(CLASS_SETS[13])}
+    assert without_16 == {"terrain", "truck", "train"}
+    assert without_13 == {"wall", "fence", "pole"}
+    assert [len(classes) for classes in CLASS_SETS.values()] == list(CLASS_SETS)

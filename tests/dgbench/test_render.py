@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from records import model, record
 
 from dgbench import render
 from dgbench.doctor import Check
+from dgbench.protocol import lookup
 from dgbench.report.leaderboard import Reference, leaderboard
 
 BOARD = [
@@ -34,13 +36,29 @@ def shown(result: object, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_leaderboard_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(leaderboard(BOARD, published=False), capsys) == (
-        "Trained on streets-game, scored on streets-*, protocol unified: mIoU in %, higher is better\n"
+        "Trained on streets-game, scored on streets-*, protocol unified: mIoU in %\n"
         "#  method                source val        city       world        mean  images\n"
         "1  mfuser (tiny + tiny)  48.1* ±1.2  43.0* ±1.2  35.0* ±1.2  39.0* ±0.8     200\n"
         "2  source-only (tiny)     44.0 ±1.2   39.0 ±1.2   31.0 ±1.2   35.0 ±0.8     200\n"
-        "±: half the 95 % bootstrap interval over images (not over training runs). * best.\n"
+        "Higher is better; * best. ±: half the 95 % bootstrap interval over images (not over training runs).\n"
         "source val: streets-game, seen in training. mean: over the targets, only where all are complete.\n"
     )
+
+
+def test_every_table_of_scores_names_its_protocol_and_the_protocols_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    digest = lookup("unified").digest
+    scored = [dataclasses.replace(r, protocol_digest=digest) for r in BOARD]
+    board = shown(leaderboard(scored, published=False), capsys).splitlines()
+    assert board[0] == f"Trained on streets-game, scored on streets-*, protocol unified ({digest}): mIoU in %"
+    assert max(map(len, board)) <= 100
+    assert shown(scored, capsys).splitlines()[0].endswith(f"trained on streets-game, protocol unified ({digest})")
+
+
+def test_means_over_fewer_classes_have_columns_where_there_are_some(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown([record("cityscapes", 0.4, extra={"miou16": 0.45, "miou13": 0.5})], capsys).splitlines()
+    assert lines[1].split()[:4] == ["domain", "mIoU", "mIoU16", "mIoU13"]
+    assert lines[2].split()[:4] == ["cityscapes", "40.0", "45.0", "50.0"]
+    assert "mIoU16, mIoU13: over the classes that SYNTHIA has" in lines[4]
 
 
 def test_piped_tables_have_no_glyphs_and_are_narrow(capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,16 +210,13 @@ def test_vistas_2_has_no_silent_map(tmp_path: Path):
         SegDataset("mapillary-v2", "val", root=tmp_path)
 
 
-def test_labels_are_resized_with_the_images_where_training_asks_for_it(tmp_path: Path):
+def test_a_size_is_of_images_and_labels_stay_as_they_are_stored(tmp_path: Path):
     (label,) = write_split(tmp_path, FILES["cityscapes"], official("cityscapes"), 1)
-    data = SegDataset("cityscapes", "val", root=tmp_path, size=(16, 32), resize_labels=True)
-    sample = data[0]
-    assert sample.image.shape == (16, 32, 3)
-    # squares of eight: every second pixel, whichever of the two
-    assert np.array_equal(sample.label, label[::2, ::2])
-    scored = SegDataset("cityscapes", "val", root=tmp_path, size=(16, 32))[0]
-    assert scored.image.shape == (16, 32, 3)
-    assert np.array_equal(scored.label, label)
+    dataset = SegDataset("cityscapes", "val", root=tmp_path, size=(16, 32))
+    assert dataset[0].image.shape == (16, 32, 3)
+    assert np.array_equal(dataset[0].image, dataset.image(0))
+    assert np.array_equal(dataset[0].label, label)
+    assert np.array_equal(dataset.label(0), label)
 
 
 def test_a_set_of_rows_is_a_domain_of_its_own(tmp_path: Path):

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from dgbench.data.dataset import Sample
-from dgbench.data.sampling import RareClassSampler, UniformSampler
-from dgbench.data.transforms import Augmentation, StepBatches, TrainView, photometric, random_crop
+from dgbench.data.dataset import Sample, SegDataset
+from dgbench.data.images import Part
+from dgbench.data.resizing import one_thread
+from dgbench.data.sampling import RareClassSampler, UniformSampler, Wanted
+from dgbench.data.transforms import (
+    Augmentation,
+    StepBatches,
+    TrainView,
+    draw_window,
+    photometric,
+    resized,
+    to_model,
+)
+from dgbench.errors import DataError
 
 PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
+FULL = Augmentation((32, 48), (0.5, 2.0), 0.75, 0.5, True)
 
 
 def gradient(height: int = 64, width: int = 128) -> Sample:
@@ -22,16 +39,33 @@ def gradient(height: int = 64, width: int = 128) -> Sample:
 
 
 class Fixed:
-    def __len__(self):
-        return 4
+    """Four times the gradient; the face of a SegDataset."""
 
-    def __getitem__(self, index):
-        return gradient()
+    size = None
+
+    def __init__(self, height: int = 64, width: int = 128) -> None:
+        self.sample = gradient(height, width)
+
+    def label(self, index: int) -> NDArray[np.uint8]:
+        return self.sample.label
+
+    def image(self, index: int, part: Part) -> NDArray[np.uint8]:
+        return part.of(self.sample.image)
+
+    def image_size(self, index: int) -> tuple[int, ...]:
+        return self.sample.label.shape
+
+
+def batches(start: int, workers: int, a: Augmentation = FULL) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of steps `start` up to 6, as the training loop makes them."""
+    counts = np.ones((4, 19), np.int64)
+    view = TrainView(Fixed(), RareClassSampler(counts, 0.1, 3, (64, 128)), a, 3)
+    loader = DataLoader(view, batch_sampler=StepBatches(start, 6, 2), num_workers=workers, worker_init_fn=one_thread)
+    return [(images, labels) for images, labels in loader]
 
 
 def test_the_same_position_gives_the_same_sample_in_any_order():
-    a = Augmentation((32, 48), (0.5, 2.0), 0.75, 0.5, True)
-    views = [TrainView(Fixed(), UniformSampler(4, 3), a, 3) for _ in range(2)]
+    views = [TrainView(Fixed(), UniformSampler(4, 3), FULL, 3) for _ in range(2)]
     forward = [views[0][i] for i in range(6)]
     torch.manual_seed(99)
     backward = [views[1][i] for i in reversed(range(6))][::-1]
@@ -39,85 +73,144 @@ def test_the_same_position_gives_the_same_sample_in_any_order():
         assert torch.equal(x, u)
         assert torch.equal(y, v)
         assert x.shape == (3, 32, 48)
-        assert x.dtype == torch.float32
-        assert y.dtype == torch.int64
+        assert x.dtype == y.dtype == torch.uint8
+    assert not torch.equal(forward[0][0], forward[4][0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_and_any_start_give_the_same_batches(workers):
+    alone = batches(0, 0)
+    for start in (0, 3):
+        for (x, y), (u, v) in zip(batches(start, workers), alone[start:], strict=True):
+            assert torch.equal(x, u)
+            assert torch.equal(y, v)
+
+
+def test_a_batch_reaches_the_model_as_fractions_and_whole_numbers():
+    [(images, labels), *_] = batches(5, 0)
+    x, y = to_model(images, labels, torch.device("cpu"))
+    assert torch.equal(x, images.to(torch.float32) / 255)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, labels.to(torch.int64))
+
+
+def crop_of(sample: Sample, a: Augmentation, seed: int = 0, wanted: Wanted | None = None):
+    """A crop's image and label as arrays, and its window."""
+    window, size, label = draw_window(sample.label, a, np.random.default_rng(seed), wanted)
+    return resized(window.of(sample.image), size, a.crop), label, window
 
 
 def test_a_crop_at_scale_one_is_a_window_of_the_image():
     sample = gradient()
-    image, label = random_crop(sample.image, sample.label, PLAIN, np.random.default_rng(0))
-    assert torch.equal(image[0], 2 * label)
+    image, label, window = crop_of(sample, PLAIN)
+    assert np.array_equal(image[..., 0], 2 * label)
+    assert np.array_equal(label, window.of(sample.label))
+    assert (window.bottom - window.top, window.right - window.left) == (32, 32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cropping_first_equals_resizing_first_but_at_the_border(seed):
+    """At twice the size every window starts at a pixel of the resized image, too."""
+    rng = np.random.default_rng(9)
+    sample = Sample("noise", rng.integers(0, 256, (64, 128, 3), dtype=np.uint8), rng.integers(0, 19, (64, 128), dtype=np.uint8))
+    image, label, window = crop_of(sample, Augmentation((32, 48), (2.0, 2.0), 1.0, 0.0, False), seed)
+    doubled = Part(2 * window.top, 2 * window.left, 2 * window.bottom, 2 * window.right)
+    whole = cv2.resize(sample.image, (256, 128), interpolation=cv2.INTER_LINEAR)
+    assert np.array_equal(image[1:-1, 1:-1], doubled.of(whole)[1:-1, 1:-1])
+    assert np.array_equal(label, doubled.of(cv2.resize(sample.label, (256, 128), interpolation=cv2.INTER_NEAREST)))
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.73, 1.9])
+def test_a_window_covers_what_the_scale_says(scale):
+    sample = gradient(200, 300)
+    heights, tops = set(), set()
+    for seed in range(50):
+        _, _, window = crop_of(sample, Augmentation((64, 96), (scale, scale), 1.0, 0.0, False), seed)
+        heights.add((window.bottom - window.top, window.right - window.left))
+        tops.add(window.top)
+        assert 0 <= window.top <= window.bottom <= 200
+        assert 0 <= window.left <= window.right <= 300
+    assert heights == {(round(64 / scale), round(96 / scale))}
+    assert max(tops) > 0.8 * (200 - 64 / scale)
+    assert min(tops) < 0.2 * (200 - 64 / scale)
+
+
+def test_scales_are_drawn_evenly():
+    sample = gradient(400, 400)
+    windows = [crop_of(sample, Augmentation((64, 64), (0.5, 2.0), 1.0, 0.0, False), seed)[2] for seed in range(400)]
+    scales = np.sort([64 / (w.bottom - w.top) for w in windows])
+    assert scales == pytest.approx(np.linspace(0.5, 2.0, 400), abs=0.2)
 
 
 def test_flipping_flips_image_and_label_together():
     view = TrainView(Fixed(), UniformSampler(4, 0), Augmentation((32, 32), (1.0, 1.0), 1.0, 1.0, False), 0)
     image, label = view[0]
-    assert torch.equal((image[0] * 255).round().long(), 2 * label)
-    assert label[0, 1] == (label[0, 0] - 1) % 19  # the gradient falls after a flip
+    assert torch.equal(image[0], 2 * label)
+    assert int(label[0, 1]) == (int(label[0, 0]) - 1) % 19  # the gradient falls after a flip
 
 
 def test_a_window_beyond_the_image_is_padded_with_ignore():
-    sample = gradient(16, 16)
-    image, label = random_crop(sample.image, sample.label, PLAIN, np.random.default_rng(0))
+    image, label, _ = crop_of(gradient(16, 16), PLAIN)
     assert label.shape == (32, 32)
     assert (label[16:] == 255).all()
     assert (label[:, 16:] == 255).all()
     assert (image[:, 16:] == 0).all()
+    assert np.array_equal(image[:16, :16, 0], 2 * label[:16, :16])
+    # at half the size, half as much of the crop is filled
+    _, label, _ = crop_of(gradient(16, 16), Augmentation((32, 32), (0.5, 0.5), 1.0, 0.0, False))
+    assert (label[:8, :8] != 255).all()
+    assert (label != 255).sum() == 64
 
 
 def test_resized_labels_hold_only_values_of_the_original():
     a = Augmentation((64, 64), (2.0, 2.0), 1.0, 0.0, False)
     label = np.where(np.arange(64)[:, None] < 32, 0, 18).astype(np.uint8).repeat(64, 1)
-    sample = Sample("halves", np.zeros((64, 64, 3), np.uint8), label)
-    _, out = random_crop(sample.image, sample.label, a, np.random.default_rng(1))
-    assert set(out.unique().tolist()) <= {0, 18}
+    _, out, _ = crop_of(Sample("halves", np.zeros((64, 64, 3), np.uint8), label), a, 1)
+    assert set(np.unique(out)) <= {0, 18}
 
 
 def test_crops_avoid_a_dominating_class_when_they_can():
     label = np.zeros((64, 256), np.uint8)
     label[:, 200:] = np.arange(64)[:, None] % 10
     a = Augmentation((32, 32), (1.0, 1.0), 0.75, 0.0, False)
-    shares = []
-    for seed in range(40):
-        _, crop = random_crop(np.zeros((64, 256, 3), np.uint8), label, a, np.random.default_rng(seed))
-        shares.append(float((crop == 0).float().mean()))
+    shares = [float((draw_window(label, a, np.random.default_rng(seed))[2] == 0).mean()) for seed in range(40)]
     assert np.mean([s < 0.75 for s in shares]) > 0.6  # 22 % of free windows qualify
 
 
-def test_a_wanted_class_is_in_the_crop_when_it_can_be():
+def test_ignored_pixels_have_no_part_in_a_classs_share():
+    label = np.full((64, 256), 255, np.uint8)
+    label[:4] = np.arange(256) % 2  # half and half of what is labelled
+    free, ruled = (Augmentation((64, 64), (1.0, 1.0), ratio, 0.0, False) for ratio in (1.0, 0.75))
+    for seed in range(20):
+        windows = [draw_window(label, a, np.random.default_rng(seed))[0] for a in (free, ruled)]
+        assert windows[0] == windows[1]  # the first place will do
+
+
+def test_a_wanted_class_has_enough_pixels_in_the_crop_when_it_can():
     label = np.tile(np.arange(4, dtype=np.uint8), (64, 64))
-    label[:8, :8] = 17
-    a = Augmentation((24, 24), (1.0, 1.0), 1.0, 0.0, False)
-    hits = sum(
-        bool((random_crop(np.zeros((64, 256, 3), np.uint8), label, a, np.random.default_rng(s), 17)[1] == 17).any())
-        for s in range(60)
-    )
-    free = sum(
-        bool((random_crop(np.zeros((64, 256, 3), np.uint8), label, a, np.random.default_rng(s))[1] == 17).any())
-        for s in range(60)
-    )
-    assert hits > 3 * max(free, 1)
+    label[:16, :16] = 17
+    a = Augmentation((24, 24), (0.5, 2.0), 1.0, 0.0, False)
+
+    def found(seed: int, wanted: Wanted | None) -> int:
+        return int((draw_window(label, a, np.random.default_rng(seed), wanted)[2] == 17).sum())
+
+    enough = sum(found(seed, Wanted(17, 20)) > 20 for seed in range(80))
+    free = sum(found(seed, None) > 20 for seed in range(80))
+    assert enough > 4 * max(free, 1)
 
 
-def test_uniform_sampling_shows_every_image_once_an_epoch():
-    sampler = UniformSampler(7, seed=1)
-    draws = [sampler.draw(i)[0] for i in range(21)]
-    assert all(sorted(draws[e : e + 7]) == list(range(7)) for e in (0, 7, 14))
-    assert draws[:7] != draws[7:14]
-
-
-def test_rare_class_sampling_draws_classes_by_the_formula():
-    counts = np.zeros((30, 19), np.int64)
-    counts[:, 0] = 900
-    counts[:3, 12] = 100  # a rare class in three images
-    sampler = RareClassSampler(counts, temperature=0.1, seed=0)
-    f = counts.sum(0) / counts.sum()
-    weights = np.exp((1 - f[[0, 12]]) / 0.1)
-    assert sampler.probability == pytest.approx(weights / weights.sum())
-    drawn = [sampler.draw(i) for i in range(200)]
-    assert all(image < 3 for image, c in drawn if c == 12)
-    assert sum(c == 12 for _, c in drawn) > 190
-    assert drawn[5] == RareClassSampler(counts, 0.1, 0).draw(5)
+def test_scales_are_drawn_anew_for_a_wanted_class():
+    """A wanted class that only a large scale shows enough of: pixels are those of the crop, as in DAFormer."""
+    label = np.tile(np.arange(4, dtype=np.uint8), (16, 16))
+    label[:, 30:34] = 17
+    a = Augmentation((32, 32), (0.5, 2.0), 1.0, 0.0, False)
+    scales = []
+    for seed in range(60):
+        window, _, crop = draw_window(label, a, np.random.default_rng(seed), Wanted(17, 160))
+        if (crop == 17).sum() > 160:
+            scales.append(32 / (window.right - window.left))
+    assert len(scales) > 30
+    assert min(scales) > 1.3
 
 
 def test_processes_share_out_the_same_stream():
@@ -149,6 +242,42 @@ def test_photometric_distortion_stays_within_its_ranges_and_never_swaps_channels
     assert greys.max() <= (100 + 32) * 1.5
     # brightness and contrast are each left alone in half of the draws
     assert (greys[:, 0] == 100).mean() == pytest.approx(0.25, abs=0.08)
+
+
+def pair_of_files(root: Path, image: tuple[int, int], label: tuple[int, int]) -> Path:
+    """A GTA5 of one image and one label of these sizes (H, W); left of column 20 is road, right of it sky."""
+    for folder in ("images", "labels"):
+        (root / "gta5" / folder).mkdir(parents=True)
+    pixels = np.full((*image, 3), 200, np.uint8)
+    pixels[:, : image[1] // 2] = 10
+    ids = np.full(label, 23, np.uint8)
+    ids[:, : label[1] // 2] = 7
+    Image.fromarray(pixels).save(root / "gta5/images/00001.png")
+    Image.fromarray(ids).save(root / "gta5/labels/00001.png")
+    return root
+
+
+@pytest.mark.parametrize(("image", "label"), [((40, 60), (40, 60)), ((40, 60), (36, 60)), ((36, 60), (40, 60))])
+def test_a_label_with_a_few_rows_less_or_more_is_used_as_far_as_both_reach(image, label, tmp_path):
+    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, image, label))
+    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, False), 0)
+    pixels, labels = view[0]
+    assert torch.equal(labels[:36], torch.where(pixels[0, :36] == 10, 0, 10).to(torch.uint8))
+    if image != label:
+        assert (labels[36:] == 255).all()
+
+
+def test_a_pair_of_two_sizes_is_refused(tmp_path):
+    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, (40, 60), (80, 120)))
+    with pytest.raises(DataError, match=r"images/00001.png is 60x40, but its label is 120x80"):
+        TrainView(dataset, UniformSampler(1, 0), PLAIN, 0)[0]
+
+
+def test_files_brought_to_a_size_keep_their_labels_beside_them(tmp_path):
+    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, (80, 120), (80, 120)), size=(40, 60))
+    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, False), 0)
+    pixels, labels = view[0]
+    assert torch.equal(labels, torch.where(pixels[0] < 100, 0, 10).to(torch.uint8))
 
 
 def test_contact_sheet_has_image_overlay_and_legend(tmp_path):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mfuser
 from dgbench import metrics, results
+from dgbench.data import streets
 from dgbench.data.dataset import SegDataset
-from dgbench.engine.evaluate import evaluate
+from dgbench.data.labels import CLASSES
+from dgbench.engine import checkpoints
+from dgbench.engine.evaluate import evaluate, extra_scores
 from dgbench.engine.predict import predict
 from dgbench.engine.train import train
-from dgbench.errors import CheckpointError, DataError, DgbenchError
+from dgbench.errors import CheckpointError, DataError, DgbenchError, RecipeError
 from dgbench.progress import Silent
+from dgbench.protocol import CLASS_SETS, PROTOCOLS, lookup
 from dgbench.recipe import dump, load_recipe
 
 
@@ -33,6 +40,33 @@ def run(tmp_path_factory, cache):
     small = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "data.val_images=5", "train.steps=8"]
     recipe = load_recipe("streets/source-only", [*small, "train.batch_size=2", "eval.batch_size=2"])
     train(recipe, path, progress=Silent(), device="cpu")
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two scenes of 128x64 in Cityscapes' folders, every pixel labelled."""
+    root = tmp_path_factory.mktemp("data")
+    ids = np.array([c.label_id for c in CLASSES], np.uint8)
+    for number in range(2):
+        image, label = streets.render("streets-city", "val", number, (64, 128))
+        label = np.where(label == 255, 0, label)
+        stem = f"cityscapes/{{}}/val/lindau/lindau_{number:06d}_000019_{{}}.png"
+        for array, names in ((image, ("leftImg8bit", "leftImg8bit")), (ids[label], ("gtFine", "gtFine_labelIds"))):
+            path = root / stem.format(*names)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory, run):
+    """A model that sees many classes anywhere, by a recipe that leaves the size of images to files and protocol."""
+    path = tmp_path_factory.mktemp("free") / "run"
+    model = checkpoints.load_model(run)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    mfuser.save(model, path / "checkpoint" / "step-000008")
+    dump(load_recipe(str(run / "recipe.yaml"), ["data.size=null"]), path / "recipe.yaml")
     return path
 
 
@@ -64,6 +98,111 @@ def test_scoring_twice_gives_the_same_matrices(run):
     assert first.target == "streets-fog@0.6"
     assert np.array_equal(results.read_confusion(first), results.read_confusion(second))
     assert first.id != second.id
+
+
+def test_a_protocol_is_named_on_the_record_and_enters_its_hash(run):
+    (usual,) = evaluate(run, ["streets-city"], progress=Silent(), device="cpu")
+    (half,) = evaluate(run, ["streets-city"], progress=Silent(), device="cpu", protocol_name="paper-half")
+    assert (usual.protocol, usual.protocol_digest) == ("unified", lookup("unified").digest)
+    assert (half.protocol, half.protocol_digest) == ("paper-half", lookup("paper-half").digest)
+    assert usual.protocol_hash != half.protocol_hash
+    with pytest.raises(RecipeError, match="unknown protocol `paper-hlf`"):
+        evaluate(run, ["streets-city"], progress=Silent(), protocol_name="paper-hlf")
+
+
+def under(run, monkeypatch, target="streets-city", root=None, **changed):
+    """The record under `unified` with other values, and its matrices."""
+    monkeypatch.setitem(PROTOCOLS, "changed", dataclasses.replace(lookup("unified"), name="changed", **changed))
+    (record,) = evaluate(run, [target], progress=Silent(), device="cpu", protocol_name="changed", root=root)
+    return record, results.read_confusion(record)
+
+
+@pytest.mark.parametrize("classes", [16, 13])
+def test_the_mean_runs_over_the_protocols_classes(run, monkeypatch, classes):
+    record, counts = under(run, monkeypatch, classes=classes)
+    assert record.miou == metrics.miou(counts.sum(0), classes=CLASS_SETS[classes])
+    assert record.interval == metrics.bootstrap(counts, classes=CLASS_SETS[classes])
+    assert len(record.iou) == 19
+    assert counts.shape[1:] == (19, 19)
+
+
+def test_absent_classes_count_as_the_protocol_says(free, monkeypatch, files):
+    found = {rule: under(free, monkeypatch, "cityscapes", files, absent_classes=rule) for rule in ("skip", "unlabelled", "zero")}
+    assert len({counts.tobytes() for _, counts in found.values()}) == 1
+    for rule, (record, counts) in found.items():
+        assert record.miou == metrics.miou(counts.sum(0), absent=rule)
+        assert record.interval == metrics.bootstrap(counts, absent=rule)
+    assert found["zero"][0].miou < found["skip"][0].miou
+
+
+@pytest.mark.parametrize(
+    "changed", [{"stride": 0.25}, {"flip": True}, {"scales": (1.0, 2.0)}, {"fit": {"cityscapes": (96, 192)}},
+                {"short_edge": 96}, {"fit": {"cityscapes": (40, 80)}, "resize": "pillow-bilinear"}]
+)  # fmt: skip
+def test_what_changes_the_view_changes_the_prediction_and_not_the_label(free, monkeypatch, files, changed):
+    _, usual = under(free, monkeypatch, "cityscapes", files)
+    _, other = under(free, monkeypatch, "cityscapes", files, **changed)
+    assert np.array_equal(usual.sum(2), other.sum(2))
+    assert not np.array_equal(usual, other)
+
+
+def test_the_resampling_shows_in_the_prediction(free, monkeypatch, files):
+    pair = [under(free, monkeypatch, "cityscapes", files, fit={"cityscapes": (32, 64)}, resize=by)[1]
+            for by in ("opencv-bilinear", "pillow-bilinear")]  # fmt: skip
+    assert not np.array_equal(*pair)
+
+
+@pytest.mark.parametrize(
+    ("changed", "pixels"),
+    [
+        ({}, 64 * 128),
+        ({"halved": ("cityscapes",)}, 32 * 64),
+        ({"square": {"cityscapes": 48}}, 48 * 48),
+        ({"short_edge": 96, "label_grid": "resized"}, 96 * 192),
+        ({"fit": {"cityscapes": (32, 64)}, "label_grid": "resized"}, 32 * 64),
+        ({"fit": {"cityscapes": (32, 64)}}, 64 * 128),
+    ],
+)
+def test_labels_lie_on_the_protocols_grid(free, monkeypatch, files, changed, pixels):
+    _, counts = under(free, monkeypatch, "cityscapes", files, **changed)
+    assert counts.sum((1, 2)).tolist() == [pixels] * 2
+
+
+def test_mapillarys_labels_are_read_by_the_protocols_map(free, monkeypatch, tmp_path):
+    """Manhole (41) is road in one map and ignored in the other, Crosswalk - Plain (8) the other way round."""
+    ids = np.full((64, 128), 41, np.uint8)
+    ids[:, :32] = 8
+    for folder, kind, array in (("images", "jpg", np.zeros((64, 128, 3), np.uint8)), ("labels", "png", ids)):
+        (tmp_path / "mapillary/validation" / folder).mkdir(parents=True)
+        Image.fromarray(array).save(tmp_path / f"mapillary/validation/{folder}/a.{kind}")
+    for name, pixels in (("robustnet", 64 * 96), ("openseg", 64 * 32)):
+        record, counts = under(free, monkeypatch, "mapillary", tmp_path, mapillary_map=name, fit={})
+        assert counts.sum((0, 2)).tolist() == [pixels] + [0] * 18
+        assert record.protocol == "changed"
+
+
+def test_whole_images_need_a_model_of_their_size(run, monkeypatch):
+    with pytest.raises(DataError, match="shows whole images, here 128x64, but `source-only` was built for 64x64"):
+        under(run, monkeypatch, window="whole")
+
+
+def test_a_recipes_size_is_the_test_size_of_files_and_enters_the_hash(run, free, monkeypatch, tmp_path, files):
+    shutil.copytree(free / "checkpoint", tmp_path / "checkpoint")
+    shutil.copy(run / "recipe.yaml", tmp_path)  # it says 128x64
+    own, counts = under(tmp_path, monkeypatch, "cityscapes", files, fit={"cityscapes": (512, 1024)})
+    by_protocol, same = under(free, monkeypatch, "cityscapes", files, fit={"cityscapes": (64, 128)})
+    assert np.array_equal(counts, same)
+    assert own.protocol_hash != by_protocol.protocol_hash
+
+
+def test_synthias_smaller_means_are_kept_beside_the_whole():
+    matrix = np.random.default_rng(0).integers(1, 100, (19, 19))
+    extra = extra_scores("synthia", matrix, lookup("unified"))
+    assert extra == {
+        "miou16": metrics.miou(matrix, classes=CLASS_SETS[16]),
+        "miou13": metrics.miou(matrix, classes=CLASS_SETS[13]),
+    }
+    assert extra_scores("gta5", matrix, lookup("unified")) == {}
 
 
 def test_an_unknown_target_costs_no_time(run):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
 from mfuser.ops import BackendError
 
+ROOT = Path(__file__).parents[3]
 SMALL = [
     "data.size=[64, 128]",
     "data.crop=[64, 64]",
@@ -48,10 +50,6 @@ def losses(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load_model(run).state_dict()
-
-
 def test_the_schedule_is_torchs_linear_warm_up_then_poly():
     optim = OptimSpec(lr=1e-2, warmup_steps=5, warmup_ratio=0.1, power=0.9, min_lr=0.0)
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -74,15 +72,35 @@ def test_the_schedule_ends_at_min_lr():
     assert schedule(100, 100, OptimSpec(lr=1e-2, min_lr=1e-4)) == pytest.approx(1e-2)
 
 
-@pytest.mark.parametrize("name", ["streets/mfuser", "streets/source-only"])
-def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(name, tmp_path):
+@pytest.fixture
+def _one_thread():
+    """Sums over threads would differ with their number, and the killed run has one core only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("streets/mfuser", "0.1"), ("streets/source-only", "null")], ids=["rare classes", "uniform"]
+)
+def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterrupted_one_bit_for_bit(name, sampling, tmp_path):
+    """Seven images, two a step, the checkpoint after six; the killed run has another number of loader workers."""
+    settings = [*SMALL, "train.steps=6", "train.checkpoint_every=3", "data.train_images=7", "train.workers=2",
+                f"data.rare_class_sampling={sampling}"]  # fmt: skip
+    run = load_recipe(name, settings)
     whole = tmp_path / "whole"
-    train(recipe(name=name), whole, progress=Silent(), device="cpu")
+    train(run, whole, progress=Silent(), device="cpu")
 
     killed = tmp_path / "killed"
     arguments = [sys.executable, "-m", "dgbench", "train", name, "--out", str(killed), "--no-eval", "--device", "cpu"]
-    settings = [*SMALL, "train.steps=6", "train.checkpoint_every=3"]
-    process = subprocess.Popen([*arguments, *(part for s in settings for part in ("--set", s))], cwd=tmp_path)
+    command = [*arguments, *(part for s in settings for part in ("--set", s))]
+    if hasattr(os, "sched_setaffinity"):  # one core, so one worker; two where this test runs
+        pinned = "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", pinned, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 120
     while not (killed / "log.jsonl").exists() or len(losses(killed)) < 4:
         assert process.poll() is None
@@ -90,11 +108,23 @@ def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(name
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert checkpoints.newest(killed) is not None
+    assert checkpoints.newest(killed)[1] == 3
 
-    train(recipe(name=name), killed, progress=Silent(), device="cpu", resume=True)
+    train(run, killed, progress=Silent(), device="cpu", resume=True)
     assert losses(killed) == losses(whole)
-    expected = weights(whole)
-    assert all(torch.equal(expected[k], v) for k, v in weights(killed).items())
+    assert checkpoints.sha256(checkpoints.folder_of(killed)) == checkpoints.sha256(checkpoints.folder_of(whole))
+    moments = [torch.load(checkpoints.folder_of(path) / "optimizer.pt", weights_only=True) for path in (whole, killed)]
+    first, second = (dict(_leaves(state)) for state in moments)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from _leaves(item, f"{path}/{key}")
+    if isinstance(value, torch.Tensor):
+        yield path, value
 
 
 def test_a_training_leaves_one_record_of_what_it_took(tmp_path):
