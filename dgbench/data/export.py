@@ -45,12 +45,13 @@ _STARS: Mapping[str, tuple[str, ...]] = {
 }
 _CONDITIONS = ("fog", "night", "rain", "snow")
 
-# classes that a label map has a value for, but no published file holds
+# by domain: classes that its label map has a value for, but no published file holds
 _NEVER_USED: Mapping[str, tuple[str, ...]] = {"synthia": ("terrain", "truck", "train")}
 
 # label maps of sets whose label files are palette images; the others are grey
 _IN_COLOR = ("gta5-ids", "mapillary-robustnet", "mapillary-openseg", "mapillary-wd2-policy")
 
+_SMALLEST = 32  # height and width that can be rendered
 _THINGS = range(NAMES.index("person"), len(NAMES))  # classes whose objects can be counted
 
 
@@ -90,8 +91,10 @@ def export(streets: str, domain: str, out: Path, *, n: int | None = None, splits
         raise DataError(f"`{source.name}` is not rendered: only scenes of ours can be exported", "streets-city, for example")
     if row.procedural:
         raise DataError(f"`{row.name}` is rendered and has no files", "name a published domain, `cityscapes` for example")
-    plans = [_plan(row, split, layout, label_map) for split in splits or _usual(row)]
+    if size is not None and min(size) < _SMALLEST:
+        raise DataError(f"scenes cannot be {size[0]} x {size[1]}", f"height and width must be at least {_SMALLEST}")
     folder = _new_folder(row, out)
+    plans = [_plan(row, split, layout, label_map) for split in dict.fromkeys(splits or _usual(row))]
     progress = progress or Silent()
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     done: list[Exported] = []
@@ -148,7 +151,7 @@ def _plan(row: Domain, split: str, layout_name: str | None, label_map_name: str 
             f"files of `{row.name}` cannot be named after {chosen.images}", "its glob needs `*` and no other wildcard"
         )
     label_map = row.read_by(chosen.label_map or label_map_name)
-    return _Plan(split, chosen, label_map, *_inverse(label_map, _NEVER_USED.get(row.folders[0], ())))
+    return _Plan(split, chosen, label_map, *_inverse(label_map, _NEVER_USED.get(row.name, ())))
 
 
 def _inverse(label_map: LabelMap, never: Sequence[str]) -> tuple[Stored, tuple[int, ...]]:

@@ -199,6 +199,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (("streets-city", "--as", "bdd", "--layout", "color maps"), "did you mean `colour maps`"),
     (("streets-city", "--as", "cityscapes", "--split", "test"), "`cityscapes` test cannot be scored here"),
     (("streets-city", "--as", "mapillary-v2"), "has no agreed map"),
+    (("streets-city", "--as", "bdd", "--size", "16", "64"), "scenes cannot be 16 x 64"),
 ])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_rendered(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     refused = run("data", "export", *arguments, "--out", tmp_path)
