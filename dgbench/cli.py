@@ -449,6 +449,30 @@ def data_verify(
         raise typer.Exit(1)
 
 
+@data.command("export", cls=Command, epilog="Example: dgbench data export streets-city --as cityscapes --out data --n 20")
+def data_export(
+    streets: Annotated[str, typer.Argument(metavar="STREETS", help="A rendered domain.", autocompletion=_domain_names)],
+    as_: Annotated[str, typer.Option("--as", metavar="DOMAIN", help="Whose files to write.", autocompletion=_domain_names)],
+    out: Annotated[Path, typer.Option(metavar="ROOT", help="Data root; the domain's folder in it must not exist.")],
+    n: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="At most so many images a split; default: all.")] = None,
+    splits: Annotated[
+        list[str] | None, typer.Option("--split", metavar="NAME...", help="Default: of train and val what DOMAIN has.")
+    ] = None,
+    size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Default: 256 512.")] = None,
+    layout: Annotated[str | None, typer.Option(metavar="NAME", help="One of DOMAIN's layouts; default: as published.")] = None,
+    label_map: Annotated[str | None, typer.Option(metavar="NAME", help="Of DOMAIN's label maps, not its own.")] = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Write rendered scenes as the files of a published set: its folders, names and label encoding."""
+    from dgbench import render
+    from dgbench.data.export import export
+
+    done = export(streets, as_, out, n=n, splits=splits or (), size=size, layout=layout, label_map=label_map,
+                  progress=render.progress(quiet=quiet))  # fmt: skip
+    render.show(done, as_json=as_json)
+
+
 @kernels.command("list", cls=Command, epilog="Example: dgbench kernels list")
 def kernels_list(as_json: JsonOpt = False) -> None:
     """List each operator's backends: whether they run here, which one runs by default, where the kernels' library lies."""

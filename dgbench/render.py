@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+    from dgbench.data.export import Exported
     from dgbench.data.listing import ClassShare, DomainState, Sheet
     from dgbench.data.orders import Plan
     from dgbench.data.verify import Report
@@ -462,6 +463,18 @@ def _sheet(sheet: Sheet) -> list[Table]:
     return [Table(f"{sheet.path}: {sheet.n_images} images of {sheet.domain} {sheet.split}", (), ())]
 
 
+def _exported(splits: Sequence[Exported]) -> list[Table]:
+    rows = [
+        (*map(Cell, (s.split, str(s.n_images), f"{s.size[1]}x{s.size[0]}", s.layout, s.label_map)),
+         Cell(", ".join(f"{name} {pixels}" for name, pixels in s.ignored.items()) or ABSENT, "warn" if s.ignored else ""))
+        for s in splits
+    ]  # fmt: skip
+    legend = ("ignored: pixels of classes that these labels cannot express.",) if any(s.ignored for s in splits) else ()
+    title = f"{splits[0].folder}: {splits[0].streets} as {splits[0].domain}"
+    header = ("split", "images", "size", "layout", "label map", "ignored")
+    return [Table(title, header, tuple(rows), left=True, legend=legend)]
+
+
 def _models(models: Sequence[Model]) -> list[Table]:
     rows = []
     for model in models:
@@ -612,6 +625,7 @@ _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "Report": _reports,
     "ClassShare": _class_shares,
     "Sheet": _sheet,
+    "Exported": _exported,
     "Model": _models,
     "Fetched": _downloaded,
     "Stored": _downloaded,

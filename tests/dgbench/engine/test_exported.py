@@ -1,0 +1,104 @@
+"""Exported scenes take the place of the published sets: training, scoring and the official Cityscapes script run on them."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import mfuser
+from dgbench import cli, protocol, results
+from dgbench.data.export import export
+from dgbench.engine import checkpoints
+from dgbench.recipe import load_recipe
+
+SIZE = (64, 128)
+TARGETS = ("cityscapes", "bdd", "mapillary")
+SMALL = (
+    "data.size=null", "data.crop=[64, 64]", "data.train_images=4", "train.steps=2", "train.batch_size=2", "train.workers=0",
+    "eval.batch_size=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data root with one source and three targets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DGBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("data")
+        export("streets-game", "gta5", folder, n=4, size=SIZE)
+        export("streets-city", "cityscapes", folder, n=3, size=SIZE, splits=["val"])
+        export("streets-world", "bdd100k", folder, n=3, size=SIZE, splits=["val"])
+        # every protocol enlarges Mapillary to 2048 pixels of width: a low image keeps that short
+        export("streets-adverse", "mapillary", folder, n=1, size=(32, 1024), splits=["val"])
+        yield folder
+
+
+def run(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], prog_name="dgbench")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    run("train", "mfuser", "--vlm", "tiny", "--source", "gta5", "--targets", *TARGETS, "--set", *SMALL, "--root", root,
+        "--out", runs / "a", "--runs", runs, "--device", "cpu", "--no-eval")  # fmt: skip
+    return runs / "a"
+
+
+def test_training_and_scoring_run_as_on_the_published_sets(root: Path, trained: Path) -> None:
+    recipe = load_recipe(trained / "recipe.yaml")
+    assert (recipe.data.source, recipe.data.targets) == ("gta5", ("cityscapes", "bdd100k", "mapillary"))
+    scored = run("eval", trained, "--targets", *TARGETS, "--root", root, "--device", "cpu", "--json")
+    assert [(row["target"], row["n_images"], row["n_available"]) for row in json.loads(scored.stdout)] == [
+        ("cityscapes", 3, 500), ("bdd100k", 3, 1000), ("mapillary", 1, 2000)]  # fmt: skip
+    board = run("leaderboard", "--runs", trained.parent, "--no-published", "--targets", *TARGETS, "--json")
+    (group,) = [group for group in json.loads(board.stdout)["groups"] if group["source"] == "gta5"]
+    assert group["targets"] == ["cityscapes", "bdd100k", "mapillary"]
+    ((row),) = group["rows"]
+    assert len([score for score in row["scores"] if score]) == 3
+    shown = run("leaderboard", "--runs", trained.parent, "--no-published", "--targets", *TARGETS).stdout
+    assert all(name in shown for name in ("cityscapes", "bdd100k", "mapillary"))
+
+
+def test_the_official_script_gives_the_score_that_we_record(root: Path, trained: Path, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    evaluation = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels")
+    run("eval", trained, "--targets", "cityscapes", "--root", root, "--device", "cpu")
+    record = max((r for r in results.query(trained.parent) if r.target == "cityscapes"), key=lambda r: r.created)
+    to_id = np.array([labels.trainId2label[k].id for k in range(19)], np.uint8)
+    model, recipe = checkpoints.load_model(trained), load_recipe(trained / "recipe.yaml")
+    stride = protocol.lookup(recipe.eval.protocol).stride_of(recipe.data.crop)
+    truths, predictions = sorted((root / "cityscapes/gtFine/val").glob("*/*_gtFine_labelIds.png")), []
+    for truth in truths:
+        # the script finds predictions by city, sequence and frame
+        sequence = truth.name.removesuffix("_gtFine_labelIds.png")
+        with Image.open(root / "cityscapes/leftImg8bit/val" / truth.parent.name / f"{sequence}_leftImg8bit.png") as file:
+            image = torch.from_numpy(np.array(file)).permute(2, 0, 1)[None].float() / 255
+        with torch.inference_mode():
+            (scores,) = mfuser.slide(model, image, crop=recipe.data.crop, stride=stride)
+        Image.fromarray(to_id[scores.argmax(0).numpy()]).save(tmp_path / f"{sequence}_pred.png")
+    official = Namespace(
+        evalInstLevelScore=False, evalPixelAccuracy=False, evalLabels=[], bold="", nocol="", colorized=False,
+        quiet=True, JSONOutput=False, avgClassSize={}, printRow=5, normalized=True, predictionPath=str(tmp_path),
+        predictionWalk=None,
+    )  # fmt: skip
+    predictions = [evaluation.getPrediction(official, str(truth)) for truth in truths]
+    scores = evaluation.evaluateImgLists(predictions, [str(truth) for truth in truths], official)
+    capsys.readouterr()
+    ours = [np.nan if value is None else value for value in record.iou]
+    theirs = [scores["classScores"][labels.trainId2label[k].name] for k in range(19)]
+    assert len(truths) == 3
+    assert np.nansum(ours) > 0
+    assert np.array_equal(ours, theirs, equal_nan=True)
+    assert record.miou == scores["averageScoreClasses"]
