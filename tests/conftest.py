@@ -14,6 +14,10 @@ _cpu = Path("/proc/cpuinfo")
 if _cpu.exists() and "avx512f" in _cpu.read_text():
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 
+# Two processes share the tests (pyproject.toml): a thread each, on two cores. Read at import, and by the processes they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
