@@ -71,14 +71,15 @@ class Options:
 
 
 def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Plan:
-    """What `download` would do. Servers are asked for sizes unless DGBENCH_OFFLINE=1.
+    """What `download` would do. Servers are asked for sizes unless DGBENCH_OFFLINE=1; one that does not answer is told of.
 
-    Raises: DataError for an unknown name, or what the Hub answers.
+    Raises: DataError for an unknown name.
     """
     options = options or Options()
     towers, wanted = _worked_out(names, options, wish)
     transfer = Transfer(options.patience)
-    orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer)
+    for order, error in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
+        order.note = error.message
     transfer.close()
     return orders.plan(wanted, _tower_needs(towers), domains.data_root(options.root), options.jobs)
 
@@ -118,7 +119,10 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
                 order.stage.sweep()
             elif order in moving and order.tree is None:
                 stack.enter_context(order.stage.locked())
-        orders.ask_servers(moving, transfer)
+        for order, error in orders.ask_servers(moving, transfer):
+            problems.add(order, error)
+            moving.remove(order)
+            wanted.remove(order)
         if moving:
             _check_room_and_terms(wanted, towers, root, options)
         rows: list[Fetched | Stored] = list(_towers(towers, options.bars))

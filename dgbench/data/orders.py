@@ -231,26 +231,32 @@ def hub_order(name: str, wish: HubWish, root: Path) -> Order:
     return order
 
 
-def ask_servers(orders: Sequence[Order], transfer: Transfer) -> None:
+def ask_servers(orders: Sequence[Order], transfer: Transfer) -> list[tuple[Order, DataError]]:
     """Replace published sizes by those that the servers state, and list the Hub's repositories.
 
-    Raises: DataError saying what the Hub answered.
+    Returns: the orders whose repository could not be listed, with what the Hub answered.
     """
     asked = [(order, name, url) for order in orders if order.uses_network for name, url in order.urls.items()]
     with ThreadPoolExecutor(8) as pool:
         for (order, name, _), size in zip(asked, pool.map(lambda one: transfer.size(one[2]), asked), strict=True):
             order.sizes[name] = size or order.sizes.get(name)
+    unlisted = []
     for order in orders:
         if order.uses_network and order.wish is not None:
             kept = order.stage.home / "revision"
             # what was begun at one commit is finished at it, wherever the branch is now
             revision = kept.read_text() if order.wish.revision == "main" and kept.is_file() else order.wish.revision
-            order.listed = listing(order.wish.repo, revision, order.wish.patterns)
+            try:
+                order.listed = listing(order.wish.repo, revision, order.wish.patterns)
+            except DataError as error:
+                unlisted.append((order, error))
+                continue
             order.note = f"commit {order.listed.revision}"
             if order.source is None:
                 order.licence = order.listed.licence or "not stated"
                 if order.licence.lower() not in _FREE:
                     order.terms = f"licence {order.licence}, see its page"
+    return unlisted
 
 
 def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: int) -> Plan:

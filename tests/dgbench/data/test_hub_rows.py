@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,6 +206,27 @@ def test_the_plan_says_commit_and_size(hub: Hub, data: Path, packed: dict[str, b
     assert COMMIT in need["note"]
     assert not data.exists()
     assert not bodies(hub)
+
+
+def test_a_plan_is_told_without_a_hub_too(data: Path, tmp_path: Path) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DGBENCH_"))}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}", "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-m", "dgbench", "download", "urbansyn", "acdc", "--root", str(data)]
+        runs = [
+            subprocess.run(
+                [*command, *more], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+            )
+            for more in (("--dry-run",), ())
+        ]
+    told, tried = runs
+    assert told.returncode == 0, told.stderr
+    assert "no connection to http://127.0.0.1" in told.stdout
+    assert tried.returncode == 1
+    # neither hides the other
+    assert "no connection to http://127.0.0.1" in tried.stderr
+    assert "`acdc` is handed out in a browser only" in tried.stderr
 
 
 @pytest.mark.parametrize(("licence", "asked"), [(None, True), ("cc-by-nc-sa-4.0", True), ("cc-by-4.0", False), ("mit", False)])
