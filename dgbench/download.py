@@ -78,8 +78,8 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
     options = options or Options()
     towers, wanted = _worked_out(names, options, wish)
     transfer = Transfer(options.patience)
-    for order, error in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
-        order.note = error.message
+    for order, refusal in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
+        order.note = refusal.message
     transfer.close()
     return orders.plan(wanted, _tower_needs(towers), domains.data_root(options.root), options.jobs)
 
@@ -119,8 +119,8 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
                 order.stage.sweep()
             elif order in moving and order.tree is None:
                 stack.enter_context(order.stage.locked())
-        for order, error in orders.ask_servers(moving, transfer):
-            problems.add(order, error)
+        for order, refusal in orders.ask_servers(moving, transfer):
+            problems.add(order, refusal)
             moving.remove(order)
             wanted.remove(order)
         if moving:

@@ -74,7 +74,7 @@ def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
     assert "Traceback" not in done.stderr
     assert done.stdout if not done.returncode else done.stderr.startswith("error: ")
     assert all(text in done.stderr for text in FAILS.get(command, ()))
-    for name in re.findall(r"--out (\S+)", command):
+    for name in re.findall(r"--out (\S+\.(?:png|jpg))", command):
         with Image.open(here / name) as picture:
             picture.verify()
 
