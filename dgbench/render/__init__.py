@@ -1,0 +1,28 @@
+"""The only place that draws. A result becomes a table: Rich on a terminal, aligned text elsewhere, or JSON.
+
+Results go to stdout, everything else to stderr. Meaning never rests on colour: the best value carries a mark.
+A file for each kind of result turns it into tables; `table` draws them.
+"""
+
+from dgbench.render.bars import progress, transfers
+from dgbench.render.numbers import duration, percent
+from dgbench.render.results import show, tell
+from dgbench.render.table import ABSENT, WIDTH, Cell, Table, plain
+from dgbench.render.terminal import failure, note, warning
+
+__all__ = [
+    "ABSENT",
+    "WIDTH",
+    "Cell",
+    "Table",
+    "duration",
+    "failure",
+    "note",
+    "percent",
+    "plain",
+    "progress",
+    "show",
+    "tell",
+    "transfers",
+    "warning",
+]

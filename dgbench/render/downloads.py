@@ -1,0 +1,84 @@
+"""Towers and domains that are fetched: what there is, what a download would need, and what it brought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dgbench.render.numbers import byte_size
+from dgbench.render.table import ABSENT, Cell, Table, Tables
+
+if TYPE_CHECKING:
+    from dgbench.data.orders import Plan
+    from dgbench.download import Stored
+    from mfuser.hub import Fetched, Model
+
+
+def _models(models: Sequence[Model]) -> list[Table]:
+    rows = []
+    for model in models:
+        if model.repo is None:
+            rows.append(
+                (*(Cell(text) for text in (model.name, model.role, ABSENT, ABSENT, ABSENT)), Cell("trained from scratch"))
+            )
+            continue
+        if not model.missing:
+            here = Cell("here", "good")
+        else:
+            here = Cell(f"all but {', '.join(model.missing)}", "warn") if model.path else Cell("not here", "dim")
+        size = ABSENT if model.gigabytes is None else f"{model.gigabytes:g} GB"
+        texts = (model.name, model.role, size, model.licence or ABSENT)
+        rows.append((*map(Cell, texts), here, Cell(model.repo)))
+    legend = (
+        "vfm: vision foundation model, vlm: vision-language model. Fetch by name: dgbench download NAME...",
+        "Licences are those of the weights, by their owners; --json has the paths.",
+    )
+    header = ("tower", "role", "size", "licence", "on disk", "Hub repository")
+    return [Table("", header, tuple(rows), left=True, legend=legend)]
+
+
+def _downloaded(rows: Sequence[Fetched | Stored]) -> list[Table]:
+    """Towers and domains, a table each."""
+    towers = [row for row in rows if hasattr(row, "repo")]
+    stored = [row for row in rows if not hasattr(row, "repo")]
+    return [*(_fetched(towers) if towers else []), *(_stored(stored) if stored else [])]  # type: ignore[arg-type]
+
+
+def _fetched(fetched: Sequence[Fetched]) -> list[Table]:
+    rows = []
+    for row in fetched:
+        size = ABSENT if row.bytes is None else f"{row.bytes / 1e6:,.1f} MB"
+        state = {"here": "already here"}.get(row.state, row.state)
+        rows.append((Cell(row.name), Cell(row.file or ABSENT), Cell(size), Cell(state), Cell(row.checked or ABSENT)))
+    places = tuple(f"{row.name}: {row.path}" for row in fetched if row.path)
+    return [Table("", ("tower", "file", "size", "state", "checked"), tuple(rows), keys=2, left=True, legend=places)]
+
+
+def _stored(stored: Sequence[Stored]) -> list[Table]:
+    rows = []
+    for row in stored:
+        files = ABSENT if row.files is None else f"{row.files:,}"
+        texts = (row.name, files, byte_size(row.bytes), {"here": "already here"}.get(row.state, row.state), row.checked or ABSENT)
+        rows.append(tuple(map(Cell, texts)))
+    legend = [f"{row.name}: {row.folder}{f' ({row.note})' if row.note else ''}" for row in stored]
+    return [Table("", ("domain", "files", "size", "state", "checked"), tuple(rows), left=True, legend=tuple(legend))]
+
+
+def _plan(plan: Plan) -> list[Table]:
+    rows = []
+    for need in plan.needs:
+        what = {"here": "", "to link": ""}.get(need.state, f"{need.files:,}" if need.files else ABSENT)
+        size = "" if need.state in ("here", "to link") else byte_size(need.bytes)
+        state = Cell(need.state, "good" if need.state == "here" else "warn" if need.state == "by hand" else "")
+        rows.append((Cell(need.name), state, Cell(what), Cell(size), Cell(need.licence or ABSENT)))
+    legend = [
+        f"{byte_size(plan.bytes)} to bring, at most {byte_size(plan.room)} of room needed, "
+        f"{byte_size(plan.free)} free in {plan.place}."
+    ]
+    legend += [f"{need.name}: {need.note}." for need in plan.needs if need.note]
+    if by_hand := [need.name for need in plan.needs if need.state == "by hand"]:
+        legend.append(f"By hand: download in a browser, then --from FOLDER; dgbench download {by_hand[0]} tells the steps.")
+    return [Table("", ("name", "state", "files", "size", "licence"), tuple(rows), left=True, legend=tuple(legend))]
+
+
+TABLES: Tables = {"Model": _models, "Fetched": _downloaded, "Stored": _downloaded, "Plan": _plan}

@@ -1,0 +1,51 @@
+"""A typed result is shown: as the tables that belong to its class, or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dgbench.render import data, doctor, downloads, kernels, leaderboard, protocols, runs
+from dgbench.render.table import Table, Tables, draw_rich, plain
+from dgbench.render.terminal import note, open_console, write
+from dgbench.results import finite
+
+# by name, each file's own: looking up a class must not import the engine
+_TABLES: Tables = {
+    name: draw for part in (leaderboard, protocols, runs, data, downloads, kernels, doctor) for name, draw in part.TABLES.items()
+}
+
+
+def show(result: object, *, as_json: bool = False) -> None:
+    """Print a typed result, or a list of them, to stdout."""
+    if as_json:
+        write(json.dumps(_plain_data(result), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    first = result[0] if isinstance(result, Sequence) and result else result
+    tables = _TABLES[type(first).__name__](result) if first else [Table("nothing to show", (), ())]
+    console = open_console()
+    for number, table in enumerate(tables):
+        if number:
+            write("")
+        if console.is_terminal:
+            draw_rich(table, console)
+        else:
+            write(plain(table))
+
+
+def tell(result: object) -> None:
+    """Print a typed result as text on stderr: what a command says before it does its work."""
+    for table in _TABLES[type(result).__name__](result):
+        note(plain(table))
+
+
+def _plain_data(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(item) for item in value]
+    return finite(value)

@@ -1,0 +1,65 @@
+"""What a run gives: its scores, predicted photographs; and a run made of the authors' checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dgbench.render.numbers import duration
+from dgbench.render.protocols import with_hash
+from dgbench.render.table import ABSENT, Cell, Table, Tables
+
+if TYPE_CHECKING:
+    from dgbench.engine.convert import Converted
+    from dgbench.engine.predict import Prediction
+    from dgbench.results import Record
+
+
+def _records(records: Sequence[Record]) -> list[Table]:
+    rows = []
+    subsets = sorted({key for record in records for key in record.extra if key.startswith("miou")}, reverse=True)
+    for record in records:
+        low, high = record.interval
+        interval = ABSENT if low is None or high is None or math.isnan(low) else f"[{100 * low:.1f}, {100 * high:.1f}]"
+        miou = ABSENT if record.miou is None else f"{100 * record.miou:.1f}"
+        total = record.seconds.get("total")
+        count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"
+        seen = " (source)" if record.target == record.source else ""
+        over = [record.extra.get(key) for key in subsets]
+        rows.append((Cell(record.target + seen), Cell(miou),
+                     *(Cell(f"{100 * value:.1f}" if isinstance(value, float) else ABSENT) for value in over),
+                     Cell(interval), Cell(count),
+                     Cell(ABSENT if total is None else duration(total)),
+                     Cell(f"{record.n_images / total:.1f}" if total else ABSENT)))  # fmt: skip
+    first = records[0]
+    variant = f" ({first.variant})" if first.variant else ""
+    protocol = with_hash(first.protocol, first.protocol_digest)
+    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {first.source}, protocol {protocol}"
+    legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
+    if subsets:
+        legend.append("mIoU16, mIoU13: over the classes that SYNTHIA has, and those without wall, fence and pole.")
+    if first.run is not None:
+        legend.append(f"Records: {first.run}")
+    header = ("domain", "mIoU", *(key.replace("miou", "mIoU") for key in subsets), "interval", "images", "time", "images/s")
+    return [Table(title, header, tuple(rows), legend=tuple(legend))]
+
+
+def _predictions(predictions: Sequence[Prediction]) -> list[Table]:
+    rows = []
+    for prediction in predictions:
+        top = list(prediction.shares.items())[:4]
+        share = ", ".join(f"{name} {100 * value:.0f} %" for name, value in top)
+        rows.append((Cell(str(prediction.photo)), Cell(str(prediction.overlay)), Cell(share)))
+    return [Table("", ("photo", "overlay", "largest classes"), tuple(rows), left=True)]
+
+
+def _converted(done: Converted) -> list[Table]:
+    legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
+    legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
+    return [
+        Table(f"{done.source}: MFuser with {done.vlm}, now the run {done.run} of {done.recipe}", (), (), legend=tuple(legend))
+    ]
+
+
+TABLES: Tables = {"Record": _records, "Prediction": _predictions, "Converted": _converted}

@@ -1,0 +1,50 @@
+"""The two streams: results go to stdout, everything else to stderr, in colour on a terminal only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from dgbench.render.table import WIDTH
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return Rich's console for stdout or stderr, no wider than our tables."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    if console.is_terminal:
+        console.width = min(console.width, WIDTH)
+    return console
+
+
+def write(text: str) -> None:
+    """Print a piece of the result on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """Say one line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def failure(message: str, hint: str | None = None) -> None:
+    """Print `error: …`, an empty line and `hint: …` on stderr."""
+    _labelled("error", "31", message)
+    if hint:
+        note("")
+        _labelled("hint", "36", hint)
+
+
+def warning(message: str) -> None:
+    """Print `warning: …` on stderr."""
+    _labelled("warning", "33", message)
+
+
+def _labelled(label: str, colour: str, text: str) -> None:
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    note(f"\x1b[1;{colour}m{label}:\x1b[0m {text}" if coloured else f"{label}: {text}")
