@@ -1,0 +1,51 @@
+"""The command line: each command parses, calls one function and shows its typed result.
+
+A file for each panel of `dgbench --help`, and one for each group of commands. Heavy imports live in the commands' bodies,
+so that `--help` and completion need nothing beyond Typer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dgbench.cli import compare, data, get, help, kernels, run, share
+from dgbench.cli.options import TargetsOpt
+from dgbench.cli.program import Command, Program
+
+__all__ = ["Command", "Program", "TargetsOpt", "app", "main"]
+
+app = typer.Typer(
+    cls=Program,
+    name="dgbench",
+    help="Train on one domain, score on domains never seen.",
+    epilog="First: dgbench train streets/mfuser",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.group, name="data", rich_help_panel="Get")
+app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
+# without a name, a panel's commands are the program's own, in this order
+for part in (get, share, run, compare, help):
+    app.add_typer(part.panel)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dgbench import __version__
+
+        typer.echo(f"dgbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dgbench(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Train on one domain, score on domains never seen."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="dgbench")

@@ -1,0 +1,40 @@
+"""Options and arguments that mean the same in every command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgbench.cli import completion
+
+
+def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
+    """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
+    if folder is not None and not ctx.resilient_parsing:
+        before = os.environ.get("DGBENCH_DATA")
+        os.environ["DGBENCH_DATA"] = str(folder)
+        ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
+    return folder
+
+
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+RootOpt = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
+]
+RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
+TargetsOpt = Annotated[
+    list[str] | None,
+    typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=completion.domains),
+]
+ProtocolOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=completion.protocols),
+]
+SplitOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Default: val, else the first that the domain has.")]
+LabelMapOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.")]
+DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=completion.domains)]

@@ -1,0 +1,165 @@
+"""The program and its commands, as classes of Typer: lists of values, help, and mistakes told in one clear message.
+
+Click has no option that takes several values and stops at the next flag; `Command` adds it to the list-valued ones:
+`--targets A B`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from dgbench.errors import DgbenchError, StoppedError
+
+if TYPE_CHECKING:
+    from typer._click.core import Context
+    from typer._click.formatting import HelpFormatter
+
+
+class Command(TyperCommand):
+    """A command whose list-valued options take one or more values each, and may repeat."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Draw panels on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stdout.isatty() else None
+        super().format_help(ctx, formatter)
+
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
+        """Give every value of such an option its own flag, the form that Click understands."""
+        lists = {name: p for p in self.params if isinstance(p, TyperOption) and p.multiple for name in p.opts}
+        rest = super().parse_args(ctx, list(_one_flag_each(args, lists, ctx)))
+        if ctx.resilient_parsing:
+            # completion goes back `nargs` words to see whose value it completes: here, as far as there is no other flag
+            for option in lists.values():
+                option.nargs = len(args) + 1
+        return rest
+
+
+def _one_flag_each(args: Sequence[str], lists: Mapping[str, TyperOption], ctx: Context) -> Iterator[str]:
+    """Turn `--targets A B --json` into `--targets A --targets B --json`; `--` ends the options as usual."""
+    position = 0
+    while position < len(args):
+        flag, equals, first = args[position].partition("=")
+        position += 1
+        if args[position - 1] == "--":
+            yield from args[position - 1 :]
+            return
+        if flag not in lists:
+            yield args[position - 1]
+            continue
+        values = [first] if equals else []
+        while position < len(args) and not args[position].startswith("-"):
+            values.append(args[position])
+            position += 1
+        if not values and not ctx.resilient_parsing:
+            raise typer.BadParameter("needs at least one value", ctx=ctx, param_hint=f"'{flag}'")
+        for value in values:
+            yield from (flag, value)
+
+
+class Program(TyperGroup):
+    """The whole program: whatever a user can mend or cause ends in one clear message and an exit code."""
+
+    def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Draw panels on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stdout.isatty() else None
+        super().format_help(ctx, formatter)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run as a program; usage errors are framed on a terminal only."""
+        self.rich_markup_mode = self.rich_markup_mode if sys.stderr.isatty() else None
+        return super().main(*args, **settings)
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Put the groups first, as a user meets them."""
+        return sorted(super().list_commands(ctx), key=lambda name: not isinstance(self.commands[name], TyperGroup))
+
+    def invoke(self, ctx: Context) -> Any:
+        """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C. DGBENCH_DEBUG=1 lets the traceback through."""
+        _warn_on_stderr()
+        try:
+            result = super().invoke(ctx)
+            # here, where a closed pipe can still be handled, and not when the interpreter ends
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("DGBENCH_DEBUG") == "1" or (code := _explain(error)) is None:
+                raise
+            raise typer.Exit(code) from None
+        return result
+
+
+def _explain(error: BaseException) -> int | None:
+    """Print what went wrong and return the exit code; None if it is not the user's to know, but ours to mend."""
+    if type(error).__module__.startswith("typer"):  # usage errors and exits are Typer's own to show
+        return None
+    from dgbench import render
+
+    if isinstance(error, StoppedError):
+        render.note(error.message)
+        return 130
+    if isinstance(error, KeyboardInterrupt):
+        render.note("interrupted")
+        return 130
+    if (disk := _disk_error(error)) is not None:
+        render.failure(*disk)
+        return 1
+    if isinstance(error, DgbenchError):
+        render.failure(error.message, error.hint)
+        return 1
+    message, hint = getattr(error, "message", None), getattr(error, "hint", None)
+    if isinstance(message, str) and isinstance(hint, str) and type(error).__module__.startswith("mfuser"):
+        render.failure(message, hint)
+        return 1
+    if type(error).__name__ == "OutOfMemoryError":
+        render.failure(str(error).splitlines()[0], "use smaller batches: --set train.batch_size=2 eval.batch_size=1")
+        return 1
+    return None
+
+
+def _disk_error(error: BaseException) -> tuple[str, str | None] | None:
+    """Return message and hint if `error` is the file system's refusal, or was caused by a full disk."""
+    refusal = error if isinstance(error, OSError) else _full_disk(error)
+    if refusal is None or refusal.errno == errno.EPIPE:
+        return None
+    path = refusal.filename or "a file"
+    if refusal.errno in _FULL:
+        return f"no space left on the disk while writing {path}", "free some space there, or choose another --out"
+    if refusal.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission: {path}", "choose a place that is yours, or change its permissions"
+    if refusal.errno == errno.EROFS:
+        return f"the file system is read-only: {path}", "choose a place that can be written"
+    return (f"{(refusal.strerror or 'cannot be used').lower()}: {path}", None) if refusal.filename else None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    # other libraries wrap the system's error in one of their own
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from dgbench import render
+
+        render.warning(record.getMessage())
+
+
+def _warn_on_stderr() -> None:
+    for name in ("dgbench", "mfuser"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Warnings) for handler in logger.handlers):
+            logger.addHandler(_Warnings(logging.WARNING))
+            logger.propagate = False

@@ -1,0 +1,164 @@
+"""Run: train, score a checkpoint, segment photographs."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgbench.cli import completion
+from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt
+from dgbench.cli.program import Command
+from dgbench.errors import StoppedError
+
+panel = typer.Typer()
+
+
+@panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench train mfuser --vlm tiny --set train.steps=200")
+def train(
+    ctx: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="METHOD|RECIPE", help="A method, a recipe or a YAML file.", autocompletion=completion.recipes)
+    ] = "mfuser",
+    vlm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.")
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=completion.domains)
+    ] = None,
+    targets: TargetsOpt = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE...", help="Change recipe keys: train.steps=200.", autocompletion=completion.keys
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Same as --set train.seed=NUMBER.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: a new one in --runs.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a stopped run, or `latest`.", autocompletion=completion.runs)
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the checkpoint afterwards.")] = False,
+    device: DeviceOpt = None,
+    root: RootOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Train on one domain, score on others, show the leaderboard."""
+    from dgbench import render, results
+    from dgbench.recipe import load_recipe, resolve
+
+    if resume is not None:
+        if any((vlm, vfm, source, targets, settings, out)) or seed is not None or name != "mfuser":
+            problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
+            raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
+        run = results.find_run(resume, runs)
+        recipe = load_recipe(run / "recipe.yaml")
+    else:
+        recipe_name, overrides = resolve(name, vlm=vlm, vfm=vfm, source=source)
+        overrides += [f"data.targets=[{', '.join(targets)}]"] if targets else []
+        overrides += [f"train.seed={seed}"] if seed is not None else []
+        recipe = load_recipe(recipe_name, [*overrides, *(settings or ())])
+        run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
+    progress = render.progress(quiet=quiet)
+    try:
+        from dgbench.engine.evaluate import evaluate
+        from dgbench.engine.train import train as fit
+
+        trained = fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
+    except KeyboardInterrupt:
+        if not (run / "recipe.yaml").is_file():
+            raise
+        raise StoppedError(f"interrupted; go on with: dgbench train --resume {run}") from None
+    finally:
+        # a run that failed before its first file is no run
+        with contextlib.suppress(OSError):
+            run.rmdir()
+    if no_eval:
+        render.note(f"trained: {run}")
+        render.show([trained], as_json=True) if as_json else None
+        return
+    try:
+        records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
+    except KeyboardInterrupt:
+        raise StoppedError(f"interrupted; training is complete, score it with: dgbench eval {run}") from None
+    if as_json:
+        render.show([trained, *records], as_json=True)
+        return
+    from dgbench.report.leaderboard import leaderboard, of_run, references
+
+    known = {record.id: record for record in (*results.query(runs), *records)}
+    render.show(of_run(leaderboard(known.values(), references(), published=False), run))
+    render.note(f"run: {run}")
+
+
+@panel.command("eval", cls=Command, rich_help_panel="Run", epilog="Example: dgbench eval --targets streets-city streets-fog@0.6")
+def eval_(
+    ctx: typer.Context,
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="Run folder, record or `latest`.", autocompletion=completion.runs)
+    ] = None,
+    targets: TargetsOpt = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The same as the argument RUN.", autocompletion=completion.runs)
+    ] = None,
+    protocol: ProtocolOpt = None,
+    device: DeviceOpt = None,
+    root: RootOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
+    from dgbench import protocol as protocols
+    from dgbench import render
+    from dgbench.data.domains import lookup
+
+    if run is not None and checkpoint is not None:
+        raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
+    names = [lookup(name).name for name in targets] if targets else None
+    rules = protocols.lookup(protocol).name if protocol else None
+    folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+    from dgbench.engine.evaluate import evaluate
+
+    progress = render.progress(quiet=quiet)
+    records = evaluate(
+        folder, names, progress=progress, device=device, include_source=names is None, root=root, protocol_name=rules
+    )
+    render.show(records, as_json=as_json)
+
+
+@panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
+def predict(
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size.")],
+    checkpoint: Annotated[
+        str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=completion.runs)
+    ] = "latest",
+    out: Annotated[
+        Path, typer.Option(metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
+    ] = Path(),
+    device: DeviceOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+) -> None:
+    """Segment photographs and draw the classes over them."""
+    from dgbench import render
+
+    saved = Path(checkpoint)
+    folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
+    from dgbench.engine.predict import predict as segment
+
+    render.show(segment(photos, folder, out, device=device), as_json=as_json)
+
+
+def _run_with_checkpoint(text: str, runs: Path) -> Path:
+    from dgbench.results import find_run
+
+    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
+    return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")
