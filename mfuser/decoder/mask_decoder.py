@@ -56,28 +56,35 @@ class MaskDecoder(nn.Module):
         self.cls_embed = nn.Linear(dim, classes + 1)
         self.mask_embed = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
-    def forward(self, maps: Sequence[Tensor], mask_features: Tensor, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self, maps: Sequence[Tensor], mask_features: Tensor, text: Tensor, *, last: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
         """Decode.
 
         Args:
             maps: three (B, D, H, W), coarsest first.    mask_features: (B, D, h, w).    text: (B, K, text_dim).
+            last: only the last output, without the classes of those before, which training alone asks for.
         Returns: per output, class logits (B, K, K + 1), the last column "no object", and mask logits (B, K, h, w).
         """
         memories = [m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)]
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
         positions = [sine_encoding(h, w, mask_features.shape[1], device=mask_features.device) for h, w in sizes]
         queries = self.text_proj(text)
-        outputs = [self._predict(queries, mask_features)]
+        normed = self.post_norm(queries)
+        masks = self._masks(normed, mask_features)
+        outputs = [] if last else [(self.cls_embed(normed), masks)]
         for i, layer in enumerate(self.layers):
             scale = i % len(maps)
-            blocked = self._blocked(outputs[-1][1], sizes[scale])
+            blocked = self._blocked(masks, sizes[scale])
             queries = layer(queries, self.query_embed.weight, memories[scale], positions[scale], blocked)
-            outputs.append(self._predict(queries, mask_features))
-        return outputs
+            normed = self.post_norm(queries)
+            masks = self._masks(normed, mask_features)
+            if not last:
+                outputs.append((self.cls_embed(normed), masks))
+        return outputs or [(self.cls_embed(normed), masks)]
 
-    def _predict(self, queries: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.post_norm(queries)
-        return self.cls_embed(normed), torch.einsum("bkd,bdhw->bkhw", self.mask_embed(normed), mask_features)
+    def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
+        return torch.einsum("bkd,bdhw->bkhw", self.mask_embed(normed), mask_features)
 
     @torch.no_grad()
     def _blocked(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:

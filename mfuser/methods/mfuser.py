@@ -256,8 +256,10 @@ class MFuser(Segmentor):
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the last decoder layer, one query a class."""
-        outputs, _ = self._decode(images)
-        return outputs[-1]
+        features, global_, visual = self.encode(images)
+        text = self.texts(global_, visual)
+        mask_features, maps = self.pixel_decoder(features, text)
+        return self.mask_decoder(maps, mask_features, text, last=True)[-1]
 
     def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
         """Class, mask and dice terms of every decoder output, and the alignment of image and text."""
