@@ -37,8 +37,9 @@ from torch.nn import functional as F
 
 from dgbench import results
 from dgbench.engine.device import device_name, pick_device
+from dgbench.engine.timing import median_ms, nvidia_smi
 from dgbench.kernel_cases import DTYPES, Case, block_case, deform_case, scan_case
-from dgbench.kernels import candidates, machine, median_ms, nvidia_smi
+from dgbench.kernels import candidates, machine
 from mfuser.fusion import MVFuser
 from mfuser.ops import compiled, dispatch
 

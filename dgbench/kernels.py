@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dgbench.engine.device import device_name, pick_device
+from dgbench.engine.timing import median_ms, nvidia_smi
 from dgbench.errors import DgbenchError, unknown
 from dgbench.kernel_cases import DTYPES, Case, block_case, deform_case, scan_case
 from dgbench.progress import Progress
@@ -212,65 +211,6 @@ def machine(device: torch.device) -> Machine:
         return Machine("cpu", gb_per_s)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return Machine(device_name(device), gb_per_s, count, float(nvidia_smi("clocks.max.sm", device) or 0) / 1e3)
-
-
-def nvidia_smi(what: str, device: torch.device) -> str | None:
-    """A value that nvidia-smi tells of a GPU, without its unit; None where it does not."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return text if text and not text.startswith("[") else None
-
-
-def median_ms(
-    call: Callable[[], object], device: torch.device, *, at_most: float = 0.5, least: int = 5, flush: bool = True
-) -> float:
-    """Median time of a call in milliseconds, as its caller waits for it, inputs not in the GPU's cache.
-
-    Args:
-        at_most: seconds to spend; up to four times that until there are `least` repeats.
-        flush: empty the GPU's cache before each call.
-    """
-    if device.type == "cpu":
-        call()
-        return statistics.median(_repeated(partial(_cpu_ms, call), at_most, least))
-    begun = time.perf_counter()
-    for _ in range(3):
-        call()
-        torch.cuda.synchronize(device)
-        if time.perf_counter() - begun > at_most:
-            break
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if flush else 0
-    cache = torch.empty(size, dtype=torch.uint8, device=device)
-    torch.cuda.synchronize(device)
-    return statistics.median(_repeated(partial(_gpu_ms, call, cache), at_most, max(least, 20)))
-
-
-def _repeated(once: Callable[[], float], at_most: float, least: int) -> list[float]:
-    times: list[float] = []
-    begun = time.perf_counter()
-    while (spent := time.perf_counter() - begun) < at_most or (len(times) < least and spent < 4 * at_most):
-        times.append(once())
-    return times
-
-
-def _cpu_ms(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begun)
-
-
-def _gpu_ms(call: Callable[[], object], cache: Tensor) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    cache.zero_()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,24 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, chec
     return recipe
 
 
+def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] = ()) -> MethodSpec:
+    """Return a method outside of any recipe, with these options and every other at its default.
+
+    Args:
+        overrides: `method.key=value` texts.
+
+    Raises: RecipeError listing every problem with its key path.
+    """
+    content: dict[str, Any] = {"method": {"name": name, **options}}
+    problems = _override(content, overrides)
+    problems += [f"{key}: a method alone has no such section" for key in content if key != "method"]
+    problems += _check_options(content)
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise RecipeError(f"method `{name}` cannot be built:{listed}", "set its options by --set method.key=value")
+    return MethodSpec.model_validate(content["method"])
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """Return 12 hex digits of what determines the experiment: everything but the name and the expected results."""
     content = recipe.model_dump(mode="json", exclude={"expect", "name"})

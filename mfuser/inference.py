@@ -28,7 +28,7 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
         raise ValueError(f"stride {stride} must be positive and at most the window, {crop}")
     batch, _, height, width = images.shape
     padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
-    rows, columns = (_starts(size, c, s) for size, c, s in zip(padded.shape[-2:], crop, stride, strict=True))
+    rows, columns = windows((padded.shape[-2], padded.shape[-1]), crop, stride)
     places = [(b, y, x) for y in rows for x in columns for b in range(batch)]
     total: Tensor | None = None
     seen = padded.new_zeros(padded.shape[-2:])
@@ -46,6 +46,10 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
     return (total / seen)[:, :, :height, :width]
 
 
-def _starts(size: int, window: int, stride: int) -> list[int]:
-    count = max(0, math.ceil((size - window) / stride)) + 1
-    return [min(i * stride, size - window) for i in range(count)]
+def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Where the windows over an image of `size` begin: (rows, columns). All are (H, W)."""
+    rows, columns = (
+        [min(i * step, max(0, side - window)) for i in range(max(0, math.ceil((side - window) / step)) + 1)]
+        for side, window, step in zip(size, crop, stride, strict=True)
+    )
+    return rows, columns

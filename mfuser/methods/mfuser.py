@@ -38,6 +38,12 @@ from mfuser.text import TextEncoder, tokenize
 TITLE = "MFuser"
 PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"
 
+# what it is tabulated with: the options of each
+BACKBONES: tuple[dict[str, str], ...] = (
+    *({"vfm": "dinov2_l", "vlm": vlm} for vlm in ("eva02", "clip", "siglip", "siglip2")),
+    *({"vfm": size, "vlm": size} for size in ("small", "tiny")),
+)
+
 # sizes by the vision-language tower; an option left at None takes them from here
 _FULL = {"decoder_dim": 256, "heads": 8, "pixel_layers": 6, "mask_layers": 9, "ffn_dim": 2048, "points": 4, "groups": 32,
          "state": 16, "mte_dim": 256, "mte_heads": 4, "mask_points": 12544, "dropout": 0.1, "freeze_towers": True}  # fmt: skip

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.encoders import VisionEncoder
+from mfuser.encoders import ENCODERS, VisionEncoder
 from mfuser.pretrained import load_tower, require
 from mfuser.segmentor import Batch, Segmentor
 
 TITLE = "Source only"
 PAPER = ""
+BACKBONES: tuple[dict[str, str], ...] = tuple({"backbone": name} for name in ENCODERS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""What a fusion layer costs, MVFuser's and the others': parameters, operations, time and memory, over token counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dgbench import results
+from dgbench.engine.count import CONVENTIONS, Cost, count
+from dgbench.engine.profile import DTYPES, SIZE, where
+from dgbench.engine.timing import Call, Hardware, Times, hardware, interleaved
+from dgbench.errors import DgbenchError, RecipeError, unknown
+from dgbench.progress import Progress
+from dgbench.report.ablation import Accuracy
+from mfuser import ops
+from mfuser.encoders import VisionEncoder, tower
+from mfuser.fusion import FUSERS, Fuser, Site
+from mfuser.pretrained import unfilled
+
+SWEEP = ((512, 512), (768, 768), (1024, 1024), (1536, 1536), (2048, 2048))  # (H, W) of images
+_BATCH = 2  # images a GPU trains on at a time in the paper's recipes
+
+
+@dataclass(frozen=True, slots=True)
+class FusionRow:
+    """One fuser."""
+
+    fuser: str
+    parameters: int
+    cost: Cost  # of an image
+    total: float  # as the profile's convention has it, in units of 1e9
+    gflop: float  # of an image, the scan included
+    forward: Times | None = None
+    both: Times | None = None  # with the backward
+    gib: float | None = None  # that forward and backward need at their peak, beyond inputs and weights
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FusionPoint:
+    """All fusers on images of one size."""
+
+    size: tuple[int, int]
+    tokens: tuple[int, int]  # of the foundation and the vision-language tower
+    rows: tuple[FusionRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionProfile:
+    """What `dgbench profile --fusion` shows: all fusers at one size, the same over sizes."""
+
+    vfm: str
+    vlm: str
+    dim: int
+    size: tuple[int, int]
+    tokens: tuple[int, int]
+    rows: tuple[FusionRow, ...]
+    sweep: tuple[FusionPoint, ...]
+    convention: str
+    unit: str
+    batch: int
+    dtype: str
+    hardware: Hardware | None
+    unmeasured: str  # why nothing was timed
+    backends: dict[str, str]
+    scored: str  # what `accuracy` is of
+    created: str
+    environment: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+
+
+def profile_fusion(
+    progress: Progress, *, vfm: str | None = None, vlm: str | None = None, size: tuple[int, int] | None = None,
+    sweep: Sequence[tuple[int, int]] = SWEEP, convention: str = "mac", batch: int | None = None, dtype: str | None = None,
+    device: str | None = None, timed: bool = True, accuracy: Mapping[str, Accuracy] | None = None, scored: str = "",
+) -> FusionProfile:  # fmt: skip
+    """Count and time one layer of every fuser between two towers.
+
+    Args:
+        vfm, vlm: the towers, by default dinov2_l and eva02.    size: (H, W) of the images, by default 512 x 512.
+        sweep: further sizes.    convention: one of CONVENTIONS.    batch: images at a time, by default two.
+        dtype, device, timed: as those of `profile`.    accuracy: of models trained with each, and what it is of.
+
+    Raises: DgbenchError for unknown names.
+    """
+    if convention not in CONVENTIONS:
+        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
+    if dtype is not None and dtype not in DTYPES:
+        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
+    on, unmeasured = where(device, timed=timed)
+    precision = dtype or ("bf16" if on is not None and on.type == "cuda" else "fp32")
+    size, batch = size or SIZE, batch or _BATCH
+    bench = _Bench(_site(vfm or "dinov2_l", vlm or "eva02"), convention, on, DTYPES[precision], batch)
+    gpu, ran = (hardware(on) if on is not None else None), ops.tally()
+    sizes = dict.fromkeys((size, *sweep))
+    progress.start("profiling fusion layers", len(sizes), "sizes")
+    points = {}
+    try:
+        for each in sizes:
+            points[each] = bench.point(each, accuracy or {})
+            progress.advance()
+    finally:
+        progress.stop()
+    main, (commit, dirty) = points[size], results.commit()
+    return FusionProfile(
+        vfm or "dinov2_l", vlm or "eva02", bench.dim, size, main.tokens, main.rows,
+        tuple(points[each] for each in sorted(points)), convention, CONVENTIONS[convention].unit, batch, precision, gpu,
+        unmeasured, ops.ran_since(ran), scored, results.now_iso(),
+        results.environment(str(on or "none"), torch.get_num_threads()), commit, dirty,
+    )  # fmt: skip
+
+
+def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
+    """Where a fuser stands between two towers, for images of any size."""
+    try:
+        patch = tower(vlm).patch
+        with unfilled():
+            first, second = (VisionEncoder(name, SIZE, patch=patch) for name in (vfm, vlm))
+    except ValueError as error:
+        raise RecipeError(str(error), "choose others by --vfm and --vlm") from error
+    if first.dim != second.dim:
+        raise RecipeError(f"`{vfm}` is {first.dim} wide and `{vlm}` {second.dim}; they must be equal", "choose others")
+    dim, prefixes = first.dim, (first.prefix, second.prefix)
+    return lambda size: Site(dim, (size[0] // patch, size[1] // patch), prefixes)
+
+
+class _Bench:
+    """All fusers at one place, counted and timed at any size."""
+
+    def __init__(
+        self, site: Callable[[tuple[int, int]], Site], convention: str, device: torch.device | None, dtype: torch.dtype,
+        batch: int,
+    ) -> None:  # fmt: skip
+        self.site, self.rule, self.device, self.dtype, self.batch = site, CONVENTIONS[convention], device, dtype, batch
+        self.dim = site(SIZE).dim
+
+    def point(self, size: tuple[int, int], accuracy: Mapping[str, Accuracy]) -> FusionPoint:
+        """Every fuser on images of this size."""
+        site = self.site(size)
+        patches = site.grid[0] * site.grid[1]
+        if not patches:
+            raise RecipeError(f"images of {size[0]}x{size[1]} hold no patch", "choose a larger --size")
+        tokens = (site.prefixes[0] + patches, site.prefixes[1] + patches)
+        taken = self._taken(site, tokens)
+        rows = []
+        for name in FUSERS:
+            fuser = FUSERS[name](self._counted(site)).to("meta")
+            cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total
+            forward, both, gib = taken.get(name, (None, None, None))
+            parameters = sum(parameter.numel() for parameter in fuser.parameters())
+            total, gflop = (rule.total(cost) / 1e9 for rule in (self.rule, CONVENTIONS["flop"]))
+            rows.append(FusionRow(name, parameters, cost, total, gflop, forward, both, gib, accuracy.get(name)))
+        return FusionPoint(size, tokens, tuple(rows))
+
+    def _counted(self, site: Site) -> Site:
+        # kernels do not take tensors without data; what is computed is the same
+        return Site(site.dim, site.grid, site.prefixes, site.state, site.dropout, "torch", site.sane)
+
+    def _taken(self, site: Site, tokens: tuple[int, int]) -> dict[str, tuple[Times | None, Times | None, float | None]]:
+        if self.device is None:
+            return {}
+        fusers = {name: make(site).to(self.device).train() for name, make in FUSERS.items()}
+        given = [torch.randn(self.batch, length, self.dim, device=self.device, requires_grad=True) for length in tokens]
+        forward: dict[str, Call] = {name: self._forward(fuser, given) for name, fuser in fusers.items()}
+        both: dict[str, Call] = {name: self._both(fuser, given) for name, fuser in fusers.items()}
+        peaks = {name: self._peak(call) for name, call in both.items()}
+        fitting = [name for name, peak in peaks.items() if peak is not None]
+        first = interleaved({name: forward[name] for name in fitting}, self.device, at_most=0.4)
+        second = interleaved({name: both[name] for name in fitting}, self.device, at_most=0.4)
+        gpu = self.device.type == "cuda"
+        return {name: (first[name], second[name], peaks[name] if gpu else None) for name in fitting}
+
+    def _forward(self, fuser: Fuser, given: Sequence[Tensor]) -> Call:
+        def call() -> None:
+            with torch.inference_mode(), self._autocast():
+                fuser(*given)
+
+        return call
+
+    def _both(self, fuser: Fuser, given: Sequence[Tensor]) -> Call:
+        leaves: list[Tensor | nn.Parameter] = [*given, *fuser.parameters()]
+
+        def call() -> None:
+            with self._autocast():
+                out = fuser(*given)
+            torch.autograd.grad(out, leaves, [torch.ones_like(each) for each in out])
+
+        return call
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.device.type if self.device else "cpu"
+        return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _peak(self, call: Call) -> float | None:
+        """GiB beyond what is there already; None if it does not fit."""
+        if self.device is None or self.device.type != "cuda":
+            return 0.0
+        call()  # buffers that stay
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        try:
+            call()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+        return float(torch.cuda.max_memory_allocated(self.device) - before) / 2**30

@@ -1,0 +1,342 @@
+"""What models cost: parameters and operations, counted without weights, and on a device times, memory and energy.
+
+Counts are of one image in evaluation mode and do not depend on the machine (`count`). Times are of random weights, which
+cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mfuser
+from dgbench import results
+from dgbench.engine.count import CONVENTIONS, Convention, Cost, Counted, count
+from dgbench.engine.device import peak_gib, pick_device
+from dgbench.engine.timing import Call, Hardware, Times, hardware, joules, times
+from dgbench.errors import DgbenchError, RecipeError, unknown
+from dgbench.progress import Progress
+from dgbench.protocol import lookup as protocol
+from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
+from mfuser import ops
+from mfuser.inference import windows
+from mfuser.segmentor import Batch, Segmentor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZE = (512, 512)  # (H, W) of the papers' crops
+_STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
+_MOST = 256  # images at a time that the search for the best batch tries
+_GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to be profiled."""
+
+    method: MethodSpec
+    size: tuple[int, int]  # (H, W) that it is built for
+    recipe: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a model by its attribute's name; `(itself)` is what the model does and holds outside of its parts."""
+
+    name: str
+    parameters: int
+    trainable: int
+    cost: Cost
+    total: float  # as the profile's convention has it, in units of 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`batch` images at a time: milliseconds of a call, peak GiB of a GPU's memory, joules an image."""
+
+    batch: int
+    ms: Times
+    gib: float | None
+    joules: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """By the median."""
+        return 1e3 * self.batch / self.ms.median
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model."""
+
+    method: str
+    variant: str
+    recipe: str
+    size: tuple[int, int]
+    windows: int  # forward passes an image takes
+    parameters: int
+    trainable: int
+    cost: Cost  # of an image
+    total: float  # the cost as the profile's convention has it, in units of 1e9
+    components: tuple[Component, ...]
+    by_operator: dict[str, Cost]
+    by_module: dict[str, Cost] = field(repr=False)
+    timings: tuple[Timing, ...] = ()
+    best: Timing | None = None  # at the batch that most images a second pass at
+    step: Timing | None = None  # of training: forward, losses, backward, optimizer
+    backends: dict[str, str] = field(default_factory=dict)
+    problem: str = ""  # why times are missing
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `dgbench profile` shows."""
+
+    rows: tuple[Row, ...]
+    convention: str
+    unit: str
+    dtype: str
+    compiled: bool
+    slide: tuple[int, int] | None  # (H, W) of whole images, scored by a sliding window
+    hardware: Hardware | None
+    unmeasured: str  # why nothing was timed
+    created: str
+    environment: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+
+
+def subjects(
+    names: Sequence[str] = (), *, vlm: str | None = None, vfm: str | None = None, settings: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> list[Subject]:  # fmt: skip
+    """Return the models that names and flags mean.
+
+    Args:
+        names: methods, which stand for all of their backbones, or recipes; by default all methods.
+        vlm, vfm, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
+
+    Raises: RecipeError for what is unknown.
+    """
+    found: list[Subject] = []
+    for name in names or mfuser.method_names():
+        if name in mfuser.method_names():
+            found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
+            continue
+        if "/" not in name and not name.endswith((".yaml", ".yml")):
+            raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
+        towers = [f"method.{key}={value}" for key, value in (("vlm", vlm), ("vfm", vfm)) if value]
+        recipe = load_recipe(name, [*towers, *settings])
+        found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
+    return found
+
+
+def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[str]) -> list[MethodSpec]:
+    rows = mfuser.methods.module(name).BACKBONES
+    if vlm is not None:
+        rows = [row for row in rows if row.get("vlm") == vlm] or [{"vlm": vlm}]
+    if vfm is not None:
+        rows = [{**row, "vfm": vfm} for row in rows]
+    return [load_method(name, row, settings) for row in rows]
+
+
+def profile(
+    chosen: Sequence[Subject], progress: Progress, *, convention: str = "mac", batches: Sequence[int] = (),
+    dtype: str | None = None, compiled: bool = False, device: str | None = None, slide: tuple[int, int] | None = None,
+    timed: bool = True,
+) -> Profile:  # fmt: skip
+    """Count and time models.
+
+    Args:
+        convention: one of CONVENTIONS.
+        batches: images at a time; by default 1 and the number at which most pass a second.
+        dtype: one of DTYPES; by default bf16 on a GPU, fp32 on a CPU. Weights are fp32 under autocast.
+        compiled: through torch.compile.    device: to time on; by default a GPU, and nowhere without one.
+        slide: (H, W) of whole images to be scored by a window of the models' size.    timed: False only counts.
+
+    Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
+    """
+    if convention not in CONVENTIONS:
+        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
+    if dtype is not None and dtype not in DTYPES:
+        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
+    on, unmeasured = where(device, timed=timed)
+    precision = dtype or ("bf16" if on is not None and on.type == "cuda" else "fp32")
+    progress.start("counting", len(chosen), "models")
+    rows = []
+    try:
+        for subject in chosen:
+            rows.append(_counted(subject, convention, slide))
+            progress.advance()
+        gpu = hardware(on) if on is not None else None
+        if on is not None and gpu is not None:
+            progress.start(f"timing on {gpu.name}", len(chosen), "models")
+            for number, subject in enumerate(chosen):
+                rows[number] = _timed(rows[number], subject, on, DTYPES[precision], batches, slide, compiled=compiled)
+                progress.advance()
+    finally:
+        progress.stop()
+    commit, dirty = results.commit()
+    return Profile(
+        tuple(rows), convention, CONVENTIONS[convention].unit, precision, compiled, slide,
+        gpu, unmeasured, results.now_iso(),
+        results.environment(str(on or "none"), torch.get_num_threads()), commit, dirty,
+    )  # fmt: skip
+
+
+def where(device: str | None, *, timed: bool = True) -> tuple[torch.device | None, str]:
+    """Return the device to time on, or None and why nothing is timed."""
+    if not timed:
+        return None, "only counts were asked for"
+    if device is None and not torch.cuda.is_available():
+        return None, "torch finds no usable CUDA GPU; --device cpu times on this machine's processor"
+    return pick_device(device), ""
+
+
+# ---- counts
+
+
+def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None) -> Row:
+    # the kernels' own name: they would not take tensors without data; what is computed is the same
+    model = _build(subject, filled=False, backend="torch").to("meta")
+    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
+    passes = 1
+    if slide is not None:
+        rows, columns = windows(slide, subject.size, protocol("unified").stride_of(subject.size))
+        passes = len(rows) * len(columns)
+    parts = _components(model, counted, passes, CONVENTIONS[convention])
+    cost = counted.total * passes
+    return Row(
+        method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
+        parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
+        total=CONVENTIONS[convention].total(cost) / 1e9, components=parts, by_operator=dict(counted.by_operator),
+        by_module=dict(counted.by_module),
+    )  # fmt: skip
+
+
+def _build(subject: Subject, *, filled: bool = True, **forced: Any) -> Segmentor:
+    known = {f.name for f in dataclasses.fields(mfuser.options(subject.method.name))}
+    options = subject.method.options | {key: value for key, value in forced.items() if key in known}
+    if "token_ids" in known and options.get("token_ids") is None:
+        # which words they are costs nothing, and a tokenizer may be a download
+        options["token_ids"] = [[0] * 5 for _ in Segmentor.classes]
+    try:
+        return mfuser.build(subject.method.name, **options, image_size=subject.size, pretrained=False, filled=filled)
+    except ValueError as error:
+        raise RecipeError(f"`{subject.method.name}` cannot be built: {error}", "change --set method.* or --size") from error
+
+
+def _components(model: nn.Module, counted: Counted, passes: int, rule: Convention) -> tuple[Component, ...]:
+    """The model's direct parts that hold or cost anything, in their order."""
+
+    def component(name: str, held: Iterator[nn.Parameter], cost: Cost) -> Component:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in held]
+        trainable = sum(size for size, trained in sizes if trained)
+        return Component(name, sum(size for size, _ in sizes), trainable, cost * passes, rule.total(cost * passes) / 1e9)
+
+    parts, rest = [], counted.total
+    for name, module in model.named_children():
+        cost = counted.by_module.get(name, Cost())
+        rest = Cost(*(a - b for a, b in zip(rest.parts, cost.parts, strict=True)))
+        part = component(name, module.parameters(), cost)
+        parts += [part] if part.parameters or any(cost.parts) else []
+    return *parts, component("(itself)", model.parameters(recurse=False), rest)
+
+
+# ---- times
+
+
+def _timed(
+    row: Row, subject: Subject, device: torch.device, dtype: torch.dtype, batches: Sequence[int],
+    slide: tuple[int, int] | None, *, compiled: bool,
+) -> Row:  # fmt: skip
+    gpu = device.type == "cuda"
+    ran = ops.tally()
+    try:
+        with torch.device(device):
+            model = _build(subject).to(device).eval()
+        model.check_backends()
+        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        ask = _Asked(forward, subject.size, slide, device, dtype)
+        timings = tuple(_measure(ask.batch(size), size, device, energy=bool(batches)) for size in batches or (1,))
+        best = None
+        if gpu and not batches:
+            size = _best_batch(ask, device, timings[0])
+            best = _measure(ask.batch(size), size, device, energy=True)
+        step = _step(model, subject.size, device, dtype) if gpu and slide is None else None
+    except torch.OutOfMemoryError as error:
+        return dataclasses.replace(row, problem=str(error).splitlines()[0])
+    finally:
+        model = forward = ask = None  # type: ignore[assignment]
+        if gpu:
+            torch.cuda.empty_cache()
+    return dataclasses.replace(row, timings=timings, best=best, step=step, backends=ops.ran_since(ran))
+
+
+class _Asked:
+    """A model's forward pass over images of one size, at any batch."""
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], crop: tuple[int, int], slide: tuple[int, int] | None, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
+        self.stride = protocol("unified").stride_of(crop)
+
+    def batch(self, size: int) -> Call:
+        """A call with that many images."""
+        images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
+
+        def call() -> Tensor:
+            with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                if self.slide is None:
+                    return self.model(images)
+                return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
+
+        return call
+
+
+def _measure(call: Call, batch: int, device: torch.device, *, energy: bool = False, at_most: float = 1.0) -> Timing:
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = times(call, device, at_most=at_most, least=3, flush=False)
+    used = joules(call, device) if energy else None
+    return Timing(batch, taken, peak_gib(device) if gpu else None, used / batch if used is not None else None)
+
+
+def _best_batch(ask: _Asked, device: torch.device, single: Timing) -> int:
+    """The number of images at a time, a power of two, beyond which no more pass a second."""
+    best, rate, worse, size = 1, single.images_per_second, 0, 2
+    while size <= _MOST and worse < 2:
+        try:
+            tried = _measure(ask.batch(size), size, device, at_most=0.2).images_per_second
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        worse = 0 if tried > _GAIN * rate else worse + 1
+        best, rate = (size, tried) if tried > _GAIN * rate else (best, rate)
+        size *= 2
+    return best
+
+
+def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Timing:
+    """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    model.train()
+    coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
+    batch = Batch(torch.rand(_STEP_BATCH, 3, *size, device=device), labels)
+    optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
+
+    def call() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = torch.stack(list(model.loss(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return _measure(call, _STEP_BATCH, device)

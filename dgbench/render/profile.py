@@ -1,0 +1,254 @@
+"""What models and fusers cost: a table of counts, one of times, one of parts, and the same rows for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dgbench.render.table import ABSENT, Cell, Table, Tables
+
+if TYPE_CHECKING:
+    from dgbench.engine.fusion_costs import FusionProfile, FusionRow
+    from dgbench.engine.profile import Profile, Row, Timing
+    from dgbench.engine.timing import Hardware, Times
+
+# what a convention's numbers mean, without the engine that makes them
+_SAYS = {
+    "mac": "GMAC: a multiply-accumulate of products and sampling is one; the scan's own column is in GFLOP.",
+    "flop": "GFLOP: a multiply-accumulate is two, and the scan is in it.",
+    "paper": "paper: a batch of two images, a multiply-accumulate is two, of the scan only its skip, sampling not counted.",
+}
+_SCAN = "scan: 9 B L D N + B L D floating-point operations. Not counted: activations, norms, softmax, copies."
+
+
+def _profile(found: Profile) -> list[Table]:
+    tables = [_counts(found)]
+    if any(row.timings or row.problem for row in found.rows):
+        tables.append(_times(found))
+    return tables
+
+
+def _counts(found: Profile) -> Table:
+    image = f"an image of {_size(found.slide)} by windows" if found.slide else "an image"
+    rows = []
+    for row in found.rows:
+        passes = (Cell(str(row.windows)),) if found.slide else ()
+        rows.append((
+            *_name(row), Cell(_size(row.size)), *passes, Cell(_millions(row.parameters)), Cell(_millions(row.trainable)),
+            Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
+        ))  # fmt: skip
+    header = ("method", "backbone", "size", *(("windows",) if found.slide else ()), "params M", "trained M", found.unit, "scan")
+    legend = [_SAYS[found.convention], _SCAN]
+    if found.unmeasured:
+        legend.append(f"No times: {found.unmeasured}.")
+    title = f"Cost of {image}, counted without weights (convention {found.convention})"
+    return Table(title, header, tuple(rows), keys=2, legend=tuple(legend))
+
+
+def _times(found: Profile) -> Table:
+    rows = []
+    for row in found.rows:
+        first, *more = row.timings or (None,)
+        best = row.best
+        cells = [*_name(row), Cell(_batch(first)), Cell(_spread(first)), Cell(_rate(first)), Cell(_gib(first))]
+        if any(other.best or other.step for other in found.rows):
+            cells += [Cell(_batch(best)), Cell(_spread(best)), Cell(_rate(best)), Cell(_gib(best)), Cell(_joules(best))]
+            cells += [Cell(_spread(row.step)), Cell(_gib(row.step))]
+        rows.append(tuple(cells))
+        rows += [
+            (*_name(row), Cell(_batch(timing)), Cell(_spread(timing)), Cell(_rate(timing)), Cell(_gib(timing))) for timing in more
+        ]
+    header: tuple[str, ...] = ("method", "backbone", "batch", "ms", "images/s", "GiB")
+    legend = [
+        "ms: median of the calls, as their caller waits for them; ± half of what 90 % of them lie between. GiB: peak, weights included."
+    ]
+    if any(row.best or row.step for row in found.rows):
+        header += ("best batch", "ms", "images/s", "GiB", "J/image", "step ms", "step GiB")
+        legend.append(
+            "best batch: at which most images pass a second. J: by the GPU's own counter. step: of training, two images, with AdamW."
+        )
+    legend += [f"{row.method} ({row.variant}): {row.problem}" for row in found.rows if row.problem]
+    if found.hardware:
+        legend.append(_machine(found.hardware, found.environment, _backends(found)))
+    compiled = ", compiled" if found.compiled else ""
+    where = found.hardware.name if found.hardware else ""
+    what = f"{_size(found.slide)} images by windows" if found.slide else "crops"
+    return Table(f"Times of {what}, {found.dtype}{compiled}, on {where}", header, tuple(rows), keys=2, legend=tuple(legend))
+
+
+def by_module(found: Profile) -> list[Table]:
+    """A table for each model: its parts."""
+    tables = []
+    for row in found.rows:
+        rows = []
+        for part in row.components:
+            share = 100 * part.total / row.total if row.total else 0.0
+            rows.append((Cell(part.name), Cell(_millions(part.parameters)), Cell(_millions(part.trainable)),
+                         Cell(_giga(part.total)), Cell(f"{share:.1f} %"), Cell(_giga(part.cost.scan / 1e9))))  # fmt: skip
+        rows.append((Cell("total"), Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total)),
+                     Cell("100.0 %"), Cell(_giga(row.cost.scan / 1e9))))  # fmt: skip
+        header = ("part", "params M", "trained M", found.unit, "share", "scan")
+        title = f"{row.method} ({row.variant}) at {_size(row.size)}, convention {found.convention}"
+        tables.append(Table(title, header, tuple(rows), legend=(_SAYS[found.convention],)))
+    return tables
+
+
+def _name(row: Row) -> tuple[Cell, Cell]:
+    return Cell(row.recipe or row.method), Cell(row.variant or ABSENT)
+
+
+def _size(size: tuple[int, int] | None) -> str:
+    return f"{size[0]}x{size[1]}" if size else ABSENT
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _giga(value: float) -> str:
+    return f"{value:,.2f}" if value else "0"
+
+
+def _batch(timing: Timing | None) -> str:
+    return str(timing.batch) if timing else ABSENT
+
+
+def _rate(timing: Timing | None) -> str:
+    return f"{timing.images_per_second:.1f}" if timing else ABSENT
+
+
+def _gib(timing: Timing | None) -> str:
+    return f"{timing.gib:.2f}" if timing and timing.gib is not None else ABSENT
+
+
+def _joules(timing: Timing | None) -> str:
+    return f"{timing.joules:.2f}" if timing and timing.joules is not None else ABSENT
+
+
+def _spread(timing: Timing | None) -> str:
+    return milliseconds(timing.ms) if timing else ABSENT
+
+
+def milliseconds(times: Times | None) -> str:
+    """`12.3 ±0.4`: the median and half of what 90 % of the calls lie between."""
+    if times is None:
+        return ABSENT
+    half = (times.high - times.low) / 2
+    digits = 3 if times.median < 1 else 2 if times.median < 10 else 1
+    return f"{times.median:.{digits}f} ±{half:.{digits}f}"
+
+
+def _backends(found: Profile) -> dict[str, str]:
+    return {op: name for row in found.rows for op, name in row.backends.items()}
+
+
+def _machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[str, str]) -> str:
+    parts = [f"torch {environment.get('torch', '?')}"]
+    if gpu.driver:
+        parts.append(f"driver {gpu.driver}")
+    if gpu.clock and gpu.clock_max:
+        parts.append(f"{gpu.clock:.0f} of {gpu.clock_max:.0f} MHz")
+    if gpu.power_limit:
+        parts.append(f"{gpu.power_limit:.0f} W")
+    parts += [f"{op} by {name}" for op, name in sorted(backends.items()) if not op.endswith("_bwd")]
+    return f"{gpu.name}: {', '.join(parts)}."
+
+
+# ---- fusion
+
+
+def _fusion(found: FusionProfile) -> list[Table]:
+    tables = [_fusers(found)]
+    if len(found.sweep) > 1:
+        tables.append(_sweep(found))
+    return tables
+
+
+def _fusers(found: FusionProfile) -> Table:
+    timed = any(row.forward for row in found.rows)
+    scored = any(row.accuracy for row in found.rows)
+    rows = []
+    for row in found.rows:
+        cells = [Cell(row.fuser), Cell(_millions(row.parameters)), Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
+                 Cell(_giga(row.gflop))]  # fmt: skip
+        if timed:
+            cells += [Cell(milliseconds(row.forward)), Cell(_times_faster(row, found)), Cell(milliseconds(row.both)),
+                      Cell(ABSENT if row.gib is None else f"{row.gib:.2f}")]  # fmt: skip
+        if scored:
+            cells.append(Cell(_accuracy(row)))
+        rows.append(tuple(cells))
+    header: tuple[str, ...] = ("fuser", "params M", found.unit, "scan GFLOP", "GFLOP")
+    legend = [_SAYS[found.convention], f"GFLOP: of one image, the scan included. {_SCAN}"]
+    if timed:
+        header += ("ms", "times mvfuser", "+ backward ms", "GiB")
+        legend.append(
+            f"ms: batch {found.batch}, {found.dtype}, one call of each in turn; median, ± half of what 90 % lie between."
+        )
+        if found.hardware:
+            legend.append(_machine(found.hardware, found.environment, found.backends))
+    if scored:
+        header += ("mIoU",)
+        legend.append(f"mIoU in %: {found.scored}.")
+    if found.unmeasured:
+        legend.append(f"No times: {found.unmeasured}.")
+    first, second = found.tokens
+    title = f"One fusion layer, {first} + {second} tokens of width {found.dim} ({_size(found.size)} images), convention {found.convention}"
+    return Table(title, header, tuple(rows), legend=tuple(legend))
+
+
+def _times_faster(row: FusionRow, found: FusionProfile) -> str:
+    base = found.rows[0].forward
+    return f"{row.forward.median / base.median:.2f}" if row.forward and base else ABSENT
+
+
+def _accuracy(row: FusionRow) -> str:
+    if row.accuracy is None:
+        return ABSENT
+    spread = f" ±{100 * row.accuracy.spread:.1f}" if row.accuracy.seeds > 1 else ""
+    return f"{100 * row.accuracy.mean:.1f}{spread} ({row.accuracy.seeds})"
+
+
+def _sweep(found: FusionProfile) -> Table:
+    names = [row.fuser for row in found.sweep[0].rows]
+    timed = any(row.forward for point in found.sweep for row in point.rows)
+    rows = []
+    for point in found.sweep:
+        cells = [Cell(_size(point.size)), Cell(str(sum(point.tokens)))]
+        cells += [Cell(_giga(row.total)) for row in point.rows]
+        if timed:
+            cells += [Cell(ABSENT if row.forward is None else f"{row.forward.median:.2f}") for row in point.rows]
+        rows.append(tuple(cells))
+    header = ("images", "tokens", *(f"{found.unit} {name}" for name in names), *(f"ms {name}" for name in names if timed))
+    return Table(f"The same layer at other token counts, convention {found.convention}", header, tuple(rows), keys=2)
+
+
+TABLES: Tables = {"Profile": _profile, "FusionProfile": _fusion}
+
+
+# ---- for other programs
+
+
+def flat(found: Profile | FusionProfile) -> list[dict[str, Any]]:
+    """A row for each model or fuser, with full numbers under names that say their units."""
+    rows = []
+    for row in found.rows:
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(row):
+            if field.name not in ("components", "by_operator", "by_module", "timings", "backends"):
+                _flatten(field.name, getattr(row, field.name), values)
+        for timing in getattr(row, "timings", ()):
+            _flatten(f"batch{timing.batch}", timing, values)
+        values |= {"convention": found.convention, "dtype": found.dtype, "gpu": found.hardware.name if found.hardware else None}
+        rows.append(values)
+    return rows
+
+
+def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _flatten(f"{name}_{field.name}", getattr(value, field.name), into)
+    elif isinstance(value, tuple):
+        into[name] = "x".join(map(str, value))
+    else:
+        into[name] = value

@@ -1,0 +1,93 @@
+"""The accuracy of each fuser, by one's own runs: the same recipe trained with every one of them, over several seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dgbench.errors import DgbenchError
+from dgbench.results import Record
+
+if TYPE_CHECKING:
+    from dgbench.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """mIoU in 0..1, averaged over unseen domains: mean and standard deviation over training runs with other seeds."""
+
+    mean: float
+    spread: float  # 0 of a single run
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """What may be compared with each other, by fuser, and where it comes from in a sentence's words."""
+
+    accuracy: dict[str, Accuracy]
+    described: str
+
+
+def ablation(records: Iterable[Record]) -> Ablation:
+    """Arrange the records of runs that differ in the fuser and the seed alone.
+
+    Of several such sets the one with the most fusers and then the most runs counts; of a fuser's runs of one seed the newest.
+    A run counts only if it was scored in full on all targets of its recipe under the recipe's protocol.
+    """
+    runs: dict[Any, list[Record]] = {}
+    for record in records:
+        if record.kind == "eval" and record.run is not None and record.split == "val" and record.miou is not None:
+            runs.setdefault(record.run, []).append(record)
+    sets: dict[str, dict[tuple[str, int], tuple[str, float]]] = {}
+    told: dict[str, str] = {}
+    for run, scored in runs.items():
+        try:
+            from dgbench.recipe import load_recipe
+
+            recipe = load_recipe(run / "recipe.yaml", check_method=False)
+        except (DgbenchError, OSError):
+            continue
+        fuser, mean = recipe.method.options.get("fuser"), _mean(recipe, scored)
+        if fuser is None or mean is None:
+            continue
+        key, newest = _but_fuser_and_seed(recipe, scored), max(record.created for record in scored)
+        told[key] = (
+            f"{recipe.name} trained for {recipe.train.steps} steps on {recipe.data.source}, mean over "
+            f"{', '.join(recipe.data.targets)}, protocol {recipe.eval.protocol}; ± standard deviation over seeds, their number behind"
+        )
+        known = sets.setdefault(key, {})
+        place = (fuser, recipe.train.seed)
+        known[place] = max(known.get(place, ("", 0.0)), (newest, mean))
+    if not sets:
+        return Ablation({}, "")
+    best = max(sets, key=lambda key: (len({fuser for fuser, _ in sets[key]}), len(sets[key]), max(sets[key].values())))
+    values: dict[str, list[float]] = {}
+    for (fuser, _), (_, mean) in sorted(sets[best].items()):
+        values.setdefault(fuser, []).append(mean)
+    return Ablation({fuser: _over_seeds(means) for fuser, means in values.items()}, told[best])
+
+
+def _mean(recipe: Recipe, scored: Iterable[Record]) -> float | None:
+    """Over the recipe's targets, by the newest record of each; None unless all are there in full."""
+    found: dict[str, Record] = {}
+    for record in sorted(scored, key=lambda record: (record.created, record.id)):
+        if record.complete and record.protocol == recipe.eval.protocol:
+            found[record.target] = record
+    values = [found[target].miou for target in recipe.data.targets if target in found]
+    complete = [value for value in values if value is not None]
+    return statistics.fmean(complete) if len(complete) == len(recipe.data.targets) else None
+
+
+def _but_fuser_and_seed(recipe: Recipe, scored: Iterable[Record]) -> str:
+    content = recipe.model_dump(mode="json", exclude={"name", "expect"})
+    content["method"].pop("fuser")
+    content["train"].pop("seed")
+    hashes = sorted({record.protocol_hash for record in scored if record.target in recipe.data.targets})
+    return repr((content, hashes))
+
+
+def _over_seeds(means: list[float]) -> Accuracy:
+    return Accuracy(statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0, len(means))
