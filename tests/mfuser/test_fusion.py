@@ -24,6 +24,7 @@ from mfuser.fusion import (
 )
 from mfuser.ops import explain, selective_scan
 from mfuser.ops.dispatch import rows
+from mfuser.pretrained import unfilled
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,21 @@ def test_bi_deformable_attention_leaves_class_and_register_tokens_alone():
     changed = torch.cat([torch.randn(1, 5, 32), vfm[:, 5:]], 1), torch.cat([torch.randn(1, 1, 32), vlm[:, 1:]], 1)
     for before, after in zip((first, second), fuser(*changed), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("vfm", "vlm"), [("dinov3_l", "siglip"), ("dinov2_l", "clip")])
+def test_bi_deformable_attention_knows_where_the_towers_patches_begin(vfm, vlm):
+    with unfilled():
+        model = mfuser.build(
+            "mfuser", vfm=vfm, vlm=vlm, fuser="bi_deform_attn", image_size=(64, 96), token_ids=[[1] * 5] * 19,
+            pretrained=False, filled=False,
+        )  # fmt: skip
+    model.to("meta").eval()
+    # the towers' tokens fit, or it would raise
+    with torch.no_grad():
+        features, _, visual = model.encode(torch.empty(2, 3, 64, 96, device="meta"))
+    assert features[2].shape == (2, 2048, 4, 6)
+    assert visual.shape[1] == 24
 
 
 def test_tokens_that_do_not_fit_the_grid_are_refused():
