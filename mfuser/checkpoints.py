@@ -156,7 +156,7 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
     Args:
         model: as `build("mfuser", vlm=...)` makes it, of the same towers.    state: the checkpoint's `state_dict`.
 
-    Raises: ValueError for the variant `sane`, or naming tensors that are missing, unknown, or of another shape.
+    Raises: ValueError for the variant `sane` or another fuser, or naming tensors that are missing, unknown, or of another shape.
     """
     _as_released(model)
     target, vlm = model.state_dict(), str(model.options.get("vlm"))
@@ -183,7 +183,7 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
 def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
     """The model's tensors by the authors' names, without those that their model holds and never reads.
 
-    Raises: ValueError for the variant `sane`, which their code would run otherwise.
+    Raises: ValueError for the variant `sane`, which their code would run otherwise, or a fuser that it has not.
     """
     _as_released(model)
     state = model.state_dict()
@@ -194,6 +194,8 @@ def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
 
 
 def _as_released(model: Segmentor) -> None:
+    if (fuser := model.options.get("fuser", "mvfuser")) != "mvfuser":
+        raise ValueError(f'the authors\' weights are those of `mvfuser`, not of `{fuser}`; build the model with fuser="mvfuser"')
     if model.options.get("variant", "release") != "release":
         raise ValueError(
             "the authors' weights were trained with the release's accidents, which the variant "

@@ -158,7 +158,8 @@ def joules(call: Call, device: torch.device, *, seconds: float = 2.0) -> float |
             call()
             torch.cuda.synchronize(device)
             calls += 1
-        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
+        used = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before  # millijoules
+        return float(used) / 1e3 / calls
     except pynvml.NVMLError:
         return None
     finally:

@@ -61,12 +61,13 @@ def _times(found: Profile) -> Table:
         ]
     header: tuple[str, ...] = ("method", "backbone", "batch", "ms", "images/s", "GiB")
     legend = [
-        "ms: median of the calls, as their caller waits for them; ± half of what 90 % of them lie between. GiB: peak, weights included."
+        "ms: median of the calls, as their caller waits for them; ± half of what 90 % of them lie between.",
+        "GiB: peak, weights included.",
     ]
     if any(row.best or row.step for row in found.rows):
         header += ("best batch", "ms", "images/s", "GiB", "J/image", "step ms", "step GiB")
         legend.append(
-            "best batch: at which most images pass a second. J: by the GPU's own counter. step: of training, two images, with AdamW."
+            "best batch: at which most images pass a second. J: by the GPU's own counter. step: of training on two images."
         )
     legend += [f"{row.method} ({row.variant}): {row.problem}" for row in found.rows if row.problem]
     if found.hardware:
@@ -193,7 +194,7 @@ def _fusers(found: FusionProfile) -> Table:
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
     first, second = found.tokens
-    title = f"One fusion layer, {first} + {second} tokens of width {found.dim} ({_size(found.size)} images), convention {found.convention}"
+    title = f"One fusion layer, {first} + {second} tokens of width {found.dim}, convention {found.convention}"
     return Table(title, header, tuple(rows), legend=tuple(legend))
 
 

@@ -54,9 +54,10 @@ def ablation(records: Iterable[Record]) -> Ablation:
         if fuser is None or mean is None:
             continue
         key, newest = _but_fuser_and_seed(recipe, scored), max(record.created for record in scored)
+        targets = ", ".join(recipe.data.targets)
         told[key] = (
-            f"{recipe.name} trained for {recipe.train.steps} steps on {recipe.data.source}, mean over "
-            f"{', '.join(recipe.data.targets)}, protocol {recipe.eval.protocol}; ± standard deviation over seeds, their number behind"
+            f"{recipe.name} trained for {recipe.train.steps} steps on {recipe.data.source}, mean over {targets}, "
+            f"protocol {recipe.eval.protocol}; ± standard deviation over training runs, their number behind"
         )
         known = sets.setdefault(key, {})
         place = (fuser, recipe.train.seed)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.ops import ms_deform_attn
+from mfuser.deformable import DeformableAttention, cell_centres
 
 
 def sine_encoding(height: int, width: int, dim: int, *, device: torch.device | None = None) -> Tensor:
@@ -51,63 +51,12 @@ class ConvNorm(nn.Module):
         return out
 
 
-class DeformableSelfAttention(nn.Module):
-    """Multi-scale deformable self-attention (Zhu et al., ICLR 2021, eq. 3) over a concatenation of maps."""
-
-    def __init__(self, dim: int, heads: int, scales: int, points: int, *, backend: str = "auto") -> None:
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
-        self.heads, self.scales, self.points, self.backend = heads, scales, points, backend
-        self.sampling_offsets = nn.Linear(dim, heads * scales * points * 2)
-        self.attention_weights = nn.Linear(dim, heads * scales * points)
-        self.value_proj = nn.Linear(dim, dim)
-        self.output_proj = nn.Linear(dim, dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Offsets look in as many directions as there are heads, 1..P cells away; all weights start equal."""
-        nn.init.zeros_(self.sampling_offsets.weight)
-        angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
-        offsets = direction[:, None, None] * distance[:, None]  # (M, 1, P, 2)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.scales, -1, -1).flatten())
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
-
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Attend from every token to all scales.
-
-        Args:
-            tokens: (B, L, D), the maps one after the other.    position: (L, D).
-            reference: (L, 2), each token's own place as (x, y) in 0..1.    shapes: (H, W) of each map.
-        Returns: (B, L, D), without the residual.
-        """
-        batch, length, dim = tokens.shape
-        query = tokens + position
-        value = self.value_proj(tokens).view(batch, length, self.heads, dim // self.heads)
-        offsets = self.sampling_offsets(query).view(batch, length, self.heads, self.scales, self.points, 2)
-        weights = self.attention_weights(query).view(batch, length, self.heads, self.scales * self.points).softmax(-1)
-        weights = weights.view(batch, length, self.heads, self.scales, self.points)
-        extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=tokens.device)  # (S, 2)
-        locations = reference[:, None, None, None] + offsets.float() / extent[:, None]
-        attended = ms_deform_attn(value, list(shapes), locations, weights, backend=self.backend)
-        out: Tensor = self.output_proj(attended)
-        return out
-
-
 class PixelDecoderLayer(nn.Module):
     """Deformable self-attention, cross-attention to text, FFN; a norm after each."""
 
     def __init__(self, dim: int, heads: int, scales: int, points: int, ffn_dim: int, *, backend: str = "auto") -> None:
         super().__init__()
-        self.self_attn = DeformableSelfAttention(dim, heads, scales, points, backend=backend)
+        self.self_attn = DeformableAttention(dim, heads, scales, points, backend=backend)
         self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -115,7 +64,7 @@ class PixelDecoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]],
                 text: Tensor, text_position: Tensor) -> Tensor:  # fmt: skip
         """(B, L, D) -> (B, L, D); text is (B, K, D), text_position (K, D)."""
-        tokens = self.norm1(tokens + self.self_attn(tokens, position, reference, shapes))
+        tokens = self.norm1(tokens + self.self_attn(tokens + position, tokens, reference, shapes))
         attended, _ = self.cross_attn(tokens + position, text + text_position, text, need_weights=False)
         tokens = self.norm2(tokens + attended)
         out: Tensor = self.norm3(tokens + self.ffn(tokens))
@@ -165,7 +114,7 @@ class PixelDecoder(nn.Module):
                 for (h, w), level in zip(shapes, self.level_encoding.weight, strict=True)
             ]
         )
-        reference = torch.cat([_cell_centres(h, w, tokens.device) for h, w in shapes])
+        reference = torch.cat([cell_centres(h, w, tokens.device) for h, w in shapes])
         memory = self.text_proj(text)
         for layer in self.layers:
             tokens = layer(tokens, position, reference, shapes, memory, self.text_pos_embed.weight)
@@ -174,10 +123,3 @@ class PixelDecoder(nn.Module):
         lateral = self.lateral_conv(features[0])
         finest = lateral + F.interpolate(maps[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
         return self.mask_feature(F.relu(self.output_conv(finest))), maps
-
-
-def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """(H * W, 2) of (x, y) in 0..1, row-major."""
-    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)

@@ -29,7 +29,7 @@ from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, unifor
 from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
-from mfuser.fusion import FUSERS, MTEnhancer
+from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
 from mfuser.pretrained import WeightsNotFound, load_tower, require, unfilled
 from mfuser.segmentor import Batch, Segmentor
@@ -205,9 +205,10 @@ class MFuser(Segmentor):
         dim, depth = self.vfm.dim, self.vfm.depth
         # blocks 7, 11, 15 and 23 of 24
         self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
-        self.adapters = nn.ModuleList(
-            FUSERS[o.fuser](dim, state=o.state, dropout=o.dropout, backend=o.backend, sane=sane) for _ in range(depth)
+        site = Site(
+            dim, self.vlm.grid, (self.vfm.prefix, self.vlm.prefix), state=o.state, dropout=o.dropout, backend=o.backend, sane=sane
         )
+        self.adapters = nn.ModuleList(FUSERS[o.fuser](site) for _ in range(depth))
         # the release wraps CLIP's fusion alone in linear layers
         wrapped = depth if o.vlm == "clip" else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))

@@ -173,11 +173,11 @@ def _wanted(op: str, requested: str) -> str:
 
 
 def watched() -> bool:
-    """Whether someone looks at operators: a compiler, or a mode such as one that counts or fakes them.
+    """Whether someone looks at operators: a compiler, the tracer of `torch.jit`, or a mode that counts or fakes them.
 
     Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
     """
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def running(op: str, name: str) -> ModuleType:

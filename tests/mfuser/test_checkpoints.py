@@ -8,7 +8,7 @@ from golden_files import VARIANTS, AuthorsWeights, description
 from safetensors.torch import load_file, save_file
 
 import mfuser
-from mfuser.checkpoints import load_authors_checkpoint
+from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
 from mfuser.keys import authors, is_dead
 from mfuser.methods import build
 from mfuser.pretrained import unfilled
@@ -170,6 +170,16 @@ def test_another_models_checkpoint_is_refused_and_changes_nothing(full_size):
     with pytest.raises(ValueError, match="not an authors' checkpoint of MFuser with"):
         load_authors_checkpoint(model, other)
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_another_fuser_has_no_weights_of_the_authors():
+    model = mfuser.build("mfuser", **TINY, fuser="mvfuser_bidir")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match='those of `mvfuser`, not of `mvfuser_bidir`; build the model with fuser="mvfuser"'):
+        load_authors_checkpoint(model, AuthorsWeights("eva"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="not of `mvfuser_bidir`"):
+        to_authors_state_dict(model)
 
 
 @pytest.mark.parametrize("vlm", sorted(VARIANTS.values()))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mfuser.decoder.criterion import MaskCriterion, alignment_loss
 from mfuser.decoder.mask_decoder import MaskDecoder
-from mfuser.decoder.pixel_decoder import DeformableSelfAttention, PixelDecoder, sine_encoding
+from mfuser.decoder.pixel_decoder import PixelDecoder, sine_encoding
+from mfuser.deformable import DeformableAttention
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # our name -> the release's, below `decode_head.`
@@ -94,7 +95,7 @@ def test_the_whole_head_equals_the_authors(goldens, dtype):
 
 
 def test_deformable_attention_equals_the_authors(goldens):
-    attention = DeformableSelfAttention(256, 8, 3, 4)
+    attention = DeformableAttention(256, 8, 3, 4)
     for name, parameter in attention.named_parameters():
         parameter.data = torch.from_numpy(named_tensor(f"unit_msda.{name}", tuple(parameter.shape)))
     shapes = [(4, 5), (8, 10), (16, 20)]
@@ -104,12 +105,8 @@ def test_deformable_attention_equals_the_authors(goldens):
         for h, w in shapes
     ]
     reference = torch.cat([c.flatten(0, 1) for c in centres])
-    # the release adds one position per image; ours shares it, so images go one by one
-    ys = [
-        attention(query[:, b : b + 1].transpose(0, 1), position[:, b], reference, shapes).transpose(0, 1) + query[:, b : b + 1]
-        for b in range(2)
-    ]
-    y = torch.cat(ys, 1)
+    tokens, places = query.transpose(0, 1), position.transpose(0, 1)
+    y = attention(tokens + places, tokens, reference, shapes).transpose(0, 1) + query
     assert error(goldens, "unit_msda/y", y) < 1e-5
     (y * noise("unit_msda/probe", 420, 2, 256)).sum().backward()
     for name, parameter in attention.named_parameters():

@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from golden_files import fill_by_name, noise, numbers, relative_error
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from mfuser.fusion import FUSERS, BidirectionalMVFuser, GatedRMSNorm, MTEnhancer, MTEnhancerLayer, MVFuser
+import mfuser
+from mfuser.fusion import (
+    FUSERS,
+    BiDeformAttn,
+    BidirectionalMVFuser,
+    Fuser,
+    GatedRMSNorm,
+    MTEnhancer,
+    MTEnhancerLayer,
+    MVFuser,
+    SelfAttnConcat,
+    SelfAttnSeparate,
+    Site,
+)
 from mfuser.ops import explain, selective_scan
 from mfuser.ops.dispatch import rows
+from mfuser.pretrained import unfilled
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +94,212 @@ def test_the_enhancer_equals_the_authors(goldens, unit, make, dim):
         assert relative_error(goldens, f"{unit}/grad/{name}", parameter.grad) < 1e-4, name
 
 
+def lengths(name: str, prefixes: tuple[int, int] = (1, 0), cells: int = 6) -> list[tuple[int, int]]:
+    """Numbers of tokens that a fuser takes."""
+    return [(prefixes[0] + cells, prefixes[1] + cells)] if name == "bi_deform_attn" else [(5, 5), (7, 3), (1, 12)]
+
+
+def disturbed(fuser: Fuser) -> Fuser:
+    """With noise on every weight: some start at zero, and then the ones before them get no gradient."""
+    with torch.no_grad():
+        for parameter in fuser.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return fuser
+
+
+def built(name: str, *, prefixes: tuple[int, int] = (1, 0), grid: tuple[int, int] = (2, 3), dim: int = 32) -> Fuser:
+    return FUSERS[name](Site(dim, grid, prefixes, state=4))
+
+
 @pytest.mark.parametrize("name", sorted(FUSERS))
-def test_every_fuser_returns_residuals_of_any_pair_of_lengths(name):
-    fuser = FUSERS[name](32, state=4)
-    for first, second in ((5, 5), (7, 3), (1, 12)):
+def test_every_fuser_returns_residuals_of_the_lengths_it_is_given(name):
+    for first, second in lengths(name):
+        fuser = disturbed(built(name))
         vfm, vlm = (torch.randn(2, n, 32, requires_grad=True) for n in (first, second))
         a, b = fuser(vfm, vlm)
         assert a.shape == vfm.shape
         assert b.shape == vlm.shape
-        (a.sum() + b.sum()).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fuser.parameters())
+        (a.square().sum() + b.square().sum()).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fuser.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_every_fuser_adds_next_to_nothing_at_first(name):
+    fuser, (first, second) = built(name).eval(), lengths(name)[0]
+    for residual in fuser(torch.randn(2, first, 32), torch.randn(2, second, 32)):
+        assert residual.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_every_fuser_learns_from_there_with_all_it_has(name):
+    fuser, (first, second) = built(name), lengths(name)[0]
+    start = {n: p.detach().clone() for n, p in fuser.named_parameters()}
+    vfm, vlm = torch.randn(2, first, 32), torch.randn(2, second, 32)
+    target = torch.randn(2, first, 32), torch.randn(2, second, 32)
+    optimizer = torch.optim.Adam(fuser.parameters(), 0.01)
+    # what comes before a zero moves a step after it, and queries two: where they look starts without them
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(F.mse_loss(r, t) for r, t in zip(fuser(vfm, vlm), target, strict=True)).backward()
+        optimizer.step()
+    assert not [n for n, p in fuser.named_parameters() if torch.equal(p, start[n])]
+
+
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_every_fuser_has_dropout_in_training_alone(name):
+    fuser, (first, second) = disturbed(built(name)), lengths(name)[0]
+    vfm, vlm = torch.randn(1, first, 32), torch.randn(1, second, 32)
+    assert not torch.equal(fuser(vfm, vlm)[1], fuser(vfm, vlm)[1])
+    fuser.eval()
+    assert torch.equal(fuser(vfm, vlm)[1], fuser(vfm, vlm)[1])
+
+
+# the paper's table: parameters in millions, and 4 times the multiply-adds in G, on DINOv2-L with EVA02 at 512 x 512
+@pytest.mark.parametrize(
+    ("name", "count", "millions", "giga"),
+    [
+        ("selfattn_concat", 4_198_400, 4.20, 98.64),
+        ("selfattn_separate", 8_396_800, 8.40, 71.08),
+        ("bi_deform_attn", 3_345_600, 3.35, 34.65),
+        ("mvfuser", 1_667_585, 1.67, 17.21),
+    ],
+)
+def test_sizes_and_costs_are_the_papers(name, count, millions, giga):
+    with torch.device("meta"):
+        fuser = FUSERS[name](Site(1024, (36, 36), (1, 1), backend="torch")).eval()
+        tokens = torch.empty(1, 1297, 1024)
+    assert sum(p.numel() for p in fuser.parameters()) == count
+    assert round(count / 1e6, 2) == millions
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fuser(tokens, tokens)
+    # PyTorch counts a multiply-add as two; it leaves out scans, sampling and norms, and so does the paper but for one norm
+    assert 2 * counter.get_total_flops() / 1e9 == pytest.approx(giga, rel=1e-3)
+
+
+def by_hand(fuser: torch.nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    """Attention of x (B, L, C), after "Attention is all you need", section 3.2."""
+    batch, length, dim = x.shape
+    heads = fuser.num_heads
+    q, k, v = (x @ fuser.in_proj_weight.T + fuser.in_proj_bias).view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    shares = (q @ k.mT / (dim / heads) ** 0.5).softmax(-1)
+    return (shares @ v).transpose(1, 2).flatten(2) @ fuser.out_proj.weight.T + fuser.out_proj.bias
+
+
+def test_concatenated_self_attention_is_over_all_tokens():
+    fuser = disturbed(SelfAttnConcat(128)).eval().double()
+    assert fuser.attention.num_heads == 2
+    vfm, vlm = torch.randn(2, 5, 128).double(), torch.randn(2, 7, 128).double()
+    expected = by_hand(fuser.attention, torch.cat([vfm, vlm], 1))
+    torch.testing.assert_close(torch.cat(fuser(vfm, vlm), 1), expected)
+
+
+def test_separate_self_attention_is_over_each_towers_tokens():
+    fuser = disturbed(SelfAttnSeparate(128)).eval().double()
+    vfm, vlm = torch.randn(2, 5, 128).double(), torch.randn(2, 7, 128).double()
+    first, second = fuser(vfm, vlm)
+    torch.testing.assert_close(first, by_hand(fuser.vfm_attention, vfm))
+    torch.testing.assert_close(second, by_hand(fuser.vlm_attention, vlm))
+
+
+@pytest.mark.parametrize(
+    ("name", "to_vfm", "to_vlm"),
+    [("selfattn_concat", True, True), ("selfattn_separate", False, False), ("bi_deform_attn", True, True)],
+)
+def test_information_crosses_as_the_ablation_says(name, to_vfm, to_vlm):
+    fuser = disturbed(built(name, prefixes=(0, 0))).eval().double()
+    vfm, vlm, other = (torch.randn(1, 6, 32, dtype=torch.float64) for _ in range(3))
+    first, second = fuser(vfm, vlm)
+    # every token of the one, whatever changes in the other; or none, bit for bit
+    for crosses, moved in ((to_vfm, first - fuser(vfm, other)[0]), (to_vlm, second - fuser(other, vlm)[1])):
+        assert (moved.abs().amax(-1) > 1e-6).all() if crosses else not moved.any()
+
+
+def by_grid_sampling(fuser: BiDeformAttn, vfm: torch.Tensor, vlm: torch.Tensor) -> torch.Tensor:
+    """The same for patches (L, C) of one image, a query, head, grid and point at a time (Zhu et al. 2021, eq. 3)."""
+    attention, (rows, columns) = fuser.attention, fuser.grid
+    heads, points, dim = 8, 4, vfm.shape[1]
+    maps = [attention.value_proj(x).T.view(heads, dim // heads, rows, columns) for x in (vfm, vlm)]
+    results = []
+    for tower, row, column in itertools.product(range(2), range(rows), range(columns)):
+        query = fuser.query_proj((vfm, vlm)[tower][row * columns + column])
+        offsets = attention.sampling_offsets(query).view(heads, 2, points, 2)
+        weights = attention.attention_weights(query).view(heads, 2 * points).softmax(-1).view(heads, 2, points)
+        attended = []
+        for head in range(heads):
+            total = torch.zeros(dim // heads, dtype=vfm.dtype)
+            for grid, point in itertools.product(range(2), range(points)):
+                # in cells, from the middle of the query's own one; then -1..1 from edge to edge, as PyTorch has it
+                x, y = column + 0.5 + offsets[head, grid, point, 0], row + 0.5 + offsets[head, grid, point, 1]
+                place = torch.stack([2 * x / columns - 1, 2 * y / rows - 1]).view(1, 1, 1, 2)
+                sample = F.grid_sample(maps[grid][head][None], place, align_corners=False).flatten()
+                total = total + weights[head, grid, point] * sample
+            attended.append(total)
+        results.append(attention.output_proj(torch.cat(attended)))
+    return torch.stack(results)
+
+
+def test_bi_deformable_attention_equals_sampling_one_by_one():
+    fuser = disturbed(BiDeformAttn(32, (3, 4), (5, 1))).eval().double()
+    vfm, vlm = torch.randn(1, 5 + 12, 32).double(), torch.randn(1, 1 + 12, 32).double()
+    first, second = fuser(vfm, vlm)
+    with torch.no_grad():
+        expected = by_grid_sampling(fuser, vfm[0, 5:], vlm[0, 1:])
+    # places are computed in fp32
+    torch.testing.assert_close(torch.cat([first[0, 5:], second[0, 1:]]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bi_deformable_attention_leaves_class_and_register_tokens_alone():
+    fuser = disturbed(BiDeformAttn(32, (2, 3), (5, 1))).eval()
+    vfm, vlm = torch.randn(1, 11, 32), torch.randn(1, 7, 32)
+    first, second = fuser(vfm, vlm)
+    assert not first[:, :5].any()
+    assert not second[:, :1].any()
+    changed = torch.cat([torch.randn(1, 5, 32), vfm[:, 5:]], 1), torch.cat([torch.randn(1, 1, 32), vlm[:, 1:]], 1)
+    for before, after in zip((first, second), fuser(*changed), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("vfm", "vlm"), [("dinov3_l", "siglip"), ("dinov2_l", "clip")])
+def test_bi_deformable_attention_knows_where_the_towers_patches_begin(vfm, vlm):
+    with unfilled():
+        model = mfuser.build(
+            "mfuser", vfm=vfm, vlm=vlm, fuser="bi_deform_attn", image_size=(64, 96), token_ids=[[1] * 5] * 19,
+            pretrained=False, filled=False,
+        )  # fmt: skip
+    model.to("meta").eval()
+    # the towers' tokens fit, or it would raise
+    with torch.no_grad():
+        features, _, visual = model.encode(torch.empty(2, 3, 64, 96, device="meta"))
+    assert features[2].shape == (2, 2048, 4, 6)
+    assert visual.shape[1] == 24
+
+
+def test_tokens_that_do_not_fit_the_grid_are_refused():
+    fuser = BiDeformAttn(32, (2, 3), (5, 1))
+    with pytest.raises(ValueError, match="7 and 7 tokens, expected 11 and 7: 5 and 1 before a grid of 2 x 3"):
+        fuser(torch.randn(1, 7, 32), torch.randn(1, 7, 32))
+    with pytest.raises(ValueError, match="dim 12 is not divisible by heads 8"):
+        BiDeformAttn(12, (2, 3), (5, 1))
+
+
+@pytest.mark.parametrize("name", sorted(FUSERS))
+def test_a_model_trains_with_every_fuser_and_travels(name, tmp_path):
+    model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(32, 64), fuser=name, pretrained=False).train()
+    optimizer = torch.optim.AdamW(model.groups(2e-3, 0.01))
+    batch = mfuser.Batch(torch.rand(2, 3, 32, 64), torch.zeros(2, 32, 64, dtype=torch.long))
+    values = []
+    for _ in range(4):
+        loss = torch.stack(list(model.loss(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    assert values[-1] < values[0]
+    mfuser.save(model.eval(), tmp_path)
+    again, images = mfuser.load(tmp_path).eval(), torch.rand(1, 3, 32, 64)
+    assert again.options["fuser"] == name
+    with torch.no_grad():
+        assert torch.equal(model(images), again(images))
 
 
 def test_at_scale_zero_nothing_is_added():
@@ -111,14 +325,6 @@ def test_first_steps_are_between_a_thousandth_and_a_tenth():
     step = torch.nn.functional.softplus(MVFuser(256).dt_proj.bias)
     assert 9e-4 < step.min().item() < 5e-3
     assert 2e-2 < step.max().item() < 0.11
-
-
-def test_dropout_is_of_training_alone():
-    fuser = MVFuser(32, state=4)
-    x = torch.randn(1, 9, 32)
-    assert not torch.equal(fuser.mix(x), fuser.mix(x))
-    fuser.eval()
-    assert torch.equal(fuser.mix(x), fuser.mix(x))
 
 
 def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) -> torch.Tensor:
@@ -156,9 +362,9 @@ def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) ->
 
 
 @pytest.mark.parametrize("sane", [False, True])
-@pytest.mark.parametrize("name", sorted(FUSERS))
-def test_every_fuser_equals_a_plain_loop(name, sane):
-    fuser = FUSERS[name](12, state=3, sane=sane).eval()
+@pytest.mark.parametrize("name", ["mvfuser", "mvfuser_bidir"])
+def test_every_scanning_fuser_equals_a_plain_loop(name, sane):
+    fuser = FUSERS[name](Site(12, (2, 2), (1, 1), state=3, sane=sane)).eval()
     with torch.no_grad():
         for parameter in fuser.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)

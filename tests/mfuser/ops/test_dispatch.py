@@ -79,7 +79,7 @@ def test_each_operator_can_have_a_backend_of_its_own(monkeypatch):
 
 
 def scan(backend: str, u: torch.Tensor) -> torch.Tensor:
-    return selective_scan(u, u.exp(), -torch.ones(2, 1), u[..., :1], u[..., :1], backend=backend)
+    return selective_scan(u, u.exp(), -u.new_ones(2, 1), u[..., :1], u[..., :1], backend=backend)
 
 
 def test_what_is_counted_is_what_ran(monkeypatch):
@@ -128,7 +128,7 @@ class Seen(TorchDispatchMode):
 
 
 def attend(value: torch.Tensor) -> torch.Tensor:
-    places = torch.full((1, 2, 3, 1, 2, 2), 0.4)
+    places = value.new_full((1, 2, 3, 1, 2, 2), 0.4)
     return ms_deform_attn(value[:, None].expand(1, 4, 3, 2), [(2, 2)], places, places[..., 0], backend="torch")
 
 
@@ -145,6 +145,29 @@ def test_a_mode_sees_operators_that_else_go_without_the_dispatcher(name):
     assert torch.equal(inside, outside)
     with torch.no_grad():
         assert not function(x).requires_grad
+
+
+class Call(torch.nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return OPERATORS[self.name](x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are compared
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_tracer_sees_an_operator_as_one_node(name, grad, device):
+    x = torch.randn(1, 3, 2, device=device, requires_grad=grad)
+    graph = torch.jit._get_trace_graph(Call(name), (x,))[0]
+    assert [node.kind() for node in graph.nodes()].count(f"mfuser::{name}") == 1
+    # which is all that it computes
+    assert not [
+        node.kind() for node in graph.nodes() if node.kind() in ("aten::mul", "aten::sum", "aten::cumsum", "aten::matmul")
+    ]
 
 
 def test_a_first_derivative_alone_is_what_operators_have():

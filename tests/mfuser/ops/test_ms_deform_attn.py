@@ -14,7 +14,7 @@ from named_weights import named_tensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from mfuser.decoder.pixel_decoder import DeformableSelfAttention
+from mfuser.deformable import DeformableAttention
 from mfuser.ops import BackendError, compiled, explain, ms_deform_attn
 
 from .emulation import fenced
@@ -391,7 +391,7 @@ def check_golden(backend: str) -> None:
     """The deformable attention of tests/goldens, as in tests/mfuser/test_decoder.py."""
     goldens = numbers("units")
     device = "cuda" if GPU else "cpu"
-    attention = DeformableSelfAttention(256, 8, 3, 4, backend=backend)
+    attention = DeformableAttention(256, 8, 3, 4, backend=backend)
     for name, parameter in attention.named_parameters():
         parameter.data = torch.from_numpy(named_tensor(f"unit_msda.{name}", tuple(parameter.shape)))
     attention.to(device)
@@ -402,8 +402,8 @@ def check_golden(backend: str) -> None:
         for h, w in shapes
     ]
     reference = torch.cat([c.flatten(0, 1) for c in centres]).to(device)
-    ys = [attention(query[:, b : b + 1].transpose(0, 1), position[:, b], reference, shapes).transpose(0, 1) for b in range(2)]
-    y = torch.cat(ys, 1) + query
+    tokens, places = query.transpose(0, 1), position.transpose(0, 1)
+    y = attention(tokens + places, tokens, reference, shapes).transpose(0, 1) + query
     assert relative_error(goldens, "unit_msda/y", y) < 1e-5
     (y * noise("unit_msda/probe", 420, 2, 256).to(device)).sum().backward()
     for name, parameter in attention.named_parameters():
