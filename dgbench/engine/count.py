@@ -13,6 +13,7 @@ Units differ between papers, so a number is only ever given by a convention's na
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,20 +21,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import (
-    addmm_flop_jit,
-    bmm_flop_jit,
-    conv_flop_jit,
-    linear_flop_jit,
-    matmul_flop_jit,
-)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgbench.engine.shapes import on_shapes
 from dgbench.errors import DgbenchError
+
+with warnings.catch_warnings():
+    # it scripts a function of its own as it is imported, which torch would have it leave
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, conv_flop_jit, linear_flop_jit, matmul_flop_jit
 
 
 class CountError(DgbenchError):

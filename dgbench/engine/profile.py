@@ -97,6 +97,7 @@ class Profile:
     """What `dgbench profile` shows."""
 
     rows: tuple[Row, ...]
+    by_module: bool  # whether each model's parts are shown, too
     convention: str
     unit: str
     dtype: str
@@ -147,7 +148,7 @@ def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[s
 def profile(
     chosen: Sequence[Subject], progress: Progress, *, convention: str = "mac", batches: Sequence[int] = (),
     dtype: str | None = None, compiled: bool = False, device: str | None = None, slide: tuple[int, int] | None = None,
-    timed: bool = True,
+    timed: bool = True, by_module: bool = False,
 ) -> Profile:  # fmt: skip
     """Count and time models.
 
@@ -157,6 +158,7 @@ def profile(
         dtype: one of DTYPES; by default bf16 on a GPU, fp32 on a CPU. Weights are fp32 under autocast.
         compiled: through torch.compile.    device: to time on; by default a GPU, and nowhere without one.
         slide: (H, W) of whole images to be scored by a window of the models' size.    timed: False only counts.
+        by_module: show the parts of each model.
 
     Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
     """
@@ -182,7 +184,7 @@ def profile(
         progress.stop()
     commit, dirty = results.commit()
     return Profile(
-        tuple(rows), convention, CONVENTIONS[convention].unit, precision, compiled, slide,
+        tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
         gpu, unmeasured, results.now_iso(),
         results.environment(str(on or "none"), torch.get_num_threads()), commit, dirty,
     )  # fmt: skip
@@ -198,6 +200,11 @@ def where(device: str | None, *, timed: bool = True) -> tuple[torch.device | Non
 
 
 # ---- counts
+
+
+def counted_total(subject: Subject, convention: str) -> float:
+    """Return the cost of one crop as the convention has it, in units of 1e9."""
+    return _counted(subject, convention, None).total
 
 
 def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None) -> Row:

@@ -1,11 +1,12 @@
 """The only place that draws. A result becomes a table: Rich on a terminal, aligned text elsewhere, or JSON.
 
 Results go to stdout, everything else to stderr. Meaning never rests on colour: the best value carries a mark.
-A file for each kind of result turns it into tables; `table` draws them.
+A file for each kind of result turns it into tables; `table` draws them, `texts` writes them for other programs, `pictures` plots.
 """
 
 from dgbench.render.bars import progress, transfers
 from dgbench.render.numbers import duration, percent
+from dgbench.render.pictures import draw_fusion, draw_tradeoff
 from dgbench.render.results import show, tell
 from dgbench.render.table import ABSENT, WIDTH, Cell, Table, plain
 from dgbench.render.terminal import failure, note, warning
@@ -15,6 +16,8 @@ __all__ = [
     "WIDTH",
     "Cell",
     "Table",
+    "draw_fusion",
+    "draw_tradeoff",
     "duration",
     "failure",
     "note",

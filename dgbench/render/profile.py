@@ -26,7 +26,7 @@ def _profile(found: Profile) -> list[Table]:
     tables = [_counts(found)]
     if any(row.timings or row.problem for row in found.rows):
         tables.append(_times(found))
-    return tables
+    return tables + [_parts(row, found) for row in found.rows if found.by_module]
 
 
 def _counts(found: Profile) -> Table:
@@ -78,21 +78,17 @@ def _times(found: Profile) -> Table:
     return Table(f"Times of {what}, {found.dtype}{compiled}, on {where}", header, tuple(rows), keys=2, legend=tuple(legend))
 
 
-def by_module(found: Profile) -> list[Table]:
-    """A table for each model: its parts."""
-    tables = []
-    for row in found.rows:
-        rows = []
-        for part in row.components:
-            share = 100 * part.total / row.total if row.total else 0.0
-            rows.append((Cell(part.name), Cell(_millions(part.parameters)), Cell(_millions(part.trainable)),
-                         Cell(_giga(part.total)), Cell(f"{share:.1f} %"), Cell(_giga(part.cost.scan / 1e9))))  # fmt: skip
-        rows.append((Cell("total"), Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total)),
-                     Cell("100.0 %"), Cell(_giga(row.cost.scan / 1e9))))  # fmt: skip
-        header = ("part", "params M", "trained M", found.unit, "share", "scan")
-        title = f"{row.method} ({row.variant}) at {_size(row.size)}, convention {found.convention}"
-        tables.append(Table(title, header, tuple(rows), legend=(_SAYS[found.convention],)))
-    return tables
+def _parts(row: Row, found: Profile) -> Table:
+    rows = []
+    for part in row.components:
+        share = 100 * part.total / row.total if row.total else 0.0
+        rows.append((Cell(part.name), Cell(_millions(part.parameters)), Cell(_millions(part.trainable)),
+                     Cell(_giga(part.total)), Cell(f"{share:.1f} %"), Cell(_giga(part.cost.scan / 1e9))))  # fmt: skip
+    rows.append((Cell("total"), Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total)),
+                 Cell("100.0 %"), Cell(_giga(row.cost.scan / 1e9))))  # fmt: skip
+    header = ("part", "params M", "trained M", found.unit, "share", "scan")
+    title = f"{row.method} ({row.variant}) at {_size(row.size)}, part by part"
+    return Table(title, header, tuple(rows))
 
 
 def _name(row: Row) -> tuple[Cell, Cell]:

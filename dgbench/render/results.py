@@ -7,24 +7,37 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgbench.render import data, doctor, downloads, kernels, leaderboard, protocols, runs
+from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
 from dgbench.render.table import Table, Tables, draw_rich, plain
 from dgbench.render.terminal import note, open_console, write
+from dgbench.render.texts import TEXTS, csv
 from dgbench.results import finite
 
 # by name, each file's own: looking up a class must not import the engine
 _TABLES: Tables = {
-    name: draw for part in (leaderboard, protocols, runs, data, downloads, kernels, doctor) for name, draw in part.TABLES.items()
+    name: draw
+    for part in (leaderboard, protocols, runs, data, downloads, kernels, profile, doctor)
+    for name, draw in part.TABLES.items()
 }
 
 
-def show(result: object, *, as_json: bool = False) -> None:
-    """Print a typed result, or a list of them, to stdout."""
-    if as_json:
+def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
+    """Print a typed result, or a list of them, to stdout.
+
+    Args:
+        form: "text", "markdown", "latex", "json", or, of a profile, "csv".
+    """
+    if as_json or form == "json":
         write(json.dumps(_plain_data(result), indent=1, ensure_ascii=False, allow_nan=False))
         return
     first = result[0] if isinstance(result, Sequence) and result else result
     tables = _TABLES[type(first).__name__](result) if first else [Table("nothing to show", (), ())]
+    if form == "csv":
+        write(csv(profile.flat(result)))
+        return
+    if form in TEXTS:
+        write("\n\n".join(TEXTS[form](table) for table in tables))
+        return
     console = open_console()
     for number, table in enumerate(tables):
         if number:

@@ -200,8 +200,8 @@ def _published_group(table: Mapping[str, Any]) -> Group:
     for row in table["rows"]:
         scores = tuple(Score(percent / 100) for percent in row["miou"])
         printed = row["mean"] / 100 if "mean" in row else math.fsum(score.miou for score in scores) / len(scores)
-        rows.append(Row("published", row["method"], row["backbone"], "", "", cite, str(table["read"]), None, scores,
-                        Score(printed), note=row.get("note", "")))  # fmt: skip
+        rows.append(Row("published", row["method"], row["backbone"], row.get("recipe", ""), "", cite, str(table["read"]), None,
+                        scores, Score(printed), note=row.get("note", "")))  # fmt: skip
     rows.sort(key=lambda row: -(row.mean.miou if row.mean else 0))
     return Group(table["source"], tuple(table["targets"]), table["protocol"], (), tuple(rows))
 

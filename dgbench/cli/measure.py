@@ -1,0 +1,118 @@
+"""Measure: what models cost."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgbench.cli import completion
+from dgbench.cli.options import DeviceOpt, JsonOpt, QuietOpt, RunsOpt
+from dgbench.cli.program import Command
+
+panel = typer.Typer()
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+class Format(StrEnum):
+    """What a table is written as."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+    LATEX = "latex"
+    JSON = "json"
+
+
+class Rule(StrEnum):
+    """The conventions of `dgbench.engine.count`, which is too heavy to import here."""
+
+    MAC = "mac"
+    FLOP = "flop"
+    PAPER = "paper"
+
+
+@panel.command(cls=Command, rich_help_panel="Measure", epilog="Example: dgbench profile mfuser --vlm eva02 --by-module")
+def profile(
+    ctx: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="METHOD|RECIPE...", help="Default: every method and backbone.", autocompletion=completion.recipes),
+    ] = None,
+    vlm: Annotated[str | None, typer.Option(metavar="NAME", help="Only with this vision-language tower.")] = None,
+    vfm: Annotated[str | None, typer.Option(metavar="NAME", help="With this vision foundation tower.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE...", help="Change recipe keys: method.fuser=selfattn_concat.",
+                     autocompletion=completion.keys),
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Of the crop; default: 512 512, or the recipe's.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(metavar="COUNT...", min=1, help="Images at a time; default: 1, and as many as pass fastest."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fp32, bf16 or fp16; default: bf16 on a GPU, fp32 on a CPU.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile.")] = False,
+    slide: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Cost of an image of this size by sliding windows.")
+    ] = None,
+    by_module: Annotated[bool, typer.Option("--by-module", help="A table for each model: its parts.")] = False,
+    fusion: Annotated[bool, typer.Option("--fusion", help="Compare the fusion layers, also over token counts.")] = False,
+    convention: Annotated[Rule, typer.Option(metavar="NAME", help="How operations are counted: mac, flop or paper.")] = Rule.MAC,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PICTURE", help="Draw accuracy, or --fusion's tokens, against cost: .png, .svg, .pdf.")
+    ] = None,
+    count_only: Annotated[bool, typer.Option("--count-only", help="Time nothing.")] = False,
+    form: Annotated[Format, typer.Option("--format", metavar="NAME", help="text, markdown, csv, latex or json.")] = Format.TEXT,
+    device: DeviceOpt = None,
+    runs: RunsOpt = Path("runs"),
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:  # fmt: skip
+    """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
+    from dgbench import render, results
+
+    progress = render.progress(quiet=quiet)
+    form = Format.JSON if as_json else form
+    if plot is not None and plot.suffix.lower() not in _PICTURES:
+        raise typer.BadParameter(f"{plot} must end in {', '.join(_PICTURES)}", ctx=ctx, param_hint="'--plot'")
+    if fusion:
+        if given := [flag for flag, value in (("NAME", names), ("--set", settings), ("--slide", slide), ("--compile", compiled),
+                                              ("--by-module", by_module)) if value]:  # fmt: skip
+            raise typer.BadParameter(
+                f"compares layers, not models: give it without {', '.join(given)}", ctx=ctx, param_hint="'--fusion'"
+            )
+        if batch is not None and len(batch) > 1:
+            raise typer.BadParameter("takes one number with --fusion", ctx=ctx, param_hint="'--batch'")
+        from dgbench.engine.fusion_costs import profile_fusion
+        from dgbench.report.ablation import ablation
+
+        scores = ablation(results.query(runs))
+        layers = profile_fusion(
+            progress, vfm=vfm, vlm=vlm, size=size, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
+            device=device, timed=not count_only, accuracy=scores.accuracy, scored=scores.described,
+        )  # fmt: skip
+        render.show(layers, form=form)
+        if plot is not None:
+            render.note(f"plot: {render.draw_fusion(layers, plot)}")
+        return
+    from dgbench.engine.profile import profile as measure
+    from dgbench.engine.profile import subjects
+
+    chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=size)
+    found = measure(
+        chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
+        timed=not count_only, by_module=by_module,
+    )  # fmt: skip
+    render.show(found, form=form)
+    if plot is not None:
+        from dgbench.engine.tradeoff import tradeoff
+
+        points = tradeoff(results.query(runs), progress, convention=convention, size=size)
+        render.note(f"plot: {render.draw_tradeoff(points, plot)}")
