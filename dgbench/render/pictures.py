@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,22 +81,27 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
         for point in points:
             if point.half is not None and math.isfinite(point.half):
                 axis.errorbar(point.cost, 100 * point.miou, yerr=100 * point.half, color="0.5", capsize=2, zorder=2)
-    # one after the other by height, so that labels do not lie on each other
-    shown = sorted(panel.points, key=lambda point: (point.cost, point.miou))
-    for number, point in enumerate(shown):
-        place, shift = (point.cost, 100 * point.miou), (6, 4 if number % 2 else -10)
-        axis.annotate(point.label, place, xytext=shift, textcoords="offset points", fontsize=7)
+    # by height, left and right in turn, so that labels do not lie on each other
+    for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
+        side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
+        axis.annotate(point.label, (point.cost, 100 * point.miou), xytext=(shift, 0), textcoords="offset points", fontsize=7,
+                      ha=side, va="center")  # fmt: skip
     costs, scores = [point.cost for point in panel.points], [100 * point.miou for point in panel.points]
-    axis.set_xlim(0.7 * min(costs), 2.2 * max(costs))
+    axis.set_xscale("log")
+    axis.set_xlim(min(costs) / 2.5, 2.5 * max(costs))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="both", labelsize=7)
     margin = max(1.0, 0.25 * (max(scores) - min(scores)))
     axis.set_ylim(min(scores) - margin, max(scores) + margin)
-    axis.set(xscale="log", ylabel="mIoU in %, mean over unseen domains")
-    axis.set_title(panel.title, fontsize=8)
+    axis.set_ylabel("mIoU in %, mean over unseen domains")
+    lines = panel.title.splitlines()
+    if panel.left_out:
+        names = ", ".join(sorted({label.partition(" (")[0] for label in panel.left_out}, key=str.lower))
+        lines.append(f"not drawn, no model here to count: {names}")
+    axis.set_title("\n".join(part for line in lines for part in textwrap.wrap(line, 84)), fontsize=8)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, loc="lower right")
-    if panel.left_out:
-        names = ", ".join(sorted({label.partition(" (")[0] for label in panel.left_out}))
-        axis.text(0.01, 0.01, f"not drawn (no model here to count): {names}", transform=axis.transAxes, fontsize=6, wrap=True)
 
 
 def _figure(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
