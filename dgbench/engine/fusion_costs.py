@@ -176,7 +176,7 @@ class _Bench:
 
     def _forward(self, fuser: Fuser, given: Sequence[Tensor]) -> Call:
         def call() -> None:
-            with torch.inference_mode(), self._autocast():
+            with torch.no_grad(), self._autocast():
                 fuser(*given)
 
         return call

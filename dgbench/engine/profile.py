@@ -30,7 +30,7 @@ from mfuser.segmentor import Batch, Segmentor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = (512, 512)  # (H, W) of the papers' crops
 _STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
-_MOST = 256  # images at a time that the search for the best batch tries
+_MOST = 64  # images at a time that the search for the best batch tries
 _GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
 
 
@@ -299,7 +299,7 @@ class _Asked:
         images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
 
         def call() -> Tensor:
-            with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 if self.slide is None:
                     return self.model(images)
                 return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
@@ -307,22 +307,25 @@ class _Asked:
         return call
 
 
-def _measure(call: Call, batch: int, device: torch.device, *, energy: bool = False, at_most: float = 1.0) -> Timing:
+def _measure(call: Call, batch: int, device: torch.device, *, energy: bool = False, at_most: float = 0.7,
+             least: int | None = None) -> Timing:  # fmt: skip
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    taken = times(call, device, at_most=at_most, least=3, flush=False)
+    taken = times(call, device, at_most=at_most, least=least, flush=False)
     used = joules(call, device) if energy else None
     return Timing(batch, taken, peak_gib(device) if gpu else None, used / batch if used is not None else None)
 
 
 def _best_batch(ask: _Asked, device: torch.device, single: Timing) -> int:
-    """The number of images at a time, a power of two, beyond which no more pass a second."""
+    """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
     best, rate, worse, size = 1, single.images_per_second, 0, 2
     while size <= _MOST and worse < 2:
         try:
-            tried = _measure(ask.batch(size), size, device, at_most=0.2).images_per_second
-        except torch.OutOfMemoryError:
+            tried = _measure(ask.batch(size), size, device, at_most=0.1, least=5).images_per_second
+        except RuntimeError as error:  # out of memory is one, too
+            if not isinstance(error, torch.OutOfMemoryError) and "INT_MAX" not in str(error):
+                raise
             torch.cuda.empty_cache()
             break
         worse = 0 if tried > _GAIN * rate else worse + 1

@@ -33,23 +33,23 @@ class Times:
         return Times(statistics.median(ordered), ordered[round(0.05 * last)], ordered[round(0.95 * last)], len(ordered))
 
 
-def median_ms(call: Call, device: torch.device, *, at_most: float = 0.5, least: int = 5, flush: bool = True) -> float:
+def median_ms(call: Call, device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True) -> float:
     """Median time of a call in milliseconds; see `times`."""
     return times(call, device, at_most=at_most, least=least, flush=flush).median
 
 
-def times(call: Call, device: torch.device, *, at_most: float = 0.5, least: int = 5, flush: bool = True) -> Times:
+def times(call: Call, device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True) -> Times:
     """Time a call, after a warm-up, with its inputs not in the GPU's cache.
 
     Args:
-        at_most: seconds to spend; up to four times that until there are `least` repeats.
+        at_most: seconds to spend; up to four times that until there are `least` repeats, by default 20 on a GPU and 5 on a CPU.
         flush: empty the GPU's cache before each call.
     """
     return interleaved({"": call}, device, at_most=at_most, least=least, flush=flush)[""]
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: torch.device, *, at_most: float = 0.5, least: int = 5, flush: bool = True
+    calls: Mapping[str, Call], device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True
 ) -> dict[str, Times]:
     """Time several calls in turn, one of each a round, so that whatever drifts on the machine drifts under all of them.
 
@@ -61,7 +61,7 @@ def interleaved(
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if gpu and flush else 0
     cache = torch.empty(size, dtype=torch.uint8, device=device)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    least, rounds, begun = max(least, 20) if gpu else least, 0, time.perf_counter()
+    least, rounds, begun = least or (20 if gpu else 5), 0, time.perf_counter()
     while (spent := time.perf_counter() - begun) < at_most or (rounds < least and spent < 4 * at_most):
         rounds += 1
         for name, call in calls.items():
