@@ -118,13 +118,13 @@ def subjects(
     """Return the models that names and flags mean.
 
     Args:
-        names: methods, which stand for all of their backbones, or recipes; by default all methods.
+        names: methods, which stand for all of their backbones, or recipes; by default all methods that have such towers.
         vlm, vfm, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
 
     Raises: RecipeError for what is unknown.
     """
     found: list[Subject] = []
-    for name in names or mfuser.method_names():
+    for name in names or _with_towers([key for key, value in (("vlm", vlm), ("vfm", vfm)) if value]):
         if name in mfuser.method_names():
             found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
             continue
@@ -136,12 +136,21 @@ def subjects(
     return found
 
 
+def _with_towers(kinds: Sequence[str]) -> list[str]:
+    """The methods whose towers have these names."""
+    return [
+        name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
+    ]
+
+
 def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[str]) -> list[MethodSpec]:
     rows = mfuser.methods.module(name).BACKBONES
     if vlm is not None:
         rows = [row for row in rows if row.get("vlm") == vlm] or [{"vlm": vlm}]
     if vfm is not None:
-        rows = [{**row, "vfm": vfm} for row in rows]
+        # in place of the usual one: small towers are made for each other
+        usual = rows[0].get("vfm")
+        rows = [row for row in rows if row.get("vfm") == vfm] or [{**row, "vfm": vfm} for row in rows if row.get("vfm") == usual]
     return [load_method(name, row, settings) for row in rows]
 
 
