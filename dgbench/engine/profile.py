@@ -151,7 +151,12 @@ def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[s
         # in place of the usual one: small towers are made for each other
         usual = rows[0].get("vfm")
         rows = [row for row in rows if row.get("vfm") == vfm] or [{**row, "vfm": vfm} for row in rows if row.get("vfm") == usual]
-    return [load_method(name, row, settings) for row in rows]
+    found: list[MethodSpec] = []
+    for row in rows:
+        method = load_method(name, row, settings)
+        if method not in found:  # settings may name the towers, too
+            found.append(method)
+    return found
 
 
 def profile(
