@@ -115,9 +115,9 @@ def _figure(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
 
 
 def _written(figure: Figure, path: Path) -> Path:
-    buffer = io.BytesIO()
     from matplotlib import rc_context
 
+    buffer = io.BytesIO()
     # no date, no random names: the same numbers make the same file
     dateless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with rc_context({"svg.hashsalt": "dgbench"}):
