@@ -277,25 +277,30 @@ def _timed(
 ) -> Row:  # fmt: skip
     gpu = device.type == "cuda"
     ran = ops.tally()
+    timings: list[Timing] = []
+    best = step = None
+    problem = ""
     try:
         with torch.device(device):
             model = _build(subject).to(device).eval()
         model.check_backends()
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
-        timings = tuple(_measure(ask.batch(size), size, device, energy=bool(batches)) for size in batches or (1,))
-        best = None
+        for size in batches or (1,):
+            timings.append(_measure(ask.batch(size), size, device, energy=bool(batches)))
         if gpu and not batches:
             size = _best_batch(ask, device, timings[0])
             best = _measure(ask.batch(size), size, device, energy=True)
         step = _step(model, subject.size, device, dtype) if gpu and slide is None else None
     except torch.OutOfMemoryError as error:
-        return dataclasses.replace(row, problem=str(error).splitlines()[0])
+        problem = str(error).splitlines()[0]  # what was measured before stays
     finally:
         model = forward = ask = None  # type: ignore[assignment]
         if gpu:
             torch.cuda.empty_cache()
-    return dataclasses.replace(row, timings=timings, best=best, step=step, backends=ops.ran_since(ran))
+    return dataclasses.replace(
+        row, timings=tuple(timings), best=best, step=step, backends=ops.ran_since(ran), problem=problem
+    )  # fmt: skip
 
 
 class _Asked:

@@ -113,17 +113,18 @@ def test_windows_are_timed_on_whole_images() -> None:
     assert row.step is None
 
 
-def test_a_batch_that_does_not_fit_is_told_and_the_next_model_is_timed() -> None:
+def test_a_batch_that_does_not_fit_is_told_beside_what_did() -> None:
     (subject,) = subjects(["source-only"], settings=["method.backbone=tiny"], size=SIZE)
     gc.collect()
     before = torch.cuda.memory_allocated()
-    row = profile([subject], Silent(), batches=(10_000_000,)).rows[0]  # 490 GB of images
+    row = profile([subject], Silent(), batches=(2, 10_000_000)).rows[0]  # 490 GB of images
     assert "out of memory" in row.problem
-    assert row.timings == ()
+    assert [timing.batch for timing in row.timings] == [2]  # what was measured before stays
+    assert row.step is None
     gc.collect()
     # what stays of it is no more than a library's buffers
     assert torch.cuda.memory_allocated() < before + 2**28
-    assert profile([subject], Silent(), batches=(1,)).rows[0].timings
+    assert profile([subject], Silent(), batches=(1,)).rows[0].problem == ""
 
 
 def test_fusers_are_timed_with_their_memory(fusion: FusionProfile) -> None:
