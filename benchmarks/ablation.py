@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dgbench.recipe import load_recipe
 from dgbench.results import query
 from mfuser.fusion import FUSERS
 
@@ -25,10 +26,10 @@ def train(recipe: str, fuser: str, seed: int, runs: Path, more: Sequence[str]) -
     """
     run = runs / f"{fuser}-seed{seed}"
     settings = ("--set", f"method.fuser={fuser}", f"train.seed={seed}", *more)
-    known = {record.target for record in query(run) if record.kind == "eval"}
-    if len(known) > 1:
-        return
     started = (run / "recipe.yaml").is_file()
+    scored = {record.target for record in query(run) if record.kind == "eval"}
+    if started and scored.issuperset(load_recipe(run / "recipe.yaml").data.targets):
+        return
     command = ["--resume", str(run)] if started else [recipe, "--out", str(run), *settings]
     program = [sys.executable, "-m", "dgbench", "train", "--runs", str(runs)]
     subprocess.run([*program, *command], check=True, stdout=subprocess.DEVNULL)

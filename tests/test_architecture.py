@@ -147,7 +147,36 @@ def test_each_heavy_helper_stays_in_its_room() -> None:
     assert not offences(both, "rich", but=("dgbench.render",))
     assert not offences(both, "yaml", but=("dgbench.recipe", "dgbench.spec", "dgbench.report"))
     assert not offences(both, "accelerate", "fvcore", but=("dgbench.engine",))
-    assert not offences(both, "datasets", "huggingface_hub")
+    assert not offences(both, "datasets", "huggingface_hub", "matplotlib", "pandas", "pynvml")
+
+
+def anywhere(*packages: str) -> set[str]:
+    """The modules that import a package at any time, in their functions too; what only a type checker reads is left out."""
+
+    def statements(body: list[ast.stmt]) -> Iterator[ast.AST]:
+        for node in body:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            yield node
+            for part in ("body", "orelse", "finalbody"):
+                yield from statements(getattr(node, part, []))
+            for handler in getattr(node, "handlers", []):
+                yield from statements(handler.body)
+
+    found = set()
+    for module, path in MODULES.items():
+        for node in statements(ast.parse(path.read_text()).body):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {module for name in names if within(name, *packages)}
+    return found
+
+
+def test_what_draws_writes_tables_and_asks_the_gpu_is_imported_in_one_place_each() -> None:
+    assert anywhere("matplotlib") == {"dgbench.render.pictures"}
+    assert anywhere("pynvml") == {"dgbench.engine.timing"}
+    assert anywhere("fvcore") == {"dgbench.engine.count"}
+    assert anywhere("pandas") == {"dgbench.render.texts"}
 
 
 def test_sockets_are_opened_in_named_places() -> None:
@@ -200,9 +229,20 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
     assert not [f"{path.relative_to(ROOT)}: {mark}" for path, text in texts.items() for mark in marks if mark in text]
 
 
-@pytest.mark.parametrize("module", ["dgbench", "dgbench.cli", "dgbench.results", "dgbench.report.leaderboard", "mfuser"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "dgbench",
+        "dgbench.cli",
+        "dgbench.results",
+        "dgbench.report.leaderboard",
+        "dgbench.report.ablation",
+        "dgbench.render",
+        "mfuser",
+    ],
+)
 def test_light_modules_import_without_torch(module: str) -> None:
-    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    code = f"import sys; sys.modules |= dict.fromkeys(('torch', 'matplotlib', 'pandas', 'fvcore', 'pynvml')); import {module}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

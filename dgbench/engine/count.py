@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     # it scripts a function of its own as it is imported, which torch would have it leave
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, conv_flop_jit, linear_flop_jit, matmul_flop_jit
+    from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, conv_flop_jit, linear_flop_jit
 
 
 class CountError(DgbenchError):
@@ -132,6 +132,14 @@ def _attention(query: _Sizes, key: _Sizes, value: _Sizes) -> int:
     return _product(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _matmul(first: _Sizes, second: _Sizes) -> int:
+    """Products of `torch.matmul`: vectors, and batches that are repeated where the other has more; fvcore's knows neither."""
+    rows = first[-2:-1]  # none of a vector
+    columns = second[-1:] if len(second) > 1 else ()
+    batch = torch.broadcast_shapes(first[:-2], second[:-2])
+    return _product((*batch, *rows, first[-1], *columns))
+
+
 def _scan(u: _Sizes, A: _Sizes, gated: bool) -> tuple[int, int]:
     """FLOP of a scan in all, and of its skip."""
     tokens = _product(u)
@@ -205,8 +213,8 @@ _FREE = frozenset((
     "norm", "linalg_vector_norm", "sort", "topk", "nonzero",
     # lookups and copies
     "cat", "stack", "clone", "copy", "to", "to_copy", "contiguous", "repeat", "repeat_interleave", "roll", "flip", "tile",
-    "index", "index_select", "index_put", "gather", "scatter", "embedding", "one_hot", "where", "masked_fill", "pad",
-    "constant_pad_nd", "reflection_pad2d", "unsafe_view", "alias", "detach", "dropout", "tril", "triu", "pixel_shuffle",
+    "index", "unsafe_index", "index_select", "index_put", "gather", "scatter", "embedding", "one_hot", "where", "masked_fill",
+    "pad", "constant_pad_nd", "reflection_pad2d", "unsafe_view", "alias", "detach", "dropout", "tril", "triu", "pixel_shuffle",
     # factories, and arithmetic that no tag calls elementwise
     "fill", "zero", "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros",
     "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "linspace", "scalar_tensor", "lift_fresh", "meshgrid",
@@ -259,8 +267,8 @@ def _sampled(name: str, neighbours: int) -> Callable[[Any, Any], Counter[str]]:
 _HANDLES: dict[str, Any] = {
     "aten::addmm": addmm_flop_jit,
     "aten::bmm": bmm_flop_jit,
-    "aten::mm": matmul_flop_jit,
-    "aten::matmul": matmul_flop_jit,
+    "aten::mm": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
+    "aten::matmul": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
     "aten::linear": linear_flop_jit,
     "aten::einsum": lambda inputs, _: Counter(einsum=_einsum(inputs[0].toIValue(), [*map(_shape, inputs[1].node().inputs())])),
     "aten::_convolution": conv_flop_jit,

@@ -118,13 +118,13 @@ def subjects(
     """Return the models that names and flags mean.
 
     Args:
-        names: methods, which stand for all of their backbones, or recipes; by default all methods.
+        names: methods, which stand for all of their backbones, or recipes; by default all methods that have such towers.
         vlm, vfm, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
 
     Raises: RecipeError for what is unknown.
     """
     found: list[Subject] = []
-    for name in names or mfuser.method_names():
+    for name in names or _with_towers([key for key, value in (("vlm", vlm), ("vfm", vfm)) if value]):
         if name in mfuser.method_names():
             found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
             continue
@@ -136,13 +136,27 @@ def subjects(
     return found
 
 
+def _with_towers(kinds: Sequence[str]) -> list[str]:
+    """The methods whose towers have these names."""
+    return [
+        name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
+    ]
+
+
 def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[str]) -> list[MethodSpec]:
     rows = mfuser.methods.module(name).BACKBONES
     if vlm is not None:
         rows = [row for row in rows if row.get("vlm") == vlm] or [{"vlm": vlm}]
     if vfm is not None:
-        rows = [{**row, "vfm": vfm} for row in rows]
-    return [load_method(name, row, settings) for row in rows]
+        # in place of the usual one: small towers are made for each other
+        usual = rows[0].get("vfm")
+        rows = [row for row in rows if row.get("vfm") == vfm] or [{**row, "vfm": vfm} for row in rows if row.get("vfm") == usual]
+    found: list[MethodSpec] = []
+    for row in rows:
+        method = load_method(name, row, settings)
+        if method not in found:  # settings may name the towers, too
+            found.append(method)
+    return found
 
 
 def profile(
@@ -263,25 +277,30 @@ def _timed(
 ) -> Row:  # fmt: skip
     gpu = device.type == "cuda"
     ran = ops.tally()
+    timings: list[Timing] = []
+    best = step = None
+    problem = ""
     try:
         with torch.device(device):
             model = _build(subject).to(device).eval()
         model.check_backends()
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
-        timings = tuple(_measure(ask.batch(size), size, device, energy=bool(batches)) for size in batches or (1,))
-        best = None
+        for size in batches or (1,):
+            timings.append(_measure(ask.batch(size), size, device, energy=bool(batches)))
         if gpu and not batches:
             size = _best_batch(ask, device, timings[0])
             best = _measure(ask.batch(size), size, device, energy=True)
         step = _step(model, subject.size, device, dtype) if gpu and slide is None else None
     except torch.OutOfMemoryError as error:
-        return dataclasses.replace(row, problem=str(error).splitlines()[0])
+        problem = str(error).splitlines()[0]  # what was measured before stays
     finally:
         model = forward = ask = None  # type: ignore[assignment]
         if gpu:
             torch.cuda.empty_cache()
-    return dataclasses.replace(row, timings=timings, best=best, step=step, backends=ops.ran_since(ran))
+    return dataclasses.replace(
+        row, timings=tuple(timings), best=best, step=step, backends=ops.ran_since(ran), problem=problem
+    )  # fmt: skip
 
 
 class _Asked:

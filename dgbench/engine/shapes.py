@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -60,8 +61,12 @@ class _Convolutions(TorchFunctionMode):
 def _convolution(dims: int) -> Callable[..., Tensor]:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
              groups: int = 1) -> Tensor:  # fmt: skip
+        if padding == "same":
+            gaps = [dilation] * dims if isinstance(dilation, int) else list(dilation)
+            more = [gap * (side - 1) for gap, side in zip(gaps, weight.shape[2:], strict=True)]
+            input = pad(input, [part for n in reversed(more) for part in (n // 2, n - n // 2)])
         if isinstance(padding, str):
-            raise ValueError(f"padding={padding!r} is not counted; give a number")
+            padding = 0
         return _recorded(dims, input, weight, bias, stride, padding, dilation, False, 0, groups)
 
     return call

@@ -115,8 +115,11 @@ def _figure(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
 
 
 def _written(figure: Figure, path: Path) -> Path:
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    # no date: the same numbers make the same file
+    # no date, no random names: the same numbers make the same file
     dateless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
-    figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)
+    with rc_context({"svg.hashsalt": "dgbench"}):
+        figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)
     return atomic.write(path, buffer.getvalue())

@@ -172,3 +172,15 @@ def test_the_alignment_loss_counts_ignored_pixels_unless_told_otherwise():
     torch.testing.assert_close(alignment_loss(logits, labels), sum(costs) / 32)
     torch.testing.assert_close(alignment_loss(logits, labels, labelled_only=True), sum(costs) / 20)
     assert alignment_loss(logits, torch.full_like(labels, 255), labelled_only=True) == 0
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_the_last_output_alone_is_the_last_of_all_bit_for_bit(layers):
+    decoder = MaskDecoder(24, dim=32, layers=layers, heads=4, ffn_dim=48)
+    maps = [torch.randn(2, 32, side, side + 1) for side in (2, 4, 8)]
+    pixels, text = torch.randn(2, 32, 16, 18), torch.randn(2, 19, 24)
+    every = decoder(maps, pixels, text)
+    (alone,) = decoder(maps, pixels, text, last=True)
+    assert len(every) == layers + 1
+    for found, expected in zip(alone, every[-1], strict=True):
+        assert torch.equal(found, expected)

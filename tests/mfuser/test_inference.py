@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import mfuser
+from mfuser.inference import windows
 from mfuser.segmentor import Segmentor
 
 
@@ -51,3 +52,28 @@ def test_a_small_image_is_padded_and_cut_back():
 def test_a_stride_that_leaves_gaps_is_refused():
     with pytest.raises(ValueError, match=r"stride \(9, 8\) must be positive and at most the window"):
         mfuser.slide(Where(), torch.rand(1, 3, 20, 20), (8, 8), (9, 8))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (13, 8), (16, 24), (100, 67)])
+@pytest.mark.parametrize("stride", [(8, 8), (5, 7), (1, 3)])
+def test_windows_are_where_an_image_asks_for_its_scores(size, stride):
+    seen = []
+
+    def model(crops: Tensor) -> Tensor:
+        seen.extend((int(crop[0, 0, 0]), int(crop[1, 0, 0])) for crop in crops)
+        return crops
+
+    rows, columns = windows(size, (8, 8), stride)
+    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    mfuser.slide(model, torch.stack([y, x, x])[None].float(), (8, 8), stride)
+    assert sorted(seen) == [(row, column) for row in rows for column in columns]
+    covered = torch.zeros(size, dtype=torch.bool)
+    for row, column in seen:
+        covered[row : row + 8, column : column + 8] = True
+    assert covered.all()
+
+
+def test_a_city_has_three_by_six_windows():
+    # crop 512, stride 341, the last one shifted back to the border
+    assert windows((1024, 2048), (512, 512), (341, 341)) == ([0, 341, 512], [0, 341, 682, 1023, 1364, 1536])
+    assert windows((300, 512), (512, 512), (341, 341)) == ([0], [0])
