@@ -70,6 +70,7 @@ def profile(
     ] = None,
     count_only: Annotated[bool, typer.Option("--count-only", help="Time nothing.")] = False,
     form: Annotated[Format, typer.Option("--format", metavar="NAME", help="text, markdown, csv, latex or json.")] = Format.TEXT,
+    passes: Annotated[int, typer.Option(metavar="COUNT", min=1, help="How often all is built and timed again on a GPU.")] = 3,
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),
     as_json: JsonOpt = False,
@@ -96,7 +97,7 @@ def profile(
         scores = ablation(results.query(runs))
         layers = profile_fusion(
             progress, vfm=vfm, vlm=vlm, size=size, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
-            device=device, timed=not count_only, accuracy=scores.accuracy, scored=scores.described,
+            device=device, timed=not count_only, accuracy=scores.accuracy, scored=scores.described, passes=passes,
         )  # fmt: skip
         render.show(layers, form=form)
         if plot is not None:
@@ -108,7 +109,7 @@ def profile(
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=size)
     found = measure(
         chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
-        timed=not count_only, by_module=by_module,
+        timed=not count_only, by_module=by_module, passes=passes,
     )  # fmt: skip
     render.show(found, form=form)
     if plot is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dgbench import results
 from dgbench.engine.count import CONVENTIONS, Cost, count
 from dgbench.engine.profile import DTYPES, SIZE, where
-from dgbench.engine.timing import Call, Hardware, Times, hardware, interleaved
+from dgbench.engine.timing import Call, Hardware, Times, hardware, samples
 from dgbench.errors import DgbenchError, RecipeError, unknown
 from dgbench.progress import Progress
 from dgbench.report.ablation import Accuracy
@@ -77,13 +77,14 @@ def profile_fusion(
     progress: Progress, *, vfm: str | None = None, vlm: str | None = None, size: tuple[int, int] | None = None,
     sweep: Sequence[tuple[int, int]] = SWEEP, convention: str = "mac", batch: int | None = None, dtype: str | None = None,
     device: str | None = None, timed: bool = True, accuracy: Mapping[str, Accuracy] | None = None, scored: str = "",
+    passes: int = 3,
 ) -> FusionProfile:  # fmt: skip
     """Count and time one layer of every fuser between two towers.
 
     Args:
         vfm, vlm: the towers, by default dinov2_l and eva02.    size: (H, W) of the images, by default 512 x 512.
         sweep: further sizes.    convention: one of CONVENTIONS.    batch: images at a time, by default two.
-        dtype, device, timed: as those of `profile`.    accuracy: of models trained with each, and what it is of.
+        dtype, device, timed, passes: as those of `profile`.    accuracy: of models trained with each, and what it is of.
 
     Raises: DgbenchError for unknown names.
     """
@@ -97,11 +98,17 @@ def profile_fusion(
     bench = _Bench(_site(vfm or "dinov2_l", vlm or "eva02"), convention, on, DTYPES[precision], batch)
     gpu, ran = (hardware(on) if on is not None else None), ops.tally()
     sizes = dict.fromkeys((size, *sweep))
-    progress.start("profiling fusion layers", len(sizes), "sizes")
+    passes = 0 if on is None else passes if on.type == "cuda" else 1
+    progress.start("profiling fusion layers", len(sizes) * (1 + passes), "visits")
+    taken: dict[tuple[int, int], _Taken] = {each: _Taken() for each in sizes}
     points = {}
     try:
+        for _ in range(passes):
+            for each in sizes:
+                bench.visit(each, taken[each])
+                progress.advance()
         for each in sizes:
-            points[each] = bench.point(each, accuracy or {})
+            points[each] = bench.point(each, taken[each], accuracy or {})
             progress.advance()
     finally:
         progress.stop()
@@ -128,6 +135,15 @@ def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
     return lambda size: Site(dim, (size[0] // patch, size[1] // patch), prefixes)
 
 
+@dataclass
+class _Taken:
+    """Of each fuser, over several passes: milliseconds of forward and of forward and backward, and peak GiB."""
+
+    forward: dict[str, list[float]] = field(default_factory=dict)
+    both: dict[str, list[float]] = field(default_factory=dict)
+    gib: dict[str, float] = field(default_factory=dict)
+
+
 class _Bench:
     """All fusers at one place, counted and timed at any size."""
 
@@ -138,41 +154,42 @@ class _Bench:
         self.site, self.rule, self.device, self.dtype, self.batch = site, CONVENTIONS[convention], device, dtype, batch
         self.dim = site(SIZE).dim
 
-    def point(self, size: tuple[int, int], accuracy: Mapping[str, Accuracy]) -> FusionPoint:
+    def point(self, size: tuple[int, int], taken: _Taken, accuracy: Mapping[str, Accuracy]) -> FusionPoint:
         """Every fuser on images of this size."""
         site = self.site(size)
+        tokens, rows = self._tokens(size, site), []
+        for name in FUSERS:
+            # kernels do not take tensors without data; what is computed is the same
+            fuser = FUSERS[name](replace(site, backend="torch")).to("meta")
+            cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total
+            parameters = sum(parameter.numel() for parameter in fuser.parameters())
+            total, gflop = (rule.total(cost) / 1e9 for rule in (self.rule, CONVENTIONS["flop"]))
+            forward, both = (Times.of(ms[name]) if name in ms else None for ms in (taken.forward, taken.both))
+            rows.append(FusionRow(name, parameters, cost, total, gflop, forward, both, taken.gib.get(name), accuracy.get(name)))
+        return FusionPoint(size, tokens, tuple(rows))
+
+    def _tokens(self, size: tuple[int, int], site: Site) -> tuple[int, int]:
         patches = site.grid[0] * site.grid[1]
         if not patches:
             raise RecipeError(f"images of {size[0]}x{size[1]} hold no patch", "choose a larger --size")
-        tokens = (site.prefixes[0] + patches, site.prefixes[1] + patches)
-        taken = self._taken(site, tokens)
-        rows = []
-        for name in FUSERS:
-            fuser = FUSERS[name](self._counted(site)).to("meta")
-            cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total
-            forward, both, gib = taken.get(name, (None, None, None))
-            parameters = sum(parameter.numel() for parameter in fuser.parameters())
-            total, gflop = (rule.total(cost) / 1e9 for rule in (self.rule, CONVENTIONS["flop"]))
-            rows.append(FusionRow(name, parameters, cost, total, gflop, forward, both, gib, accuracy.get(name)))
-        return FusionPoint(size, tokens, tuple(rows))
+        return site.prefixes[0] + patches, site.prefixes[1] + patches
 
-    def _counted(self, site: Site) -> Site:
-        # kernels do not take tensors without data; what is computed is the same
-        return Site(site.dim, site.grid, site.prefixes, site.state, site.dropout, "torch", site.sane)
-
-    def _taken(self, site: Site, tokens: tuple[int, int]) -> dict[str, tuple[Times | None, Times | None, float | None]]:
-        if self.device is None:
-            return {}
+    def visit(self, size: tuple[int, int], taken: _Taken) -> None:
+        """Build every fuser for images of this size, and measure all in turn."""
+        assert self.device is not None
+        site = self.site(size)
         fusers = {name: make(site).to(self.device).train() for name, make in FUSERS.items()}
-        given = [torch.randn(self.batch, length, self.dim, device=self.device, requires_grad=True) for length in tokens]
-        forward: dict[str, Call] = {name: self._forward(fuser, given) for name, fuser in fusers.items()}
+        lengths = self._tokens(size, site)
+        given = [torch.randn(self.batch, length, self.dim, device=self.device, requires_grad=True) for length in lengths]
         both: dict[str, Call] = {name: self._both(fuser, given) for name, fuser in fusers.items()}
         peaks = {name: self._peak(call) for name, call in both.items()}
-        fitting = [name for name, peak in peaks.items() if peak is not None]
-        first = interleaved({name: forward[name] for name in fitting}, self.device, at_most=0.4)
-        second = interleaved({name: both[name] for name in fitting}, self.device, at_most=0.4)
-        gpu = self.device.type == "cuda"
-        return {name: (first[name], second[name], peaks[name] if gpu else None) for name in fitting}
+        both = {name: call for name, call in both.items() if peaks[name] is not None}
+        forward: dict[str, Call] = {name: self._forward(fusers[name], given) for name in both}
+        for calls, pool in ((forward, taken.forward), (both, taken.both)):
+            for name, ms in samples(calls, self.device, at_most=0.25).items():
+                pool[name] = pool.get(name, []) + ms
+        if self.device.type == "cuda":
+            taken.gib |= {name: peak for name, peak in peaks.items() if peak is not None}
 
     def _forward(self, fuser: Fuser, given: Sequence[Tensor]) -> Call:
         def call() -> None:

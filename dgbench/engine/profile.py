@@ -18,7 +18,7 @@ import mfuser
 from dgbench import results
 from dgbench.engine.count import CONVENTIONS, Convention, Cost, Counted, count
 from dgbench.engine.device import peak_gib, pick_device
-from dgbench.engine.timing import Call, Hardware, Times, hardware, joules, times
+from dgbench.engine.timing import Call, Hardware, Times, hardware, joules, samples, times
 from dgbench.errors import DgbenchError, RecipeError, unknown
 from dgbench.progress import Progress
 from dgbench.protocol import lookup as protocol
@@ -162,7 +162,7 @@ def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[s
 def profile(
     chosen: Sequence[Subject], progress: Progress, *, convention: str = "mac", batches: Sequence[int] = (),
     dtype: str | None = None, compiled: bool = False, device: str | None = None, slide: tuple[int, int] | None = None,
-    timed: bool = True, by_module: bool = False,
+    timed: bool = True, by_module: bool = False, passes: int = 3,
 ) -> Profile:  # fmt: skip
     """Count and time models.
 
@@ -173,6 +173,7 @@ def profile(
         compiled: through torch.compile.    device: to time on; by default a GPU, and nowhere without one.
         slide: (H, W) of whole images to be scored by a window of the models' size.    timed: False only counts.
         by_module: show the parts of each model.
+        passes: how often each model is built and measured, one after the other, on a GPU; a CPU does it once.
 
     Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
     """
@@ -190,10 +191,14 @@ def profile(
             progress.advance()
         gpu = hardware(on) if on is not None else None
         if on is not None and gpu is not None:
-            progress.start(f"timing on {gpu.name}", len(chosen), "models")
-            for number, subject in enumerate(chosen):
-                rows[number] = _timed(rows[number], subject, on, DTYPES[precision], batches, slide, compiled=compiled)
-                progress.advance()
+            passes = passes if on.type == "cuda" else 1
+            progress.start(f"timing on {gpu.name}", passes * len(chosen), "visits")
+            taken = [_Taken() for _ in chosen]
+            for _ in range(passes):
+                for subject, found in zip(chosen, taken, strict=True):
+                    _visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled)
+                    progress.advance()
+            rows = [_with_times(row, found, batches) for row, found in zip(rows, taken, strict=True)]
     finally:
         progress.stop()
     commit, dirty = results.commit()
@@ -270,16 +275,45 @@ def _components(model: nn.Module, counted: Counted, passes: int, rule: Conventio
 
 # ---- times
 
+_MODEL, _STEP = "model", "step"
+_What = tuple[str, int]  # the forward pass or a training step, and the images at a time
 
-def _timed(
-    row: Row, subject: Subject, device: torch.device, dtype: torch.dtype, batches: Sequence[int],
+
+@dataclass
+class _Taken:
+    """All that is measured of a model, over several passes: a process is fast or slow for seconds on end."""
+
+    ms: dict[_What, list[float]] = field(default_factory=dict)
+    gib: dict[_What, float] = field(default_factory=dict)
+    joules: dict[_What, float] = field(default_factory=dict)  # an image
+    best: int | None = None  # the batch that most images a second pass at
+    backends: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    def timing(self, what: _What) -> Timing | None:
+        """Sum up one thing's passes."""
+        ms = self.ms.get(what)
+        return Timing(what[1], Times.of(ms), self.gib.get(what), self.joules.get(what)) if ms else None
+
+    def measure(self, what: _What, call: Call, device: torch.device, *, energy: bool = False) -> None:
+        """Time a call once more."""
+        gpu = device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.ms[what] = self.ms.get(what, []) + samples({"": call}, device, at_most=0.25, flush=False)[""]
+        if gpu:
+            self.gib[what] = peak_gib(device)
+        if energy and what not in self.joules and (used := joules(call, device)) is not None:
+            self.joules[what] = used / what[1]
+
+
+def _visit(
+    taken: _Taken, subject: Subject, device: torch.device, dtype: torch.dtype, batches: Sequence[int],
     slide: tuple[int, int] | None, *, compiled: bool,
-) -> Row:  # fmt: skip
+) -> None:  # fmt: skip
+    """Build a model, and measure it once."""
     gpu = device.type == "cuda"
     ran = ops.tally()
-    timings: list[Timing] = []
-    best = step = None
-    problem = ""
     try:
         with torch.device(device):
             model = _build(subject).to(device).eval()
@@ -287,20 +321,26 @@ def _timed(
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
         for size in batches or (1,):
-            timings.append(_measure(ask.batch(size), size, device, energy=bool(batches)))
+            taken.measure((_MODEL, size), ask.batch(size), device, energy=bool(batches))
         if gpu and not batches:
-            size = _best_batch(ask, device, timings[0])
-            best = _measure(ask.batch(size), size, device, energy=True)
-        step = _step(model, subject.size, device, dtype) if gpu and slide is None else None
+            taken.best = taken.best or _best_batch(ask, device)
+            taken.measure((_MODEL, taken.best), ask.batch(taken.best), device, energy=True)
+        if gpu and slide is None:
+            taken.measure((_STEP, _STEP_BATCH), _step(model, subject.size, device, dtype), device)
     except torch.OutOfMemoryError as error:
-        problem = str(error).splitlines()[0]  # what was measured before stays
+        taken.problem = str(error).splitlines()[0]  # what was measured before stays
     finally:
         model = forward = ask = None  # type: ignore[assignment]
         if gpu:
             torch.cuda.empty_cache()
-    return dataclasses.replace(
-        row, timings=tuple(timings), best=best, step=step, backends=ops.ran_since(ran), problem=problem
-    )  # fmt: skip
+    taken.backends |= ops.ran_since(ran)
+
+
+def _with_times(row: Row, taken: _Taken, batches: Sequence[int]) -> Row:
+    timings = tuple(timing for size in batches or (1,) if (timing := taken.timing((_MODEL, size))))
+    best = taken.timing((_MODEL, taken.best)) if taken.best else None
+    step = taken.timing((_STEP, _STEP_BATCH))
+    return dataclasses.replace(row, timings=timings, best=best, step=step, backends=taken.backends, problem=taken.problem)
 
 
 class _Asked:
@@ -326,22 +366,12 @@ class _Asked:
         return call
 
 
-def _measure(call: Call, batch: int, device: torch.device, *, energy: bool = False, at_most: float = 0.7,
-             least: int | None = None) -> Timing:  # fmt: skip
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    taken = times(call, device, at_most=at_most, least=least, flush=False)
-    used = joules(call, device) if energy else None
-    return Timing(batch, taken, peak_gib(device) if gpu else None, used / batch if used is not None else None)
-
-
-def _best_batch(ask: _Asked, device: torch.device, single: Timing) -> int:
+def _best_batch(ask: _Asked, device: torch.device) -> int:
     """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
-    best, rate, worse, size = 1, single.images_per_second, 0, 2
+    best, rate, worse, size = 1, 0.0, 0, 1
     while size <= _MOST and worse < 2:
         try:
-            tried = _measure(ask.batch(size), size, device, at_most=0.1, least=5).images_per_second
+            tried = size / times(ask.batch(size), device, at_most=0.1, least=5, flush=False).median
         except RuntimeError as error:  # out of memory is one, too
             if not isinstance(error, torch.OutOfMemoryError) and "INT_MAX" not in str(error):
                 raise
@@ -353,7 +383,7 @@ def _best_batch(ask: _Asked, device: torch.device, single: Timing) -> int:
     return best
 
 
-def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Timing:
+def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
     """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
     model.train()
     coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
@@ -368,4 +398,4 @@ def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return _measure(call, _STEP_BATCH, device)
+    return call

@@ -55,18 +55,26 @@ def interleaved(
 
     Args: as those of `times`; `at_most` is for each call.
     """
+    found = samples(calls, device, at_most=at_most, least=least, flush=flush)
+    return {name: Times.of(each) for name, each in found.items()}
+
+
+def samples(
+    calls: Mapping[str, Call], device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True
+) -> dict[str, list[float]]:
+    """Return the milliseconds of every call that `interleaved` sums up."""
     at_most *= len(calls)
     _warm_up(calls, device, at_most)
     gpu = device.type == "cuda"
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size if gpu and flush else 0
     cache = torch.empty(size, dtype=torch.uint8, device=device)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in calls}
     least, rounds, begun = least or (20 if gpu else 5), 0, time.perf_counter()
     while (spent := time.perf_counter() - begun) < at_most or (rounds < least and spent < 4 * at_most):
         rounds += 1
         for name, call in calls.items():
-            samples[name].append(_gpu_ms(call, cache) if gpu else _cpu_ms(call))
-    return {name: Times.of(each) for name, each in samples.items()}
+            found[name].append(_gpu_ms(call, cache) if gpu else _cpu_ms(call))
+    return found
 
 
 def _warm_up(calls: Mapping[str, Call], device: torch.device, at_most: float) -> None:
@@ -139,7 +147,7 @@ def nvidia_smi(what: str, device: torch.device) -> str | None:
     return text if text and not text.startswith("[") else None
 
 
-def joules(call: Call, device: torch.device, *, seconds: float = 2.0) -> float | None:
+def joules(call: Call, device: torch.device, *, seconds: float = 1.5) -> float | None:
     """Energy of a call in joules, by the GPU's own counter over `seconds` of calls; None where it has none."""
     if device.type != "cuda":
         return None

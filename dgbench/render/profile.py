@@ -148,7 +148,7 @@ def _machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[st
         parts.append(f"{gpu.clock:.0f} of {gpu.clock_max:.0f} MHz")
     if gpu.power_limit:
         parts.append(f"{gpu.power_limit:.0f} W")
-    parts += [f"{op} by {name}" for op, name in sorted(backends.items()) if not op.endswith("_bwd")]
+    parts += [f"{op} by {name}" for op, name in sorted(backends.items())]
     return f"{gpu.name}: {', '.join(parts)}."
 
 
