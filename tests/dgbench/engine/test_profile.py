@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mfuser
+from dgbench import render
 from dgbench.engine.count import Cost
 from dgbench.engine.fusion_costs import FusionProfile, profile_fusion
 from dgbench.engine.profile import Profile, Row, Subject, profile, subjects
@@ -448,3 +449,14 @@ def test_fusers_are_timed_on_a_cpu() -> None:
         assert 0 < row.forward.median < row.both.median
         assert row.gib is None
     assert set(found.backends.values()) == {"torch"}
+
+
+def test_what_could_not_be_timed_is_told_below_the_times(timed: Profile, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = timed.rows
+    failed = dataclasses.replace(row, variant="too large", timings=(), problem="CUDA out of memory. Tried to allocate 9 GiB")
+    render.show(dataclasses.replace(timed, rows=(row, failed)))
+    table = capsys.readouterr().out.partition("Times of crops")[2]
+    lines = {line.split("  ")[1].strip(): line.split() for line in table.splitlines() if line.startswith("mfuser  ")}
+    assert lines["too large"][-4:] == ["–"] * 4
+    assert f"{row.timings[-1].images_per_second:.1f}" in lines["tiny + tiny"]
+    assert "mfuser (too large): CUDA out of memory. Tried to allocate 9 GiB" in table
