@@ -117,7 +117,7 @@ def profile_fusion(
         vfm or "dinov2_l", vlm or "eva02", bench.dim, size, main.tokens, main.rows,
         tuple(points[each] for each in sorted(points)), convention, CONVENTIONS[convention].unit, batch, precision, gpu,
         unmeasured, ops.ran_since(ran), scored, results.now_iso(),
-        results.environment(str(on or "none"), torch.get_num_threads()), commit, dirty,
+        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
     )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def profile(
     return Profile(
         tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
         gpu, unmeasured, results.now_iso(),
-        results.environment(str(on or "none"), torch.get_num_threads()), commit, dirty,
+        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dgbench.render.table import ABSENT, Cell, Table, Tables
@@ -38,7 +38,16 @@ def _counts(found: Profile) -> Table:
             *_name(row), Cell(_size(row.size)), *passes, Cell(_millions(row.parameters)), Cell(_millions(row.trainable)),
             Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
         ))  # fmt: skip
-    header = ("method", "backbone", "size", *(("windows",) if found.slide else ()), "params M", "trained M", found.unit, "scan")
+    header = (
+        "method",
+        "backbone",
+        "size",
+        *(("windows",) if found.slide else ()),
+        "params M",
+        "trained M",
+        found.unit,
+        "scan GFLOP",
+    )
     legend = [_SAYS[found.convention], _SCAN]
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
@@ -86,7 +95,7 @@ def _parts(row: Row, found: Profile) -> Table:
                      Cell(_giga(part.total)), Cell(f"{share:.1f} %"), Cell(_giga(part.cost.scan / 1e9))))  # fmt: skip
     rows.append((Cell("total"), Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total)),
                  Cell("100.0 %"), Cell(_giga(row.cost.scan / 1e9))))  # fmt: skip
-    header = ("part", "params M", "trained M", found.unit, "share", "scan")
+    header = ("part", "params M", "trained M", found.unit, "share", "scan GFLOP")
     title = f"{row.method} ({row.variant}) at {_size(row.size)}, part by part"
     return Table(title, header, tuple(rows))
 
@@ -156,10 +165,7 @@ def _machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[st
 
 
 def _fusion(found: FusionProfile) -> list[Table]:
-    tables = [_fusers(found)]
-    if len(found.sweep) > 1:
-        tables.append(_sweep(found))
-    return tables
+    return [_fusers(found), *(_sweep(found) if len(found.sweep) > 1 else ())]
 
 
 def _fusers(found: FusionProfile) -> Table:
@@ -206,18 +212,19 @@ def _accuracy(row: FusionRow) -> str:
     return f"{100 * row.accuracy.mean:.1f}{spread} ({row.accuracy.seeds})"
 
 
-def _sweep(found: FusionProfile) -> Table:
-    names = [row.fuser for row in found.sweep[0].rows]
-    timed = any(row.forward for point in found.sweep for row in point.rows)
-    rows = []
-    for point in found.sweep:
-        cells = [Cell(_size(point.size)), Cell(str(sum(point.tokens)))]
-        cells += [Cell(_giga(row.total)) for row in point.rows]
-        if timed:
-            cells += [Cell(ABSENT if row.forward is None else f"{row.forward.median:.2f}") for row in point.rows]
-        rows.append(tuple(cells))
-    header = ("images", "tokens", *(f"{found.unit} {name}" for name in names), *(f"ms {name}" for name in names if timed))
-    return Table(f"The same layer at other token counts, convention {found.convention}", header, tuple(rows), keys=2)
+def _sweep(found: FusionProfile) -> list[Table]:
+    def table(title: str, value: Callable[[FusionRow], str]) -> Table:
+        rows = tuple(
+            (Cell(_size(point.size)), Cell(str(sum(point.tokens))), *(Cell(value(row)) for row in point.rows))
+            for point in found.sweep
+        )
+        return Table(title, ("images", "tokens", *(row.fuser for row in found.sweep[0].rows)), rows, keys=2)
+
+    tables = [table(f"{found.unit} of the same layer at other token counts", lambda row: _giga(row.total))]
+    if any(row.forward for point in found.sweep for row in point.rows):
+        tables.append(table(f"ms of its forward pass, batch {found.batch}", lambda row: milliseconds(row.forward)))
+        tables.append(table(f"ms of forward and backward, batch {found.batch}", lambda row: milliseconds(row.both)))
+    return tables
 
 
 TABLES: Tables = {"Profile": _profile, "FusionProfile": _fusion}
