@@ -269,6 +269,12 @@ def test_own_runs_references_and_published_rows_are_drawn(here: Path) -> None:
 # ---- what is refused
 
 
+def test_one_number_is_a_square() -> None:
+    row = json.loads(run("source-only", "--set", "method.backbone=tiny", "--size", "64", "--json").stdout)["rows"][0]
+    assert row["size"] == [64, 64]
+    assert "takes height and width, or one number for both" in fails("source-only", "--size", "64", "64", "64", code=2)
+
+
 @pytest.mark.parametrize(
     ("given", "flag"),
     [
@@ -298,7 +304,7 @@ def test_fusion_takes_one_batch() -> None:
         (["--convention", "macs"], 2, "'--convention'"),
         (["--format", "html"], 2, "'--format'"),
         (["--size", "0", "64"], 2, "'--size'"),
-        (["--size", "64"], 2, "'--size'"),
+        (["--size", "64", "64", "64"], 2, "'--size'"),
         (["--batch", "0"], 2, "'--batch'"),
         (["--nope"], 2, "--nope"),
     ],

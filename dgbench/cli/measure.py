@@ -49,7 +49,8 @@ def profile(
                      autocompletion=completion.keys),
     ] = None,
     size: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Of the crop; default: 512 512, or the recipe's.")
+        list[int] | None,
+        typer.Option(metavar="H [W]", min=1, help="Of the crop, a square by one number; default: 512, or the recipe's."),
     ] = None,
     batch: Annotated[
         list[int] | None,
@@ -83,6 +84,9 @@ def profile(
     form = Format.JSON if as_json else form
     if plot is not None and plot.suffix.lower() not in _PICTURES:
         raise typer.BadParameter(f"{plot} must end in {', '.join(_PICTURES)}", ctx=ctx, param_hint="'--plot'")
+    if size is not None and len(size) > 2:
+        raise typer.BadParameter("takes height and width, or one number for both", ctx=ctx, param_hint="'--size'")
+    crop = (size[0], size[-1]) if size else None
     if fusion:
         if given := [flag for flag, value in (("NAME", names), ("--set", settings), ("--slide", slide), ("--compile", compiled),
                                               ("--by-module", by_module)) if value]:  # fmt: skip
@@ -96,7 +100,7 @@ def profile(
 
         scores = ablation(results.query(runs))
         layers = profile_fusion(
-            progress, vfm=vfm, vlm=vlm, size=size, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
+            progress, vfm=vfm, vlm=vlm, size=crop, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
             device=device, timed=not count_only, accuracy=scores.accuracy, scored=scores.described, passes=passes,
         )  # fmt: skip
         render.show(layers, form=form)
@@ -106,7 +110,7 @@ def profile(
     from dgbench.engine.profile import profile as measure
     from dgbench.engine.profile import subjects
 
-    chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=size)
+    chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=crop)
     found = measure(
         chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
         timed=not count_only, by_module=by_module, passes=passes,
@@ -115,5 +119,5 @@ def profile(
     if plot is not None:
         from dgbench.engine.tradeoff import tradeoff
 
-        points = tradeoff(results.query(runs), progress, convention=convention, size=size)
+        points = tradeoff(results.query(runs), progress, convention=convention, size=crop)
         render.note(f"plot: {render.draw_tradeoff(points, plot)}")

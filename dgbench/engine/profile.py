@@ -82,6 +82,7 @@ class Row:
     trainable: int
     cost: Cost  # of an image
     total: float  # the cost as the profile's convention has it, in units of 1e9
+    gflop: float  # the scan included
     components: tuple[Component, ...]
     by_operator: dict[str, Cost]
     by_module: dict[str, Cost] = field(repr=False)
@@ -239,7 +240,8 @@ def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None) -
     return Row(
         method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
         parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
-        total=CONVENTIONS[convention].total(cost) / 1e9, components=parts, by_operator=dict(counted.by_operator),
+        total=CONVENTIONS[convention].total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
+        by_operator=dict(counted.by_operator),
         by_module=dict(counted.by_module),
     )  # fmt: skip
 

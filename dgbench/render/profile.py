@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 # what a convention's numbers mean, without the engine that makes them
 _SAYS = {
-    "mac": "GMAC: a multiply-accumulate of products and sampling is one; the scan's own column is in GFLOP.",
+    "mac": "GMAC: a multiply-accumulate of products and sampling is one; the scan is beside it.",
     "flop": "GFLOP: a multiply-accumulate is two, and the scan is in it.",
     "paper": "paper: a batch of two images, a multiply-accumulate is two, of the scan only its skip, sampling not counted.",
 }
+_GFLOP = "GFLOP: of one image, two a multiply-accumulate, the scan included."
 _SCAN = "scan: 9 B L D N + B L D floating-point operations. Not counted: activations, norms, softmax, copies."
 
 
@@ -31,28 +32,19 @@ def _profile(found: Profile) -> list[Table]:
 
 def _counts(found: Profile) -> Table:
     image = f"an image of {_size(found.slide)} by windows" if found.slide else "an image"
-    rows = []
+    rows, other = [], found.convention != "flop"
     for row in found.rows:
-        passes = (Cell(str(row.windows)),) if found.slide else ()
-        rows.append((
-            *_name(row), Cell(_size(row.size)), *passes, Cell(_millions(row.parameters)), Cell(_millions(row.trainable)),
-            Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
-        ))  # fmt: skip
-    header = (
-        "method",
-        "backbone",
-        "size",
-        *(("windows",) if found.slide else ()),
-        "params M",
-        "trained M",
-        found.unit,
-        "scan GFLOP",
-    )
-    legend = [_SAYS[found.convention], _SCAN]
+        cells = [*_name(row), Cell(_size(row.size)), *((Cell(str(row.windows)),) if found.slide else ())]
+        cells += [Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total))]
+        cells += [*((Cell(_giga(row.gflop)),) if other else ()), Cell(_giga(row.cost.scan / 1e9))]
+        rows.append(tuple(cells))
+    header = ["method", "backbone", "size", *(["windows"] if found.slide else []), "params M", "trained M", found.unit]
+    header += [*(["GFLOP"] if other else []), "scan GFLOP"]
+    legend = [_SAYS[found.convention], *([_GFLOP] if other else []), _SCAN]
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
     title = f"Cost of {image}, counted without weights (convention {found.convention})"
-    return Table(title, header, tuple(rows), keys=2, legend=tuple(legend))
+    return Table(title, tuple(header), tuple(rows), keys=2, legend=tuple(legend))
 
 
 def _times(found: Profile) -> Table:
@@ -182,7 +174,7 @@ def _fusers(found: FusionProfile) -> Table:
             cells.append(Cell(_accuracy(row)))
         rows.append(tuple(cells))
     header: tuple[str, ...] = ("fuser", "params M", found.unit, "scan GFLOP", "GFLOP")
-    legend = [_SAYS[found.convention], f"GFLOP: of one image, the scan included. {_SCAN}"]
+    legend = [_SAYS[found.convention], _GFLOP, _SCAN]
     if timed:
         header += ("ms", "times mvfuser", "+ backward ms", "GiB")
         legend.append(

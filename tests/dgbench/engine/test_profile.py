@@ -54,7 +54,9 @@ def full(variant: str) -> Row:
 
 
 # CLIP's differs by its projections around the fusers alone, and takes seconds
-each_variant = pytest.mark.parametrize("variant", ["eva", "siglip", pytest.param("clip", marks=pytest.mark.full)])
+each_variant = pytest.mark.parametrize(
+    "variant", ["eva", *(pytest.param(name, marks=pytest.mark.full) for name in ("siglip", "clip"))]
+)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,7 @@ def test_the_environments_backend_changes_no_count(tiny: Row, monkeypatch: pytes
     assert again.by_module == tiny.by_module
 
 
+@pytest.mark.full
 def test_neither_weights_nor_tokenizers_are_needed() -> None:
     # a machine that has none: SigLIP's would have to be loaded
     assert pretrained.TOKENIZERS["siglip"].where is None
