@@ -53,11 +53,6 @@ def ms_deform_attn(
     return out
 
 
-def flops(batch: int, queries: int, heads: int, dim: int, scales: int, points: int) -> int:
-    """Multiply-adds of one forward: four neighbours and one weight per sampled channel. `dim` is per head."""
-    return batch * queries * heads * scales * points * dim * 5
-
-
 @torch.library.custom_op("mfuser::ms_deform_attn", mutates_args=())
 def _attend(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
     out: Tensor = running("ms_deform_attn", backend).forward(value, shapes, locations, weights)

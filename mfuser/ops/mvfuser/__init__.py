@@ -84,12 +84,6 @@ def mvfuser(
     return out
 
 
-def flops(batch: int, length: int, width: int, half: int, rank: int, state: int) -> int:
-    """Multiply-adds of one forward: four projections, two convolutions and the scan."""
-    projections = 2 * half * width + half * (rank + 2 * state) + rank * half + width * half
-    return batch * length * (projections + 6 * half + half * (4 * state + 1))
-
-
 def _check(joint: Tensor, weights: Sequence[Tensor]) -> None:
     in_proj, _, _, _, dt_proj, _, A_log, *_ = weights
     if joint.dim() != 3 or A_log.dim() != 2 or dt_proj.dim() != 2:

@@ -82,11 +82,6 @@ def selective_scan(
     return (y, state) if return_final_state else y
 
 
-def flops(batch: int, dim: int, length: int, state: int) -> int:
-    """Multiply-adds of one forward: decay, inflow, recurrence and readout per state, plus the skip per channel."""
-    return batch * length * dim * (4 * state + 1)
-
-
 def _precise(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
