@@ -49,7 +49,9 @@ def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[s
         "DGBENCH_CACHE": str(folder / "cache"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
         "SHELL": "/bin/bash", "CUDA_VISIBLE_DEVICES": "", **more,
     }  # fmt: skip
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    # the shell stays, as a user's does: of one command alone it would become that command
+    stays = f"{line}\nexit $?"
+    return subprocess.run(["bash", "-c", stays], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_two_commands_do_all_the_set_up() -> None:
