@@ -64,26 +64,18 @@ class Cost:
 class Convention:
     """How a cost becomes one number."""
 
-    name: str
-    unit: str
-    says: str
+    unit: str  # of 1e9
     total: Callable[[Cost], int]
 
 
 CONVENTIONS: dict[str, Convention] = {
-    "mac": Convention(
-        "mac", "GMAC", "one a multiply-accumulate of products and sampling; the scan stands beside it",
-        lambda cost: cost.products + cost.sampling,
-    ),
-    "flop": Convention(
-        "flop", "GFLOP", "two a multiply-accumulate, and the scan's 9 B L D N + B L D",
-        lambda cost: 2 * (cost.products + cost.sampling) + cost.scan,
-    ),
-    "paper": Convention(
-        "paper", "G", "as MFuser's ablation table prints: a batch of two, two a multiply-accumulate, of the scan only its skip "
-        "D u, sampling not counted", lambda cost: 4 * (cost.products + cost.skip),
-    ),
-}  # fmt: skip
+    # one a multiply-accumulate; the scan stands beside it
+    "mac": Convention("GMAC", lambda cost: cost.products + cost.sampling),
+    # two a multiply-accumulate, and the scan
+    "flop": Convention("GFLOP", lambda cost: 2 * (cost.products + cost.sampling) + cost.scan),
+    # as MFuser's ablation table prints: a batch of two, two a multiply-accumulate, of the scan only its skip
+    "paper": Convention("G", lambda cost: 4 * (cost.products + cost.skip)),
+}
 
 
 @dataclass(frozen=True, slots=True)

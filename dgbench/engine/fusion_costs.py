@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dgbench import results
 from dgbench.engine.count import CONVENTIONS, Cost, count
-from dgbench.engine.profile import DTYPES, SIZE, where
+from dgbench.engine.profile import DTYPES, SIZE, settled
 from dgbench.engine.timing import Call, Hardware, Times, hardware, samples
-from dgbench.errors import DgbenchError, RecipeError, unknown
+from dgbench.errors import RecipeError
 from dgbench.progress import Progress
 from dgbench.report.ablation import Accuracy
 from mfuser import ops
@@ -88,12 +88,7 @@ def profile_fusion(
 
     Raises: DgbenchError for unknown names.
     """
-    if convention not in CONVENTIONS:
-        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
-    if dtype is not None and dtype not in DTYPES:
-        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
-    on, unmeasured = where(device, timed=timed)
-    precision = dtype or ("bf16" if on is not None and on.type == "cuda" else "fp32")
+    on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
     size, batch = size or SIZE, batch or _BATCH
     bench = _Bench(_site(vfm or "dinov2_l", vlm or "eva02"), convention, on, DTYPES[precision], batch)
     gpu, ran = (hardware(on) if on is not None else None), ops.tally()

@@ -178,12 +178,7 @@ def profile(
 
     Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
     """
-    if convention not in CONVENTIONS:
-        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
-    if dtype is not None and dtype not in DTYPES:
-        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
-    on, unmeasured = where(device, timed=timed)
-    precision = dtype or ("bf16" if on is not None and on.type == "cuda" else "fp32")
+    on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
     progress.start("counting", len(chosen), "models")
     rows = []
     try:
@@ -210,13 +205,22 @@ def profile(
     )  # fmt: skip
 
 
-def where(device: str | None, *, timed: bool = True) -> tuple[torch.device | None, str]:
-    """Return the device to time on, or None and why nothing is timed."""
+def settled(convention: str, dtype: str | None, device: str | None, *, timed: bool) -> tuple[torch.device | None, str, str]:
+    """Return the device to time on, the dtype's name, and without a device why nothing is timed.
+
+    Raises: DgbenchError for a name that is unknown, or a device that this machine lacks.
+    """
+    if convention not in CONVENTIONS:
+        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
+    if dtype is not None and dtype not in DTYPES:
+        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
     if not timed:
-        return None, "only counts were asked for"
+        return None, dtype or "fp32", "only counts were asked for"
     if device is None and not torch.cuda.is_available():
-        return None, "torch finds no usable CUDA GPU; --device cpu times on this machine's processor"
-    return pick_device(device), ""
+        reason = "torch finds no usable CUDA GPU; --device cpu times on this machine's processor"
+        return None, dtype or "fp32", reason
+    on = pick_device(device)
+    return on, dtype or ("bf16" if on.type == "cuda" else "fp32"), ""
 
 
 # ---- counts
@@ -241,8 +245,8 @@ def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None) -
         method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
         parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
         total=CONVENTIONS[convention].total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
-        by_operator=dict(counted.by_operator),
-        by_module=dict(counted.by_module),
+        by_operator={name: own * passes for name, own in counted.by_operator.items()},
+        by_module={name: own * passes for name, own in counted.by_module.items()},
     )  # fmt: skip
 
 
@@ -360,6 +364,7 @@ class _Asked:
         images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
 
         def call() -> Tensor:
+            # not inference_mode: nn.MultiheadAttention's products under autocast are batched there, and far slower
             with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 if self.slide is None:
                     return self.model(images)

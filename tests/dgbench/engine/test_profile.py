@@ -324,6 +324,8 @@ def test_an_image_costs_its_windows() -> None:
     assert whole.total == pytest.approx(18 * one.total)
     assert whole.parameters == one.parameters
     assert [part.cost for part in whole.components] == [part.cost * 18 for part in one.components]
+    for each, single in ((whole.by_operator, one.by_operator), (whole.by_module, one.by_module)):
+        assert each == {name: cost * 18 for name, cost in single.items()}
 
 
 # ---- times
