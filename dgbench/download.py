@@ -165,7 +165,7 @@ def _worked_out(names: Sequence[str], options: Options, wish: tuple[str, HubWish
 def _tower(name: str, root: Path) -> str:
     # here and not above: importing towers takes seconds that domains do not need
     from mfuser.encoders import tower
-    from mfuser.pretrained import WEIGHTS, files
+    from mfuser.weights import WEIGHTS, files
 
     if name in WEIGHTS:
         return name
@@ -195,7 +195,7 @@ def _tower_needs(towers: Sequence[str]) -> list[Need]:
         return []
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from mfuser.pretrained import WEIGHTS, files
+    from mfuser.weights import WEIGHTS, files
 
     needs = []
     for name in towers:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from mfuser.inference import slide
     from mfuser.methods import build, options
     from mfuser.methods import names as method_names
-    from mfuser.pretrained import WeightsNotFound
     from mfuser.segmentor import Batch, Segmentor
+    from mfuser.weights import WeightsNotFound
 
 _HOMES = {
     "Batch": "mfuser.segmentor:Batch",
     "LoadReport": "mfuser.checkpoints:LoadReport",
     "Segmentor": "mfuser.segmentor:Segmentor",
-    "WeightsNotFound": "mfuser.pretrained:WeightsNotFound",
+    "WeightsNotFound": "mfuser.weights:WeightsNotFound",
     "build": "mfuser.methods:build",
     "load": "mfuser.checkpoints:load",
     "load_authors_checkpoint": "mfuser.checkpoints:load_authors_checkpoint",

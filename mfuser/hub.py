@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mfuser.pretrained import WEIGHTS, HubFile, WeightsNotFound, files, how_to_get
+from mfuser.weights import WEIGHTS, HubFile, WeightsNotFound, files, how_to_get, role
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -60,17 +60,14 @@ class DownloadError(WeightsNotFound):
 
 def models() -> list[Model]:
     """Every tower, by its name in recipes and in `dgbench download`."""
-    from mfuser.text import TEXTS
-
     found: list[Model] = []
     for name, row in WEIGHTS.items():
-        if row is None:  # trained from scratch, it serves as either
-            found.append(Model(name, "both", None, None, None, None, None, ()))
+        if row is None:  # trained from scratch
+            found.append(Model(name, role(name), None, None, None, None, None, ()))
             continue
         missing = tuple(file.file for file in files(name) if file.where is None)
         path = str(row.where) if row.where else None
-        role: Literal["vfm", "vlm"] = "vlm" if name in TEXTS else "vfm"
-        found.append(Model(name, role, row.repo, row.file, row.gigabytes, row.licence, path, missing))
+        found.append(Model(name, role(name), row.repo, row.file, row.gigabytes, row.licence, path, missing))
     return found
 
 

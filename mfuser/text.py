@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfuser.pretrained import TOKENIZERS, WeightsNotFound, how_to_get, unfilled
+from mfuser.pretrained import unfilled
+from mfuser.weights import TOKENIZERS, WeightsNotFound, how_to_get
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
 
@@ -26,7 +27,7 @@ class TextTower:
 
     open_clip: str | None  # configuration name; None: the tiny tower
     contexts: int
-    tokenizer: str | None  # open_clip model whose tokenizer is used; None: a file of its own, see pretrained.TOKENIZERS
+    tokenizer: str | None  # open_clip model whose tokenizer is used; None: a file of its own, see weights.TOKENIZERS
     causal: bool = True
     pad: int = 0  # what fills lines of a tokenizer from a file
 

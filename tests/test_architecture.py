@@ -239,6 +239,8 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
         "dgbench.report.ablation",
         "dgbench.render",
         "mfuser",
+        "mfuser.hub",
+        "mfuser.weights",
     ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:

@@ -23,8 +23,9 @@ from dgbench import cli
 from mfuser.encoders import VisionEncoder
 from mfuser.hub import download, models
 from mfuser.keys import published
-from mfuser.pretrained import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, load_tower, require
+from mfuser.pretrained import load_tower
 from mfuser.text import TEXTS
+from mfuser.weights import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, require
 
 ROOT = Path(__file__).parents[1]
 DINO = WEIGHTS["dinov2_l"]
@@ -334,6 +335,21 @@ def test_names_that_are_no_towers(name: str, message: str, hint: str, near: Hub,
 
 def test_no_name_is_a_usage_error() -> None:
     assert run("download").exit_code == 2
+
+
+def test_a_file_is_where_huggingface_hub_finds_it(near: Hub, tmp_path: Path) -> None:
+    from huggingface_hub import try_to_load_from_cache
+
+    download(["siglip"])
+    for row in [*filter(None, WEIGHTS.values()), *TOKENIZERS.values()]:
+        theirs = try_to_load_from_cache(row.repo, row.file, cache_dir=tmp_path / "cache")
+        assert row.where == (Path(theirs) if isinstance(theirs, str) else None)
+    (row,) = files("siglip")[:1]
+    assert row.where is not None
+    row.where.resolve().unlink()  # the blob: a name that leads nowhere stays
+    assert row.where is None
+    (tmp_path / "cache" / f"models--{row.repo.replace('/', '--')}" / "refs" / "main").write_bytes(b"\xff")
+    assert row.where is None
 
 
 def test_every_published_tower_states_its_size_and_licence() -> None:

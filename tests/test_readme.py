@@ -14,7 +14,7 @@ import pytest
 from loopback_hub import serving
 from PIL import Image
 
-from mfuser.pretrained import files
+from mfuser.weights import files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

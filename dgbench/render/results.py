@@ -9,7 +9,7 @@ from typing import Any
 
 from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
 from dgbench.render.table import Table, Tables, draw_rich, plain
-from dgbench.render.terminal import note, open_console, write
+from dgbench.render.terminal import may_draw, note, open_console, write
 from dgbench.render.texts import TEXTS, csv
 from dgbench.results import finite
 
@@ -38,11 +38,11 @@ def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
     if form in TEXTS:
         write("\n\n".join(TEXTS[form](table) for table in tables))
         return
-    console = open_console()
+    console = open_console() if may_draw() else None
     for number, table in enumerate(tables):
         if number:
             write("")
-        if console.is_terminal:
+        if console is not None and console.is_terminal:
             draw_rich(table, console)
         else:
             write(plain(table))

@@ -22,6 +22,11 @@ def open_console(*, stderr: bool = False) -> Console:
     return console
 
 
+def may_draw() -> bool:
+    """Whether stdout may be what Rich takes for a terminal; else its import, a fifth of a short command, is spared."""
+    return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE"))
+
+
 def write(text: str) -> None:
     """Print a piece of the result on stdout."""
     sys.stdout.write(text + "\n")

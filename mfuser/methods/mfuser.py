@@ -31,9 +31,10 @@ from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
 from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
-from mfuser.pretrained import WeightsNotFound, load_tower, require, unfilled
+from mfuser.pretrained import load_tower, unfilled
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.text import TextEncoder, tokenize
+from mfuser.weights import WeightsNotFound, require
 
 TITLE = "MFuser"
 PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"

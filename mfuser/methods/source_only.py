@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.encoders import ENCODERS, VisionEncoder
-from mfuser.pretrained import load_tower, require
+from mfuser.pretrained import load_tower
 from mfuser.segmentor import Batch, Segmentor
+from mfuser.weights import require
 
 TITLE = "Source only"
 PAPER = ""

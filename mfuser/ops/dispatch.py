@@ -145,8 +145,9 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
 
 
-# a compiler takes the answer for a constant and does not look inside
-torch.compiler.assume_constant_result(resolve)
+# a compiler takes the answer for a constant and does not look inside: the mark of torch.compiler.assume_constant_result, which
+# itself imports the whole compiler, as long as torch takes
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def named(op: str, requested: str) -> str:

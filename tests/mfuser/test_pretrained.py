@@ -10,7 +10,8 @@ import mfuser
 from mfuser.encoders import VisionEncoder
 from mfuser.keys import published
 from mfuser.methods import build
-from mfuser.pretrained import WeightsNotFound, files, fill, fitted, load_tower, unfilled
+from mfuser.pretrained import fill, fitted, load_tower, unfilled
+from mfuser.weights import WeightsNotFound, files
 
 OPEN_CLIP = {"eva02": "EVA02-L-14-336", "clip": "ViT-L-14-336-quickgelu", "siglip": "ViT-L-16-SigLIP-384",
              "siglip2": "ViT-L-16-SigLIP2-512"}  # fmt: skip

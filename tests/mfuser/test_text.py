@@ -8,9 +8,10 @@ import pytest
 import torch
 from golden_files import VARIANTS, description
 
-from mfuser.pretrained import TOKENIZERS, HubFile, WeightsNotFound, fill
+from mfuser.pretrained import fill
 from mfuser.segmentor import CITYSCAPES
 from mfuser.text import TEXTS, TextEncoder, tokenize
+from mfuser.weights import TOKENIZERS, VLMS, WEIGHTS, HubFile, WeightsNotFound
 
 
 @pytest.mark.parametrize("variant", ["eva", "clip"])
@@ -157,3 +158,7 @@ def test_sane_changes_no_tower_with_a_start_token():
     sane = TextEncoder("tiny", ids, dim=32, sane=True).eval()
     sane.load_state_dict(released.state_dict())
     assert torch.equal(released(context), sane(context))
+
+
+def test_the_towers_with_a_text_tower_are_those_that_are_listed_so():
+    assert {*VLMS, *(name for name, row in WEIGHTS.items() if row is None)} == set(TEXTS)

@@ -7,12 +7,13 @@ import torch
 from golden_files import description
 
 import mfuser
-from mfuser import encoders, pretrained
+from mfuser import encoders
 from mfuser.checkpoints import load_authors_checkpoint
 from mfuser.encoders import ENCODERS, Tower, VisionEncoder
 from mfuser.methods.mfuser import PooledEmbedding, ProjectedEmbedding, SumEmbedding, counterparts
-from mfuser.pretrained import HubFile, WeightsNotFound, files, hub_file, load_tower, unfilled
+from mfuser.pretrained import load_tower, unfilled
 from mfuser.segmentor import Batch
+from mfuser.weights import WEIGHTS, HubFile, WeightsNotFound, files, hub_file
 
 IDS = {"eva02": "eva", "clip": "clip", "siglip": "siglip", "siglip2": "siglip"}
 
@@ -177,7 +178,7 @@ def test_a_model_of_timms_is_filled_from_its_file_and_its_positions_fitted(model
 
 
 def test_weights_of_every_tower_have_a_place():
-    assert set(pretrained.WEIGHTS) >= {n for n, row in ENCODERS.items() if row.timm}
+    assert set(WEIGHTS) >= {n for n, row in ENCODERS.items() if row.timm}
     assert [row.file for row in files("siglip2")] == ["open_clip_model.safetensors", "tokenizer.json"]
     # 303 M parameters of four bytes
     found = hub_file("timm:vit_large_patch16_dinov3.lvd1689m")

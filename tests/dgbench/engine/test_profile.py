@@ -20,7 +20,7 @@ from dgbench.engine.fusion_costs import FusionProfile, profile_fusion
 from dgbench.engine.profile import Profile, Row, Subject, profile, subjects
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.progress import Silent
-from mfuser import pretrained
+from mfuser import weights
 
 ROOT = Path(__file__).parents[3]
 FULL = {"eva": "eva02", "clip": "clip", "siglip": "siglip"}  # the specification's variants and our towers
@@ -211,8 +211,8 @@ def test_the_environments_backend_changes_no_count(tiny: Row, monkeypatch: pytes
 @pytest.mark.full
 def test_neither_weights_nor_tokenizers_are_needed() -> None:
     # a machine that has none: SigLIP's would have to be loaded
-    assert pretrained.TOKENIZERS["siglip"].where is None
-    with pytest.raises(pretrained.WeightsNotFound):
+    assert weights.TOKENIZERS["siglip"].where is None
+    with pytest.raises(weights.WeightsNotFound):
         mfuser.build("mfuser", vlm="siglip", pretrained=False, filled=False)
     assert full("siglip").parameters > 1e9
 

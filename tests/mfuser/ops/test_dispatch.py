@@ -175,3 +175,11 @@ def test_a_first_derivative_alone_is_what_operators_have():
     (grad,) = torch.autograd.grad(scan("torch", u).sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=r"mfuser.+selective_scan_bwd.+no autograd formula"):
         grad.sum().backward()
+
+
+def test_the_choice_bears_the_mark_that_torchs_own_function_gives():
+    def marked(): ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked)
+    assert vars(dispatch.resolve) == vars(marked)
