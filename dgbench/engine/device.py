@@ -1,41 +1,99 @@
-"""Which device to run on, what it is called, and how much memory was used there."""
+"""Which device to run on, what it is called, and how much memory was used there.
+
+Torch is imported in the functions: the command line refuses a name without waiting for it.
+"""
 
 from __future__ import annotations
 
-import resource
-import sys
-
-import torch
+import os
+import re
+from typing import TYPE_CHECKING
 
 from dgbench.errors import DgbenchError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+_NAME = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,3}))?")
+# devices that torch knows and nothing here was tried on; any other word is no device
+_OTHERS = ("mps", "xpu", "meta", "hip", "xla", "npu", "hpu", "mtia", "vulkan", "privateuseone")
+_HINT = "use `cpu`, `cuda` or `cuda:1`"
+
+
+def check_device(name: str) -> str:
+    """The name as it is if it says `cpu`, `cuda` or `cuda:N`. Whether this machine has it, `pick_device` tells.
+
+    Raises: DgbenchError for any other name.
+    """
+    if _NAME.fullmatch(name):
+        return name
+    if name.partition(":")[0] in _OTHERS:
+        raise DgbenchError(f"device `{name}` is not supported: models run on a CPU or on a CUDA GPU", _HINT)
+    raise DgbenchError(f"unknown device `{name}`", _HINT)
 
 
 def pick_device(name: str | None) -> torch.device:
     """The named device, or the GPU when there is one and the CPU otherwise. A named device is used or refused.
 
+    `cuda:N` becomes the process's current device, too: kernels are launched and host memory is pinned there.
+
     Raises: DgbenchError for an unknown name or a device that this machine lacks.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DgbenchError(f"unknown device `{name}`", "use `cpu`, `cuda` or `cuda:1`") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(check_device(name))
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise DgbenchError("no CUDA device is usable here", "`dgbench doctor` says why; or use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise DgbenchError(f"device `{name}` is not supported", "use `cpu` or `cuda`")
+    if device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            there = "one CUDA device, `cuda:0`" if count == 1 else f"{count} CUDA devices, `cuda:0` to `cuda:{count - 1}`"
+            raise DgbenchError(f"no device `{name}`: this machine has {there}", "use one of them, or --device cpu")
+        torch.cuda.set_device(device)
     return device
+
+
+def accelerator_on(device: torch.device, precision: str) -> Accelerator:
+    """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+
+    Raises: DgbenchError if such a process is to take `cuda:N`.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import patch_environment
+
+    if "LOCAL_RANK" in os.environ:
+        if device.index is not None:
+            raise DgbenchError(
+                f"`{device}` was named, but a launcher has started this process for a GPU of its own",
+                "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
+            )
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    # its state is one a process, and would keep the device of an earlier training
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with patch_environment(ACCELERATE_TORCH_DEVICE=str(device)):
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or `cpu`: what a record says it ran on."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_gib(device: torch.device) -> float:
     """GiB that this process held at most: of the GPU's memory as torch allocated it, or resident on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
     # Linux counts KiB, macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

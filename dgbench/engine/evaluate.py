@@ -68,6 +68,7 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     Raises: DataError, RecipeError, CheckpointError, BackendError for what a user can mend. Domains scored before an error
         keep their records.
     """
+    on = pick_device(device)  # refused before any time is spent
     recipe = load_recipe(str(run / "recipe.yaml"))
     names = list(targets) if targets is not None else list(recipe.data.targets)
     domains = [lookup(name, root).name for name in names]  # every name is checked before any time is spent
@@ -89,7 +90,6 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
         for d in domains
     ]
     folder = checkpoints.folder_of(run)
-    on = pick_device(device)
     model = checkpoints.load_for(recipe, folder).to(on)
     model.check_backends()
     sha = checkpoints.sha256(folder)

@@ -11,10 +11,9 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,13 +25,16 @@ from dgbench.data.resizing import one_thread
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
 from dgbench.engine import checkpoints
-from dgbench.engine.device import device_name, peak_gib, pick_device
+from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_device
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
 from dgbench.resources import usable_cores
 from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class _Loss(nn.Module):
@@ -54,7 +56,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     """
     begun = time.perf_counter()
     spec = recipe.train
-    accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision=spec.precision)
+    accelerator = accelerator_on(pick_device(device), spec.precision)
     main = accelerator.is_main_process
     dataset = _source(recipe, root)
     found = checkpoints.newest(run) if resume else None
