@@ -163,8 +163,6 @@ def _worked_out(names: Sequence[str], options: Options, wish: tuple[str, HubWish
 
 
 def _tower(name: str, root: Path) -> str:
-    # here and not above: importing towers takes seconds that domains do not need
-    from mfuser.encoders import tower
     from mfuser.weights import WEIGHTS, files
 
     if name in WEIGHTS:
@@ -175,6 +173,9 @@ def _tower(name: str, root: Path) -> str:
                             f"put them into {root}, or fetch a set of the Hub with --hub")  # fmt: skip
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
         raise DgbenchError(*unknown("tower or domain", name, [*WEIGHTS, *known]))
+    # here and not above: importing towers takes seconds that others do not need
+    from mfuser.encoders import tower
+
     try:
         tower(name), files(name)
     except ValueError as error:

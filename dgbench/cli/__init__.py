@@ -25,6 +25,7 @@ app = typer.Typer(
     epilog="First: dgbench train streets/mfuser",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")

@@ -21,6 +21,56 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in known if name.startswith(incomplete) and name not in given]
 
 
+def downloads(ctx: typer.Context, incomplete: str) -> list[str]:
+    from mfuser.weights import WEIGHTS
+
+    fetched = [name for name, file in WEIGHTS.items() if file is not None and name.startswith(incomplete)]
+    return [*domains(ctx, incomplete), *fetched]
+
+
+def rendered(incomplete: str) -> list[str]:
+    from dgbench.data.domains import DOMAINS
+
+    return [name for name, row in DOMAINS.items() if row.procedural and name.startswith(incomplete)]
+
+
+def vlms(incomplete: str) -> list[str]:
+    from dgbench.names import towers
+
+    return [name for name in towers("vlm") if name.startswith(incomplete)]
+
+
+def vfms(incomplete: str) -> list[str]:
+    from dgbench.names import towers
+
+    return [name for name in towers("vfm") if name.startswith(incomplete)]
+
+
+def devices(incomplete: str) -> list[str]:
+    # a folder for each GPU that the driver has found; torch, which would know better, takes seconds
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return [name for name in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) if name.startswith(incomplete)]
+
+
+def label_maps(incomplete: str) -> list[str]:
+    from dgbench.data.labels import LABEL_MAPS
+
+    return [name for name in LABEL_MAPS if name.startswith(incomplete)]
+
+
+def operators(incomplete: str) -> list[str]:
+    from dgbench.names import backends as known
+
+    return [name for name in known() if name.startswith(incomplete)]
+
+
+def backends(incomplete: str) -> list[str]:
+    from dgbench.names import backends as known
+
+    every = dict.fromkeys(name for names in known().values() for name in names)
+    return [name for name in every if name.startswith(incomplete)]
+
+
 def protocols(incomplete: str) -> list[str]:
     from dgbench.protocol import PROTOCOLS
 
@@ -34,13 +84,12 @@ def keys(incomplete: str) -> list[str]:
 
 
 def recipes(incomplete: str) -> list[str]:
+    from dgbench.names import methods
     from dgbench.resources import recipes_dir
 
     root = recipes_dir()
     names = [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("[!_]*.yaml"))]
-    methods = Path(__file__).parents[2] / "mfuser" / "methods"
-    names += [path.stem.replace("_", "-") for path in sorted(methods.glob("[!_]*.py"))]
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in (*names, *methods()) if name.startswith(incomplete)]
 
 
 def runs(incomplete: str) -> list[str]:

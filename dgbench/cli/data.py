@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DomainArg, JsonOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt
+from dgbench.cli.options import DomainArg, JsonOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt, listed
 from dgbench.cli.program import Command, Program
 
 group = typer.Typer(
@@ -31,7 +31,7 @@ def data_show(
     n: Annotated[int, typer.Option(min=1, metavar="COUNT", help="How many images.")] = 6,
     split: SplitOpt = None,
     label_map: LabelMapOpt = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
     root: RootOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -65,10 +65,12 @@ def data_stats(
 @group.command("verify", cls=Command, epilog="Example: dgbench data verify cityscapes bdd100k")
 def data_verify(
     names: Annotated[
-        list[str], typer.Argument(metavar="DOMAIN...", help="See `dgbench data list`.", autocompletion=completion.domains)
+        list[str],
+        typer.Argument(metavar="DOMAIN...", help="See `dgbench data list`.", autocompletion=completion.domains, callback=listed),
     ],
     splits: Annotated[
-        list[str] | None, typer.Option("--split", metavar="NAME...", help="Default: of train and val what is on this disk.")
+        list[str] | None,
+        typer.Option("--split", metavar="NAME...", help="Default: of train and val what is on this disk.", callback=listed),
     ] = None,
     label_map: LabelMapOpt = None,
     partial: Annotated[bool, typer.Option("--partial", help="Fewer images than the complete split are all right.")] = False,
@@ -90,12 +92,15 @@ def data_verify(
 
 @group.command("export", cls=Command, epilog="Example: dgbench data export streets-city --as cityscapes --out data --n 20")
 def data_export(
-    streets: Annotated[str, typer.Argument(metavar="STREETS", help="A rendered domain.", autocompletion=completion.domains)],
+    streets: Annotated[str, typer.Argument(metavar="STREETS", help="A rendered domain.", autocompletion=completion.rendered)],
     as_: Annotated[str, typer.Option("--as", metavar="DOMAIN", help="Whose files to write.", autocompletion=completion.domains)],
-    out: Annotated[Path, typer.Option(metavar="ROOT", help="Data root; the domain's folder in it must not exist.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="ROOT", help="Data root; the domain's folder in it must not exist.")
+    ],
     n: Annotated[int | None, typer.Option(min=1, metavar="COUNT", help="At most so many images a split; default: all.")] = None,
     splits: Annotated[
-        list[str] | None, typer.Option("--split", metavar="NAME...", help="Default: of train and val what DOMAIN has.")
+        list[str] | None,
+        typer.Option("--split", metavar="NAME...", help="Default: of train and val what DOMAIN has.", callback=listed),
     ] = None,
     size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Default: 256 512.")] = None,
     layout: Annotated[str | None, typer.Option(metavar="NAME", help="One of DOMAIN's layouts; default: as published.")] = None,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import JsonOpt, QuietOpt, RootOpt
+from dgbench.cli.options import JsonOpt, QuietOpt, RootOpt, listed
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -22,7 +22,10 @@ def download(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME...", help="Domains and towers, see `data list` and `models`.", autocompletion=completion.domains
+            metavar="NAME...",
+            help="Domains and towers, see `data list` and `models`.",
+            autocompletion=completion.downloads,
+            callback=listed,
         ),
     ] = None,
     from_paths: Annotated[

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli.options import DeviceOpt, JsonOpt, QuietOpt
+from dgbench.cli import completion
+from dgbench.cli.options import DeviceOpt, JsonOpt, QuietOpt, listed
 from dgbench.cli.program import Command, Program
 
 group = typer.Typer(cls=Program, help="List the operators' backends, build the CUDA kernels, time them.", no_args_is_help=True)
@@ -26,7 +27,12 @@ def kernels_build(
     ctx: typer.Context,
     architectures: Annotated[
         list[str] | None,
-        typer.Option("--arch", metavar="SM...", help="GPUs to build for: sm_80, sm_90, sm_100; default: those of this machine."),
+        typer.Option(
+            "--arch",
+            metavar="SM...",
+            help="GPUs to build for: sm_80, sm_90, sm_100; default: those of this machine.",
+            callback=listed,
+        ),
     ] = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -45,10 +51,21 @@ def kernels_build(
 @group.command("bench", cls=Command, epilog="Example: dgbench kernels bench --op selective_scan --shape 2 2594 512 16")
 def kernels_bench(
     ctx: typer.Context,
-    ops: Annotated[list[str] | None, typer.Option("--op", metavar="NAME...", help="Operators; default: all.")] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--op", metavar="NAME...", help="Operators; default: all.", autocompletion=completion.operators, callback=listed
+        ),
+    ] = None,
     backends: Annotated[
         list[str] | None,
-        typer.Option("--backend", metavar="NAME...", help="Backends, the first to compare with; default: those that run here."),
+        typer.Option(
+            "--backend",
+            metavar="NAME...",
+            help="Backends, the first to compare with; default: those that run here.",
+            autocompletion=completion.backends,
+            callback=listed,
+        ),
     ] = None,
     shape: Annotated[
         tuple[int, int, int, int] | None, typer.Option(metavar="B L D N", min=1, help="Of the selective scan, timed alone then.")
@@ -62,6 +79,9 @@ def kernels_bench(
 ) -> None:
     """Time the operators' backends on this machine, forward and forward + backward, beside what bounds them."""
     from dgbench import render
+    from dgbench.names import check_backends
+
+    check_backends(ops or (), backends or ())
     from dgbench.kernels import bench
 
     if shape is not None and set(ops or ()) - {"selective_scan"}:

@@ -41,8 +41,12 @@ def profile(
         list[str] | None,
         typer.Argument(metavar="METHOD|RECIPE...", help="Default: every method and backbone.", autocompletion=completion.recipes),
     ] = None,
-    vlm: Annotated[str | None, typer.Option(metavar="NAME", help="Only with this vision-language tower.")] = None,
-    vfm: Annotated[str | None, typer.Option(metavar="NAME", help="With this vision foundation tower.")] = None,
+    vlm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only with this vision-language tower.", autocompletion=completion.vlms)
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With this vision foundation tower.", autocompletion=completion.vfms)
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE...", help="Change recipe keys: method.fuser=selfattn_concat.",
@@ -79,6 +83,7 @@ def profile(
 ) -> None:  # fmt: skip
     """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
     from dgbench import render, results
+    from dgbench.names import check_models
 
     progress = render.progress(quiet=quiet)
     form = Format.JSON if as_json else form
@@ -87,6 +92,7 @@ def profile(
     if size is not None and len(size) > 2:
         raise typer.BadParameter("takes height and width, or one number for both", ctx=ctx, param_hint="'--size'")
     crop = (size[0], size[-1]) if size else None
+    check_models(names or (), vlm, vfm)
     if fusion:
         if given := [flag for flag, value in (("NAME", names), ("--set", settings), ("--slide", slide), ("--compile", compiled),
                                               ("--by-module", by_module)) if value]:  # fmt: skip

@@ -11,6 +11,14 @@ import typer
 from dgbench.cli import completion
 
 
+def listed(values: list[str] | None) -> list[str] | None:
+    """Take `a,b` for `a b`: names have no commas, only files may."""
+    if values is None:
+        return None
+    parts = [[value] if Path(value).exists() else value.split(",") for value in values]
+    return [name for names in parts for part in names if (name := part.strip())] or values
+
+
 def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
     """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
     if folder is not None and not ctx.resilient_parsing:
@@ -20,21 +28,48 @@ def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
     return folder
 
 
+def _device(ctx: typer.Context, name: str | None) -> str | None:
+    """Refuse a wrong name at once; whether this machine has the device is seen when torch is there."""
+    if name is None or ctx.resilient_parsing:
+        return name
+    from dgbench.engine.device import check_device
+
+    return check_device(name)
+
+
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-DeviceOpt = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+DeviceOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.", callback=_device,
+                 autocompletion=completion.devices),
+]  # fmt: skip
+VlmOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.",
+                 autocompletion=completion.vlms),
+]  # fmt: skip
+VfmOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.",
+                 autocompletion=completion.vfms),
+]  # fmt: skip
 RootOpt = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
 ]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,
-    typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=completion.domains),
-]
+    typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=completion.domains,
+                 callback=listed),
+]  # fmt: skip
 ProtocolOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=completion.protocols),
 ]
 SplitOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Default: val, else the first that the domain has.")]
-LabelMapOpt = Annotated[str | None, typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.")]
+LabelMapOpt = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.", autocompletion=completion.label_maps),
+]
 DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=completion.domains)]

@@ -16,15 +16,38 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from dgbench.cli.mistakes import explained
 from dgbench.errors import DgbenchError, StoppedError
 
 if TYPE_CHECKING:
     from typer._click.core import Context
+    from typer._click.core import Parameter as AnyParameter
     from typer._click.formatting import HelpFormatter
+
+
+def _without_types_of_flags(params: list[AnyParameter]) -> list[AnyParameter]:
+    """A flag takes no value: nothing stands behind it in a list of options."""
+    for param in params:
+        if isinstance(param, TyperOption) and param.is_flag:
+            param.metavar = ""
+    return params
+
+
+def _help_names(ctx: Context) -> list[str]:
+    # in this order, where Click takes that of a set
+    return list(ctx.help_option_names)
 
 
 class Command(TyperCommand):
     """A command whose list-valued options take one or more values each, and may repeat."""
+
+    def get_params(self, ctx: Context) -> list[AnyParameter]:
+        """Name no type behind flags."""
+        return _without_types_of_flags(super().get_params(ctx))
+
+    def get_help_option_names(self, ctx: Context) -> list[str]:
+        """`-h` and `--help`."""
+        return _help_names(ctx)
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Draw panels on a terminal only."""
@@ -72,10 +95,35 @@ class Program(TyperGroup):
         self.rich_markup_mode = self.rich_markup_mode if sys.stdout.isatty() else None
         super().format_help(ctx, formatter)
 
+    def get_params(self, ctx: Context) -> list[AnyParameter]:
+        """Name no type behind flags."""
+        return _without_types_of_flags(super().get_params(ctx))
+
+    def get_help_option_names(self, ctx: Context) -> list[str]:
+        """`-h` and `--help`."""
+        return _help_names(ctx)
+
     def main(self, *args: Any, **settings: Any) -> Any:
-        """Run as a program; usage errors are framed on a terminal only."""
-        self.rich_markup_mode = self.rich_markup_mode if sys.stderr.isatty() else None
-        return super().main(*args, **settings)
+        """Run as a program; usage errors are told in the voice of all others, and exit 2."""
+        whole = settings.pop("standalone_mode", True)
+        settings["standalone_mode"] = False
+        if not whole:
+            return super().main(*args, **settings)
+        try:
+            code = super().main(*args, **settings)
+        except typer.Abort:  # Ctrl-C at a question
+            _note("interrupted")
+            sys.exit(130)
+        except typer.TyperException as error:
+            message, hint = explained(error)
+            if message is None:
+                _note(hint or "")
+            else:
+                from dgbench import render
+
+                render.failure(message, hint)
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def list_commands(self, ctx: Context) -> list[str]:
         """Put the groups first, as a user meets them."""
@@ -93,6 +141,12 @@ class Program(TyperGroup):
                 raise
             raise typer.Exit(code) from None
         return result
+
+
+def _note(text: str) -> None:
+    from dgbench import render
+
+    render.note(text)
 
 
 def _explain(error: BaseException) -> int | None:

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt
+from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
 from dgbench.cli.program import Command
-from dgbench.errors import StoppedError
+from dgbench.errors import ResultError, StoppedError
 
 panel = typer.Typer()
 
@@ -22,12 +22,8 @@ def train(
     name: Annotated[
         str, typer.Argument(metavar="METHOD|RECIPE", help="A method, a recipe or a YAML file.", autocompletion=completion.recipes)
     ] = "mfuser",
-    vlm: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.")
-    ] = None,
-    vfm: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.")
-    ] = None,
+    vlm: VlmOpt = None,
+    vfm: VfmOpt = None,
     source: Annotated[
         str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=completion.domains)
     ] = None,
@@ -39,7 +35,9 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Same as --set train.seed=NUMBER.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: a new one in --runs.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Run folder; default: a new one in --runs.")
+    ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a stopped run, or `latest`.", autocompletion=completion.runs)
     ] = None,
@@ -52,6 +50,7 @@ def train(
 ) -> None:
     """Train on one domain, score on others, show the leaderboard."""
     from dgbench import render, results
+    from dgbench.needs import check_training
     from dgbench.recipe import load_recipe, resolve
 
     if resume is not None:
@@ -59,12 +58,17 @@ def train(
             problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
         run = results.find_run(resume, runs)
+        begun = load_recipe(run / "recipe.yaml", check_method=False)
+        check_training(begun, root, scored=not no_eval, from_scratch=not any((run / "checkpoint").glob("step-*")))
         recipe = load_recipe(run / "recipe.yaml")
     else:
         recipe_name, overrides = resolve(name, vlm=vlm, vfm=vfm, source=source)
         overrides += [f"data.targets=[{', '.join(targets)}]"] if targets else []
         overrides += [f"train.seed={seed}"] if seed is not None else []
-        recipe = load_recipe(recipe_name, [*overrides, *(settings or ())])
+        changes = [*overrides, *(settings or ())]
+        # first what can be told without importing torch
+        check_training(load_recipe(recipe_name, changes, check_method=False), root, scored=not no_eval)
+        recipe = load_recipe(recipe_name, changes)
         run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:
@@ -119,12 +123,23 @@ def eval_(
     from dgbench import protocol as protocols
     from dgbench import render
     from dgbench.data.domains import lookup
+    from dgbench.needs import check_scoring, scoring
+    from dgbench.recipe import load_recipe
 
     if run is not None and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     names = [lookup(name).name for name in targets] if targets else None
     rules = protocols.lookup(protocol).name if protocol else None
-    folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+    asked = [("target", name, "val") for name in targets or ()]
+    try:
+        folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+    except ResultError as error:
+        check_scoring(asked, root, error)
+        raise
+    recipe = load_recipe(folder / "recipe.yaml", check_method=False)
+    check_scoring(asked or scoring(recipe), root)
+    if run is None and checkpoint is None:
+        render.note(f"run: {folder}")
     from dgbench.engine.evaluate import evaluate
 
     progress = render.progress(quiet=quiet)
@@ -141,7 +156,7 @@ def predict(
         str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=completion.runs)
     ] = "latest",
     out: Annotated[
-        Path, typer.Option(metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
+        Path, typer.Option("--out", "-o", metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
     ] = Path(),
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),

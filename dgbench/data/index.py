@@ -80,10 +80,19 @@ def index(domain: Domain, split: str, root: Path | None = None) -> Index:
 
     Raises: DataError if the folder or every pair is missing.
     """
+    found = require(domain, split, root)
+    return Index(found, rows_of(found))
+
+
+def require(domain: Domain, split: str, root: Path | None = None) -> Found:
+    """Find a split of which there is a pair.
+
+    Raises: DataError if the folder or every pair is missing.
+    """
     found = find(domain, split, root)
     if not len(found):
         raise _no_pairs(found)
-    return Index(found, rows_of(found))
+    return found
 
 
 def rows_of(found: Found) -> datasets.Dataset:

@@ -12,7 +12,6 @@ from pathlib import Path
 import mfuser
 from dgbench.errors import CheckpointError
 from dgbench.recipe import dump, load_recipe
-from mfuser.checkpoints import authors_tower, load_authors_checkpoint, read_authors
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,11 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
         raise CheckpointError(f"{out} is there already and not empty", "name a new folder")
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path}", "give the file that the authors published, e.g. mfuser_eva02.pth")
+    if recipe is not None:
+        load_recipe(recipe, check_method=False)
+    # here and not above: what is wrong so far need not wait for torch
+    from mfuser.checkpoints import authors_tower, load_authors_checkpoint, read_authors
+
     try:
         state = read_authors(path)
         vlm = authors_tower(state)

@@ -33,7 +33,9 @@ def test_devices_that_nothing_was_tried_on_are_refused(name):
     assert refused.value.hint == "use `cpu`, `cuda` or `cuda:1`"
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:01", "cuda:one", "cuda:99999", "cuda 1", "0"])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:01", "cuda:one", "cuda:99999", "cuda 1", "0"]
+)
 def test_what_is_no_device_is_refused(name):
     with pytest.raises(DgbenchError, match=f"unknown device `{name}`"):
         pick_device(name)

@@ -1,0 +1,73 @@
+"""What the models' package offers, by name: methods, towers, operators and their backends.
+
+Told from its files and its light tables: a wrong name need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dgbench.errors import DgbenchError, RecipeError, unknown
+
+_MODELS = Path(__file__).parents[1] / "mfuser"
+_TIMM = "timm:"  # before the name of a model of timm's, which timm alone can check
+
+
+def methods() -> list[str]:
+    """Every method's public name."""
+    return sorted(path.stem.replace("_", "-") for path in (_MODELS / "methods").glob("[!_]*.py"))
+
+
+def towers(*roles: str) -> list[str]:
+    """Towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
+    from mfuser.weights import WEIGHTS, role
+
+    return [name for name in WEIGHTS if role(name) in (*roles, "both")]
+
+
+def backends() -> dict[str, list[str]]:
+    """Operator -> its backends, as the table in `mfuser.ops.dispatch` lists them."""
+    found = {}
+    for node in ast.parse((_MODELS / "ops" / "dispatch.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TABLE":
+            assert isinstance(node.value, ast.Dict)
+            for operator, rows in zip(node.value.keys, node.value.values, strict=True):
+                calls = [row for row in ast.walk(rows) if isinstance(row, ast.Call)]
+                found[_text(operator)] = [_text(call.args[0]) for call in calls]
+    return found
+
+
+def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
+    """Raise a DgbenchError for an operator or a backend that there is not."""
+    known = backends()
+    for name in operators:
+        if name not in known:
+            raise DgbenchError(*unknown("operator", name, known))
+    every = {backend for rows in known.values() for backend in rows}
+    for name in names:
+        if name not in every:
+            raise DgbenchError(*unknown("backend", name, every))
+
+
+def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None) -> None:
+    """Raise a RecipeError for what is neither a method nor a recipe, and for towers that there are not, whatever the capitals."""
+    from dgbench.recipe import recipe_names
+
+    recipes = recipe_names()
+    for name in names:
+        if name.casefold() in (*methods(), *recipes) or Path(name).is_file():
+            continue
+        if name.endswith((".yaml", ".yml")):
+            raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
+        raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
+    for option, tower, known in (("--vlm", vlm, towers("vlm")), ("--vfm", vfm, towers("vfm", "vlm"))):
+        if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and option == "--vfm"):
+            continue
+        message, hint = unknown("tower", tower, known)
+        raise RecipeError(f"{message} in {option}", hint + (f", or {_TIMM}<model>" if option == "--vfm" else ""))
+
+
+def _text(node: ast.expr | None) -> str:
+    return str(ast.literal_eval(node)) if node is not None else ""

@@ -1,0 +1,144 @@
+"""What a training or an evaluation needs of this disk: domains' files and towers' weights.
+
+Looked for before anything heavy is imported, so that everything that has to be fetched is named at once, with the command.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgbench.data import domains
+from dgbench.data.index import require
+from dgbench.data.sources import source
+from dgbench.errors import DataError, DgbenchError, RecipeError
+
+if TYPE_CHECKING:
+    from dgbench.data.domain import Domain
+    from dgbench.recipe import Recipe
+    from mfuser.weights import HubFile
+
+Wanted = tuple[str, str, str]  # "source" or "target", a domain's name as its user wrote it, split
+_TOWERS = ("vfm", "vlm", "backbone")  # options of methods that name a tower
+
+
+def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = True, from_scratch: bool = True) -> None:
+    """Raise a DataError that names all that a training lacks, and how to get it.
+
+    Args:
+        recipe: may be one whose method was not checked.
+        scored: source and targets are scored afterwards.    from_scratch: the towers' weights are needed.
+    """
+    from mfuser.weights import WEIGHTS
+
+    options = recipe.method.options
+    towers = [name for key in _TOWERS if isinstance(name := options.get(key), str)]
+    if any(name not in WEIGHTS and not name.startswith("timm:") for name in towers):
+        return  # a wrong name is told before anyone fetches gigabytes for it
+    wanted = [("source", recipe.data.source, recipe.data.source_split)]
+    wanted += scoring(recipe) if scored else []
+    try:
+        _check(wanted, towers if from_scratch else (), root, tokenized=bool(options.get("token_ids")))
+    except DataError:
+        # published towers fit each other; of others nothing need be fetched before that is known, which takes torch
+        if len({WEIGHTS.get(name) is None for name in towers}) > 1 or any(name not in WEIGHTS for name in towers):
+            _build(recipe)
+        raise
+
+
+def check_scoring(wanted: Sequence[Wanted], root: Path | None = None, no_run: DgbenchError | None = None) -> None:
+    """Raise a DataError that names all the domains whose files are not here, and how to get them.
+
+    Args:
+        no_run: that there is nothing to score, to be told with the rest.
+    """
+    _check(wanted, (), root, no_run)
+
+
+def scoring(recipe: Recipe) -> list[Wanted]:
+    """What a run of this recipe is scored on where no targets are named: its own, and its source's validation split."""
+    own: list[Wanted] = [("target", name, "val") for name in recipe.data.targets]
+    return [("source", recipe.data.source, "val"), *own] if "val" in domains.lookup(recipe.data.source).splits else own
+
+
+def _build(recipe: Recipe) -> None:
+    """Raise a RecipeError if the towers do not fit each other."""
+    import mfuser
+
+    try:
+        mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, filled=False)
+    except mfuser.WeightsNotFound:  # which is said of towers that fit
+        return
+    except ValueError as error:
+        raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
+
+
+def _check(wanted: Sequence[Wanted], towers: Sequence[str], root: Path | None, no_run: DgbenchError | None = None, *,
+           tokenized: bool = False) -> None:  # fmt: skip
+    absent, odd = _domains(wanted, root)
+    weights = _weights(towers, absent or odd, tokenized)
+    parts = [f"weights {', '.join(str(file) for files in weights.values() for file in files)}"] if weights else []
+    for role in ("source", "target"):
+        names = [name for name, its_role in absent.items() if its_role == role]
+        parts += [f"{role}{'s' * (len(names) > 1)} {', '.join(f'`{name}`' for name in names)}"] if names else []
+    problems = [no_run] if no_run else []
+    if parts:
+        problems.append(DataError(f"not on this disk: {'; '.join(parts)}", _how_to_get(absent, weights, root)))
+    problems += odd
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
+        raise DataError("\nand ".join(problem.message for problem in problems), "\n".join(hints))
+
+
+def _domains(wanted: Iterable[Wanted], root: Path | None) -> tuple[dict[str, str], list[DgbenchError]]:
+    """Those that are not here at all, each with its role, and what is wrong with others."""
+    absent: dict[str, str] = {}
+    odd: dict[str, DgbenchError] = {}
+    base = domains.data_root(root)
+    for role, name, split in wanted:
+        row = domains.lookup(name, root)
+        if row.procedural or name in absent or name in odd:
+            continue
+        try:
+            require(row, split, root)
+        except DataError as error:
+            if split in row.splits and source(name) is not None and not _holds_anything(row, base):
+                absent[name] = role
+            else:
+                odd[name] = error
+    return absent, list(odd.values())
+
+
+def _holds_anything(row: Domain, base: Path) -> bool:
+    return any(not entry.name.startswith(".") for folder in row.roots(base) for entry in os.scandir(folder))
+
+
+def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, list[HubFile]]:
+    """The files of each tower that are not here."""
+    from mfuser.weights import TOKENIZERS, WEIGHTS, files
+
+    missing = {}
+    for tower in dict.fromkeys(towers):
+        if tower not in WEIGHTS and not more:
+            continue  # timm's: where nothing else is missing, whatever builds the model says so, and need not ask timm twice
+        try:
+            lacking = [file for file in files(tower) if file.where is None]
+        except ValueError:  # no model of timm's: the model's to tell
+            continue
+        if lacking := [file for file in lacking if not tokenized or file is not TOKENIZERS.get(tower)]:
+            missing[tower] = lacking
+    return missing
+
+
+def _how_to_get(absent: Iterable[str], weights: Iterable[str], root: Path | None) -> str:
+    command = f"run: dgbench download {' '.join([*weights, *absent])}"
+    places = [f"data is looked for in {domains.data_root(root)} (--root or DGBENCH_DATA name another folder)"] if absent else []
+    if weights:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        places.append(f"weights are looked for in {HF_HUB_CACHE} (HF_HUB_CACHE; copy it from a machine with a network)")
+    return "; ".join([command, *places])
