@@ -68,6 +68,7 @@ def probe(
         ("--targets a b --flag", [[], ["a", "b"], [], "", True]),
         ("x --targets a --targets b c", [["x"], ["a", "b", "c"], [], "", False]),
         ("--targets a b -- x y", [["x", "y"], ["a", "b"], [], "", False]),
+        ("--targets a,b c --targets d,", [[], ["a", "b", "c", "d"], [], "", False]),
         ("--targets=a b --device cpu", [[], ["a", "b"], [], "cpu", False]),
         ("--set a=1 b=-2 --targets c -s d=3 e=4", [[], ["c"], ["a=1", "b=-2", "d=3", "e=4"], "", False]),
         ("x y --device cpu", [["x", "y"], [], [], "cpu", False]),
@@ -81,11 +82,16 @@ def test_an_option_takes_values_up_to_the_next_flag(typed: str, understood: list
     assert json.loads(result.stdout) == understood
 
 
+def test_a_file_whose_name_has_a_comma_is_one_value(here: Path) -> None:
+    (here / "a,b.yaml").touch()
+    assert json.loads(CliRunner().invoke(probe_app, ["--targets", "a,b.yaml", "c,d"]).stdout)[1] == ["a,b.yaml", "c", "d"]
+
+
 @pytest.mark.parametrize("typed", ["--targets", "--targets --flag", "--targets -- a", "--set --targets a"])
 def test_an_option_without_a_value_is_a_usage_error(typed: str) -> None:
     result = CliRunner().invoke(probe_app, typed.split())
     assert result.exit_code == 2
-    assert f"Invalid value for '{typed.split()[0]}': needs at least one value" in result.stderr
+    assert f"nvalid value for '{typed.split()[0]}': needs at least one value" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "leaderboard"])
@@ -141,6 +147,15 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
     assert completed("dgbench data show streets-n") == ["streets-night"]
     assert completed("dgbench eval --protocol paper") == ["paper-full", "paper-half"]
     assert completed("dgbench protocols cl") == ["clouds"]
+
+
+def test_towers_devices_and_backends_are_completed() -> None:
+    assert completed("dgbench train --vlm s") == ["siglip", "siglip2", "small"]
+    assert completed("dgbench profile --vfm d") == ["dinov2_l", "dinov2_l_reg4", "dinov3_l"]
+    assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
+    assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]
+    assert completed("dgbench kernels bench --backend t") == ["triton", "torch"]
+    assert completed("dgbench download eva") == ["eva02"]
 
 
 # ---- start-up
@@ -247,7 +262,10 @@ def test_eval_scores_under_the_protocol_that_is_asked_for(here: Path, monkeypatc
     assert trained.exit_code == 0, trained.output
     done = run("eval", "runs/a", "--targets", "streets-city", "--protocol", "paper-half", "--quiet", "--device", "cpu")
     assert f"protocol paper-half ({lookup('paper-half').digest})" in done.stdout
-    usual = json.loads(run("eval", "runs/a", "--targets", "streets-city", "--quiet", "--json", "--device", "cpu").stdout)
+    assert "run: " not in done.stderr
+    unnamed = run("eval", "--targets", "streets-city", "--quiet", "--json", "--device", "cpu")
+    assert "run: runs/a\n" in unnamed.stderr
+    usual = json.loads(unnamed.stdout)
     assert [record["protocol"] for record in usual] == ["unified"]
     board = json.loads(run("leaderboard", "--no-published", "--json").stdout)
     ours = [group for group in board["groups"] if any(row["kind"] == "run" for row in group["rows"])]
@@ -333,13 +351,17 @@ def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("evl", "No such command 'evl'. Did you mean 'eval'?"),
-        ("data shw x", "No such command 'shw'. Did you mean 'show'?"),
-        ("eval --taget x", "No such option: --taget"),
-        ("eval a --checkpoint b", "Invalid value for '--checkpoint': names the run a second time"),
-        ("train --resume latest --seed 3", "Invalid value for '--resume': goes on with the recorded recipe"),
-        ("predict", "Missing argument"),
-        ("data show streets-fog --n 0", "Invalid value for '--n'"),
+        ("evl", "error: no such command 'evl'. Did you mean 'eval'?"),
+        ("data shw x", "error: no such command 'shw'. Did you mean 'show'?"),
+        ("eval --taget x", "error: no such option: --taget\n\nhint: did you mean --targets? see `dgbench eval --help`"),
+        ("eval a --checkpoint b", "error: invalid value for '--checkpoint': names the run a second time"),
+        ("train --resume latest --seed 3", "error: invalid value for '--resume': goes on with the recorded recipe"),
+        ("predict", "error: missing argument 'PHOTO...'\n\nhint: see `dgbench predict --help`"),
+        ("data show streets-fog --n 0", "error: invalid value for '--n': must be at least 1, got 0"),
+        ("train --seed x", "error: invalid value for '--seed': expected an integer, got `x`"),
+        ("profile --convention x", "error: invalid value for '--convention': 'x' is not one of 'mac', 'flop', 'paper'"),
+        ("train --seed", "error: option '--seed' requires an argument"),
+        ("--nosuch", "error: no such option: --nosuch"),
     ],
 )
 def test_usage_errors_exit_2(typed: str, message: str, here: Path) -> None:

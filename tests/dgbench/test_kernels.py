@@ -150,7 +150,7 @@ def test_without_a_gpu_it_says_to_name_one(sources: Path, compiler: Path, monkey
 
 
 def test_a_malformed_architecture_is_a_usage_error(sources: Path, compiler: Path) -> None:
-    assert "Invalid value for '--arch': `hopper` is no architecture: write sm_80" in fails("build", "--arch", "hopper", code=2)
+    assert "invalid value for '--arch': `hopper` is no architecture: write sm_80" in fails("build", "--arch", "hopper", code=2)
     assert "needs at least one value" in fails("build", "--arch", code=2)
 
 
@@ -269,7 +269,7 @@ def test_bench_says_why_a_backend_does_not_run(plain: None, monkeypatch: pytest.
         ("--backend tritn", 1, "unknown backend `tritn`"),
         ("--dtype fp3", 1, "did you mean `fp32`?"),
         ("--shape 1 2 3", 2, "requires 4 arguments"),
-        ("--shape 1 2 3 0", 2, "Invalid value for '--shape'"),
+        ("--shape 1 2 3 0", 2, "invalid value for '--shape'"),
         ("--op ms_deform_attn --shape 1 2 3 4", 2, "is the selective scan's: give it without --op"),
     ],
 )
