@@ -62,11 +62,12 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
         if name.endswith((".yaml", ".yml")):
             raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
         raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
-    for option, tower, known in (("--vlm", vlm, towers("vlm")), ("--vfm", vfm, towers("vfm", "vlm"))):
-        if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and option == "--vfm"):
+    for kind, tower, known in (("vlm", vlm, towers("vlm")), ("vfm", vfm, towers("vfm", "vlm"))):
+        if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind == "vfm"):
             continue
-        message, hint = unknown("tower", tower, known)
-        raise RecipeError(f"{message} in {option}", hint + (f", or {_TIMM}<model>" if option == "--vfm" else ""))
+        hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind == "vfm" else "")
+        without = kind == "vlm" and tower.casefold() in towers("vfm")
+        raise RecipeError(f"`{tower}` has no text tower" if without else f"{kind} `{tower}` is unknown", hint)
 
 
 def _text(node: ast.expr | None) -> str:

@@ -112,7 +112,8 @@ def test_results_and_recipes_need_neither_torch_nor_models() -> None:
         "dgbench.data.labels", "dgbench.data.custom", "dgbench.data.hub_sets", "dgbench.data.index", "dgbench.data.verify",
         "dgbench.data.listing", "dgbench.download", "dgbench.data.sources", "dgbench.data.orders", "dgbench.data.given",
         "dgbench.data.acquire", "dgbench.data.transfer", "dgbench.data.csdownload", "dgbench.data.hub_files",
-        "dgbench.needs", "dgbench.names", "dgbench.engine.device", "dgbench.data.hub_rows", "dgbench.data.stage", "dgbench.data.archives", "dgbench.data.volumes",
+        "dgbench.needs", "dgbench.names", "dgbench.engine.device",
+        "dgbench.data.hub_rows", "dgbench.data.stage", "dgbench.data.archives", "dgbench.data.volumes",
     )  # fmt: skip
     assert not offences(light, *HEAVY)
 

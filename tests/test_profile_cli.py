@@ -300,7 +300,7 @@ def test_fusion_takes_one_batch() -> None:
         (["mfuser", "--set", "method.fuser=nope"], 1, "fuser `nope` is unknown"),
         ([*FLOOR, "--dtype", "fp8"], 1, "unknown dtype `fp8`"),
         ([*FLOOR, "--device", "abacus"], 1, "unknown device `abacus`"),
-        (["--fusion", "--vfm", "nope"], 1, "unknown vision tower `nope`"),
+        (["--fusion", "--vfm", "nope"], 1, "vfm `nope` is unknown"),
         (["--convention", "macs"], 2, "'--convention'"),
         (["--format", "html"], 2, "'--format'"),
         (["--size", "0", "64"], 2, "'--size'"),

@@ -260,7 +260,8 @@ def _not_here(domain: Domain, split: str, root: Path) -> DataError:
         return DataError(
             f"`{domain.name}` is not on this disk: no folder {' or '.join(f'`{f}`' for f in domain.folders)} in {root}",
             f"run: dgbench download {domain.name}, or get it from {domain.homepage} ({domain.access}) so that "
-            f"`{root / domain.folders[0] / first.images}` finds its images, or point --root or DGBENCH_DATA at the folder that holds it",
+            f"`{root / domain.folders[0] / first.images}` finds its images, or point --root or "
+            "DGBENCH_DATA at the folder that holds it",
         )
     others = {layout.images: None for layout in layouts[1:] if layout.images != first.images}
     also = f", nor {' nor '.join(others)}" if others else ""
