@@ -6,6 +6,7 @@ Told from its files and its light tables: a wrong name need not wait for torch.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +29,14 @@ def towers(*roles: str) -> list[str]:
 
 
 def backends() -> dict[str, list[str]]:
-    """Operator -> its backends, as the table in `mfuser.ops.dispatch` lists them."""
+    """Operator -> its backends: the table of `mfuser.ops.dispatch`, or its text where that is not imported yet."""
+    if (dispatch := sys.modules.get("mfuser.ops.dispatch")) is not None:
+        return {operator: [row.name for row in rows] for operator, rows in dispatch.TABLE.items()}
+    return backends_as_written()
+
+
+def backends_as_written() -> dict[str, list[str]]:
+    """Operator -> its backends, read from the text of the table."""
     found = {}
     for node in ast.parse((_MODELS / "ops" / "dispatch.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TABLE":

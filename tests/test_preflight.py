@@ -176,7 +176,11 @@ def test_light_names_are_those_of_the_models() -> None:
     assert names.methods() == method_names()
     assert set(names.towers("vfm", "vlm")) == set(ENCODERS)
     assert set(names.towers("vlm")) == set(TEXTS)
-    assert names.backends() == {op: [backend.name for backend in rows] for op, rows in dispatch.TABLE.items()}
+    assert (
+        names.backends_as_written()
+        == names.backends()
+        == {op: [backend.name for backend in rows] for op, rows in dispatch.TABLE.items()}
+    )
 
 
 # ---- options
