@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import TypeAdapter
 
-SCHEMA = 1
+SCHEMA = 2
+_READS = (1, SCHEMA)  # what a schema lacks takes its default
 _CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
 _log = logging.getLogger(__name__)
 _STAMP = re.compile(r"^\d{8}T\d{6}Z")
@@ -60,6 +61,11 @@ class Record:
     interval: tuple[float | None, float | None] = (None, None)  # 95 %, bootstrap over images
     n_images: int = 0
     n_available: int = 0  # images of the complete split; more than n_images marks a partial score
+    n_extra: int = 0  # images on the disk beyond what the set publishes: which ones were scored is not known
+    rendered: bool = False  # the target is an export of a rendered domain in the files of a real set
+    source_images: int = 0  # images trained on; 0: unknown, as in schema 1
+    source_available: int = 0  # images of the complete source split; of a rendered source as many as were drawn
+    source_rendered: bool = False  # trained on an export of a rendered domain
     seconds: dict[str, float | None] = field(default_factory=dict)  # data, model, metric, total
     seed: int = 0
     steps: int = 0
@@ -75,8 +81,15 @@ class Record:
 
     @property
     def complete(self) -> bool:
-        """Whether every image of the split was scored."""
-        return 0 < self.n_available <= self.n_images
+        """Whether the images of the split were scored: all of them, and no others."""
+        return 0 < self.n_available == self.n_images and not self.n_extra
+
+    @property
+    def source_complete(self) -> bool | None:
+        """Whether the model was trained on the images of the source's split, all of them and no others; None: unknown."""
+        if not (self.source_images and self.source_available):
+            return None
+        return self.source_images == self.source_available
 
     @property
     def run(self) -> Path | None:
@@ -136,9 +149,9 @@ def read(path: Path) -> Record:
         raise ResultError(f"{path} is not valid JSON: {error}", "restore or remove the file") from None
     if not isinstance(content, dict) or "schema" not in content:
         raise ResultError(f"{path} is not a record of dgbench", "records are written by `dgbench train` and `dgbench eval`")
-    if content["schema"] != SCHEMA:
+    if content["schema"] not in _READS:
         raise ResultError(
-            f"{path} has record schema {content['schema']}, this dgbench reads schema {SCHEMA}",
+            f"{path} has record schema {content['schema']}, this dgbench reads schemas 1 and {SCHEMA}",
             "score the checkpoint again with `dgbench eval`, or use the dgbench version that wrote it",
         )
     known = {f.name for f in dataclasses.fields(Record)} - {"path"}

@@ -32,6 +32,30 @@ def test_a_record_comes_back_equal(tmp_path: Path) -> None:
     assert isinstance(back.iou, tuple)
 
 
+def test_a_record_of_schema_1_is_read_and_what_it_lacks_is_unknown(tmp_path: Path) -> None:
+    path = results.write(record(), tmp_path).path
+    assert path is not None
+    content = json.loads(path.read_text())
+    for new in ("rendered", "n_extra", "source_images", "source_available", "source_rendered"):
+        del content[new]
+    path.write_text(json.dumps(content | {"schema": 1}))
+    old = results.read(path)
+    assert (old.complete, old.source_complete, old.rendered) == (True, None, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complete"),
+    [({}, True), ({"n_images": 99}, False), ({"n_extra": 1}, False), ({"n_images": 101}, False), ({"n_available": 0}, False)],
+)
+def test_a_score_is_complete_over_the_split_alone(fields: dict[str, int], complete: bool) -> None:
+    assert record(**fields).complete is complete
+
+
+@pytest.mark.parametrize(("images", "available", "complete"), [(6, 24966, False), (9, 9, True), (9, 6, False), (0, 0, None)])
+def test_a_source_is_complete_partial_or_unknown(images: int, available: int, complete: bool | None) -> None:
+    assert record(source_images=images, source_available=available).source_complete is complete
+
+
 def test_numbers_that_are_none_are_stored_as_null(tmp_path: Path) -> None:
     nan = float("nan")
     given = record(miou=nan, iou=(nan, float("inf"), 0.25), interval=(nan, nan), seconds={"model": nan})
@@ -83,7 +107,7 @@ def test_matrices_lie_beside_their_record(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
         ("[1]", "not a record"),
-        ('{"schema": 0}', "record schema 0, this dgbench reads schema 1"),
+        ('{"schema": 0}', "record schema 0, this dgbench reads schemas 1 and 2"),
         ('{"schema": 99}', "record schema 99"),
         ('{"schema": 1, "id": "x"}', "kind: field required|created: field required"),
         ('{"schema": 1, "flavour": 1}', "flavour: unknown field"),
