@@ -14,12 +14,13 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dgbench import __version__, atomic
 from dgbench.errors import ResultError, suggest
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import TypeAdapter
 
+    from dgbench.matrices import Matrices
+
 SCHEMA = 2
 _READS = (1, SCHEMA)  # what a schema lacks takes its default
 _CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
 _log = logging.getLogger(__name__)
 _STAMP = re.compile(r"^\d{8}T\d{6}Z")
+_RECORD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,8 @@ class Record:
 
     Fractions are 0..1, seconds are wall time. None means unknown or undefined, never zero.
     """
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}  # of what is read
 
     id: str
     kind: Literal["eval", "train"]
@@ -97,6 +103,9 @@ class Record:
         return self.path.parent if self.path else None
 
 
+_STORED = frozenset(f.name for f in dataclasses.fields(Record)) - {"path"}
+
+
 def new_id(now: datetime | None = None) -> str:
     """Return a new record id that sorts by time: `20261124T021500123Z-9f3a1c`."""
     now = now or datetime.now(UTC)
@@ -108,8 +117,12 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = None) -> Record:
+def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = None,
+          images: Sequence[str] | None = None) -> Record:  # fmt: skip
     """Write a record, and the per-image matrices (n, K, K) beside it; return it with `path` and `confusion` filled in.
+
+    Args:
+        images: the ids of the n images, by which matrices of two records are paired.
 
     The matrices come first, so a record never names a file that is not there. Records are never overwritten.
 
@@ -122,7 +135,9 @@ def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = No
         raise ResultError(f"{path} exists; records are never overwritten", "give the new record its own id")
     if confusion is not None:
         file_name = f"confusion-{name}.npz"
-        atomic.write(folder / file_name, _npz(confusion))
+        from dgbench import matrices
+
+        atomic.write(folder / file_name, matrices.packed(confusion, images))
         record = dataclasses.replace(record, confusion=file_name)
     atomic.write(path, to_json(record) + "\n")
     return dataclasses.replace(record, path=path)
@@ -135,34 +150,39 @@ def to_json(record: Record) -> str:
 
 
 def read(path: Path) -> Record:
-    """Read one record.
+    """Read one record. What is in the file is not trusted: every field has its type, and numbers and texts their bounds.
 
     Raises: ResultError naming the file and the field at fault.
     """
     from pydantic import ValidationError
 
+    from dgbench import bounds, untrusted
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = untrusted.read_bytes(path, _RECORD_BYTES)
+        content = untrusted.read_object(data)
     except FileNotFoundError:
         raise ResultError(f"no record {path}", "`dgbench leaderboard` shows the records there are") from None
     except ValueError as error:
-        raise ResultError(f"{path} is not valid JSON: {error}", "restore or remove the file") from None
-    if not isinstance(content, dict) or "schema" not in content:
+        raise ResultError(f"{path} {error}", "restore or remove the file") from None
+    if content is None or "schema" not in content:
         raise ResultError(f"{path} is not a record of dgbench", "records are written by `dgbench train` and `dgbench eval`")
-    if content["schema"] not in _READS:
+    schema = content["schema"]
+    if type(schema) is not int or schema not in _READS:
         raise ResultError(
-            f"{path} has record schema {content['schema']}, this dgbench reads schemas 1 and {SCHEMA}",
+            f"{path} has record schema {untrusted.shortened(schema)}, this dgbench reads schemas 1 and {SCHEMA}",
             "score the checkpoint again with `dgbench eval`, or use the dgbench version that wrote it",
         )
-    known = {f.name for f in dataclasses.fields(Record)} - {"path"}
-    if strange := sorted(content.keys() - known):
-        raise ResultError(f"{path}: {strange[0]}: unknown field", "restore or remove the file")
+    if strange := sorted(content.keys() - _STORED):
+        raise ResultError(f"{path}: {strange[0][:40]}: unknown field", "restore or remove the file")
     try:
-        record = _adapter().validate_python(content)
+        # from the text: only there is a list the way to write a tuple
+        record = _adapter().validate_json(data)
+        problem = bounds.problem(record)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ResultError(f"{path}: {where}: {first['msg'].lower()}", "restore or remove the file") from None
+        problem = untrusted.in_words(error.errors(include_url=False)[0])
+    if problem:
+        raise ResultError(f"{path}: {problem}", "restore or remove the file")
     return dataclasses.replace(record, path=path)
 
 
@@ -174,33 +194,83 @@ def _adapter() -> TypeAdapter[Record]:
 
 
 def query(root: Path | str = "runs") -> list[Record]:
-    """Return all records below a folder, oldest first. A file that cannot be read is warned about and left out."""
+    """Return all records below a folder, oldest first. A file that cannot be read is warned about and left out.
+
+    Raises: ResultError if there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "there is no such folder"
+        raise ResultError(f"no runs in {root}: {what}", "name the folder that holds them: --runs FOLDER")
     found = []
-    for path in sorted(Path(root).rglob("record-*.json")):
+    for path in sorted(_record_files(str(root))):
         try:
-            found.append(read(path))
+            found.append(read(Path(path)))
         except ResultError as error:
             _log.warning("%s; it is left out", error.message)
     return sorted(found, key=lambda record: (record.created, record.id))
 
 
-def read_confusion(record: Record) -> NDArray[np.int64]:
-    """Return the per-image matrices (n, K, K) kept beside a record.
+def _record_files(root: str) -> Iterator[str]:
+    """Paths of records at any depth; links to folders are not followed."""
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.name.startswith("record-") and entry.name.endswith(".json"):
+                        yield entry.path
+        except OSError as error:
+            _log.warning("%s cannot be listed: %s; it is left out", folder, error.strerror)
+
+
+def read_matrices(record: Record) -> Matrices:
+    """Return the per-image matrices kept beside a record, and the ids of the images; ids are None in older files.
 
     Raises: ResultError if the record has none or the file is missing or damaged.
     """
-    import zipfile
-
-    import numpy as np
+    from dgbench import matrices
 
     if record.path is None or record.confusion is None:
         raise ResultError(f"record {record.id} has no per-image matrices", "score the checkpoint again with `dgbench eval`")
     path = record.path.parent / record.confusion
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return np.asarray(file["confusion"], dtype=np.int64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        return matrices.unpacked(path)
+    except FileNotFoundError:
+        raise ResultError(f"{path} is not there", "score the checkpoint again with `dgbench eval`") from None
+    except (OSError, ValueError) as error:
         raise ResultError(f"{path} cannot be read: {error}", "score the checkpoint again with `dgbench eval`") from error
+
+
+def read_confusion(record: Record) -> NDArray[np.int64]:
+    """Return the per-image matrices (n, K, K) alone.
+
+    Raises: as `read_matrices`.
+    """
+    return read_matrices(record).counts
+
+
+def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the matrices of two records for `metrics.paired_difference`: (n, K, K) each, matched by the images' ids.
+
+    Raises: ResultError if they are scores of different things, a file has no ids, or the ids differ.
+    """
+    from dgbench import matrices
+
+    for name in ("target", "split", "protocol_hash"):
+        if (one := getattr(a, name)) != (other := getattr(b, name)):
+            raise ResultError(
+                f"records {a.id} and {b.id} cannot be paired: {name} is {one} in one and {other} in the other",
+                "pair scores of one split under one protocol",
+            )
+    try:
+        return matrices.paired(read_matrices(a), read_matrices(b))
+    except ValueError as error:
+        raise ResultError(f"records {a.id} and {b.id} cannot be paired: {error}",
+                          "score both checkpoints again on the same images with `dgbench eval`") from None  # fmt: skip
 
 
 def new_run(root: Path | str, stem: str) -> Path:
@@ -324,16 +394,6 @@ def finite(value: Any) -> Any:
     if type(value).__module__ == "numpy":
         return finite(value.item())
     return value
-
-
-def _npz(confusion: NDArray[np.int64]) -> bytes:
-    import io
-
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, confusion=np.asarray(confusion, dtype=np.int64))
-    return buffer.getvalue()
 
 
 def _stamp(now: datetime | None = None) -> str:
