@@ -32,6 +32,7 @@ from mfuser.segmentor import Segmentor
 
 @dataclass(frozen=True, slots=True)
 class _Item:
+    index: int  # in the dataset
     views: tuple[Tensor, ...]  # (h, w, 3) uint8 at each of the protocol's scales
     label: Tensor  # (H, W) uint8 on the label grid
 
@@ -51,7 +52,7 @@ class _TestView(Dataset[_Item]):
         sample = self.dataset[index]
         views, label = as_tested(sample.image, sample.label, self.rules, self.dataset.domain.base, self.size)
         # copies: an image read from a file may be read-only
-        return _Item(tuple(torch.from_numpy(view.copy()) for view in views), torch.from_numpy(label.copy()))
+        return _Item(index, tuple(torch.from_numpy(view.copy()) for view in views), torch.from_numpy(label.copy()))
 
 
 def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progress, device: str | None = None,
@@ -102,7 +103,8 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
     size = None if dataset.domain.procedural else recipe.data.size
     started, ran = time.perf_counter(), ops.tally()
     seconds = {"data": 0.0, "model": 0.0, "metric": 0.0}
-    matrices: list[NDArray[np.int64]] = []
+    n_classes = len(labels.CLASSES)
+    counts = np.zeros((len(dataset), n_classes, n_classes), np.int64)  # in the dataset's order, whatever is batched with what
     progress.start(f"scoring {dataset.domain.name} {dataset.split}", len(dataset), "images")
     try:
         for batch, waited in _batches(_TestView(dataset, rules, size), recipe):
@@ -114,12 +116,11 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
             seconds["model"] += time.perf_counter() - before
             before = time.perf_counter()
             for pred, item in zip(prediction, batch, strict=True):
-                matrices.append(metrics.confusion(pred, item.label.to(device), len(labels.CLASSES)))
+                counts[item.index] = metrics.confusion(pred, item.label.to(device), n_classes)
             seconds["metric"] += time.perf_counter() - before
             progress.advance(len(batch))
     finally:
         progress.stop()
-    counts = np.stack(matrices)
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     iou = metrics.iou(total, absent=absent)
     commit, dirty = results.commit()
@@ -138,7 +139,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
     )  # fmt: skip
-    return results.write(record, run, counts)
+    return results.write(record, run, counts, [dataset.name(i) for i in range(len(dataset))])
 
 
 def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol) -> dict[str, float | str | None]:

@@ -317,8 +317,7 @@ def test_many_records_are_read_in_the_time_that_json_takes(tmp_path: Path) -> No
     path = results.write(record(environment=results.environment("cpu", 2), seconds={"total": 1.0}), tmp_path / "0").path
     assert path is not None
     for number in range(1, 1000):
-        (tmp_path / str(number)).mkdir()
-        shutil.copy(path, tmp_path / str(number))
+        shutil.copy(path, path.with_name(f"record-{number}.json"))
     texts = [file.read_text() for file in tmp_path.rglob("record-*.json")]
     results.query(tmp_path / "0")
     begun = time.process_time()

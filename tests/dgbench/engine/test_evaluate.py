@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 
@@ -98,6 +99,37 @@ def test_scoring_twice_gives_the_same_matrices(run):
     assert first.target == "streets-fog@0.6"
     assert np.array_equal(results.read_confusion(first), results.read_confusion(second))
     assert first.id != second.id
+
+
+def test_matrices_of_a_set_of_several_sizes_are_in_the_order_of_its_images(free, tmp_path):
+    """Three sizes in turn, four images a batch; the oracle is one image a batch, and the pixels of the label files."""
+    sizes = [(48, 96), (32, 64), (40, 80), (48, 96), (32, 64), (40, 80), (48, 96)]
+    for number, size in enumerate(sizes):
+        image, _ = streets.render("streets-city", "val", number, (64, 128))
+        stem = f"idd/{{}}/val/0/{number:06d}_{{}}"
+        path = tmp_path / stem.format("leftImg8bit", "leftImg8bit.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize(size[::-1]).save(path)
+        # one rectangle a set, wider from image to image
+        box = [[0, 0], [number + 4, 0], [number + 4, 9], [0, 9]]
+        polygons = {"imgHeight": size[0], "imgWidth": size[1], "objects": [{"label": "road", "polygon": box}]}
+        path = tmp_path / stem.format("gtFine", "gtFine_polygons.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(polygons))
+    found = []
+    for batch in (1, 4):
+        run = tmp_path / f"run{batch}"
+        shutil.copytree(free / "checkpoint", run / "checkpoint")
+        dump(load_recipe(str(free / "recipe.yaml"), [f"eval.batch_size={batch}", "data.val_images=null"]), run / "recipe.yaml")
+        (record,) = evaluate(run, ["idd"], progress=Silent(), device="cpu", root=tmp_path)
+        found.append((record, results.read_matrices(record)))
+    (one_by_one, alone), (in_batches, together) = found
+    assert alone.ids == together.ids == tuple(f"leftImg8bit/val/0/{n:06d}_leftImg8bit.png" for n in range(7))
+    labelled = together.counts.sum((1, 2))
+    assert (np.diff(labelled) > 0).all(), "each image has more labelled pixels than the one before"
+    assert np.array_equal(together.counts, alone.counts)
+    assert in_batches.interval == one_by_one.interval
+    assert all(np.array_equal(*pair) for pair in zip(results.paired(one_by_one, in_batches), [alone.counts] * 2, strict=True))
 
 
 def test_a_protocol_is_named_on_the_record_and_enters_its_hash(run):
