@@ -73,7 +73,9 @@ def data_verify(
         typer.Option("--split", metavar="NAME...", help="Default: of train and val what is on this disk.", callback=listed),
     ] = None,
     label_map: LabelMapOpt = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Fewer images than the complete split are all right.")] = False,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="More or fewer images than the complete split are all right.")
+    ] = False,
     root: RootOpt = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -86,7 +88,7 @@ def data_verify(
     wanted = [(name, split) for name in names for split in (splits or splits_to_verify(name, root))]
     reports = [verify(name, split, root, label_map=label_map, progress=progress) for name, split in wanted]
     render.show(reports, as_json=as_json)
-    if not all(report.ok and (partial or not report.n_missing) for report in reports):
+    if not all(report.ok and (partial or not (report.n_missing or report.n_extra)) for report in reports):
         raise typer.Exit(1)
 
 

@@ -58,8 +58,9 @@ class SegDataset:
         label_map: read labels by this map instead of the domain's own (Mapillary has three in use). Where only labels that
             someone has already mapped are on the disk, those are read, and `label_map` says so.
 
-    `available` is the number of images in the complete split, `found` what lies on the disk (None if rendered), `label_map`
-    what the files are read by, `policy` the name under which a score of these labels is recorded.
+    `available` is the number of images in the complete split, `extra` how many lie on the disk beyond them, `found` what lies
+    there (None if rendered), `label_map` what the files are read by, `policy` the name under which a score of these labels is
+    recorded.
 
     Raises: DataError when the folder, a file or a label is missing or malformed. A few labels are read at once, so that
         files of a wrong encoding are noticed before any time is spent.
@@ -74,6 +75,7 @@ class SegDataset:
         self.label_map = self.domain.read_by(label_map)
         self.policy = self.label_map.name
         self.found: Found | None = None
+        self.extra = 0
         if self.domain.procedural:
             self.available = self.domain.splits[split].count or 0
             if limit is not None and limit > self.available:
@@ -90,7 +92,7 @@ class SegDataset:
             self.label_map = self.domain.read_by(layout.label_map)
             # equal labels have one name, whether they are mapped here or were before
             self.policy = self.policy if layout.revision == "official" else layout.label_map
-        self.available = self.found.expected
+        self.available, self.extra = self.found.expected, self.found.extra
         self._count = min(len(self._rows), limit or len(self._rows))
         _tell(self.found)
         for i in sorted({0, self._count // 2, self._count - 1}):
@@ -98,6 +100,11 @@ class SegDataset:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def exported(self) -> bool:
+        """Whether the files of a published set are read, but hold scenes that `dgbench data export` wrote."""
+        return self.found is not None and self.found.rendered
 
     @property
     def revision(self) -> str:
@@ -283,6 +290,11 @@ def _tell(found: Found) -> None:
         _warn(f"{what}: {len(found.left_out)} pairs that are known to be bad are left out: {', '.join(found.left_out)}")
     if len(found) < found.expected:
         _warn(f"{what}: {len(found)} of its {found.expected} images are on this disk, scores will be marked as partial")
+    if found.extra and not found.rendered:
+        _warn(f"{what}: {len(found)} images are in {found.folder}, {found.extra} more than the {found.expected} that are "
+              "published: which ones are foreign is not known, scores will be marked as partial")  # fmt: skip
+    if found.rendered:
+        _warn(f"{what}: {found.folder} holds rendered scenes (dgbench data export), not the published set; records say so")
     if found.layout.note:
         _warn(f"{what}: read from the layout `{found.layout.name}`: {found.layout.note}")
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dgbench.data.labels import LabelMap
 
 UNFINISHED = ".dgbench-incomplete"  # a file in a domain's folder while `dgbench download` is adding others to it
+# a file in every folder that `dgbench data export` makes, so that one that is copied or moved says what it holds; hidden, as
+# no glob of a layout may match it
+RENDERED = ".dgbench-rendered"
 
 Role = Literal["source", "target", "both"]
 Access = Literal["procedural", "open", "account", "request", "own"]

@@ -22,7 +22,7 @@ from PIL import Image
 from dgbench import atomic
 from dgbench.data.dataset import SegDataset
 from dgbench.data.decode import Stored
-from dgbench.data.domain import Domain, Layout
+from dgbench.data.domain import RENDERED, Domain, Layout
 from dgbench.data.domains import lookup
 from dgbench.data.index import label_of
 from dgbench.data.labels import IGNORE, NAMES, LabelMap, palette
@@ -214,6 +214,9 @@ class _Writer:
                 "categories": [{"id": category, "name": str(category)} for category in sorted(used)],
             }
             path.write_text(json.dumps(content), encoding="utf-8")
+        note = f"Scenes of {self.streets}, rendered by dgbench as files of {self.row.name}: not the published set.\n"
+        for place, _, _ in os.walk(self.folder):
+            Path(place, RENDERED).write_text(note, encoding="utf-8")
 
     def _path(self, plan: _Plan, i: int, count: int) -> str:
         """The next path that the glob of images matches, in an order that sorting keeps."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from dgbench.data import hub_sets
-from dgbench.data.domain import UNFINISHED, Domain, Layout
+from dgbench.data.domain import RENDERED, UNFINISHED, Domain, Layout
 from dgbench.data.domains import data_root
 from dgbench.errors import DataError
 
@@ -38,19 +38,25 @@ class Found:
     imageless: tuple[str, ...] = ()  # labels whose image is missing
     left_out: Mapping[str, str] = field(default_factory=dict)  # image of a known bad pair -> what is wrong with it
     rows: int = 0  # of a Hub's rows; `pairs` is empty then
+    rendered: bool = False  # written by `dgbench data export`: scenes of ours, not the published set
 
     def __len__(self) -> int:
         return self.rows or len(self.pairs)
 
     @property
     def expected(self) -> int:
-        """Images in the complete split, without those that are known to be bad."""
+        """Images in the complete split, without those that are known to be bad; there may be more on the disk."""
         split = self.domain.splits[self.split]
         count = self.layout.count or split.count
         if count is None:
             return len(self)
         lost = len(self.left_out) + sum(1 for image in self.unlabelled if stem(image) in split.known_bad)
-        return max(len(self), count - lost)
+        return count - lost
+
+    @property
+    def extra(self) -> int:
+        """Images on the disk beyond those of the complete split."""
+        return max(0, len(self) - self.expected)
 
     def label_files(self, count: int) -> list[Path]:
         """The files that hold the labels of the first `count` pairs."""
@@ -62,9 +68,9 @@ class Found:
         return [*labels, *sorted(path for path in beside if path.is_file())]
 
     def revision(self) -> str:
-        """What pins pixels and labels: the domain's revision, and the layout's where it is not the published one."""
-        base = self.domain.revision()
-        return base if self.layout.revision == "official" else f"{base}, {self.layout.revision}"
+        """What pins pixels and labels: the domain's revision, and what makes these files differ from the published ones."""
+        layout = "" if self.layout.revision == "official" else self.layout.revision
+        return ", ".join(filter(None, (self.domain.revision(), layout, "rendered" if self.rendered else "")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +146,9 @@ def find(domain: Domain, split: str, root: Path | None = None) -> Found:
 
 def _complete(found: Found) -> Found:
     """Add what only the chosen layout is asked for: labels without images, and a look at known bad pairs."""
+    rendered = _rendered(found)
     if found.rows:
-        return found
+        return replace(found, rendered=rendered)
     files = _Files(found.folder)
     split = found.domain.splits[found.split]
     bad = {image: problem for image, label in found.pairs if stem(image) in split.known_bad
@@ -153,7 +160,18 @@ def _complete(found: Found) -> Found:
         images = [*(image for image, _ in found.pairs), *found.unlabelled]
         wanted = {label_of(image, layout) for image in images for layout in split.layouts}
         imageless = tuple(label for label in files.matching(labels) if label not in wanted)
-    return Found(found.domain, found.split, found.folder, found.layout, pairs, found.unlabelled, imageless, bad)
+    return replace(found, pairs=pairs, imageless=imageless, left_out=bad, rendered=rendered)
+
+
+def _rendered(found: Found) -> bool:
+    """Whether a folder in which its files lie, or one above it, was made by an export."""
+    folders = {""}
+    for path in (found.layout.images,) if found.rows else (path for pair in found.pairs for path in pair):
+        parent = path if found.rows else path.rpartition("/")[0]
+        while parent not in folders:
+            folders.add(parent)
+            parent = parent.rpartition("/")[0]
+    return any(os.path.lexists(found.folder / folder / RENDERED) for folder in folders)
 
 
 def label_of(image: str, layout: Layout) -> str:

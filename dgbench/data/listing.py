@@ -21,7 +21,8 @@ class SplitState:
     layout: str  # name of the one that was found
     folder: str
     n_pairs: int
-    n_expected: int  # pairs of the complete split, without those known to be bad
+    n_expected: int  # pairs of the complete split, without those known to be bad; fewer than n_pairs: some are foreign
+    rendered: bool = False  # by `dgbench data export`: not the published set
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | 
         found = find(domain, split, root)
     except DataError:
         return None
-    return SplitState(found.layout.name, str(found.folder), len(found), found.expected)
+    return SplitState(found.layout.name, str(found.folder), len(found), found.expected, found.rendered)
 
 
 def usual_split(name: str, root: Path | None = None) -> str:

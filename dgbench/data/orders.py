@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dgbench.data import archives, domains, given, hub_rows
-from dgbench.data.domain import UNFINISHED, Domain
+from dgbench.data.domain import RENDERED, UNFINISHED, Domain
 from dgbench.data.given import Given
 from dgbench.data.hub_files import Listed, listing
 from dgbench.data.hub_rows import HubWish
@@ -170,6 +170,9 @@ def domain_order(
         order.stage = Stage(folder or target)
     if order.here:
         return order
+    if (target / RENDERED).exists():
+        raise DataError(f"{target} holds rendered scenes (dgbench data export), not `{row.name}`",
+                        "move it away: published files never go between rendered ones")  # fmt: skip
     folders, named = given.trees(row, from_paths)
     if source is not None:
         order.tree = next((folder for folder in [*folders, *named] if given.holds_all(folder, source)), None)
@@ -277,9 +280,10 @@ def readable(row: Domain, root: Path) -> tuple[str, Path | None]:
             return "", None
         if not len(there):
             return "", None
-        folder, short = there.folder, there.expected > len(there)
-        whole = whole and not short
-        told.append(f"{split} {len(there):,}{f' of {there.expected:,}' if short else ''} ({there.layout.name})")
+        folder, other = there.folder, there.expected != len(there)
+        whole = whole and not other and not there.rendered
+        kind = there.layout.name + (", rendered" if there.rendered else "")
+        told.append(f"{split} {len(there):,}{f' of {there.expected:,}' if other else ''} ({kind})")
     return ", ".join(told) + ("" if whole else "; to get the set whole, move the folder away first"), folder
 
 

@@ -57,6 +57,8 @@ class Report:
     label_map: str | None  # by which the files are read; None: their values have no agreed map to the classes
     n_pairs: int
     n_missing: int  # pairs that the complete split has beyond these
+    n_extra: int  # pairs that are here beyond the complete split
+    rendered: bool  # by `dgbench data export`: not the published set
     problems: tuple[Problem, ...]
     known_bad: dict[str, str]  # file -> what is said about it; left out by every reader
     one_color: tuple[str, ...]  # images of a single colour: readable, but nothing can be learnt from them
@@ -220,8 +222,9 @@ class _Tally:
         return Report(
             domain=found.domain.name, split=found.split, folder=found.folder, layout=layout.name, note=layout.note,
             label_map=self.label_map.name if self.label_map else None, n_pairs=len(found),
-            n_missing=found.expected - len(found), problems=tuple(self.problems), known_bad=bad,
-            one_color=tuple(self.one_color), sizes=dict(self.sizes.most_common()), values=self._values(),
+            n_missing=max(0, found.expected - len(found)), n_extra=found.extra, rendered=found.rendered,
+            problems=tuple(self.problems), known_bad=bad, one_color=tuple(self.one_color),
+            sizes=dict(self.sizes.most_common()), values=self._values(),
             shares={name: class_pixels[i] / labelled for i, name in classes},
             n_images={name: self.class_images[i] for i, name in classes},
         )  # fmt: skip

@@ -38,8 +38,10 @@ def _on_disk(state: DomainState) -> Cell:
     by_layout: dict[str, list[str]] = {}
     for split, found in state.here.items():
         some = "" if found.n_pairs == found.n_expected else f" {found.n_pairs} of {found.n_expected}"
-        by_layout.setdefault(found.layout, []).append(split + some)
-    complete = all(found.n_pairs == found.n_expected for found in state.here.values())
+        if found.n_pairs > found.n_expected:
+            some = f" {found.n_pairs}, {found.n_pairs - found.n_expected} more than published"
+        by_layout.setdefault(found.layout + (", rendered" if found.rendered else ""), []).append(split + some)
+    complete = all(found.n_pairs == found.n_expected and not found.rendered for found in state.here.values())
     return Cell(
         "; ".join(f"{', '.join(splits)}: {layout}" for layout, splits in by_layout.items()), "good" if complete else "warn"
     )
@@ -54,11 +56,17 @@ def _reports(reports: Sequence[Report]) -> list[Table]:
 
 def _verdict(report: Report) -> Table:
     missing = f", {report.n_missing} missing" if report.n_missing else ""
+    missing += f", {report.n_extra} more than published" if report.n_extra else ""
     sizes = [f"{size} ({n})" for size, n in list(report.sizes.items())[:4]]
     more = [f"{len(report.sizes) - 4} more"] if len(report.sizes) > 4 else []
     facts = [
         ("folder", Cell(str(report.folder))),
         ("layout", Cell(report.layout + (f": {report.note}" if report.note else ""))),
+        *(
+            [("rendered", Cell("scenes written by `dgbench data export`, not the published set", "warn"))]
+            if report.rendered
+            else ()
+        ),
         ("label map", Cell(report.label_map or "none is agreed on for these labels")),
         ("pairs", Cell(f"{report.n_pairs}{missing}", "warn" if missing else "")),
         ("sizes", Cell(", ".join([*sizes, *more]) or ABSENT)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,10 @@ def test_each_published_domain_is_listed_verified_and_read(row: Domain, tmp_path
     assert {split: (here["layout"], here["n_pairs"]) for split, here in state["here"].items() if split in splits} == {
         split: (row.splits[split].layouts[0].name, 2) for split in splits
     }
-    assert run("data", "verify", row.name, "--root", tmp_path, "--partial").exit_code == 0
+    assert all(state["here"][split]["rendered"] for split in splits)
+    verified = run("data", "verify", row.name, "--root", tmp_path, "--partial")
+    assert verified.exit_code == 0
+    assert "not the published set" in verified.stdout
     for split in splits:
         read = same(tmp_path, row.name, split, LACKS.get(row.name, set()))
         assert len(read) == 2
@@ -171,6 +175,38 @@ def test_a_user_domain_is_a_row_like_any_other(declared: str, tmp_path: Path) ->
     assert len(same(tmp_path, "mine", "val", lacks)) == 2
     assert (tmp_path / "my-folder/val/photos/x_000000.png").is_file()
     assert set(done.ignored) <= lacks
+
+
+@pytest.mark.parametrize(
+    "moved", ["cityscapes", "cityscapes/leftImg8bit", "cityscapes/gtFine", "cityscapes/gtFine/val/streets-city"]
+)
+def test_wherever_a_part_of_an_export_is_moved_it_says_what_it_is(
+    moved: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other part comes from elsewhere, without a word of an export."""
+    export(STREETS, "cityscapes", tmp_path / "a", n=2, size=SIZE, splits=["val"])
+    plain = shutil.ignore_patterns(".dgbench-rendered")
+    shutil.copytree(tmp_path / "a", tmp_path / "real", ignore=plain)
+    assert not SegDataset("cityscapes", "val", root=tmp_path / "real").exported
+    assert "rendered" not in caplog.text
+    shutil.rmtree(tmp_path / "real" / moved)
+    (tmp_path / "a" / moved).rename(tmp_path / "real" / moved)
+    mixed = SegDataset("cityscapes", "val", root=tmp_path / "real")
+    assert mixed.exported
+    assert mixed.revision == "official, rendered"
+    assert "holds rendered scenes (dgbench data export), not the published set" in caplog.text
+    assert ", rendered" in run("data", "list", "--root", tmp_path / "real").stdout
+
+
+def test_nothing_is_downloaded_into_an_export(tmp_path: Path) -> None:
+    export(STREETS, "cityscapes", tmp_path, n=1, size=SIZE, splits=["val"])
+    refused = run("download", "cityscapes", "--root", tmp_path, "--yes")
+    assert refused.exit_code == 1
+    assert "holds rendered scenes" in refused.stderr
+    shutil.rmtree(tmp_path / "cityscapes")
+    export(STREETS, "cityscapes", tmp_path, n=1, size=SIZE)
+    listed = run("download", "cityscapes", "--root", tmp_path, "--yes")
+    assert "official, rendered" in listed.stdout + listed.stderr
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import DOMAINS
 from dgbench.data.labels import IGNORE, NAMES
 from dgbench.data.verify import Problem, splits_to_verify, verify
@@ -155,11 +156,29 @@ def test_a_report_is_printed_as_json(bdd: Path):
 
 def test_list_names_the_layout_on_the_disk(bdd: Path):
     listed = {row["name"]: row for row in json.loads(run("data", "list", "--root", str(bdd.parent), "--json").stdout)}
-    assert listed["bdd100k"]["here"] == {"val": {"layout": "official", "folder": str(bdd), "n_pairs": 6, "n_expected": 1000}}
+    assert listed["bdd100k"]["here"] == {"val": {"layout": "official", "folder": str(bdd), "n_pairs": 6, "n_expected": 1000,
+                                                "rendered": False}}  # fmt: skip
     assert listed["bdd100k"]["where"] == str(bdd)
     assert listed["cityscapes"]["where"] is None
     assert listed["mapillary"]["label_maps"] == ["mapillary-robustnet", "mapillary-openseg", "mapillary-wd2-policy"]
     assert "val 6 of 1000: official" in run("data", "list", "--root", str(bdd.parent)).stdout
+
+
+def test_more_images_than_published_are_told_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    row = DOMAINS["dark-zurich"]
+    write_split(tmp_path, row, row.splits["val"].layouts[0], 52)
+    report = verify("dark-zurich", "val", tmp_path)
+    assert (report.n_pairs, report.n_missing, report.n_extra) == (52, 0, 2)
+    root = str(tmp_path)
+    done = run("data", "verify", "dark-zurich", "--root", root, "--quiet")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("dark-zurich val: no problems, 2 more than published\n")
+    assert run("data", "verify", "dark-zurich", "--root", root, "--quiet", "--partial").exit_code == 0
+    assert "val 52, 2 more than published: official" in run("data", "list", "--root", root).stdout
+    data = SegDataset("dark-zurich", "val", root=tmp_path)
+    assert (len(data), data.available, data.extra) == (52, 50, 2)
+    assert "52 images are in" in caplog.text
+    assert "2 more than the 50 that are published" in caplog.text
 
 
 def test_show_and_stats_take_the_usual_split_of_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
