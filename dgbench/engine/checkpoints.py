@@ -8,28 +8,45 @@ renamed when every byte is on disk, so whatever carries the final name is comple
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mfuser
+from dgbench import atomic, untrusted
 from dgbench.errors import CheckpointError
 from dgbench.recipe import Recipe
 from mfuser.segmentor import Segmentor
 
 _PARTIAL = ".partial-"
+_SEEN = "source.json"
 
 
-def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1) -> Path:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What of its source a model was trained on; it lies beside the weights, so that every score of them can say it."""
+
+    images: int
+    available: int  # images of the complete split; of a rendered source as many as were drawn
+    rendered: bool  # an export of rendered scenes in the files of a published set
+
+
+def save(
+    model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None
+) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`."""
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
     mfuser.save(model, partial)
+    if seen is not None:
+        atomic.write(partial / _SEEN, json.dumps(asdict(seen)) + "\n")
     moments = partial / "optimizer.pt"
     try:
         with moments.open("wb") as file:
@@ -84,6 +101,29 @@ def folder_of(path: Path) -> Path:
             f"start it again: dgbench train --resume {path}",
         )
     raise CheckpointError(f"{path} holds no checkpoint", "give a run folder (runs/...), `latest`, or a saved model")
+
+
+def seen_by(folder: Path) -> Seen | None:
+    """What the model in a folder was trained on; None where nothing says it: older checkpoints, converted ones.
+
+    Raises: CheckpointError if the file that says it is damaged.
+    """
+    path = folder / _SEEN
+    try:
+        told = untrusted.read_object(untrusted.read_bytes(path, 10_000)) or {}
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}", "restore the file, or train again") from None
+    types = {name: type(value) for name, value in told.items()}
+    if types != {"images": int, "available": int, "rendered": bool} or not 0 < told["images"] < 10**12 > told["available"] > 0:
+        raise CheckpointError(f"{path} does not say what was trained on", "restore the file, or train again")
+    return Seen(**told)
+
+
+def in_record(seen: Seen | None) -> dict[str, Any]:
+    """The fields of a record that say what was trained on."""
+    return {} if seen is None else {f"source_{name}": value for name, value in asdict(seen).items()}
 
 
 def load_model(path: Path) -> Segmentor:

@@ -94,11 +94,12 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
     model = checkpoints.load_for(recipe, folder).to(on)
     model.check_backends()
     sha = checkpoints.sha256(folder)
-    return [_score(recipe, rules, model, dataset, run, sha, on, progress) for dataset in datasets]
+    seen = checkpoints.seen_by(folder)
+    return [_score(recipe, rules, model, dataset, run, sha, seen, on, progress) for dataset in datasets]
 
 
 def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset, run: Path, sha: str,
-           device: torch.device, progress: Progress) -> results.Record:  # fmt: skip
+           seen: checkpoints.Seen | None, device: torch.device, progress: Progress) -> results.Record:  # fmt: skip
     dataset.prepare(progress)
     size = None if dataset.domain.procedural else recipe.data.size
     started, ran = time.perf_counter(), ops.tally()
@@ -133,7 +134,8 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         miou=metrics.miou(total, classes=classes, absent=absent),
         iou=tuple(None if np.isnan(v) else float(v) for v in iou),
         interval=metrics.bootstrap(counts, classes=classes, absent=absent),
-        n_images=len(dataset), n_available=dataset.available,
+        n_images=len(dataset), n_available=dataset.available, n_extra=dataset.extra, rendered=dataset.exported,
+        **checkpoints.in_record(seen),
         seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
         steps=recipe.train.steps, checkpoint=sha, backends=ops.ran_since(ran),
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,

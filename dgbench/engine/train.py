@@ -61,6 +61,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     dataset = _source(recipe, root)
     found = checkpoints.newest(run) if resume else None
     _check_resumable(recipe, run) if resume else None
+    seen = _seen(dataset, run, found[0] if found else None)
     model = _model(recipe, found[0] if found else None, spec.seed)
     model.check_backends()
     ran = ops.tally()
@@ -126,17 +127,18 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
             if main:
                 progress.advance(1)
             if main and checkpoint_due:
-                checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done)
+                checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done, seen=seen)
     finally:
         if main:
             progress.stop()
     accelerator.wait_for_everyone()
     seconds: dict[str, float | None] = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
-    return _record(recipe, run, ops.ran_since(ran), dataset, accelerator.device, seconds, start, write=main)
+    return _record(recipe, run, ops.ran_since(ran), dataset, seen, accelerator.device, seconds, start, write=main)
 
 
-def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDataset, device: torch.device,
-            seconds: dict[str, float | None], start: int, *, write: bool) -> results.Record:  # fmt: skip
+def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDataset,
+            seen: checkpoints.Seen | None, device: torch.device, seconds: dict[str, float | None], start: int, *,
+            write: bool) -> results.Record:  # fmt: skip
     """The record of a complete training; of a resumed one, seconds and speed are those of its last part."""
     trained = recipe.train.steps - start
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
@@ -145,6 +147,7 @@ def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDat
         id=results.new_id(), kind="train", created=results.now_iso(), method=recipe.method.name,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
         target=recipe.data.source, split=dataset.split, n_images=len(dataset), n_available=dataset.available,
+        n_extra=dataset.extra, rendered=dataset.exported, **checkpoints.in_record(seen),
         seconds=seconds, seed=recipe.train.seed, steps=recipe.train.steps,
         checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=backends,
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
@@ -181,6 +184,23 @@ def _source(recipe: Recipe, root: Path | None) -> SegDataset:
             hints = "\n".join(filter(None, (weights.hint, missing.hint)))
             raise DataError(f"{weights.message}\nand {missing.message}", hints) from None
         raise
+
+
+def _seen(dataset: SegDataset, run: Path, checkpoint: Path | None) -> checkpoints.Seen | None:
+    """What is trained on; None for the rest of a training whose beginning did not say it.
+
+    Raises: CheckpointError if the beginning saw other images.
+    """
+    # a rendered source has as many images as are asked for
+    now = checkpoints.Seen(len(dataset), len(dataset) if dataset.found is None else dataset.available, dataset.exported)
+    if checkpoint is None:
+        return now
+    before = checkpoints.seen_by(checkpoint)
+    if before not in (None, now):
+        was, is_now = (f"{s.images} {'rendered ' * s.rendered}images of {s.available}" for s in (before, now) if s is not None)
+        raise CheckpointError(f"{run} was begun on {was} of `{dataset.domain.name}`, now there are {is_now}",
+                              "put back the files it was begun with, or start a new run")  # fmt: skip
+    return before
 
 
 def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:

@@ -25,7 +25,9 @@ def _records(records: Sequence[Record]) -> list[Table]:
         miou = ABSENT if record.miou is None else f"{100 * record.miou:.1f}"
         total = record.seconds.get("total")
         count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"
+        count += f" (+{record.n_extra} unknown)" if record.n_extra else ""
         seen = " (source)" if record.target == record.source else ""
+        seen += " (rendered)" if record.rendered else ""
         over = [record.extra.get(key) for key in subsets]
         rows.append((Cell(record.target + seen), Cell(miou),
                      *(Cell(f"{100 * value:.1f}" if isinstance(value, float) else ABSENT) for value in over),
@@ -35,10 +37,17 @@ def _records(records: Sequence[Record]) -> list[Table]:
     first = records[0]
     variant = f" ({first.variant})" if first.variant else ""
     protocol = with_hash(first.protocol, first.protocol_digest)
-    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {first.source}, protocol {protocol}"
+    source = f"{first.source} (rendered)" if first.source_rendered else first.source
+    title = f"{first.method}{variant}, recipe {first.recipe}, trained on {source}, protocol {protocol}"
     legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
     if subsets:
         legend.append("mIoU16, mIoU13: over the classes that SYNTHIA has, and those without wall, fence and pole.")
+    if any(record.rendered for record in records):
+        legend.append("rendered: an export of rendered scenes stands in the published set's place.")
+    if any(record.n_extra for record in records):
+        legend.append("unknown: images in the folder beyond the published ones, scored with them; such a score is partial.")
+    if first.source_complete is False:
+        legend.append(f"Trained on {first.source_images} of {first.source_available} source images.")
     if first.run is not None:
         legend.append(f"Records: {first.run}")
     header = ("domain", "mIoU", *(key.replace("miou", "mIoU") for key in subsets), "interval", "images", "time", "images/s")

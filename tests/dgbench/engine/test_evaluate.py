@@ -132,6 +132,45 @@ def test_matrices_of_a_set_of_several_sizes_are_in_the_order_of_its_images(free,
     assert all(np.array_equal(*pair) for pair in zip(results.paired(one_by_one, in_batches), [alone.counts] * 2, strict=True))
 
 
+def test_a_score_says_what_its_weights_were_trained_on(run, tmp_path):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    note = tmp_path / "checkpoint/step-000008/source.json"
+    (drawn,) = evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
+    assert (drawn.source_images, drawn.source_available, drawn.source_complete) == (4, 4, True), "as many as were asked for"
+    note.write_text('{"images": 6, "available": 24966, "rendered": false}')
+    (partial,) = evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
+    assert (partial.source_images, partial.source_available, partial.source_complete) == (6, 24966, False)
+    note.unlink()
+    (old,) = evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
+    assert (old.source_images, old.source_available, old.source_complete) == (0, 0, None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"images": true, "available": 1, "rendered": false}', '{"images": 1}',
+                                  '{"images": -1, "available": 1, "rendered": false}'])  # fmt: skip
+def test_a_damaged_note_of_what_was_trained_on_is_named(run, tmp_path, text):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    shutil.copy(run / "recipe.yaml", tmp_path)
+    (tmp_path / "checkpoint/step-000008/source.json").write_text(text)
+    with pytest.raises(CheckpointError, match="source.json"):
+        evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
+
+
+def test_a_folder_with_foreign_images_gives_a_partial_score(free, tmp_path):
+    """51 images in the folders of a set of 50."""
+    image, label = np.zeros((64, 128, 3), np.uint8), np.zeros((64, 128), np.uint8)
+    for number in range(51):
+        for array, name in ((image, "rgb_anon/val/night/a/{}_rgb_anon.png"), (label, "gt/val/night/a/{}_gt_labelTrainIds.png")):
+            path = tmp_path / "dark_zurich" / name.format(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path)
+    run = tmp_path / "run"
+    shutil.copytree(free / "checkpoint", run / "checkpoint")
+    dump(load_recipe(str(free / "recipe.yaml"), ["data.val_images=50"]), run / "recipe.yaml")
+    (record,) = evaluate(run, ["dark-zurich"], progress=Silent(), device="cpu", root=tmp_path)
+    assert (record.n_images, record.n_available, record.n_extra, record.complete) == (50, 50, 1, False)
+
+
 def test_a_protocol_is_named_on_the_record_and_enters_its_hash(run):
     (usual,) = evaluate(run, ["streets-city"], progress=Silent(), device="cpu")
     (half,) = evaluate(run, ["streets-city"], progress=Silent(), device="cpu", protocol_name="paper-half")

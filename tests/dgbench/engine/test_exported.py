@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,28 @@ def test_training_and_scoring_run_as_on_the_published_sets(root: Path, trained: 
     assert len([score for score in row["scores"] if score]) == 3
     shown = run("leaderboard", "--runs", trained.parent, "--no-published", "--targets", *TARGETS).stdout
     assert all(name in shown for name in ("cityscapes", "bdd100k", "mapillary"))
+
+
+def test_scores_on_exports_say_so_and_never_share_a_hash_with_the_real_set(trained: Path, tmp_path: Path) -> None:
+    export("streets-night", "dark-zurich", tmp_path / "a", n=2, size=(32, 64))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns(".dgbench-rendered"))
+    scored = [json.loads(run("eval", trained, "--targets", "dark-zurich", "--root", tmp_path / root, "--device", "cpu",
+                             "--json").stdout)[0] for root in "ab"]  # fmt: skip
+    assert [(row["n_images"], row["n_available"], row["rendered"]) for row in scored] == [(2, 50, True), (2, 50, False)]
+    assert scored[0]["miou"] == scored[1]["miou"]
+    assert scored[0]["protocol_hash"] != scored[1]["protocol_hash"]
+    shown = run("eval", trained, "--targets", "dark-zurich", "--root", tmp_path / "a", "--device", "cpu").stdout
+    assert "dark-zurich (rendered)" in shown
+    assert "trained on gta5 (rendered)" in shown
+    assert "Trained on 4 of 24966 source images" in shown
+
+
+def test_scores_say_how_much_of_the_source_was_seen(root: Path, trained: Path) -> None:
+    (training,) = [record for record in results.query(trained) if record.kind == "train"]
+    (row,) = json.loads(run("eval", trained, "--targets", "bdd", "--root", root, "--device", "cpu", "--json").stdout)
+    for told in (training, results.Record(**{**row, "path": None})):
+        assert (told.source_images, told.source_available, told.source_rendered) == (4, 24966, True)
+        assert told.source_complete is False
 
 
 def test_the_official_script_gives_the_score_that_we_record(root: Path, trained: Path, tmp_path: Path,

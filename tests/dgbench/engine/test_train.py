@@ -186,6 +186,15 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path):
     assert "--resume" in str(error.value.hint)
 
 
+def test_resuming_on_other_images_is_refused(tmp_path):
+    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
+    note = tmp_path / "checkpoint/step-000003/source.json"
+    assert json.loads(note.read_text()) == {"images": 6, "available": 6, "rendered": False}
+    note.write_text('{"images": 9, "available": 24966, "rendered": true}')
+    with pytest.raises(CheckpointError, match="was begun on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
+        train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
+
+
 def test_a_diverging_run_stops_with_advice(tmp_path):
     with pytest.raises(RecipeError, match="the loss became"):
         train(recipe("optim.lr=1.0e+30", "optim.warmup_steps=0"), tmp_path, progress=Silent(), device="cpu")
