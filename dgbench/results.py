@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dgbench.matrices import Matrices
 
 SCHEMA = 2
+RUNS = "runs"  # the usual folder of runs, in the working folder
 _READS = (1, SCHEMA)  # what a schema lacks takes its default
 _CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
 _log = logging.getLogger(__name__)
@@ -193,12 +194,14 @@ def _adapter() -> TypeAdapter[Record]:
     return TypeAdapter(Record)
 
 
-def query(root: Path | str = "runs") -> list[Record]:
+def query(root: Path | str = RUNS) -> list[Record]:
     """Return all records below a folder, oldest first. A file that cannot be read is warned about and left out.
 
-    Raises: ResultError if there is no such folder.
+    Raises: ResultError if there is no such folder; only the usual one may be missing, before the first run.
     """
     root = Path(root)
+    if root == Path(RUNS) and not root.exists():
+        return []
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "there is no such folder"
         raise ResultError(f"no runs in {root}: {what}", "name the folder that holds them: --runs FOLDER")
@@ -299,7 +302,7 @@ def claim_run(folder: Path) -> Path:
     return folder
 
 
-def find_run(text: str = "latest", root: Path | str = "runs", *, needs: str = "recipe.yaml") -> Path:
+def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "recipe.yaml") -> Path:
     """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
 
     Args:

@@ -97,7 +97,9 @@ def train(
         return
     from dgbench.report.leaderboard import leaderboard, of_run, references
 
-    known = {record.id: record for record in (*results.query(runs), *records)}
+    # with --out the run may lie elsewhere, and --runs nowhere yet
+    others = results.query(runs) if runs.exists() else []
+    known = {record.id: record for record in (*others, *records)}
     render.show(of_run(leaderboard(known.values(), references(), published=False), run))
     render.note(f"run: {run}")
 

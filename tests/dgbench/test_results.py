@@ -217,7 +217,9 @@ def test_query_leaves_out_broken_files_and_says_so(tmp_path: Path, caplog: pytes
     assert "record-broken.json" in caplog.messages[0]
 
 
-def test_a_folder_of_runs_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_folder_of_runs_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert results.query() == [], "before the first run there is no such folder"
     with pytest.raises(ResultError, match="no runs in .*nowhere: there is no such folder"):
         results.query(tmp_path / "nowhere")
     path = results.write(record(), tmp_path).path
