@@ -27,8 +27,7 @@ class Captured:
             self._terminal = os.dup(2)
         except OSError:  # there is none
             self._terminal = os.open(os.devnull, os.O_WRONLY)
-        with tempfile.TemporaryFile() as file:
-            self._file = os.dup(file.fileno())
+        self._file = _unnamed_file()
         os.dup2(self._file, 2)
         # Python's own messages and progress bars, from whatever thread, still go to the terminal
         self._replaced: TextIO | None = None
@@ -77,6 +76,13 @@ def captured() -> Iterator[Captured]:
             if not told.users:
                 _ours = None
                 told.end()
+
+
+def _unnamed_file() -> int:
+    if hasattr(os, "memfd_create"):  # in memory: needs no folder to write to
+        return os.memfd_create("stderr")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _flush() -> None:
