@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dgbench.data import pixels
 from dgbench.data.decode import read_label
 from dgbench.data.domains import RENDER_SIZE, cache_root, lookup
 from dgbench.data.images import FORMATS, Part, UnsuitableError, decode, orientation, upright
@@ -154,7 +155,7 @@ class SegDataset:
             digest.update(f"{what}\n".encode())
 
         enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
-        enter(self.label_map.name, sorted(self.label_map.classes.items()))
+        enter(self.label_map.name, sorted(self.label_map.classes.items()), pixels.VERSION)
         for path in [] if self.found is None else self.found.label_files(len(self)):
             state = path.stat()
             enter(path.name, state.st_size, state.st_mtime_ns)
@@ -309,14 +310,14 @@ def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]
         is not turned so.
     """
     data = image_bytes(row)
-    pixels = decoded(row, data, part)
+    image = decoded(row, data, part)
     if problem := turned_apart(row, data):
         raise DataError(
             f"{_image_name(row)} {problem}",
             "turn the pixels and remove the flag where labels were drawn on what a viewer shows (ImageMagick: mogrify "
             "-auto-orient), else remove the flag alone (exiftool -Orientation=)",
         )
-    return pixels
+    return image
 
 
 def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArray[np.uint8]:

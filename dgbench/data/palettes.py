@@ -92,7 +92,7 @@ def values_of(used: NDArray[np.int64], stored: NDArray[np.int16], label_map: Lab
     if label_map.strangers(used.tolist()):
         return values
     raise DataError(
-        f"{path}: entry {used[0]} of its palette is {colors[0]}, and both {used[0]} and {values[used[0]]} are labels of "
+        f"{path} has a palette whose entry {used[0]} is {colors[0]}, and both {used[0]} and {values[used[0]]} are labels of "
         f"`{label_map.name}`",
         "save the labels as 8-bit grey, one value a class",
     )
@@ -121,7 +121,7 @@ def _refuse_reordered(used: NDArray[np.int64], colors: list[Color], label_map: L
         # black is what programs fill a palette with
         if own and i not in own and color != BLACK:
             raise DataError(
-                f"{path}: entry {i} of its palette is {color}, which is published as the colour of "
+                f"{path} has a palette whose entry {i} is {color}, which is published as the colour of "
                 f"{' and '.join(map(str, own))} in `{label_map.name}`",
                 "the palette was put into another order when the file was saved again: unpack the official label archive "
                 "again, or write the labels as 8-bit grey",

@@ -22,6 +22,7 @@ from dgbench.errors import DataError
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 
+VERSION = 2  # raised when a file is read as other labels than before: what was counted of them is then counted again
 FORMATS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")  # that can keep values without loss
 _TIFF_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000", "lerc")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF

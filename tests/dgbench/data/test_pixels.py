@@ -147,7 +147,7 @@ def test_narrow_grey_is_refused_where_both_readings_are_possible(bits: int):
     ("gta5", GTA5, STREET), ("vistas", VISTAS, blocks([0, 13, 15, 17, 24, 27, 30, 55, 65], 4))])  # fmt: skip
 def test_a_published_palette_is_read_by_index_and_refused_in_another_order(name: str, label_map: LabelMap, label: object):
     assert np.array_equal(read_stored(MADE / f"{name}-optipng.png", label_map), label)
-    with pytest.raises(DataError, match=rf"{name}-oxipng.png: entry \d+ of its palette is \(.*\), which is published as the"):
+    with pytest.raises(DataError, match=rf"{name}-oxipng.png has a palette whose entry \d+ is \(.*\), which is published as the"):
         read_label(MADE / f"{name}-oxipng.png", label_map)
 
 
@@ -160,14 +160,14 @@ def test_cityscapes_colours_in_another_order_are_refused(label_map: LabelMap):
         colors[value] = color
     label = blocks(right, 0)
     assert np.array_equal(read(in_palette(label, colors), label_map), label_map.table[label])
-    with pytest.raises(DataError, match=r"a.png: entry 0 of its palette is \(0, 0, 142\)"):
+    with pytest.raises(DataError, match=r"a.png has a palette whose entry 0 is \(0, 0, 142\)"):
         read(in_palette(blocks([0, 1, 2, 3], 0), [CAR, ROAD, BUILDING, FENCE]), label_map)
 
 
 def test_grey_colours_of_a_published_palette_do_not_make_a_grey_palette():
     """GTA5 shows "static" as (20, 20, 20), which as a value would be a traffic sign."""
     only = in_palette(blocks([0, 1], 0), [(0, 0, 0), (20, 20, 20)])
-    with pytest.raises(DataError, match=r"entry 1 of its palette is \(20, 20, 20\), which is published as the colour of 4"):
+    with pytest.raises(DataError, match=r"entry 1 is \(20, 20, 20\), which is published as the colour of 4"):
         read(only, GTA5)
 
 
@@ -192,7 +192,7 @@ def test_a_colour_map_of_ones_own_is_read_by_index():
 def test_a_grey_entry_that_may_be_index_or_value_is_refused():
     mine = LabelMap("mine", {1: 0, 128: 2, 7: 13}, frozenset({0, IGNORE}))
     colors = [(0, 0, 0), (128, 0, 0), *[(1, 2, 3)] * 5, (128, 128, 128)]
-    with pytest.raises(DataError, match=r"a.png: entry 7 of its palette is \(128, 128, 128\), and both 7 and 128 are labels"):
+    with pytest.raises(DataError, match=r"a.png has a palette whose entry 7 is \(128, 128, 128\), and both 7 and 128 are labels"):
         read(in_palette(np.full((4, 4), 7), colors), mine)
 
 
