@@ -24,6 +24,7 @@ from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
 _UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
+_GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
 
 def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> NDArray[np.uint8]:
@@ -106,8 +107,12 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
     return red
 
 
-def _colors(content: bytes, path: Path, _: LabelMap) -> Stored:
+def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     """Colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
+    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case of those, in a third of the time
+        grey = pixels.values(content, path, label_map)
+        if not set(pixels.used(grey.astype(np.uint8, copy=False)).tolist()) <= _GREY_COLORS:
+            return grey
     packed = pixels.colors(content, path)
     train_ids = _color_table()[packed]
     if (train_ids != _UNKNOWN).all():
@@ -117,9 +122,9 @@ def _colors(content: bytes, path: Path, _: LabelMap) -> Stored:
                 "move the image and its label out of the folder, or save the label as RGB",
             )
         return train_ids.astype(np.uint8)
-    grey = packed & np.uint32(255)
-    if (packed == grey * np.uint32(0x010101)).all():
-        return grey.astype(np.uint8)
+    low = packed & np.uint32(255)
+    if (packed == low * np.uint32(0x010101)).all():
+        return low.astype(np.uint8)
     raise DataError(
         f"{path} holds the colour {pixels.color_of(int(packed[train_ids == _UNKNOWN][0]))}, which is none of the Cityscapes "
         "palette",

@@ -27,7 +27,7 @@ FORMATS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")  # that can keep values without 
 _TIFF_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000", "lerc")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 
-COLOR, COLOR_ALPHA = 2, 6  # colour types of the PNG specification, chapter 11
+GREY, COLOR, COLOR_ALPHA = 0, 2, 6  # colour types of the PNG specification, chapter 11
 KINDS = {0: "grey", 2: "colour", 3: "palette", 4: "grey + alpha", 6: "colour + alpha"}
 
 
