@@ -153,7 +153,7 @@ def eval_(
 
 @panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
 def predict(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size.")],
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size, or folders of them.")],
     checkpoint: Annotated[
         str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=completion.runs)
     ] = "latest",

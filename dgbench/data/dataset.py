@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dgbench.data import pixels
 from dgbench.data.decode import read_label
 from dgbench.data.domains import RENDER_SIZE, cache_root, lookup
-from dgbench.data.images import Part, decode
+from dgbench.data.images import FORMATS, Part, UnsuitableError, decode, orientation, upright
 from dgbench.data.index import Found, stem
 from dgbench.data.index import index as index_files
 from dgbench.errors import DataError
@@ -161,7 +162,7 @@ class SegDataset:
             digest.update(f"{what}\n".encode())
 
         enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
-        enter(self.label_map.name, sorted(self.label_map.classes.items()))
+        enter(self.label_map.name, sorted(self.label_map.classes.items()), pixels.VERSION)
         for path in [] if self.found is None else self.found.label_files(len(self)):
             state = path.stat()
             enter(path.name, state.st_size, state.st_mtime_ns)
@@ -265,7 +266,7 @@ def _cached_render(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDAr
         key.folder().mkdir(parents=True, exist_ok=True)
         return _render_one(key, index)
     try:
-        return np.asarray(Image.open(key.image(index))), np.asarray(Image.open(key.label(index)))
+        return _png(key.image(index)), _png(key.label(index))
     except (OSError, UnidentifiedImageError):
         # the cache is ours and reproducible to the byte, so a damaged file is rendered again
         return _render_one(key, index)
@@ -275,8 +276,13 @@ def _cached_file(key: _RenderKey, index: int, which: int) -> NDArray[np.uint8]:
     """The image (0) or the label (1) alone."""
     if key.image(index).exists():
         with suppress(OSError, UnidentifiedImageError):  # a damaged one is rendered again
-            return np.asarray(Image.open((key.image(index), key.label(index))[which]))
+            return _png((key.image(index), key.label(index))[which])
     return _cached_render(key, index)[which]
+
+
+def _png(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path, formats=("PNG",)) as file:
+        return np.asarray(file)
 
 
 def _tell(found: Found) -> None:
@@ -312,13 +318,55 @@ def label_path(row: dict[str, Any]) -> Path:
 def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]:
     """(H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
 
+    Raises: DataError naming the file or the row when it cannot be read as an image, or when its EXIF turns it and its label
+        is not turned so.
+    """
+    data = image_bytes(row)
+    image = decoded(row, data, part)
+    if problem := turned_apart(row, data):
+        raise DataError(
+            f"{_image_name(row)} {problem}",
+            "turn the pixels and remove the flag where labels were drawn on what a viewer shows (ImageMagick: mogrify "
+            "-auto-orient), else remove the flag alone (exiftool -Orientation=)",
+        )
+    return image
+
+
+def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of a row's image or of a part of it, from what `image_bytes` gave.
+
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
-    path, data = row["image"]["path"], row["image"]["bytes"]
-    if data is None:
-        return read_image(Path(path), part=part)
-    with _explained(row["id"]):
+    with _explained(_image_name(row)):
         return decode(data, part)
+
+
+def turned_apart(row: dict[str, Any], data: bytes) -> str:
+    """What is wrong with a pair whose image is to be turned when shown, and whose label is not; "" where nothing is."""
+    turned = orientation(data)
+    if turned == 1:
+        return ""
+    of_label = row["label"]["bytes"]
+    with _explained(label_path(row)):
+        if orientation(label_path(row).read_bytes() if of_label is None else of_label) == turned:
+            return ""
+    return f"is to be turned when shown (EXIF orientation {turned}), but its label {label_path(row).name} is not"
+
+
+def image_bytes(row: dict[str, Any]) -> bytes:
+    """The content of a row's image file.
+
+    Raises: DataError naming the file when it cannot be read.
+    """
+    path, data = row["image"]["path"], row["image"]["bytes"]
+    if data is not None:
+        return bytes(data)
+    with _explained(path):
+        return Path(path).read_bytes()
+
+
+def _image_name(row: dict[str, Any]) -> str:
+    return str(row["id"] if row["image"]["bytes"] is not None else row["image"]["path"])
 
 
 def size_of(row: dict[str, Any]) -> tuple[int, int]:
@@ -327,7 +375,7 @@ def size_of(row: dict[str, Any]) -> tuple[int, int]:
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
     path, data = row["image"]["path"], row["image"]["bytes"]
-    with _explained(path or row["id"]), Image.open(path if data is None else io.BytesIO(data)) as file:
+    with _explained(path or row["id"]), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as file:
         return file.height, file.width
 
 
@@ -335,6 +383,15 @@ def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     if image.shape[:2] == size:
         return image
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def read_photo(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an image file as a viewer shows it: turned as its EXIF says.
+
+    Raises: DataError naming the file when it cannot be read as an image.
+    """
+    with _explained(path):
+        return upright(path.read_bytes())
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
@@ -358,6 +415,8 @@ def _explained(path: Path | str) -> Iterator[None]:
         raise DataError(f"no such image: {path}") from None
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, an image file was expected") from None
+    except UnsuitableError as error:
+        raise DataError(f"{path} {error}", "save it with 8 bits a channel, at the brightness that it is to have") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, PermissionError):
             raise DataError(f"no permission to read {path}") from None

@@ -2,14 +2,12 @@
 
 Readers disagree about labels: Pillow reads SYNTHIA's 16-bit colours as zeros, OpenCV turns palette indices into colours,
 torchvision misreads 4-bit palettes, none with an error. Each encoding here is read by what reads it right, and refuses a
-file that is of another kind.
+file that is of another kind; `pixels` says what a pixel's value is.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import struct
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -19,17 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
+from dgbench.data import pixels
 from dgbench.data.labels import CLASSES, IGNORE, LabelMap
+from dgbench.data.palettes import IGNORED_COLORS
+from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
-Stored = NDArray[np.uint8] | NDArray[np.uint16]
-
 _UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
-# colours of Cityscapes' classes that are not evaluated (cityscapesScripts, labels.py); black is "unlabeled"
-_IGNORED_COLORS = (
-    (0, 0, 0), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140), (180, 165, 180), (150, 100, 100), (150, 120, 90),
-    (0, 0, 90), (0, 0, 110),
-)  # fmt: skip
+_GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
 
 def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> NDArray[np.uint8]:
@@ -92,66 +87,49 @@ def _span(label_map: LabelMap) -> str:
     return f"{allowed[0]}..{allowed[-1]}" if allowed else "none"
 
 
-def _ids(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """8-bit grey, 8/4/2/1-bit palette (the index counts, not the colour), 16-bit grey."""
-    depth, kind = _png_header(content)
-    if kind == _GREY and depth < 8:
-        raise DataError(
-            f"{path} is a {depth}-bit grey image, whose values every reader scales up to 255",
-            "save it as 8-bit grey, or unpack the official label archive again",
-        )
-    with Image.open(io.BytesIO(content)) as file:
-        if file.mode in ("L", "P"):
-            return np.asarray(file)
-        if file.mode in ("I;16", "I;16B", "I"):
-            wide = np.asarray(file)
-            if wide.min() >= 0 and wide.max() < _UNKNOWN:
-                return wide.astype(np.uint16)
-        raise DataError(
-            f"{path} is a {file.mode} image, not an 8-bit label map",
-            "this looks like a colour rendering of the labels: the file with ids is needed",
-        )
-
-
 def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
     """SYNTHIA: a 16-bit colour PNG, the class in red (green has the instance). Pillow would keep the high bytes: zeros."""
-    depth, kind = _png_header(content)
-    if (depth, kind) != (16, _COLOR):
-        what = f" but a PNG of {depth}-bit {_KINDS.get(kind, 'unknown')}" if depth else ""
+    depth, kind = pixels.png_header(content)
+    if (depth, kind) != (16, pixels.COLOR):
+        what = f" but a PNG of {depth}-bit {pixels.KINDS.get(kind, 'unknown')}" if depth else ""
         raise DataError(
             f"{path} is not a 16-bit colour PNG{what}",
             "the official labels hold the class in 16 bits of red; a file saved again by another program has lost it",
         )
     import cv2
 
-    with Image.open(io.BytesIO(content)) as file:
+    with pixels.opened(content, path) as file:
         file.verify()  # the checksums of all chunks: OpenCV returns what it got of a damaged file
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
+    decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None:
         raise OSError("OpenCV cannot decode it")
-    red: NDArray[np.uint16] = pixels[..., 2]  # OpenCV's order is BGR
+    red: NDArray[np.uint16] = decoded[..., 2]  # OpenCV's order is BGR
     return red
 
 
-def _colors(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """Colours of Cityscapes' palette to train ids; an 8-bit grey file under this name already holds train ids."""
-    with Image.open(io.BytesIO(content)) as file:
-        if file.mode == "L":
-            return np.asarray(file)
-        if file.mode not in ("RGB", "RGBA", "P"):
-            raise DataError(
-                f"{path} is a {file.mode} image, a colour map was expected", "unpack the official label archive again"
-            )
-        packed = _packed(file)
+def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
+    """Colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
+    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case of those, in a third of the time
+        grey = pixels.values(content, path, label_map)
+        if not set(pixels.used(grey.astype(np.uint8, copy=False)).tolist()) <= _GREY_COLORS:
+            return grey
+    packed = pixels.colors(content, path)
     train_ids = _color_table()[packed]
-    if (train_ids == _UNKNOWN).any():
-        code = int(packed[train_ids == _UNKNOWN][0])
-        color = (code & 255, code >> 8 & 255, code >> 16)
-        raise DataError(
-            f"{path} holds the colour {color}, which is none of the Cityscapes palette",
-            "colour maps must not be resized or saved with loss: unpack the official label archive again",
-        )
-    return train_ids.astype(np.uint8)
+    if (train_ids != _UNKNOWN).all():
+        if not packed.any() and pixels.png_header(content)[1] not in (pixels.COLOR, pixels.COLOR_ALPHA):
+            raise DataError(
+                f"{path} is black all over: as a colour map it is unlabeled, as a map of train ids it is road",
+                "move the image and its label out of the folder, or save the label as RGB",
+            )
+        return train_ids.astype(np.uint8)
+    low = packed & np.uint32(255)
+    if (packed == low * np.uint32(0x010101)).all():
+        return low.astype(np.uint8)
+    raise DataError(
+        f"{path} holds the colour {pixels.color_of(int(packed[train_ids == _UNKNOWN][0]))}, which is none of the Cityscapes "
+        "palette",
+        "colour maps must not be resized or saved with loss: unpack the official label archive again",
+    )
 
 
 def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
@@ -188,10 +166,7 @@ def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
     segments = _segments(table_file, table_file.stat().st_mtime_ns).get(path.name)
     if segments is None:
         raise DataError(f"{path} has no annotation in {table_file}", "unpack the official label archive again")
-    with Image.open(io.BytesIO(content)) as file:
-        if file.mode not in ("RGB", "RGBA"):
-            raise DataError(f"{path} is a {file.mode} image, a panoptic PNG is RGB", "unpack the official label archive again")
-        packed = _packed(file)
+    packed = pixels.colors(content, path)
     table = np.full(1 << 24, _UNKNOWN, np.uint16)
     table[0] = 0
     for segment, category in segments.items():
@@ -206,35 +181,18 @@ def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
 
 
 ENCODINGS: dict[str, Callable[[bytes, Path, LabelMap], Stored]] = {
-    "ids": _ids,
+    "ids": pixels.values,
     "rgb16": _rgb16,
     "colors": _colors,
     "polygons": _polygons,
     "panoptic": _panoptic,
 }
 
-_GREY, _COLOR = 0, 2  # colour types of the PNG specification, chapter 11
-_KINDS = {0: "grey", 2: "colour", 3: "palette", 4: "grey + alpha", 6: "colour + alpha"}
-
-
-def _png_header(content: bytes) -> tuple[int, int]:
-    """Bits per sample and colour type of a PNG, (0, -1) of anything else."""
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
-        return 0, -1
-    depth, kind = struct.unpack(">BB", content[24:26])
-    return depth, kind
-
-
-def _packed(file: Image.Image) -> NDArray[np.uint32]:
-    """(H, W) R + 256 G + 65536 B."""
-    pixels = np.asarray(file.convert("RGBA")).view(np.dtype("<u4"))[..., 0]
-    return pixels & np.uint32(0xFFFFFF)
-
 
 @lru_cache(1)
 def _color_table() -> NDArray[np.uint16]:
     table = np.full(1 << 24, _UNKNOWN, np.uint16)
-    rows = [(color, IGNORE) for color in _IGNORED_COLORS] + [(c.color, i) for i, c in enumerate(CLASSES)]
+    rows = [(color, IGNORE) for color in IGNORED_COLORS] + [(c.color, i) for i, c in enumerate(CLASSES)]
     for (red, green, blue), train_id in rows:
         table[red + (green << 8) + (blue << 16)] = train_id
     return table

@@ -2,20 +2,28 @@
 
 OpenCV takes about four fifths of Pillow's time for a PNG or a JPEG of 1914x1052 (torchvision takes the same, and has
 deprecated its decoders). But Pillow can stop early: rows of a PNG that lie below the wanted part need not be decoded.
-benchmarks/loader.md has the times.
+benchmarks/loader.md has the times. What OpenCV's libjpeg writes to the terminal about damaged data is kept from it; `verify`
+asks for it.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from dgbench.data import native_stderr
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 
 # of a PNG's rows: up to here, Pillow's part of the work is less than OpenCV's whole
 _WORTH = 0.8
@@ -38,17 +46,20 @@ class Part:
 def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
     """Return the pixels of an image file or of a part of it, (H, W, 3) RGB.
 
-    PNG and JPEG with 8-bit grey or RGB take the fast path, everything else Pillow's. Nothing is rotated by EXIF.
+    PNG and JPEG with 8-bit grey or RGB take the fast path, everything else Pillow's. Of 16-bit grey, 65535 becomes 255; of
+    16-bit colours and of grey with alpha, Pillow keeps the high bytes, which differ from that by one level at most. Alpha is
+    dropped. Nothing is rotated by EXIF (but Pillow does so with a TIFF).
 
-    Raises: what Pillow raises for a file that is damaged or no image.
+    Raises: UnsuitableError for what has no agreed way to 8 bits; what Pillow raises for a file that is damaged or no image.
     """
-    with Image.open(BytesIO(data)) as file:
+    with opened(data) as file:
         # Pillow calls 16-bit RGB `RGB`, too, and keeps the high bytes
         plain = file.mode in ("RGB", "L") and (file.format == "JPEG" or (file.format == "PNG" and data[24] == 8))
         if plain and part is not None and part.bottom < _WORTH * file.height and (top := _first_rows(data, part.bottom)):
-            return _pillow(Image.open(BytesIO(top)), part)
+            return _pillow(Image.open(BytesIO(top), formats=("PNG",)), part)
         if plain:
-            whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+            with native_stderr.captured() if file.format == "JPEG" else nullcontext():
+                whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
             if whole is not None:
                 pixels: NDArray[np.uint8] = np.asarray(whole)
                 return pixels if part is None else part.of(pixels)
@@ -56,10 +67,94 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
         return _pillow(file, part)
 
 
+def opened(data: bytes) -> Image.Image:
+    """An image file, open.
+
+    Raises: UnidentifiedImageError if it is none of `FORMATS`.
+    """
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("it is no PNG, JPEG, WebP, BMP or TIFF file") from None
+
+
+def orientation(data: bytes) -> int:
+    """How a viewer is to turn an image, 1 (not at all) to 8 as EXIF counts; 1 where the file says nothing or is no image."""
+    if data[:8] == _PNG and not _may_be_turned(data):
+        return 1
+    try:
+        with opened(data) as file:
+            # Pillow decodes a whole PNG to look for the chunk behind the pixels
+            exif = Image.Image.getexif(file)
+            if data[:8] == _PNG and (chunk := _png_chunk(data, b"eXIf")):
+                exif.load(b"Exif\0\0" + chunk)
+            flag = exif.get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, Image.DecompressionBombError):
+        return 1
+    return flag if flag in range(1, 9) else 1
+
+
+def upright(data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an image file as a viewer shows them, (H, W, 3) RGB: turned as its EXIF says.
+
+    Raises: as `decode`.
+    """
+    pixels = decode(data)
+    turn = _TURNS.get(orientation(data))
+    if turn is None or data[:4] in _TIFF:  # which Pillow has turned already
+        return pixels
+    return np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def decoder_warning(data: bytes) -> str:
+    """What libjpeg says about a JPEG beside its pixels, "" where that is nothing. Not for several threads at once."""
+    with native_stderr.captured() as told:
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)  # all data, an eighth of the pixels
+        return told.text().strip().partition("\n")[0]
+
+
+class UnsuitableError(Exception):
+    """An image whose values have no agreed way to 8 bits."""
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
 def _pillow(file: Image.Image, part: Part | None) -> NDArray[np.uint8]:
+    if file.mode in ("I", "F"):
+        raise UnsuitableError(f"holds 32-bit grey values (mode {file.mode}), which have no agreed way to 8 bits")
     if part is not None:  # only the part is copied out of Pillow
-        return np.asarray(file.crop((part.left, part.top, part.right, part.bottom)).convert("RGB"))
+        file = file.crop((part.left, part.top, part.right, part.bottom))
+    if file.mode.startswith("I;16"):  # convert() would clip
+        grey = ((np.asarray(file).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return grey[..., None].repeat(3, -1)
     return np.asarray(file.convert("RGB"))
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a PNG has a chunk that can say so: eXIf, or XMP and ImageMagick's profiles in chunks of text."""
+    return any(kind == b"eXIf" or kind in _TEXTS for kind, _ in _png_chunks(data))
+
+
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+
+
+def _png_chunk(data: bytes, wanted: bytes) -> bytes:
+    return next((body for kind, body in _png_chunks(data, wanted) if kind == wanted), b"")
+
+
+def _png_chunks(data: bytes, wanted: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+    """Kind of each chunk, and the content of those that are `wanted`."""
+    place = 8
+    while place + 8 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        yield kind, data[place + 8 : place + 8 + size] if kind == wanted else b""
+        place += 12 + size
 
 
 def _first_rows(data: bytes, rows: int) -> bytes | None:

@@ -191,7 +191,7 @@ def mismatch(image: Path, label: Path) -> str | None:
     sizes = []
     for path in (image, label):
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")) as file:
                 sizes.append(file.size)
         except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
             return f"{path.name} cannot be read"

@@ -74,6 +74,7 @@ class TrainView(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         if self.dataset.size is not None:  # the image comes at this size, the label as it is stored
             return resize_label(label, size, by="opencv")
         if any(abs(a - b) > ODD for a, b in zip(size, label.shape, strict=True)):
+            self.dataset.image(index)  # which says so, if EXIF turns it
             raise DataError(
                 f"{self.dataset.name(index)} is {size[1]}x{size[0]}, but its label is {label.shape[1]}x{label.shape[0]}",
                 "the pair is damaged or mismatched: download it again, or move both files out of the folder",

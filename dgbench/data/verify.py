@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dgbench.data import native_stderr
 from dgbench.data.domains import lookup
 from dgbench.data.index import Found, find, rows_of, stem
 from dgbench.data.labels import IGNORE, NAMES, LabelMap
@@ -23,7 +24,7 @@ from dgbench.resources import usable_cores
 if TYPE_CHECKING:
     from dgbench.data.domain import Domain
 
-Kind = Literal["no label", "no image", "unreadable", "sizes differ", "unknown values"]
+Kind = Literal["no label", "no image", "unreadable", "damaged", "turned", "sizes differ", "unknown values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Report:
     problems: tuple[Problem, ...]
     known_bad: dict[str, str]  # file -> what is said about it; left out by every reader
     one_color: tuple[str, ...]  # images of a single colour: readable, but nothing can be learnt from them
+    turned: tuple[str, ...]  # images that EXIF says are to be turned when shown; where their labels are not, a problem, too
     sizes: dict[str, int]  # W x H of images -> how many
     values: tuple[Value, ...]
     shares: dict[str, float]  # class -> share of the labelled pixels, 0..1; empty without a label map
@@ -111,11 +113,14 @@ def verify(
     tally = _Tally(found, read_by)
     progress.start(f"verifying {domain.name} {split}", len(found), "pairs")
     try:
-        for looked in _look_at_all(found, read_by):
-            tally.add(looked)
-            progress.advance()
+        # decoders write their warnings to the terminal, without a name
+        with native_stderr.captured() as told:
+            for looked in _look_at_all(found, read_by, told):
+                tally.add(looked)
+                progress.advance()
     finally:
         progress.stop()
+    tally.ask_again()
     return tally.report()
 
 
@@ -134,33 +139,41 @@ class _Looked:
     image: str
     size: tuple[int, int] | None = None  # (H, W)
     one_color: bool = False
+    turned: bool = False
+    suspect: dict[str, Any] | None = None  # its row, if a decoder warned, of this image or one that was read meanwhile
     counts: NDArray[np.int64] | None = None  # pixels of each stored value
     problems: tuple[Problem, ...] = ()
 
 
-def _look_at_all(found: Found, label_map: LabelMap | None) -> Iterator[_Looked]:
+def _look_at_all(found: Found, label_map: LabelMap | None, told: native_stderr.Captured) -> Iterator[_Looked]:
     # threads: decoding and counting run outside the interpreter's lock
     with ThreadPoolExecutor(min(usable_cores(), 32)) as pool:
         try:
-            yield from pool.map(lambda row: _look(found, label_map, row), rows_of(found))
+            yield from pool.map(lambda row: _look(found, label_map, told, row), rows_of(found))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _look(found: Found, label_map: LabelMap | None, row: dict[str, Any]) -> _Looked:
-    from dgbench.data.dataset import image_of, label_path
+def _look(found: Found, label_map: LabelMap | None, told: native_stderr.Captured, row: dict[str, Any]) -> _Looked:
+    from dgbench.data.dataset import decoded, image_bytes, label_path, turned_apart
     from dgbench.data.decode import read_stored
+    from dgbench.data.images import orientation
 
     image, path = str(row["id"]), label_path(row)
     label = path.relative_to(found.folder).as_posix() if path.is_relative_to(found.folder) else str(path)
     problems: list[Problem] = []
-    size, label_size, counts, one_color = None, None, None, False
+    size, label_size, counts, one_color, turned = None, None, None, False, False
+    before = told.size()
     try:
-        pixels = image_of(row)
-        size, one_color = pixels.shape[:2], _of_one_color(pixels)
+        data = image_bytes(row)
+        pixels = decoded(row, data)
+        size, one_color, turned = pixels.shape[:2], _of_one_color(pixels), orientation(data) != 1
+        if problem := turned_apart(row, data):
+            problems.append(Problem("turned", image, problem))
     except DataError as error:
         problems.append(Problem("unreadable", image, error.message.removeprefix(f"{row['image']['path'] or image} ")))
+    suspect = row if size is not None and told.size() > before else None
     try:
         any_map = label_map or LabelMap("", {}, frozenset())
         stored = read_stored(path, any_map, found.layout.encoding, row["label"]["bytes"])
@@ -173,7 +186,7 @@ def _look(found: Found, label_map: LabelMap | None, row: dict[str, Any]) -> _Loo
     if counts is not None and label_map is not None and (strange := label_map.strangers(np.flatnonzero(counts).tolist())):
         listed = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
         problems.append(Problem("unknown values", label, f"{listed} not in the label map `{label_map.name}`"))
-    return _Looked(image, size, one_color, counts, tuple(problems))
+    return _Looked(image, size, one_color, turned, suspect, counts, tuple(problems))
 
 
 def _of_one_color(pixels: NDArray[np.uint8]) -> bool:
@@ -189,6 +202,8 @@ class _Tally:
         self.found, self.label_map = found, label_map
         self.problems: list[Problem] = []
         self.one_color: list[str] = []
+        self.turned: list[str] = []
+        self.suspects: dict[str, dict[str, Any]] = {}
         self.sizes: Counter[str] = Counter()
         self.pixels: Counter[int] = Counter()
         self.images: Counter[int] = Counter()
@@ -200,6 +215,10 @@ class _Tally:
             self.sizes[f"{looked.size[1]}x{looked.size[0]}"] += 1
         if looked.one_color:
             self.one_color.append(looked.image)
+        if looked.turned:
+            self.turned.append(looked.image)
+        if looked.suspect is not None:
+            self.suspects[looked.image] = looked.suspect
         if looked.counts is None:
             return
         present = np.flatnonzero(looked.counts).tolist()
@@ -207,6 +226,15 @@ class _Tally:
         self.images.update(present)
         if self.label_map is not None:
             self.class_images.update({self.label_map.classes[value] for value in present if value in self.label_map.classes})
+
+    def ask_again(self) -> None:
+        """Decode one by one the images of which a decoder may have warned."""
+        from dgbench.data.dataset import image_bytes
+        from dgbench.data.images import decoder_warning
+
+        for image, row in self.suspects.items():
+            if warning := decoder_warning(image_bytes(row)):
+                self.problems.append(Problem("damaged", image, f"the decoder says: {warning}"))
 
     def report(self) -> Report:
         found, layout = self.found, self.found.layout
@@ -223,7 +251,7 @@ class _Tally:
             domain=found.domain.name, split=found.split, folder=found.folder, layout=layout.name, note=layout.note,
             label_map=self.label_map.name if self.label_map else None, n_pairs=len(found),
             n_missing=max(0, found.expected - len(found)), n_extra=found.extra, rendered=found.rendered,
-            problems=tuple(self.problems), known_bad=bad, one_color=tuple(self.one_color),
+            problems=tuple(self.problems), known_bad=bad, one_color=tuple(self.one_color), turned=tuple(self.turned),
             sizes=dict(self.sizes.most_common()), values=self._values(),
             shares={name: class_pixels[i] / labelled for i, name in classes},
             n_images={name: self.class_images[i] for i, name in classes},

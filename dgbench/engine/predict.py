@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfuser
-from dgbench.data.dataset import read_image
+from dgbench.data.dataset import read_photo
+from dgbench.data.images import SUFFIXES
 from dgbench.data.labels import NAMES
 from dgbench.data.sheet import legend, overlay, save_image
 from dgbench.engine import checkpoints
@@ -22,6 +25,8 @@ from dgbench.engine.device import pick_device
 from dgbench.errors import DataError
 from dgbench.recipe import load_recipe
 from mfuser.segmentor import Segmentor
+
+_OVERLAY = "-overlay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +40,30 @@ class Prediction:
 
 
 def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None = None) -> list[Prediction]:
-    """Write an overlay with a legend for each photograph.
+    """Write an overlay with a legend for each photograph, as a viewer shows it: turned as its EXIF says.
 
     Args:
-        photos: image files of any size.
+        photos: image files of any size, or folders of them.
         run: a run folder or a saved model.
-        out: the overlay's file for one photograph, a folder for several.
+        out: the overlay's file for one photograph, or a folder. Photographs of one name are told apart by their folders.
 
-    Raises: DataError, CheckpointError naming the file at fault.
+    Raises: DataError naming every file that cannot be read, before anything is written; CheckpointError.
     """
-    if len(photos) > 1 and out.suffix:
+    given = len(photos)
+    photos = _listed(photos)
+    to_folder = out.is_dir() or not out.suffix
+    if not to_folder and (len(photos) > 1 or given > 1):
         raise DataError(f"{len(photos)} photographs cannot all be written to {out}", "give a folder with --out")
-    images = [read_image(photo) for photo in photos]  # all of them first: a bad path costs no model time
+    targets = _targets(photos, out) if to_folder else [out]
+    if over := next((target for target in targets if _place(target) in {_place(photo) for photo in photos}), None):
+        raise DataError(f"{over} is one of the photographs: its overlay would replace it", "give another --out")
+    _refuse_unreadable(photos)  # all of them first: a bad file costs no model time
     on = pick_device(device)
     model = checkpoints.load_model(run).to(on)
     height = _trained_height(run)
     results = []
-    for photo, image in zip(photos, images, strict=True):
-        target = out if out.suffix else out / f"{photo.stem}-overlay.png"
+    for photo, target in zip(photos, targets, strict=True):
+        image = read_photo(photo)
         label = segment(model, image, on, height)
         picture = Image.fromarray(overlay(image, label))
         shares = np.bincount(label.ravel(), minlength=len(NAMES)) / label.size
@@ -64,6 +75,57 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
         save_image(sheet, target)
         results.append(Prediction(photo, target, model.method, {NAMES[i]: float(shares[i]) for i in order}))
     return results
+
+
+def _listed(given: Sequence[Path]) -> list[Path]:
+    """The files, with the images of folders in their place, each once."""
+    found: dict[Path, Path] = {}
+    for path in given:
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
+            photographs = {p.stem for p in files}
+            # overlays that were written beside their photographs
+            files = [p for p in files if not (p.stem.endswith(_OVERLAY) and p.stem.removesuffix(_OVERLAY) in photographs)]
+            if not files:
+                raise DataError(f"no image in {path}", f"images end in {', '.join(SUFFIXES)}")
+        for file in files:
+            found.setdefault(_place(file), file)
+    return list(found.values())
+
+
+def _place(path: Path) -> Path:
+    return path.resolve()
+
+
+def _targets(photos: Sequence[Path], folder: Path) -> list[Path]:
+    """An overlay's file for each photograph: named after it; where that is not enough, after its folders and suffix, too."""
+    stems = Counter(photo.stem.casefold() for photo in photos)
+    names = [photo.stem if stems[photo.stem.casefold()] == 1 else _long_name(photo, photos) for photo in photos]
+    if len({name.casefold() for name in names}) < len(names):
+        names = [f"{n:0{len(str(len(photos)))}d}-{photo.stem}" for n, photo in enumerate(photos, 1)]
+    return [folder / f"{name}{_OVERLAY}.png" for name in names]
+
+
+def _long_name(photo: Path, photos: Sequence[Path]) -> str:
+    alike = [_place(p) for p in photos if p.stem.casefold() == photo.stem.casefold()]
+    parts = _place(photo).relative_to(os.path.commonpath([p.parent for p in alike])).parts
+    same_folder = sum(p.parent == _place(photo).parent for p in alike) > 1
+    return "-".join([*parts[:-1], photo.name.replace(".", "-") if same_folder else photo.stem])
+
+
+def _refuse_unreadable(photos: Sequence[Path]) -> None:
+    problems = []
+    for photo in photos:
+        try:
+            read_photo(photo)
+        except DataError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "".join(f"\n  {error.message}" for error in problems)
+        raise DataError(f"{len(problems)} of {len(photos)} photographs cannot be read:{listed}", "leave them out, or repair them")
 
 
 @torch.inference_mode()

@@ -74,6 +74,9 @@ def _verdict(report: Report) -> Table:
     if report.one_color:
         some = ", ".join(report.one_color[:4]) + (", ..." if len(report.one_color) > 4 else "")
         facts.append(("one colour", Cell(f"{len(report.one_color)}: {some}", "warn")))
+    if report.turned:
+        some = ", ".join(report.turned[:4]) + (", ..." if len(report.turned) > 4 else "")
+        facts.append(("turned by EXIF", Cell(f"{len(report.turned)}: {some}", "warn")))
     facts += [("known bad", Cell(f"{file}: {why}", "dim")) for file, why in report.known_bad.items()]
     shown = report.problems[:_LISTED]
     facts += [(problem.kind, Cell(f"{problem.file}: {problem.detail}", "bad")) for problem in shown]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dgbench.data.dataset import read_image, size_of
-from dgbench.data.images import Part, decode
+from dgbench.data.dataset import read_image, read_photo, size_of
+from dgbench.data.images import Part, decode, decoder_warning, orientation
 from dgbench.errors import DataError
 
 SIZE = (48, 80)
@@ -142,3 +142,92 @@ def test_a_size_or_a_part_of_a_file(tmp_path: Path) -> None:
     assert np.array_equal(read_image(path, (24, 40), part=part), part.of(small))
     with pytest.raises(DataError, match="no such image"):
         size_of({"id": "a", "image": {"path": str(tmp_path / "nothing.png"), "bytes": None}})
+
+
+WIDE = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_to_eight(kind: str) -> None:
+    data = encoded(Image.fromarray(WIDE), kind)
+    assert (pillow(data) == 255).mean() > 0.99  # which clips
+    expected = np.round(WIDE / 257).astype(np.uint8)
+    assert np.array_equal(decode(data), np.dstack([expected] * 3))
+    assert np.array_equal(decode(data, Part(3, 4, 20, 30)), np.dstack([expected] * 3)[3:20, 4:30])
+
+
+def test_sixteen_bit_grey_with_alpha_keeps_its_brightness() -> None:
+    import cv2
+
+    data = cv2.imencode(".png", np.dstack([WIDE, WIDE, WIDE, np.full_like(WIDE, 65535)]))[1].tobytes()
+    assert np.abs(decode(data).astype(int) - np.round(WIDE / 257)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_wider_grey_is_refused(dtype: type, tmp_path: Path) -> None:
+    path = tmp_path / "depth.tif"
+    Image.fromarray(np.linspace(0, 1e5, 64, dtype=dtype).reshape(8, 8)).save(path)
+    with pytest.raises(DataError, match=r"depth.tif holds 32-bit grey values \(mode [IF]\)"):
+        read_image(path)
+
+
+def test_other_kinds_of_files_are_not_tried(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RGB, "PCX"))
+    with pytest.raises(DataError, match="a.png cannot be read as an image: it is no PNG, JPEG, WebP, BMP or TIFF file"):
+        read_image(path)
+
+
+def turned(flag: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    return encoded(RGB, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("flag", range(1, 9))
+def test_a_photograph_is_shown_as_its_exif_says(kind: str, flag: int, tmp_path: Path) -> None:
+    data = turned(flag, kind)
+    assert orientation(data) == flag
+    path = tmp_path / "photo"
+    path.write_bytes(data)
+    with Image.open(BytesIO(data)) as file:
+        shown = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    assert np.abs(read_photo(path).astype(int) - shown).max() <= 1
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found() -> None:
+    data = turned(6, "PNG")
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    late = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert orientation(late) == 6
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", PNGS["rgb"], encoded(RGB, "JPEG"), encoded(RGB, "JPEG", exif=b"Exif\0\0nothing")])
+def test_what_has_no_orientation_has_the_usual_one(data: bytes) -> None:
+    assert orientation(data) == 1
+
+
+def damaged() -> bytes:
+    """A JPEG with a stretch of zeros in the middle of its data, which decoders pass over with a warning."""
+    data = bytearray(encoded(RGB, "JPEG", quality=95))
+    data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+    return bytes(data)
+
+
+def test_what_libjpeg_says_is_asked_for_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert decode(damaged()).shape == (*SIZE, 3)
+    assert decoder_warning(damaged()).startswith("Corrupt JPEG data: ")
+    assert decoder_warning(encoded(RGB, "JPEG")) == ""
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_meanwhile_reaches_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    from dgbench.data import native_stderr
+
+    with native_stderr.captured():
+        os.write(2, b"Corrupt JPEG data: 3 extraneous bytes before marker 0xd9\nout of memory\n")
+    assert capfd.readouterr().err == "out of memory\n"

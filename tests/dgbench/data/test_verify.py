@@ -15,6 +15,8 @@ from dgbench import cli
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import DOMAINS
 from dgbench.data.labels import IGNORE, NAMES
+from dgbench.data.sampling import UniformSampler
+from dgbench.data.transforms import Augmentation, TrainView
 from dgbench.data.verify import Problem, splits_to_verify, verify
 from dgbench.errors import DataError
 
@@ -190,3 +192,51 @@ def test_show_and_stats_take_the_usual_split_of_a_domain(tmp_path: Path, monkeyp
     done = run("data", "show", "gta", "--root", str(tmp_path), "--out", str(out), "--json", "--quiet")
     assert json.loads(done.stdout)["split"] == "train"
     assert Image.open(out).width > 0
+
+
+def turned(path: Path, flag: int) -> None:
+    """Write an image again with a flag of EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = flag
+    with Image.open(path) as file:
+        file.load()
+        file.save(path, exif=exif)
+
+
+def test_damaged_data_in_the_middle_of_a_jpeg_is_counted_by_file(bdd: Path, capfd: pytest.CaptureFixture[str]):
+    for name in ("00001.jpg", "00004.jpg"):
+        data = bytearray((bdd / IMAGES / name).read_bytes())
+        data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+        (bdd / IMAGES / name).write_bytes(data)
+    found = problems(bdd.parent)
+    assert [(p.kind, p.file) for p in found] == [("damaged", f"{IMAGES}/00001.jpg"), ("damaged", f"{IMAGES}/00004.jpg")]
+    assert all(p.detail.startswith("the decoder says: Corrupt JPEG data: ") for p in found)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flag", [3, 6])
+def test_images_that_exif_turns_and_labels_are_not_are_counted_and_refused(bdd: Path, flag: int):
+    turned(bdd / IMAGES / "00002.jpg", flag)
+    report = verify("bdd", "val", bdd.parent)
+    assert report.turned == (f"{IMAGES}/00002.jpg",)
+    assert [(p.kind, p.file) for p in report.problems] == [("turned", f"{IMAGES}/00002.jpg")]
+    shown = run("data", "verify", "bdd", "--split", "val", "--root", str(bdd.parent))
+    assert shown.exit_code == 1
+    assert "turned by EXIF" in shown.stdout
+    dataset = SegDataset("bdd", "val", root=bdd.parent)
+    says = rf"00002.jpg is to be turned when shown \(EXIF orientation {flag}\), but its label 00002.png is not"
+    for read in (dataset.__getitem__, dataset.image):
+        with pytest.raises(DataError, match=says):
+            read(2)
+    assert dataset[1].image.shape == (*SIZE, 3)
+    view = TrainView(dataset, UniformSampler(len(dataset), 0), Augmentation((16, 16), (1.0, 1.0), 1.0, 0.0, False), 0)
+    with pytest.raises(DataError, match=says):
+        [view[i] for i in range(6)]
+
+
+def test_images_and_labels_with_one_orientation_lie_on_each_other(bdd: Path):
+    turned(bdd / IMAGES / "00002.jpg", 3)
+    turned(bdd / LABELS / "00002.png", 3)
+    report = verify("bdd", "val", bdd.parent)
+    assert (report.ok, report.turned) == (True, (f"{IMAGES}/00002.jpg",))
+    assert SegDataset("bdd", "val", root=bdd.parent)[2].image.shape == (*SIZE, 3)
