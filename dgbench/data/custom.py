@@ -29,19 +29,35 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 from dgbench.data.domain import Domain, Layout, Role, Split
 from dgbench.data.labels import IGNORE, LABEL_MAPS, NAMES, LabelMap
 from dgbench.errors import DataError, suggest
-from dgbench.spec import Count, Spec, Whole, own, parse, problem_line
+from dgbench.spec import Count, Spec, own, problems_of, shown
+from dgbench.yaml_text import parse
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def _numbers(value: Any) -> Any:
-    # JSON, in which a run keeps its recipe, has text for keys
-    return (
-        {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
-    )
+def _stored(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise own(f"expected a stored value or the name of a label, got {shown(value)}")
+    return value
 
 
-Key = Whole | str  # a stored value, or the name of a label in a file of polygons
+def _numbers(given: Any) -> Any:
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, dict):
+        raise own(f"expected the name of a label map, or one written out: {{1: road, 2: car}}, got {shown(given)}")
+    numbered: dict[int | str, Any] = {}
+    for key, value in given.items():
+        # JSON, in which a run keeps its recipe, has text for keys
+        number = int(key) if isinstance(key, str) and _WHOLE.fullmatch(key) else _stored(key)
+        if number in numbered:
+            raise own(f"{number} is given twice")
+        numbered[number] = _stored(value)
+    return numbered
+
+
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")  # what JSON makes of an integer
+Key = Annotated[int | str, BeforeValidator(_stored)]  # a stored value, or the name of a label in a file of polygons
 
 
 class SplitSpec(Spec):
@@ -203,12 +219,11 @@ def read(path: Path) -> Declared:
 
 @lru_cache(64)
 def _read(path: Path, _changed: int) -> Declared:
-    content = parse(path, DataError, "docs/data.md")
+    content = parse(path, DataError, "docs/data.md", UserDomain)
     try:
         spec = UserDomain.model_validate(content)
     except ValidationError as error:
-        problems = [problem_line(details, UserDomain) for details in error.errors()]
-        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(map(str, problems_of(error, UserDomain))))
         raise DataError(f"{path} does not declare a domain:{listed}", "docs/data.md has an example") from None
     name = spec.name or path.stem
     if problem := _unusable(name):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from dgbench.data.domain import Domain, Layout, Split
-from dgbench.errors import DataError, unknown
+from dgbench.errors import DataError, spelled, unknown
 
 __all__ = ["DOMAINS", "RENDER_SIZE", "Domain", "Layout", "Split", "built_in", "cache_root", "data_root", "lookup", "names"]
 
@@ -279,12 +279,13 @@ def names(root: Path | None = None) -> tuple[str, ...]:
 
 
 def built_in(name: str) -> Domain | None:
-    """The row of the table with this name or alias."""
+    """The row of the table with this name or alias, in capitals or not."""
+    name = name.lower()
     return DOMAINS.get(name) or next((d for d in DOMAINS.values() if name in d.aliases), None)
 
 
 def lookup(name: str, root: Path | None = None) -> Domain:
-    """The row of a name, an alias or a YAML file; `streets-fog@0.6` sets a severity in 0..1.
+    """The row of a name or an alias, in capitals or not, or of a YAML file; `streets-fog@0.6` sets a severity in 0..1.
 
     Raises: DataError naming the nearest known domain, or what a severity may be, or what is wrong with a declaration.
     """
@@ -297,8 +298,10 @@ def lookup(name: str, root: Path | None = None) -> Domain:
     if row is None:
         from dgbench.data import custom, hub_sets
 
-        declared = custom.find(base, root)
-        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(base, data_root(root))
+        # declared names are small; folders of fetched sets are called as somebody called them
+        declared = custom.find(base, root) or custom.find(base.lower(), root)
+        fetched = spelled(base, hub_sets.names(data_root(root))) or base
+        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(fetched, data_root(root))
         if row is None:
             known = [*names(root), *(a for d in DOMAINS.values() for a in d.aliases)]
             raise DataError(*unknown("domain", base, known))

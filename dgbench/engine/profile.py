@@ -132,7 +132,7 @@ def subjects(
         if "/" not in name and not name.endswith((".yaml", ".yml")):
             raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
         towers = [f"method.{key}={value}" for key, value in (("vlm", vlm), ("vfm", vfm)) if value]
-        recipe = load_recipe(name, [*towers, *settings])
+        recipe = load_recipe(name, settings, flags=towers)
         found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
     return found
 

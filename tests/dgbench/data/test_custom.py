@@ -273,7 +273,7 @@ def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path
         ("cityscapes.yaml", yaml.safe_dump(MINE), "`cityscapes` is a domain that dgbench has"),
         ("My City.yaml", yaml.safe_dump(MINE), "`My City` is no name for a domain"),
         ("mine.yaml", "splits: [", "mine.yaml:1: not valid YAML"),
-        ("mine.yaml", "- a\n", "mine.yaml: expected `key: value` lines, got list"),
+        ("mine.yaml", "- a\n", "mine.yaml: expected `key: value` lines, got a list"),
         ("mine.yaml", "title: a\ntitle: b\n", "mine.yaml:2: not valid YAML: key `title` is given twice"),
     ],
 )
