@@ -21,7 +21,7 @@ from dgbench.data.domains import built_in
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.method_options import MethodSpec
 from dgbench.recipe_files import Given, find, is_shipped, locate, name_of, override, recipe_names, resolve, with_parent
-from dgbench.spec import Count, Flag, Number, Problem, Spec, Whole, one_line, own, problems_of
+from dgbench.spec import Count, Flag, Number, Problem, Spec, Whole, one_line, own, problems_of, shown
 from dgbench.yaml_text import dumped
 
 __all__ = [
@@ -67,7 +67,9 @@ def _with_declarations(data: dict[str, Any]) -> dict[str, Any]:
     used = [data.get("source"), *(targets if isinstance(targets, list | tuple) else [])]
     try:
         if isinstance(given, list | tuple):
-            read_ones = [read(Path(str(path))) for path in given]
+            if strange := [path for path in given if not isinstance(path, str)]:
+                raise own(f"domains: expected paths of files that declare some, got {shown(strange[0])}")
+            read_ones = [read(Path(path)) for path in given]
             given = {declared.name: declared.spec for declared in read_ones}
         if not isinstance(given, dict):
             return data  # the field's own check says so

@@ -19,7 +19,7 @@ from dgbench.yaml_text import field_type, parse, value
 FLAGS = {
     "method.vlm": "--vlm", "method.vfm": "--vfm", "data.source": "--source", "data.targets": "--targets", "train.seed": "--seed",
 }  # fmt: skip
-_PLAIN = re.compile(r"[\w.@/+-]+")  # needs no quotes where a text is expected
+_PLAIN = re.compile(r"[\w.@/+-]+(?::[\w.@/+-]+)?")  # needs no quotes where a text is expected
 
 
 def recipe_names() -> list[str]:
@@ -70,7 +70,6 @@ def resolve(
     method, rows = _of_method(name)
     vlm, vfm = _tower("vlm", vlm, rows), _tower("vfm", vfm, rows)
     nearest = _nearest(vlm, vfm, rows)
-    towers = {f"method.{kind}": text for kind, text in (("vfm", vfm), ("vlm", vlm if nearest != vlm else None)) if text}
     domain = _domain(source)
     if nearest and any(_same_tower(nearest, row["vlm"]) and domain in (None, row["source"]) for _, row in rows):
         found, domain = find(method, nearest, source), None
@@ -79,11 +78,13 @@ def resolve(
     else:
         # no recipe of this method trains on that source: take its usual one and change the source
         found = find(method, nearest)
-    if "method.vlm" in towers or (vfm and not vlm and nearest):
+    has = _peek(found)
+    towers = {f"method.{kind}": text for kind, text in (("vfm", vfm), ("vlm", vlm)) if not _same_tower(text, has[kind])}
+    if towers:
         told = " and ".join(f"{key}={text}" for key, text in towers.items())
         logging.getLogger(__name__).warning(f"no recipe has these towers: this is {found} with {told}")
-    return found, [*(setting(key, text) for key, text in towers.items()), *([setting("data.source", domain)] if domain else []),
-                   *added]  # fmt: skip
+    given = towers | ({"data.source": domain} if domain else {})
+    return found, [*(setting(key, text) for key, text in given.items() if text), *added]
 
 
 def setting(key: str, content: Any) -> str:
@@ -251,7 +252,7 @@ def _read(path: Path) -> dict[str, Any]:
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("domains"), list):
         # files lie beside the recipe that names them
-        data["domains"] = [str(path.parent / str(file)) for file in data["domains"]]
+        data["domains"] = [str(path.parent / file) if isinstance(file, str) else file for file in data["domains"]]
     return content
 
 

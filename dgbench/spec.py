@@ -164,11 +164,21 @@ def _key_path(loc: Sequence[str | int]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a message: short, and nothing, true and false as YAML writes them."""
-    if value is None or isinstance(value, bool):
-        return {None: "nothing", True: "true", False: "false"}[value]
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    """A value as it stands in a message: short, and as YAML writes it."""
+    text = "nothing" if value is None else _written(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _written(value: Any, depth: int = 0) -> str:
+    if depth > 8:
+        return "..."
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_written(part, depth + 1) for part in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_written(part, depth + 1)}' for key, part in value.items())}}}"
+    return repr(value)
 
 
 def _keys_at(model: Any, loc: Sequence[str | int]) -> set[str]:

@@ -242,7 +242,7 @@ def test_protocols_are_shown_field_by_field() -> None:
     assert lines["hash"][:1] == [lookup("robustnet").digest]  # of the last block of columns
     assert all(f"{name}: " in text for name in PROTOCOLS)
     one = run("protocols", "paper-half").stdout
-    assert "half, fit 1024x512" in one
+    assert "half, fit 512x1024" in one
     assert "openseg" in one
     assert "paper-full" not in one
     [shown] = json.loads(run("protocols", "clouds", "--json").stdout)

@@ -196,7 +196,7 @@ def mismatch(image: Path, label: Path) -> str | None:
         except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
             return f"{path.name} cannot be read"
     (w, h), (label_w, label_h) = sizes
-    return None if sizes[0] == sizes[1] else f"the image is {w}x{h}, its label {label_w}x{label_h}"
+    return None if sizes[0] == sizes[1] else f"the image is {h}x{w} (H x W), its label {label_h}x{label_w}"
 
 
 class _Files:

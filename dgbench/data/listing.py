@@ -33,7 +33,7 @@ class DomainState:
     title: str
     role: str  # "source", "target" or "both"
     splits: dict[str, int | None]  # split -> images in the complete split
-    size: str  # W x H
+    size: str  # H x W
     access: str
     licence: str
     homepage: str
