@@ -90,7 +90,9 @@ class Problem:
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> list[Problem]:
     """What pydantic found, in our words: the keys, what was expected and what was given."""
-    return [problem_of(details, model, prefix) for details in error.errors()]
+    # a list whose values are wrong is said to be too short as well
+    told = [d for d in error.errors() if d["type"] != "too_short" or len(d["input"]) < d["ctx"]["min_length"]]
+    return [problem_of(details, model, prefix) for details in told]
 
 
 def problem_of(details: ErrorDetails, model: Any = None, prefix: tuple[str | int, ...] = ()) -> Problem:

@@ -94,6 +94,7 @@ def test_all_problems_come_at_once_with_their_key_paths(tmp_path: Path) -> None:
         ("data.source=dark-zurich", "data: `dark-zurich` has no split `train`, only val"),
         ("data.scale=[2, 0.5]", "data: scale must rise, got [2.0, 0.5]"),
         ("data.crop=[512, 512]", "data: crop [512, 512] does not fit into size [256, 512]"),
+        ("data.targets=[nosuch]", "data.targets[0]: unknown domain `nosuch`"),
         ("data.targets=[]", "data.targets: expected at least one value, got []"),
         ("data.targets=[streets-fog@2]", "data.targets[0]: severity `2` of `streets-fog` is not a number in 0..1, for"),
         ("data=3", "data: expected `key: value` pairs, got 3"),

@@ -242,7 +242,7 @@ def test_numbers_with_an_exponent_are_numbers_and_yes_is_true_where_truth_is_mea
 
 def test_words_of_the_library_never_reach_the_user() -> None:
     """Wrong values of every kind at every key, in recipes and declarations."""
-    keys = ["name", "method", "data", "expect", "data.domains", "data.source", "data.targets", "data.size", "data.scale", "data.flip",
+    keys = ["name", "method", "data", "expect", "data.domains", "data.source", "data.targets", "data.size", "data.flip",
             "data.photometric", "train.steps", "train.precision", "eval.protocol", "data.domains.x", "data.domains.x.splits.val",
             "data.domains.x.label_map", "data.domains.x.ignored"]  # fmt: skip
     values = ["1.5", "a", "[]", "[a, b, c]", "{a: 1}", "{1: a}", "null", "true", ".nan", "-1", "[[null]]", "[{}]"]

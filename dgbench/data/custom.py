@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -180,15 +181,42 @@ def declare(declared: Declared) -> Domain:
 
 
 def find(name: str, root: Path | None = None) -> Declared | None:
-    """The declaration of this name, if there is one."""
-    return _DECLARED.get(name) or discover(root).get(name)
+    """The declaration of this name, if there is one.
+
+    Raises: DataError if the file called after it is wrong, or two files declare one name.
+    """
+    if (known := _DECLARED.get(name) or discover(root).get(name)) is not None:
+        return known
+    for path in _files(root):
+        if path.stem == name:
+            read(path)  # it says what is wrong with it, or that it has another name
+    return None
 
 
 def discover(root: Path | None = None) -> dict[str, Declared]:
-    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
+    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name. A file that is wrong is warned about.
 
-    Raises: DataError for a file that is wrong, or two that declare one name.
+    Raises: DataError for two files that declare one name.
     """
+    found: dict[str, Declared] = {}
+    for path in _files(root):
+        try:
+            declared = read(path)
+        except DataError as error:
+            _warn(f"left out: {error.message}")
+            continue
+        first = found.setdefault(declared.name, declared)
+        if first.spec.digest() != declared.spec.digest():
+            raise DataError(f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}", "rename one")
+    return found
+
+
+@cache
+def _warn(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
+def _files(root: Path | None) -> list[Path]:
     from dgbench.data.domains import data_root
 
     folder = data_root(root) / "domains"
@@ -198,13 +226,7 @@ def discover(root: Path | None = None) -> dict[str, Declared]:
         if not place.exists():
             raise DataError(f"DGBENCH_DOMAINS names {place}, which does not exist", "set it to a YAML file or a folder of them")
         paths = (sorted(place.glob("*.y*ml")) if place.is_dir() else [place]) + paths
-    found: dict[str, Declared] = {}
-    for path in paths:
-        declared = read(path)
-        first = found.setdefault(declared.name, declared)
-        if first.spec.digest() != declared.spec.digest():
-            raise DataError(f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}", "rename one")
-    return found
+    return paths
 
 
 def read(path: Path) -> Declared:
