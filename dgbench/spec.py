@@ -153,6 +153,7 @@ _EXPECTED = {
         "`key: value` pairs",
     ),
     **dict.fromkeys(("string_type", "string_sub_type", "string_unicode", "invalid_key"), "text"),
+    "string_pattern_mismatch": "a text of another form",
     "string_too_short": "a longer text",
     "string_too_long": "a shorter text",
     "none_required": "nothing",
