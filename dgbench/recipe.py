@@ -198,8 +198,9 @@ class Recipe(Spec):
 
 
 def load_recipe(
-    name_or_path: str | Path, overrides: Sequence[str] = (), *, flags: Sequence[str] = (), check_method: bool = True
-) -> Recipe:
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, flags: Sequence[str] = (),
+    check_method: bool | Literal["names"] = True,
+) -> Recipe:  # fmt: skip
     """Read, resolve and check a recipe.
 
     Args:
@@ -207,7 +208,7 @@ def load_recipe(
         overrides: `key.path=value` texts; values are YAML scalars or lists.
         flags: such texts for which a command has options of their own, as `resolve` returns them; applied first.
         check_method: fill in and check the method's own options, which imports the method and torch. Whatever is wrong
-            otherwise is told before that.
+            otherwise is told before that; `names` stops there.
 
     Raises: RecipeError listing every problem with its key path.
     """
@@ -220,7 +221,7 @@ def load_recipe(
         problems += method_options.check_names(content)
     recipe, found = _checked(content)
     problems += found
-    if check_method and recipe is not None and not problems:
+    if check_method is True and recipe is not None and not problems:
         method, problems = method_options.filled_in(content["method"])
         if not problems:
             return recipe.model_copy(update={"method": MethodSpec.model_validate(method)})

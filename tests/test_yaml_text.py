@@ -323,6 +323,12 @@ def test_capitals_do_not_matter_where_a_name_is_looked_up(tmp_path: Path) -> Non
     assert recipe == load_recipe("streets/mfuser", ["eval.protocol=clouds"])
 
 
+def test_capitals_do_not_matter_to_profile() -> None:
+    from dgbench.engine.profile import subjects
+
+    assert subjects(["MFuser"], vlm="Tiny", vfm="TINY") == subjects(["mfuser"], vlm="tiny", vfm="tiny")
+
+
 WRONG = [
     ["train", "--set", "train.stepz=3"], ["train", "--set", "train.steps=x"], ["train", "--set", "method.fusr=x"],
     ["train", "--vlm", "evo2"], ["train", "--vfm", "dinov9"], ["train", "nosuch"], ["train", "nosuch.yaml"],
