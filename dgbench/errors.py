@@ -56,6 +56,15 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     return pieces[0] if len(pieces) == 1 else None
 
 
+def spelled(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `name` is, or the only one that differs from it in capitals alone; None if there is none."""
+    names = list(known)
+    if name in names:
+        return name
+    alike = [candidate for candidate in names if candidate.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> tuple[str, str]:
     """Return the (message, hint) of an unknown name, for `raise DataError(*unknown("domain", name, names()))`."""
     names = sorted(known)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dgbench.errors import RecipeError, unknown
+from dgbench.errors import RecipeError, spelled, unknown
 
 if TYPE_CHECKING:
     from dgbench.data.domains import Domain
@@ -145,13 +145,14 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def lookup(name: str) -> Protocol:
-    """Return the preset of this name.
+    """Return the preset of this name, in capitals or not.
 
     Raises: RecipeError naming the nearest one.
     """
-    if name not in PROTOCOLS:
+    known = spelled(name, PROTOCOLS)
+    if known is None:
         raise RecipeError(*unknown("protocol", name, PROTOCOLS))
-    return PROTOCOLS[name]
+    return PROTOCOLS[known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +175,11 @@ def presets(name: str | None = None) -> list[Preset]:
 
 
 def _in_words(p: Protocol) -> dict[str, str]:
-    """Every field that enters the hash; sizes as W x H, as papers write them."""
+    """Every field that enters the hash; sizes as H x W."""
     sizes = {}
     for domain in ("cityscapes", "bdd100k", "mapillary", "acdc"):
         box = p.fit.get(domain)
-        text = f"fit {box[1]}x{box[0]}" if box else f"short edge {p.short_edge}" if p.short_edge else "as the file"
+        text = f"fit {box[0]}x{box[1]}" if box else f"short edge {p.short_edge}" if p.short_edge else "as the file"
         if domain in p.halved:
             text = f"half, {text}"
         sizes[domain] = f"square {p.square[domain]}" if domain in p.square else text

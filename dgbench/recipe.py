@@ -9,39 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict
-from dataclasses import Field as DataclassField
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dgbench import atomic
+from dgbench import atomic, method_options
 from dgbench.data.custom import Declared, UserDomain, declare, read
 from dgbench.data.custom import find as find_declared
 from dgbench.data.domains import built_in
-from dgbench.errors import DgbenchError, RecipeError, unknown
-from dgbench.resources import recipes_dir
-from dgbench.spec import Count, Loader, Number, Spec, Whole, one_line, own, parse, problem_line
+from dgbench.errors import DgbenchError, RecipeError
+from dgbench.method_options import MethodSpec
+from dgbench.recipe_files import Given, find, is_shipped, locate, name_of, override, recipe_names, resolve, with_parent
+from dgbench.spec import Count, Flag, Number, Problem, Spec, Whole, one_line, own, problems_of, shown
+from dgbench.yaml_text import dumped
 
-# set from `data.crop` and by the benchmark, never in a recipe's `method`
-_SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
-
-
-def _no_is_text(value: Any) -> Any:
-    # YAML 1.1 reads a bare `no` as false
-    return "no" if value is False else value
+__all__ = [
+    "DataSpec",
+    "EvalSpec",
+    "Expectation",
+    "MethodSpec",
+    "OptimSpec",
+    "Recipe",
+    "TrainSpec",
+    "dump",
+    "find",
+    "key_paths",
+    "load_method",
+    "load_recipe",
+    "recipe_hash",
+    "recipe_names",
+    "resolve",
+]
 
 
 def _known_domain(name: str) -> str:
@@ -68,7 +67,9 @@ def _with_declarations(data: dict[str, Any]) -> dict[str, Any]:
     used = [data.get("source"), *(targets if isinstance(targets, list | tuple) else [])]
     try:
         if isinstance(given, list | tuple):
-            read_ones = [read(Path(str(path))) for path in given]
+            if strange := [path for path in given if not isinstance(path, str)]:
+                raise own(f"domains: expected paths of files that declare some, got {shown(strange[0])}")
+            read_ones = [read(Path(path)) for path in given]
             given = {declared.name: declared.spec for declared in read_ones}
         if not isinstance(given, dict):
             return data  # the field's own check says so
@@ -97,27 +98,6 @@ Size = tuple[Count, Count]  # (H, W)
 DomainName = Annotated[str, AfterValidator(_known_domain)]
 
 
-class MethodSpec(BaseModel):
-    """The method and its own options, checked against `mfuser.options(name)`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The method's options, for `mfuser.build(name, **options, image_size=recipe.data.crop)`."""
-        return dict(self.model_extra or {})
-
-    @property
-    def variant(self) -> str:
-        """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
-        options = self.options
-        towers = " + ".join(str(options[key]) for key in ("vfm", "vlm", "backbone", "tower") if options.get(key))
-        unusual = [options.get(key) for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
-                   if options.get(key) not in (None, usual)]  # fmt: skip
-        return ", ".join([towers, *map(str, unusual)]) if towers else ""
-
-
 class DataSpec(Spec):
     """What is trained on, what is scored, and how images reach the model. Sizes are (H, W)."""
 
@@ -134,7 +114,7 @@ class DataSpec(Spec):
     cat_max_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.75  # a crop with a larger share of one class is drawn again
     rare_class_sampling: Annotated[Number, Field(gt=0)] | None = None  # temperature; null: uniform
     flip: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    photometric: bool = True
+    photometric: Flag = True
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +151,7 @@ class TrainSpec(Spec):
     batch_size: Count  # over all processes
     seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 0
     workers: Annotated[Whole, Field(ge=0)] = 0  # loader processes
-    precision: Annotated[Literal["no", "bf16"], BeforeValidator(_no_is_text)] = "no"
+    precision: Literal["no", "bf16"] = "no"
     log_every: Count = 10
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
@@ -217,32 +197,63 @@ class Recipe(Spec):
     expect: tuple[Expectation, ...] = ()
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, check_method: bool = True) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, flags: Sequence[str] = (),
+    check_method: bool | Literal["names"] = True,
+) -> Recipe:  # fmt: skip
     """Read, resolve and check a recipe.
 
     Args:
         name_or_path: a shipped recipe's name (`streets/mfuser`) or a YAML file.
         overrides: `key.path=value` texts; values are YAML scalars or lists.
-        check_method: fill in and check the method's own options, which imports the method and torch.
+        flags: such texts for which a command has options of their own, as `resolve` returns them; applied first.
+        check_method: fill in and check the method's own options, which imports the method and torch. Whatever is wrong
+            otherwise is told before that; `names` stops there.
 
     Raises: RecipeError listing every problem with its key path.
     """
-    path = _locate(name_or_path)
-    content = _with_parent(path)
-    problems = _override(content, overrides)
-    content.setdefault("name", _name_of(path))
-    recipe: Recipe | None = None
+    path = locate(name_or_path)
+    content = with_parent(path)
+    given, problems = override(content, flags, overrides, Recipe)
+    content.setdefault("name", name_of(path))
+    method_options.spell(content)
     if check_method:
-        problems += _check_options(content)
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        problems += [problem_line(details, Recipe) for details in error.errors()]
+        problems += method_options.check_names(content)
+    recipe, found = _checked(content)
+    problems += found
+    if check_method is True and recipe is not None and not problems:
+        method, problems = method_options.filled_in(content["method"])
+        if not problems:
+            return recipe.model_copy(update={"method": MethodSpec.model_validate(method)})
     if problems or recipe is None:
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
-        raise RecipeError(f"recipe `{content['name']}` has {count}:{listed}", _where(path, overrides))
+        raise RecipeError(_listed(f"recipe `{content['name']}` has", problems), _where(path, given, problems))
     return recipe
+
+
+def _checked(content: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    try:
+        return Recipe.model_validate(content), []
+    except ValidationError as error:
+        return None, problems_of(error, Recipe)
+
+
+def _listed(head: str, problems: Sequence[Problem]) -> str:
+    lines = dict.fromkeys(_printable(str(problem)) for problem in problems)
+    return f"{head} {'one problem' if len(lines) == 1 else f'{len(lines)} problems'}:" + "".join(f"\n  {line}" for line in lines)
+
+
+def _where(path: Path, given: Sequence[Given], problems: Sequence[Problem]) -> str:
+    """What to change: the options that set the keys at fault, and the file that holds the others."""
+    options = [one.option for one in given if any(one.covers(problem.keys) for problem in problems)]
+    steps = [f"check {', '.join(dict.fromkeys(options))}"] if options else []
+    if any(not any(one.covers(problem.keys) for one in given) for problem in problems):
+        steps.append(f"copy {path} and change the copy, or set other values by --set" if is_shipped(path) else f"edit {path}")
+    return _printable("; ".join(steps))
+
+
+def _printable(text: str) -> str:
+    # what a shell hands over need not be UTF-8
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] = ()) -> MethodSpec:
@@ -254,12 +265,14 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
     Raises: RecipeError listing every problem with its key path.
     """
     content: dict[str, Any] = {"method": {"name": name, **options}}
-    problems = _override(content, overrides)
-    problems += [f"{key}: a method alone has no such section" for key in content if key != "method"]
-    problems += _check_options(content)
-    if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems)
-        raise RecipeError(f"method `{name}` cannot be built:{listed}", "set its options by --set method.key=value")
+    _, problems = override(content, (), overrides, Recipe)
+    problems += [Problem((key,), "a method alone has no such section") for key in content if key != "method"]
+    method_options.spell(content)
+    problems += method_options.check_names(content)
+    if not problems and isinstance(content["method"], dict):
+        content["method"], problems = method_options.filled_in(content["method"])
+    if problems or not isinstance(content["method"], dict):
+        raise RecipeError(_listed(f"method `{name}` cannot be built:", problems), "set its options by --set method.key=value")
     return MethodSpec.model_validate(content["method"])
 
 
@@ -281,237 +294,10 @@ def dump(recipe: Recipe, path: Path) -> Path:
     if not recipe.data.domains:
         del content["data"]["domains"]
     head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
-    return atomic.write(path, head + yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None))
-
-
-def recipe_names() -> list[str]:
-    """Return the shipped recipes, e.g. `streets/mfuser`; parents (`_*`) are not runnable and left out."""
-    root = recipes_dir()
-    paths = (path for path in root.rglob("*.yaml") if not path.name.startswith("_"))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
+    return atomic.write(path, head + dumped(content))
 
 
 def key_paths() -> list[str]:
     """Return the keys that an override may set, e.g. `train.steps`; a method's own options depend on the recipe."""
     sections: dict[str, type[BaseModel]] = {"data": DataSpec, "train": TrainSpec, "optim": OptimSpec, "eval": EvalSpec}
     return [f"{section}.{name}" for section, spec in sections.items() for name in spec.model_fields]
-
-
-def find(method: str, vlm: str | None = None, source: str | None = None) -> str:
-    """Return the shipped recipe that trains `method`, with this vision-language tower and source if they are given.
-
-    Without either it is the method's recipe on procedural streets, which needs no download. A recipe named after the
-    method comes first, then one on gta5.
-
-    Raises: RecipeError if there is none, or several equally near.
-    """
-    from dgbench.data.domains import lookup as domain
-
-    rows = [(name, _peek(name)) for name in recipe_names()]
-    if source is not None:
-        source = domain(source).name
-    mine = [(name, row) for name, row in rows if row["method"] == method]
-    if not mine:
-        raise RecipeError(*unknown("method", method, {row["method"] for _, row in rows if row["method"]}))
-    fitting = [(n, r) for n, r in mine if _same_tower(vlm, r["vlm"]) and source in (None, r["source"])]
-    if not fitting:
-        flags = "".join(f" --{key} {value}" for key, value in (("vlm", vlm), ("source", source)) if value)
-        have = ", ".join(f"{name} ({row['vlm'] or '-'}, {row['source']})" for name, row in mine)
-        raise RecipeError(f"no recipe for `{method}`{flags}", f"recipes of this method (vlm, source): {have}")
-    ranked = sorted(fitting, key=lambda item: _distance(item[0], item[1], method))
-    best = [name for name, row in ranked if _distance(name, row, method) == _distance(*ranked[0], method)]
-    if len(best) > 1:
-        raise RecipeError(f"several recipes fit `{method}`: {', '.join(best)}", "name one of them, or add --vlm")
-    return best[0]
-
-
-def resolve(
-    name: str = "mfuser", *, vlm: str | None = None, vfm: str | None = None, source: str | None = None
-) -> tuple[str, list[str]]:
-    """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
-
-    A method's name picks among its recipes by the flags; whatever the picked recipe does not already say is overridden.
-
-    Raises: RecipeError for an unknown name, or a method without a recipe for this tower.
-    """
-    overrides = [f"method.vfm={vfm}"] if vfm else []
-    if name in recipe_names() or "/" in name or Path(name).suffix in (".yaml", ".yml"):
-        return name, [
-            *overrides,
-            *([f"method.vlm={vlm}"] if vlm else []),
-            *([f"data.source={source}"] if source else []),
-        ]
-    try:
-        return find(name, vlm, source), overrides
-    except RecipeError:
-        # no recipe of this method trains on that source: take its usual one and change the source
-        return find(name, vlm), [*overrides, *([f"data.source={source}"] if source else [])]
-
-
-def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, bool, bool]:
-    return not name.startswith("streets/"), name.rpartition("/")[2] != method, row["source"] != "gta5"
-
-
-def _same_tower(asked: str | None, has: str) -> bool:
-    # `eva02` and its full name `eva02_l_336` are one tower
-    return asked is None or asked == has or (bool(has) and asked.startswith(f"{has}_")) or has.startswith(f"{asked}_")
-
-
-def _peek(name: str) -> dict[str, str]:
-    """Return method, vlm and source of a shipped recipe without checking it."""
-    content = _with_parent(_locate(name))
-    method, data = content.get("method"), content.get("data")
-    method, data = (part if isinstance(part, dict) else {} for part in (method, data))
-    return {
-        "method": str(method.get("name", "")),
-        "vlm": str(method.get("vlm", "")),
-        "source": str(data.get("source", "")),
-    }
-
-
-def _locate(name_or_path: str | Path) -> Path:
-    text = str(name_or_path)
-    shipped = recipes_dir() / f"{text}.yaml"
-    if shipped.is_file() and not shipped.name.startswith("_"):
-        return shipped
-    path = Path(text)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise RecipeError(f"no recipe file {path}", f"shipped recipes need no path or suffix: {', '.join(recipe_names())}")
-        return path
-    raise RecipeError(*unknown("recipe", text, recipe_names()))
-
-
-def _name_of(path: Path) -> str:
-    root = recipes_dir()
-    return path.relative_to(root).with_suffix("").as_posix() if path.is_relative_to(root) else path.stem
-
-
-def _where(path: Path, overrides: Sequence[str]) -> str:
-    return f"edit {path}" if not overrides else f"edit {path}, or change --set"
-
-
-def _with_parent(path: Path) -> dict[str, Any]:
-    """Return a recipe's content merged over its parent's."""
-    child = _read(path)
-    parent_name = child.pop("extends", None)
-    if parent_name is None:
-        return child
-    if not isinstance(parent_name, str):
-        raise RecipeError(f"{path}: extends: expected one file name, got {parent_name!r}", "a recipe has one parent")
-    # a parent lies beside its child, or among the shipped ones
-    places = [path.parent / parent_name, recipes_dir() / parent_name]
-    parent_path = next((place for place in places if place.is_file()), None)
-    if parent_path is None:
-        near = sorted({p.name for place in places for p in place.parent.glob("*.yaml")})
-        raise RecipeError(
-            f"{path}: extends: no file {parent_name} in {path.parent} or {recipes_dir()}",
-            unknown("", parent_name, near)[1],
-        )
-    parent = _read(parent_path)
-    if "extends" in parent:
-        raise RecipeError(
-            f"{path}: its parent {parent_path} extends {parent['extends']}; only one level is allowed",
-            "a reader should need two files at most: state the values in the child",
-        )
-    return _merged(parent, child)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content = parse(path, RecipeError, "recipes/streets/mfuser.yaml")
-    data = content.get("data")
-    if isinstance(data, dict) and isinstance(data.get("domains"), list):
-        # files lie beside the recipe that names them
-        data["domains"] = [str(path.parent / str(file)) for file in data["domains"]]
-    return content
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` on top: mappings merge, everything else replaces."""
-    result = dict(base)
-    for key, value in over.items():
-        below = base.get(key)
-        # another method's options would be nonsense for this one
-        replaces = key == "method" and isinstance(value, dict) and isinstance(below, dict) and _other_method(below, value)
-        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) and not replaces else value
-    return result
-
-
-def _other_method(below: dict[str, Any], above: dict[str, Any]) -> bool:
-    return "name" in below and "name" in above and below["name"] != above["name"]
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper with floats that YAML 1.1 reads back as floats: 1.0e-05, not 1e-05."""
-
-
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:float", text.replace("e", ".0e") if "e" in text and "." not in text else text
-    )
-
-
-_Dumper.add_representer(float, _represent_float)
-
-
-def _override(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply `key.path=value` texts to `content` in place; return what is wrong with them."""
-    problems = []
-    for text in overrides:
-        keys, equals, value_text = text.partition("=")
-        path = keys.strip().split(".")
-        if not equals or not all(path):
-            problems.append(f"{text}: expected key.path=value, as in train.steps=200")
-            continue
-        try:
-            value = yaml.load(value_text, Loader=Loader)
-        except yaml.YAMLError:
-            problems.append(f"{'.'.join(path)}: `{value_text}` is not a YAML value")
-            continue
-        place: Any = content
-        for depth, key in enumerate(path[:-1]):
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                problems.append(f"{'.'.join(path)}: `{'.'.join(path[: depth + 1])}` is a value and has no keys")
-                break
-        else:
-            place[path[-1]] = value
-    return problems
-
-
-def _check_options(content: dict[str, Any]) -> list[str]:
-    """Fill in the method's options with their defaults, in place; return what is wrong with them."""
-    method = content.get("method")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        return []  # the recipe's own check says so
-    import mfuser
-
-    name = method["name"]
-    if name not in mfuser.method_names():
-        message, hint = unknown("method", name, mfuser.method_names())
-        return [f"method.name: {message}, {hint}"]
-    options = mfuser.options(name)
-    hints = get_type_hints(options)
-    fields = (f for f in dataclass_fields(options) if f.name not in _SET_ELSEWHERE)
-    defaults: dict[str, Any] = {f.name: (hints[f.name], _default(f)) for f in fields}
-    checked = create_model("Options", __config__=ConfigDict(extra="forbid"), **defaults)
-    given = {key: value for key, value in method.items() if key != "name"}
-    misplaced = [f"method.{key}: {_SET_ELSEWHERE[key]}" for key in given if key in _SET_ELSEWHERE]
-    try:
-        values = checked.model_validate({key: value for key, value in given.items() if key not in _SET_ELSEWHERE})
-    except ValidationError as error:
-        return misplaced + [problem_line(details, checked, prefix=("method",)) for details in error.errors()]
-    try:
-        # the dataclass fills in what depends on other options; the run keeps the filled-in values
-        resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
-    except ValueError as error:
-        return [*misplaced, f"method: {error}"]
-    content["method"] = {"name": name, **{key: value for key, value in resolved.items() if key not in _SET_ELSEWHERE}}
-    return misplaced
-
-
-def _default(field: DataclassField[Any]) -> Any:
-    if field.default_factory is not MISSING:
-        return Field(default_factory=field.default_factory)
-    return ... if field.default is MISSING else field.default

@@ -1,19 +1,22 @@
-"""YAML texts checked against pydantic models: what recipes and declarations of domains have in common.
+"""Contents checked against pydantic models: what recipes and declarations of domains have in common.
 
 Every problem becomes one line with its key path, so that all of them can be shown at once.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, LiteralString, get_args
+from dataclasses import dataclass
+from functools import partial
+from types import UnionType
+from typing import Annotated, Any, LiteralString, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dgbench.errors import DgbenchError, suggest
+from dgbench.yaml_text import decimal
 
 _OWN = "own"  # errors raised here and in the models: complete sentences
 
@@ -34,74 +37,104 @@ def one_line(error: DgbenchError) -> str:
     return error.message + (f", {error.hint}" if error.hint else "")
 
 
-def _no_bool(value: Any) -> Any:
-    # pydantic reads true as 1
+def _numeric(what: str, value: Any) -> Any:
+    # pydantic reads true as 1, and texts as numbers
     if isinstance(value, bool):
-        raise PydanticCustomError("number_type", "expected a number")
+        raise own(f"expected {what}, got {shown(value)}")
+    if isinstance(value, str):
+        plain = decimal(value)
+        if plain is None or (what == "an integer" and not re.fullmatch(r"[-+]?[0-9]+", plain)):
+            raise own(f"expected {what}, got {shown(value)}")
+        raise own(f"expected {what}, got the text {shown(value)}: write {plain}")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_bool)]
+def _truth(value: Any) -> Any:
+    # pydantic takes 1, "t" and "y", too
+    words = {"yes": True, "on": True, "no": False, "off": False}  # YAML 1.1's
+    value = words.get(value.lower(), value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise own(f"expected true or false, got {shown(value)}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(partial(_numeric, "an integer"))]
 Count = Annotated[Whole, Field(ge=1)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(partial(_numeric, "a number")), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, BeforeValidator(_truth)]
 
 
-class Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that a repeated key is an error and not a silent choice of the last."""
+def strictly(annotation: Any) -> Any:
+    """An annotation with numbers and truth values read as in specs: neither is the other, and texts are neither."""
+    plain = {int: Whole, float: Number, bool: Flag}
+    if annotation in plain:
+        return plain[annotation]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return Union[tuple(map(strictly, parts))]  # noqa: UP007  of a tuple of types
+    if origin in (list, tuple, dict):
+        return origin[tuple(part if part is ... else strictly(part) for part in parts)]
+    return annotation
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and the keys that lead to it."""
+
+    keys: tuple[str | int, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{_key_path(self.keys)}: {self.text}"
 
 
-def parse(path: Path, error: type[DgbenchError], example: str) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> list[Problem]:
+    """What pydantic found, in our words: the keys, what was expected and what was given."""
+    # a list whose values are wrong is said to be too short as well
+    told = [d for d in error.errors() if d["type"] != "too_short" or len(d["input"]) < d["ctx"]["min_length"]]
+    return [problem_of(details, model, prefix) for details in told]
+
+
+def problem_of(details: ErrorDetails, model: Any = None, prefix: tuple[str | int, ...] = ()) -> Problem:
+    """One of pydantic's errors.
 
     Args:
-        error: what to raise. example: where to look how such a file is written.
-
-    Raises: `error` naming the file and the line.
+        model: whose keys are suggested for an unknown one, if there is one.    prefix: keys that lead to the model.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except yaml.MarkedYAMLError as problem:
-        mark = problem.problem_mark or problem.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise error(f"{path}{line}: not valid YAML: {problem.problem}", "check indentation, colons and brackets there") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: not a YAML text: {problem}", "it should be a UTF-8 text file") from None
-    if not isinstance(content, dict):
-        raise error(f"{path}: expected `key: value` lines, got {type(content).__name__}", f"see {example}")
-    return content
-
-
-def problem_line(details: ErrorDetails, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> str:
-    """Return one line for one pydantic error: the key path, what was expected and what was given."""
-    loc, kind, given = details["loc"], details["type"], _shown(details["input"])
+    loc, kind, given = details["loc"], details["type"], shown(details["input"])
+    # a key of a dictionary that is wrong itself is told with the dictionary
+    loc = loc[:-2] if loc[-1:] == ("[key]",) else loc
     context = details.get("ctx", {})
-    path = _key_path((*prefix, *loc))
+    text = f"expected another kind of value, got {given}"
     if kind == "extra_forbidden":
-        close = suggest(str(loc[-1]), _keys_at(model, loc[:-1]))
-        listed = ", ".join(sorted(_keys_at(model, loc[:-1])))
-        return f"{path}: unknown key, " + (f"did you mean `{close}`?" if close else f"choose from {listed}")
-    if kind == "missing" and isinstance(loc[-1], int):
-        return f"{_key_path((*prefix, *loc[:-1]))}: expected more than {loc[-1]} values"
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind == "literal_error":
-        return f"{path}: expected {context['expected']}, got {given}"
-    if kind in _BOUNDS:
+        known = _keys_at(model, loc[:-1]) if model is not None else set()
+        close = suggest(str(loc[-1]), known)
+        more = f", did you mean `{close}`?" if close else f", choose from {', '.join(sorted(known))}" if known else ""
+        text = f"unknown key{more}"
+    elif kind == "missing" and loc and isinstance(loc[-1], int):
+        loc, text = loc[:-1], f"expected more than {loc[-1]} values"
+    elif kind == "missing":
+        text = "missing"
+    elif kind == "literal_error":
+        text = f"expected {context['expected']}, got {given}"
+    elif kind in _BOUNDS:
         word, key = _BOUNDS[kind]
-        return f"{path}: must be {word} {context[key]}, got {given}"
-    if kind in _EXPECTED:
-        return f"{path}: expected {_EXPECTED[kind]}, got {given}"
-    if kind == _OWN:
-        return f"{path}: {details['msg']}"
-    return f"{path}: {details['msg'][:1].lower()}{details['msg'][1:]}, got {given}"
+        text = f"must be {word} {context[key]}, got {given}"
+    elif kind in ("too_short", "too_long"):
+        text = f"expected {_how_many(kind, context)}, got {given}"
+    elif kind in _EXPECTED:
+        text = f"expected {_EXPECTED[kind]}, got {given}"
+    elif kind == _OWN:
+        text = details["msg"]
+    return Problem((*prefix, *loc), text)
+
+
+def _how_many(kind: str, context: dict[str, Any]) -> str:
+    if kind == "too_long":
+        most = context.get("max_length")
+        return "one value" if most == 1 else f"at most {most} values"
+    least = context.get("min_length")
+    return "at least one value" if least == 1 else f"at least {least} values"
 
 
 _BOUNDS = {
@@ -111,28 +144,47 @@ _BOUNDS = {
     "less_than": ("below", "lt"),
 }
 _EXPECTED = {
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
-    **dict.fromkeys(("float_type", "float_parsing", "number_type", "finite_number"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
-    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
-    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "`key: value` pairs"),
-    "string_type": "text",
-    "too_short": "at least one value",
-    "too_long": "fewer values",
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "iterable_type"), "a list"),
+    **dict.fromkeys(
+        ("model_type", "model_attributes_type", "dict_type", "mapping_type", "dataclass_type", "dataclass_exact_type"),
+        "`key: value` pairs",
+    ),
+    **dict.fromkeys(("string_type", "string_sub_type", "string_unicode", "invalid_key"), "text"),
+    "string_pattern_mismatch": "a text of another form",
+    "string_too_short": "a longer text",
+    "string_too_long": "a shorter text",
+    "none_required": "nothing",
+    "recursion_loop": "something that does not hold itself",
 }
 
 
 def _key_path(loc: Sequence[str | int]) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return text.removeprefix(".") or "recipe"
+    return text.removeprefix(".") or "the whole"
 
 
-def _shown(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
+def shown(value: Any) -> str:
+    """A value as it stands in a message: short, and as YAML writes it."""
+    text = "nothing" if value is None else _written(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+def _written(value: Any, depth: int = 0) -> str:
+    if depth > 8:
+        return "..."
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_written(part, depth + 1) for part in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_written(part, depth + 1)}' for key, part in value.items())}}}"
+    return repr(value)
+
+
+def _keys_at(model: Any, loc: Sequence[str | int]) -> set[str]:
     """Return the keys that `model` knows at a place."""
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:

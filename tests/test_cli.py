@@ -222,7 +222,7 @@ def test_help_in_a_pipe_is_plain() -> None:
 
 def test_data_list() -> None:
     lines = run("data", "list").stdout.splitlines()
-    assert lines[0].split() == ["domain", "role", "train", "/", "val", "W", "x", "H", "access", "licence", "on", "this", "disk"]
+    assert lines[0].split() == ["domain", "role", "train", "/", "val", "H", "x", "W", "access", "licence", "on", "this", "disk"]
     listed = json.loads(run("data", "list", "--json").stdout)
     assert {"streets-game", "cityscapes"} <= {row["name"] for row in listed}
 
@@ -242,7 +242,7 @@ def test_protocols_are_shown_field_by_field() -> None:
     assert lines["hash"][:1] == [lookup("robustnet").digest]  # of the last block of columns
     assert all(f"{name}: " in text for name in PROTOCOLS)
     one = run("protocols", "paper-half").stdout
-    assert "half, fit 1024x512" in one
+    assert "half, fit 512x1024" in one
     assert "openseg" in one
     assert "paper-full" not in one
     [shown] = json.loads(run("protocols", "clouds", "--json").stdout)

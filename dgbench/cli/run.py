@@ -62,13 +62,11 @@ def train(
         check_training(begun, root, scored=not no_eval, from_scratch=not any((run / "checkpoint").glob("step-*")))
         recipe = load_recipe(run / "recipe.yaml")
     else:
-        recipe_name, overrides = resolve(name, vlm=vlm, vfm=vfm, source=source)
-        overrides += [f"data.targets=[{', '.join(targets)}]"] if targets else []
-        overrides += [f"train.seed={seed}"] if seed is not None else []
-        changes = [*overrides, *(settings or ())]
+        recipe_name, flags = resolve(name, vlm=vlm, vfm=vfm, source=source, targets=targets, seed=seed)
         # first what can be told without importing torch
-        check_training(load_recipe(recipe_name, changes, check_method=False), root, scored=not no_eval)
-        recipe = load_recipe(recipe_name, changes)
+        light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names")
+        check_training(light, root, scored=not no_eval)
+        recipe = load_recipe(recipe_name, settings or (), flags=flags)
         run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -29,19 +30,35 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 from dgbench.data.domain import Domain, Layout, Role, Split
 from dgbench.data.labels import IGNORE, LABEL_MAPS, NAMES, LabelMap
 from dgbench.errors import DataError, suggest
-from dgbench.spec import Count, Spec, Whole, own, parse, problem_line
+from dgbench.spec import Count, Spec, own, problems_of, shown
+from dgbench.yaml_text import parse
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
-def _numbers(value: Any) -> Any:
-    # JSON, in which a run keeps its recipe, has text for keys
-    return (
-        {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
-    )
+def _stored(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise own(f"expected a stored value or the name of a label, got {shown(value)}")
+    return value
 
 
-Key = Whole | str  # a stored value, or the name of a label in a file of polygons
+def _numbers(given: Any) -> Any:
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, dict):
+        raise own(f"expected the name of a label map, or one written out: {{1: road, 2: car}}, got {shown(given)}")
+    numbered: dict[int | str, Any] = {}
+    for key, value in given.items():
+        # JSON, in which a run keeps its recipe, has text for keys
+        number = int(key) if isinstance(key, str) and _WHOLE.fullmatch(key) else _stored(key)
+        if number in numbered:
+            raise own(f"{number} is given twice")
+        numbered[number] = _stored(value)
+    return numbered
+
+
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")  # what JSON makes of an integer
+Key = Annotated[int | str, BeforeValidator(_stored)]  # a stored value, or the name of a label in a file of polygons
 
 
 class SplitSpec(Spec):
@@ -164,15 +181,42 @@ def declare(declared: Declared) -> Domain:
 
 
 def find(name: str, root: Path | None = None) -> Declared | None:
-    """The declaration of this name, if there is one."""
-    return _DECLARED.get(name) or discover(root).get(name)
+    """The declaration of this name, if there is one.
+
+    Raises: DataError if the file called after it is wrong, or two files declare one name.
+    """
+    if (known := _DECLARED.get(name) or discover(root).get(name)) is not None:
+        return known
+    for path in _files(root):
+        if path.stem == name:
+            read(path)  # it says what is wrong with it, or that it has another name
+    return None
 
 
 def discover(root: Path | None = None) -> dict[str, Declared]:
-    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
+    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name. A file that is wrong is warned about.
 
-    Raises: DataError for a file that is wrong, or two that declare one name.
+    Raises: DataError for two files that declare one name.
     """
+    found: dict[str, Declared] = {}
+    for path in _files(root):
+        try:
+            declared = read(path)
+        except DataError as error:
+            _warn(f"left out: {error.message}")
+            continue
+        first = found.setdefault(declared.name, declared)
+        if first.spec.digest() != declared.spec.digest():
+            raise DataError(f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}", "rename one")
+    return found
+
+
+@cache
+def _warn(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
+
+
+def _files(root: Path | None) -> list[Path]:
     from dgbench.data.domains import data_root
 
     folder = data_root(root) / "domains"
@@ -182,13 +226,7 @@ def discover(root: Path | None = None) -> dict[str, Declared]:
         if not place.exists():
             raise DataError(f"DGBENCH_DOMAINS names {place}, which does not exist", "set it to a YAML file or a folder of them")
         paths = (sorted(place.glob("*.y*ml")) if place.is_dir() else [place]) + paths
-    found: dict[str, Declared] = {}
-    for path in paths:
-        declared = read(path)
-        first = found.setdefault(declared.name, declared)
-        if first.spec.digest() != declared.spec.digest():
-            raise DataError(f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}", "rename one")
-    return found
+    return paths
 
 
 def read(path: Path) -> Declared:
@@ -203,12 +241,11 @@ def read(path: Path) -> Declared:
 
 @lru_cache(64)
 def _read(path: Path, _changed: int) -> Declared:
-    content = parse(path, DataError, "docs/data.md")
+    content = parse(path, DataError, "docs/data.md", UserDomain)
     try:
         spec = UserDomain.model_validate(content)
     except ValidationError as error:
-        problems = [problem_line(details, UserDomain) for details in error.errors()]
-        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(problems))
+        listed = "".join(f"\n  {problem}" for problem in dict.fromkeys(map(str, problems_of(error, UserDomain))))
         raise DataError(f"{path} does not declare a domain:{listed}", "docs/data.md has an example") from None
     name = spec.name or path.stem
     if problem := _unusable(name):

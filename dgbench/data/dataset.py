@@ -126,7 +126,7 @@ class SegDataset:
         label = self._read_label(row)
         if image.shape[:2] != label.shape:
             raise DataError(
-                f"{row['image']['path']} is {image.shape[1]}x{image.shape[0]} but its label {row['label']['path']} is "
+                f"{row['image']['path'] or row['id']} is {image.shape[1]}x{image.shape[0]} but its label {label_path(row)} is "
                 f"{label.shape[1]}x{label.shape[0]}",
                 "the pair is damaged or mismatched: download it again, or move both files out of the folder; "
                 f"`dgbench data verify {self.domain.name} --split {self.split}` lists all such pairs",
@@ -311,7 +311,7 @@ def _warn(text: str) -> None:
 
 
 def label_path(row: dict[str, Any]) -> Path:
-    """The file of a row's label; of rows that hold bytes, what to call them."""
+    """The file of a row's label; of rows that hold bytes, what to call them: it is not opened."""
     return Path(row["label"]["path"] or row["id"])
 
 

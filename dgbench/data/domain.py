@@ -56,7 +56,7 @@ class Domain:
     title: str
     role: Role
     splits: Mapping[str, Split]
-    size: str  # W x H, as published
+    size: str  # H x W, as published
     label_map: str  # the default, a key of dgbench.data.labels.LABEL_MAPS; "" where no map to the 19 classes is agreed on
     licence: str
     access: Access

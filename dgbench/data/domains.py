@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from dgbench.data.domain import Domain, Layout, Split
-from dgbench.errors import DataError, unknown
+from dgbench.errors import DataError, spelled, unknown
 
 __all__ = ["DOMAINS", "RENDER_SIZE", "Domain", "Layout", "Split", "built_in", "cache_root", "data_root", "lookup", "names"]
 
@@ -157,7 +157,7 @@ def _acdc(condition: str, train: int, val: int) -> Domain:
         return tuple(found)
 
     return Domain(
-        name=f"acdc{suffix}", title=f"ACDC{suffix.replace('-', ', ')}", role="both", size="1920x1080", label_map="train-ids",
+        name=f"acdc{suffix}", title=f"ACDC{suffix.replace('-', ', ')}", role="both", size="1080x1920", label_map="train-ids",
         splits={"train": Split(train, layouts("train")), "val": Split(val, layouts("val"))}, withheld={"test": _SERVER},
         licence=_NON_COMMERCIAL, access="account", homepage="https://acdc.vision.ee.ethz.ch", folders=("acdc", "ACDC"),
     )  # fmt: skip
@@ -190,7 +190,7 @@ _TABLE: tuple[Domain, ...] = (
         for name, title in _STREETS.items()
     ),
     Domain(
-        name="gta5", title="GTA5 (Playing for Data)", role="source", size="1914x1052", label_map="gta5-ids",
+        name="gta5", title="GTA5 (Playing for Data)", role="source", size="1052x1914", label_map="gta5-ids",
         splits={split: Split(count, layouts, _GTA_BAD) for split, count, layouts in (
             ("train", 24966, _gta()), ("official-train", 12403, _gta("train", ("train",), 12388)),
             ("official-val", 6382, _gta("val", ("valid", "val"))), ("official-test", 6181, _gta("test", ("test",))))},
@@ -198,27 +198,27 @@ _TABLE: tuple[Domain, ...] = (
         folders=("gta5", "gta", "GTA5", "GTA", "GTAV", "gtav"), aliases=("gta",),
     ),
     Domain(
-        name="synthia", title="SYNTHIA-RAND-CITYSCAPES, 16 of the 19 classes", role="source", size="1280x760",
+        name="synthia", title="SYNTHIA-RAND-CITYSCAPES, 16 of the 19 classes", role="source", size="760x1280",
         splits={"train": Split(9400, _synthia()), "robustnet-train": Split(6580, _synthia("train")),
                 "robustnet-val": Split(2820, _synthia("val"))},
         label_map="synthia-ids", licence="CC BY-NC-SA 3.0", access="open", homepage="https://synthia-dataset.net",
         folders=("synthia", "SYNTHIA", "RAND_CITYSCAPES"),
     ),
     Domain(
-        name="urbansyn", title="UrbanSyn", role="source", size="2048x1024", label_map="urbansyn-ids",
+        name="urbansyn", title="UrbanSyn", role="source", size="1024x2048", label_map="urbansyn-ids",
         splits={"train": Split(7539, (Layout("official", "rgb/rgb_*.png", (("rgb/rgb_", "ss/ss_"),)),))},
         licence="CC BY-SA 4.0", access="open", homepage="https://huggingface.co/datasets/UrbanSyn/UrbanSyn",
         folders=("urbansyn", "UrbanSyn"),
     ),
     Domain(
-        name="cityscapes", title="Cityscapes", role="both", size="2048x1024", label_map="cityscapes-ids",
+        name="cityscapes", title="Cityscapes", role="both", size="1024x2048", label_map="cityscapes-ids",
         splits={s: Split(n, _cityscapes(s)) for s, n in (("train", 2975), ("val", 500))},
         withheld={"test": "its labels are dummies: predictions are scored by the benchmark's server"},
         licence=_NON_COMMERCIAL, access="account", homepage="https://www.cityscapes-dataset.com/downloads/",
         folders=("cityscapes", "Cityscapes"), aliases=("city",),
     ),
     Domain(
-        name="bdd100k", title="BDD100K (10k set)", role="both", size="1280x720", label_map="train-ids",
+        name="bdd100k", title="BDD100K (10k set)", role="both", size="720x1280", label_map="train-ids",
         splits={s: Split(n, _bdd(s), _BDD_BAD[s]) for s, n in (("train", 7000), ("val", 1000))}, withheld={"test": _SERVER},
         licence=_NON_COMMERCIAL, access="account", homepage="http://bdd-data.berkeley.edu",
         folders=("bdd100k", "bdd", "bdd-100k", "bdd100k_seg"), aliases=("bdd",),
@@ -240,7 +240,7 @@ _TABLE: tuple[Domain, ...] = (
     ),
     _acdc("*", 1600, 406), _acdc("fog", 400, 100), _acdc("night", 400, 106), _acdc("rain", 400, 100), _acdc("snow", 400, 100),
     Domain(
-        name="dark-zurich", title="Dark Zurich", role="target", size="1920x1080", label_map="train-ids",
+        name="dark-zurich", title="Dark Zurich", role="target", size="1080x1920", label_map="train-ids",
         splits={"val": Split(50, (Layout("official", "rgb_anon/val/night/*/*_rgb_anon.png",
                 (("rgb_anon/", "gt/"), ("_rgb_anon.png", "_gt_labelTrainIds.png"))),))},
         withheld={"train": "it has no labels", "test": _SERVER},
@@ -248,14 +248,14 @@ _TABLE: tuple[Domain, ...] = (
         folders=("dark-zurich", "dark_zurich", "Dark_Zurich", "DarkZurich", "Dark_Zurich_val_anon"), aliases=("dark_zurich",),
     ),
     Domain(
-        name="idd", title="India Driving Dataset, part I", role="both", size="1920x1080", label_map="idd-autonue",
+        name="idd", title="India Driving Dataset, part I", role="both", size="1080x1920", label_map="idd-autonue",
         splits={s: Split(n, _idd(s)) for s, n in (("train", 6993), ("val", 981))}, withheld={"test": _SERVER},
         label_maps=("idd-autonue", "idd-no-terrain"),
         licence=_NON_COMMERCIAL, access="account", homepage="https://idd.insaan.iiit.ac.in",
         folders=("idd", "IDD", "IDD_Segmentation", "idd20k"),
     ),
     Domain(
-        name="wilddash2", title="WildDash 2, public part", role="target", size="1920x1080", label_map="wilddash2-policy",
+        name="wilddash2", title="WildDash 2, public part", role="target", size="1080x1920", label_map="wilddash2-policy",
         splits={"val": Split(4256, (
             Layout("official", "images/*.jpg", (("images/", "panoptic/"), (".jpg", ".png")), "panoptic"),
             Layout("label ids", "images/*.jpg", (("images/", "labels/"), (".jpg", ".png"))),
@@ -273,18 +273,19 @@ DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 def names(root: Path | None = None) -> tuple[str, ...]:
     """Every domain's name, aliases left out; those that a user declared in a file, or fetched from a Hub, come last.
 
-    Raises: DataError for a declaration that is wrong.
+    Raises: DataError for a name that is declared twice, differently. A declaration that is wrong is warned about.
     """
     return (*DOMAINS, *_declared(root))
 
 
 def built_in(name: str) -> Domain | None:
-    """The row of the table with this name or alias."""
+    """The row of the table with this name or alias, in capitals or not."""
+    name = name.lower()
     return DOMAINS.get(name) or next((d for d in DOMAINS.values() if name in d.aliases), None)
 
 
 def lookup(name: str, root: Path | None = None) -> Domain:
-    """The row of a name, an alias or a YAML file; `streets-fog@0.6` sets a severity in 0..1.
+    """The row of a name or an alias, in capitals or not, or of a YAML file; `streets-fog@0.6` sets a severity in 0..1.
 
     Raises: DataError naming the nearest known domain, or what a severity may be, or what is wrong with a declaration.
     """
@@ -297,8 +298,10 @@ def lookup(name: str, root: Path | None = None) -> Domain:
     if row is None:
         from dgbench.data import custom, hub_sets
 
-        declared = custom.find(base, root)
-        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(base, data_root(root))
+        # declared names are small; folders of fetched sets are called as somebody called them
+        declared = custom.find(base, root) or custom.find(base.lower(), root)
+        fetched = spelled(base, hub_sets.names(data_root(root))) or base
+        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(fetched, data_root(root))
         if row is None:
             known = [*names(root), *(a for d in DOMAINS.values() for a in d.aliases)]
             raise DataError(*unknown("domain", base, known))

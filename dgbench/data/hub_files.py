@@ -40,6 +40,9 @@ def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
     with _explained(repo, revision):
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
     chosen = [f for f in info.siblings or () if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
+    for name in (f.rfilename for f in chosen):
+        if name.startswith(("/", "~")) or "\\" in name or ".." in name.split("/"):
+            raise DataError(f"{repo} lists a file {name!r}, which lies outside of it", "do not fetch this repository")
     licence = getattr(info.card_data, "license", None) if info.card_data else None
     return Listed(
         repo, str(info.sha), licence if isinstance(licence, str) else None, {f.rfilename: f.size or 0 for f in chosen},

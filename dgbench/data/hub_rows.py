@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgbench import atomic
 from dgbench.data.hub_files import Listed
-from dgbench.data.hub_sets import HUB, SOURCE
+from dgbench.data.hub_sets import BESIDE, HUB, SOURCE, opened
 from dgbench.errors import DataError, unknown
 
 if TYPE_CHECKING:
@@ -62,21 +62,19 @@ def read(folder: Path) -> HubSet | None:
 
 
 def rows(folder: Path, split: str) -> datasets.Dataset:
-    """The rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded.
+    """The rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded; every path is None.
 
     Raises: DataError if the folder is no set from the Hub, has no such split, or is damaged.
     """
-    import datasets
-
     hub = read(folder)
     if hub is None:
         raise DataError(f"{folder} is no set from the Hub: it has no {SOURCE}", "dgbench download --hub OWNER/NAME makes one")
     if split not in hub.splits:
         raise DataError(f"`{hub.name}` has no split `{split}`", f"its splits are {', '.join(f'`{s}`' for s in hub.splits)}")
     try:
-        return datasets.load_from_disk(folder / HUB / split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / HUB / split} is damaged: {error}", f"remove {folder} and run: {_command(hub)}") from None
+        return opened(folder / HUB / split)
+    except DataError as error:
+        raise DataError(error.message, f"remove {folder} and run: {_command(hub)}") from None
 
 
 def wish_of(
@@ -93,6 +91,9 @@ def wish_of(
     named(label_map)
     if encoding not in ENCODINGS:
         raise DataError(*unknown("encoding", encoding, ENCODINGS))
+    if encoding in BESIDE:
+        raise DataError(f"`{encoding}` labels cannot be fetched as rows: their table lies in a file beside them",
+                        "fetch the files by other means and declare the domain (docs/data.md)")  # fmt: skip
     chosen = name or re.sub(r"[^a-z0-9_-]+", "-", repo.rpartition("/")[2].lower()).strip("-")
     return chosen, HubWish(repo, revision or "main", tuple(patterns_of(pairs)), pairs, encoding, label_map, split)
 
@@ -146,7 +147,7 @@ def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path)
     datasets.disable_progress_bars()
     try:
         for split, files in splits.items():
-            told = {"split": split, "files": files, "columns": wish.columns, "folder": str(fetched)}
+            told = {"split": split, "files": files, "columns": wish.columns, "folder": str(fetched), "repo": wanted.repo}
             made = datasets.Dataset.from_generator(
                 _loose_rows if loose else _parquet_rows, features=features, gen_kwargs=told, cache_dir=str(fetched / ".rows")
             )
@@ -162,7 +163,9 @@ def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path)
     return hub
 
 
-def _parquet_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str) -> Iterator[dict[str, Any]]:
+def _parquet_rows(
+    split: str, files: Sequence[str], columns: Mapping[str, str], folder: str, repo: str
+) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     number = 0
@@ -170,18 +173,27 @@ def _parquet_rows(split: str, files: Sequence[str], columns: Mapping[str, str], 
         # a few rows at a time: an image is megabytes
         for batch in ParquetFile(Path(folder, name)).iter_batches(16, columns=list(columns.values())):
             for row in batch.to_pylist():
-                yield {"id": f"{split}/{number:06d}", "image": row[columns["image"]], "label": row[columns["label"]]}
+                made: dict[str, Any] = {"id": f"{split}/{number:06d}"}
+                for part, column in columns.items():
+                    content = row[column]["bytes"] if row[column] else None
+                    if not isinstance(content, bytes) or not content:
+                        raise DataError(f"{repo}: row {number} of `{split}` ({name}) has no bytes in column `{column}`",
+                                        "paths and addresses in rows are never opened: the set must hold its images")  # fmt: skip
+                    # without its path: `datasets` would open a file of that name on this machine
+                    made[part] = {"bytes": content, "path": None}
+                yield made
                 number += 1
 
 
-def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str) -> Iterator[dict[str, Any]]:
+def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str, repo: str) -> Iterator[dict[str, Any]]:
     for image in files:
-        label = _label_of(image, columns)
-        yield {
-            "id": image,
-            "image": {"bytes": Path(folder, image).read_bytes(), "path": image},
-            "label": {"bytes": Path(folder, label).read_bytes(), "path": label},
-        }
+        made: dict[str, Any] = {"id": image}
+        for part, name in (("image", image), ("label", _label_of(image, columns))):
+            content = Path(folder, name).read_bytes()
+            if not content:
+                raise DataError(f"{repo}: {name} is empty", "leave it out by a narrower glob")
+            made[part] = {"bytes": content, "path": None}
+        yield made
 
 
 def check_columns(wanted: Listed, columns: Mapping[str, str], file: Path) -> None:
@@ -229,6 +241,7 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
     """Which files make up which split, as `datasets` reads the repository's card and file names."""
     import datasets
 
+    _check_card(wanted, folder / "README.md")
     try:
         builder = datasets.load_dataset_builder(str(folder))
     except ValueError as error:
@@ -237,8 +250,47 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
                         "want") from None  # fmt: skip
     found: dict[str, list[str]] = {}
     for split, files in (builder.config.data_files or {}).items():
-        found[str(split)] = [Path(file).relative_to(folder.resolve()).as_posix() for file in files]
-    return {"val" if split in ("validation", "valid") else split: files for split, files in found.items()}
+        found[str(split)] = [_within(wanted, file, folder) for file in files]
+    # one of datasets' names for it; two of them stay apart
+    others = [split for split in found if split in ("validation", "valid")]
+    renamed = others[0] if len(others) == 1 and "val" not in found else None
+    return {"val" if split == renamed else split: files for split, files in found.items()}
+
+
+def _within(wanted: Listed, file: str, folder: Path) -> str:
+    try:
+        name = Path(file).resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        name = ""
+    if name not in wanted.files:
+        raise DataError(f"{wanted.repo}: {file} is not one of its files", "only files of the repository are read")
+    return name
+
+
+def _check_card(wanted: Listed, card: Path) -> None:
+    """See that a repository's card names files of the repository only, before `datasets` looks for what it names.
+
+    Raises: DataError naming the path or address.
+    """
+    from huggingface_hub import metadata_load
+
+    try:
+        told = metadata_load(card) if card.is_file() else None
+    except Exception as error:  # whatever a YAML reader says of somebody's text
+        raise DataError(f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}",
+                        "its owner has to mend README.md") from None  # fmt: skip
+    configs = (told or {}).get("configs")
+    left: list[Any] = [config.get(key) for config in (configs if isinstance(configs, list) else [configs])
+                       if isinstance(config, Mapping) for key in ("data_files", "data_dir")]  # fmt: skip
+    while left:
+        part = left.pop()
+        if isinstance(part, Mapping):
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part
+        elif isinstance(part, str) and (part.startswith(("/", "~", "\\")) or ":" in part or ".." in part.split("/")):
+            raise DataError(f"{wanted.repo}: its card names `{part}`, which is not a file of the repository",
+                            "addresses and paths from elsewhere are never opened")  # fmt: skip
 
 
 def _paired(wanted: Listed, columns: Mapping[str, str]) -> list[str]:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dgbench.data.domain import Domain, Layout, Role, Split
 from dgbench.errors import DataError
 
+if TYPE_CHECKING:
+    import datasets
+
 HUB = "hub"
 SOURCE = f"{HUB}/source.json"
+BESIDE = ("panoptic",)  # encodings of which a part lies beside the labels
 
 
 def names(root: Path) -> list[str]:
@@ -55,6 +60,48 @@ def layout(folder: Path, split: str) -> Layout | None:
     return Layout(f"rows of {told['repository']}", f"{HUB}/{split}", (), told["encoding"], told["label_map"], revision=revision)
 
 
+def opened(path: Path) -> datasets.Dataset:
+    """The rows of a folder: `id` (string), `image` and `label`, each {"bytes", "path"} with the bytes as stored.
+
+    A path or an address that a row states is of the machine that wrote it, or of somebody's choosing: it reads None here, and
+    a row without bytes is refused when it is read.
+
+    Raises: DataError if the folder is damaged or holds something else.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(path)
+        kinds = rows.features
+        if getattr(kinds["id"], "dtype", None) != "string" or not all(isinstance(kinds[p], datasets.Image) for p in _PARTS):
+            raise ValueError("it does not hold an id, an image and a label")
+        rows = rows.select_columns(["id", *_PARTS])
+        for part in _PARTS:
+            rows = rows.cast_column(part, datasets.Image(decode=False))
+        return rows.with_transform(_bytes_alone)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error}", f"remove {path.parents[1]} and download the set again") from None
+
+
+_PARTS = ("image", "label")
+
+
+def _bytes_alone(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    kept = dict(batch)
+    for part in [part for part in _PARTS if part in batch]:
+        kept[part] = []
+        for place, value in enumerate(batch[part]):
+            content = value["bytes"] if value is not None else None
+            if content is None:
+                row = batch["id"][place] if "id" in batch else place
+                raise DataError(f"row {row} has no bytes of its {part}", "a path in a row is never opened: fetch the set again")
+            kept[part].append({"bytes": content, "path": None})
+    return kept
+
+
+_SPLIT = re.compile(r"\w[\w.-]*")  # a folder's name, and nothing that leads elsewhere
+
+
 def _source(folder: Path) -> dict[str, Any] | None:
     path = folder / SOURCE
     try:
@@ -66,4 +113,14 @@ def _source(folder: Path) -> dict[str, Any] | None:
     lacking = {"repository", "revision", "encoding", "label_map"} - set(told) if isinstance(told, dict) else {"everything"}
     if lacking:
         raise DataError(f"{path} lacks {', '.join(sorted(lacking))}", f"remove {folder} and download the set again")
+    told.setdefault("splits", {})
+    splits = told["splits"]
+    sound = isinstance(splits, dict) and all(_SPLIT.fullmatch(name) and type(count) is int and count > 0
+                                             for name, count in splits.items())  # fmt: skip
+    if not sound or not all(isinstance(told[key], str) for key in ("repository", "revision", "encoding", "label_map")):
+        raise DataError(f"{path} is damaged: `splits` are names with counts, everything else is text",
+                        f"remove {folder} and download the set again")  # fmt: skip
+    if told["encoding"] in BESIDE:
+        raise DataError(f"{path}: rows cannot hold `{told['encoding']}` labels, whose table lies in a file beside them",
+                        f"remove {folder}, and lay the set's files out in folders (docs/data.md)")  # fmt: skip
     return told

@@ -106,7 +106,7 @@ def rows_of(found: Found) -> datasets.Dataset:
     import datasets
 
     if found.rows:
-        return datasets.load_from_disk(found.folder / found.layout.images)
+        return hub_sets.opened(found.folder / found.layout.images)
     features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
                                   "label": datasets.Image(decode=False)})  # fmt: skip
     columns = {
@@ -196,7 +196,7 @@ def mismatch(image: Path, label: Path) -> str | None:
         except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
             return f"{path.name} cannot be read"
     (w, h), (label_w, label_h) = sizes
-    return None if sizes[0] == sizes[1] else f"the image is {w}x{h}, its label {label_w}x{label_h}"
+    return None if sizes[0] == sizes[1] else f"the image is {h}x{w} (H x W), its label {label_h}x{label_w}"
 
 
 class _Files:
@@ -255,13 +255,7 @@ def _in_hub(domain: Domain, split: str, folder: Path) -> Found | None:
     layout = hub_sets.layout(folder, split)
     if layout is None:
         return None
-    import datasets
-
-    try:
-        rows = len(datasets.load_from_disk(folder / layout.images))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / layout.images} is damaged: {error}", f"remove {folder} and download it again") from None
-    return Found(domain, split, folder, layout, rows=rows)
+    return Found(domain, split, folder, layout, rows=len(hub_sets.opened(folder / layout.images)))
 
 
 def _not_here(domain: Domain, split: str, root: Path) -> DataError:

@@ -33,7 +33,7 @@ class DomainState:
     title: str
     role: str  # "source", "target" or "both"
     splits: dict[str, int | None]  # split -> images in the complete split
-    size: str  # W x H
+    size: str  # H x W
     access: str
     licence: str
     homepage: str
@@ -68,7 +68,7 @@ class Sheet:
 def states(root: Path | None = None) -> list[DomainState]:
     """Return every domain, in the table's order, then those that the user declared.
 
-    Raises: DataError for a declaration that is wrong.
+    Raises: DataError for a name that is declared twice, differently.
     """
     return [_state(domains.lookup(name, root), root) for name in domains.names(root)]
 

@@ -76,7 +76,7 @@ class TrainView(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         if any(abs(a - b) > ODD for a, b in zip(size, label.shape, strict=True)):
             self.dataset.image(index)  # which says so, if EXIF turns it
             raise DataError(
-                f"{self.dataset.name(index)} is {size[1]}x{size[0]}, but its label is {label.shape[1]}x{label.shape[0]}",
+                f"{self.dataset.name(index)} is {size[0]}x{size[1]} (H x W), but its label is {label.shape[0]}x{label.shape[1]}",
                 "the pair is damaged or mismatched: download it again, or move both files out of the folder",
             )
         return label[: size[0], : size[1]]

@@ -19,13 +19,14 @@ from dgbench import results
 from dgbench.engine.count import CONVENTIONS, Convention, Cost, Counted, count
 from dgbench.engine.device import peak_gib, pick_device
 from dgbench.engine.timing import Call, Hardware, Times, hardware, joules, samples, times
-from dgbench.errors import DgbenchError, RecipeError, unknown
+from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
 from dgbench.progress import Progress
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
 from mfuser import ops
 from mfuser.inference import windows
 from mfuser.segmentor import Batch, Segmentor
+from mfuser.towers import ENCODERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = (512, 512)  # (H, W) of the papers' crops
@@ -125,6 +126,8 @@ def subjects(
     Raises: RecipeError for what is unknown.
     """
     found: list[Subject] = []
+    names = [spelled(name, mfuser.method_names()) or name for name in names]
+    vlm, vfm = (name and (spelled(name, ENCODERS) or name) for name in (vlm, vfm))
     for name in names or _with_towers([key for key, value in (("vlm", vlm), ("vfm", vfm)) if value]):
         if name in mfuser.method_names():
             found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
@@ -132,7 +135,7 @@ def subjects(
         if "/" not in name and not name.endswith((".yaml", ".yml")):
             raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
         towers = [f"method.{key}={value}" for key, value in (("vlm", vlm), ("vfm", vfm)) if value]
-        recipe = load_recipe(name, [*towers, *settings])
+        recipe = load_recipe(name, settings, flags=towers)
         found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
     return found
 

@@ -46,8 +46,8 @@ def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
     except ValueError:
         (height, width), (rows, columns) = images.shape[-2:], model.image_size
         raise DataError(
-            f"protocol `{rules.name}` shows whole images, here {width}x{height}, but `{model.method}` was built for "
-            f"{columns}x{rows}",
+            f"protocol `{rules.name}` shows whole images, here {height}x{width} (H x W), but `{model.method}` was "
+            f"built for {rows}x{columns}",
             "score it under a protocol that slides a window: `dgbench protocols` lists them",
         ) from None
     return ask(images)

@@ -24,7 +24,7 @@ def _domain_states(states: Sequence[DomainState]) -> list[Table]:
         "Others are looked for in --root, else DGBENCH_DATA, else ./data; what is found is named by its layout.",
         "Further splits, folders, label maps and homepages: --json.",
     ]
-    header = ("domain", "role", "train / val", "W x H", "access", "licence", "on this disk")
+    header = ("domain", "role", "train / val", "H x W", "access", "licence", "on this disk")
     return [Table("", header, tuple(rows), left=True, legend=tuple(legend))]
 
 
@@ -115,13 +115,13 @@ def _sheet(sheet: Sheet) -> list[Table]:
 
 def _exported(splits: Sequence[Exported]) -> list[Table]:
     rows = [
-        (*map(Cell, (s.split, str(s.n_images), f"{s.size[1]}x{s.size[0]}", s.layout, s.label_map)),
+        (*map(Cell, (s.split, str(s.n_images), f"{s.size[0]}x{s.size[1]}", s.layout, s.label_map)),
          Cell(", ".join(f"{name} {pixels}" for name, pixels in s.ignored.items()) or ABSENT, "warn" if s.ignored else ""))
         for s in splits
     ]  # fmt: skip
     legend = ("ignored: pixels of classes that these labels cannot express.",) if any(s.ignored for s in splits) else ()
     title = f"{splits[0].folder}: {splits[0].streets} as {splits[0].domain}"
-    header = ("split", "images", "size", "layout", "label map", "ignored")
+    header = ("split", "images", "H x W", "layout", "label map", "ignored")
     return [Table(title, header, tuple(rows), left=True, legend=legend)]
 
 

@@ -20,7 +20,7 @@ def _presets(found: Sequence[Preset]) -> list[Table]:
     rows = [(Cell(what), *(Cell(preset.rules[what]) for preset in found)) for what in found[0].rules]
     rows = [(Cell("hash"), *(Cell(preset.digest) for preset in found)), *rows]
     legend = [f"{preset.name}: {preset.follows}." for preset in found]
-    legend.append("Sizes are W x H. Scores under two hashes are never ranked together; docs/protocol.md explains each line.")
+    legend.append("Sizes are H x W. Scores under two hashes are never ranked together; docs/protocol.md explains each line.")
     return [Table("", ("", *(preset.name for preset in found)), tuple(rows), left=True, legend=tuple(legend))]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mfuser.segmentor import Segmentor
+if TYPE_CHECKING:
+    from mfuser.segmentor import Segmentor
 
 
 def names() -> list[str]:
@@ -30,6 +33,18 @@ def options(name: str) -> type[Any]:
     """The method's Options dataclass."""
     found: type[Any] = module(name).Options
     return found
+
+
+def option_names(name: str) -> list[str]:
+    """The fields of a method's Options, read from its file: a wrong key is told without importing torch.
+
+    Raises: ValueError listing the methods there are.
+    """
+    if name not in names():
+        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
+    source = Path(__path__[0], f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
+    return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
 def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:

@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, uniform
 from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
-from mfuser.encoders import ENCODERS, TIMM, VisionEncoder, tower
+from mfuser.encoders import VisionEncoder
 from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
 from mfuser.pretrained import load_tower, unfilled
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.text import TextEncoder, tokenize
+from mfuser.towers import ENCODERS, TIMM, tower
 from mfuser.weights import WeightsNotFound, require
 
 TITLE = "MFuser"
@@ -59,7 +60,7 @@ _SIZES = {"tiny": _TINY, "small": _SMALL}
 class Options:
     """What `build` takes. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.encoders.ENCODERS or `timm:<model>`
+    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.ENCODERS or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, siglip2, tiny or small
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
     variant: str = "release"  # or "sane", without the release's accidents; see the module's head

@@ -273,7 +273,7 @@ def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path
         ("cityscapes.yaml", yaml.safe_dump(MINE), "`cityscapes` is a domain that dgbench has"),
         ("My City.yaml", yaml.safe_dump(MINE), "`My City` is no name for a domain"),
         ("mine.yaml", "splits: [", "mine.yaml:1: not valid YAML"),
-        ("mine.yaml", "- a\n", "mine.yaml: expected `key: value` lines, got list"),
+        ("mine.yaml", "- a\n", "mine.yaml: expected `key: value` lines, got a list"),
         ("mine.yaml", "title: a\ntitle: b\n", "mine.yaml:2: not valid YAML: key `title` is given twice"),
     ],
 )
@@ -296,3 +296,21 @@ def test_a_folder_that_is_not_there_is_named(root: Path):
     with pytest.raises(DataError, match=r"`mine` is not on this disk: no folder .*gone") as error:
         SegDataset("mine", "val")
     assert "its declaration says `folder`" in str(error.value.hint)
+
+
+def test_a_file_that_is_wrong_stops_only_what_needs_it(root: Path, caplog: pytest.LogCaptureFixture):
+    written(root / "domains/mine.yaml", MINE)
+    (root / "domains/broken.yaml").write_text("splits: [")
+    written(root / "domains/wrong.yaml", changed(encodin="ids"))
+    custom._warn.cache_clear()
+    assert names()[-1] == "mine"
+    assert len(SegDataset("mine", "val")) == 2
+    warned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("left out: ")]
+    assert len(warned) == 2  # once each
+    assert "broken.yaml:1: not valid YAML" in warned[0]
+    for name, told in (("broken", "broken.yaml:1: not valid YAML"), ("wrong", "encodin: unknown key, did you mean `encoding`?")):
+        with pytest.raises(DataError, match=".") as caught:
+            lookup(name)
+        assert told in caught.value.message
+    with pytest.raises(DataError, match="unknown domain `nosuch`"):
+        lookup("nosuch")

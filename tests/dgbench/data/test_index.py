@@ -132,7 +132,7 @@ def test_a_known_bad_pair_is_left_out_only_if_it_is_bad(tmp_path: Path):
         write_label(tmp_path / f"gta5/labels/{stem}.png", np.zeros(SIZE, np.uint8), gta_map, "ids")
     found = find(FILES["gta5"], "train", tmp_path)
     assert [image for image, _ in found.pairs] == ["images/00000.png", "images/00001.png", "images/15188.png"]
-    assert found.left_out == {"images/17705.png": "the image is 64x16, its label 64x32"}
+    assert found.left_out == {"images/17705.png": "the image is 16x64 (H x W), its label 32x64"}
     assert found.expected == 24966 - 1
 
 

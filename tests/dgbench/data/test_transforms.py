@@ -269,7 +269,7 @@ def test_a_label_with_a_few_rows_less_or_more_is_used_as_far_as_both_reach(image
 
 def test_a_pair_of_two_sizes_is_refused(tmp_path):
     dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, (40, 60), (80, 120)))
-    with pytest.raises(DataError, match=r"images/00001.png is 60x40, but its label is 120x80"):
+    with pytest.raises(DataError, match=r"images/00001.png is 40x60 \(H x W\), but its label is 80x120"):
         TrainView(dataset, UniformSampler(1, 0), PLAIN, 0)[0]
 
 

@@ -253,7 +253,7 @@ def test_mapillarys_labels_are_read_by_the_protocols_map(free, monkeypatch, tmp_
 
 
 def test_whole_images_need_a_model_of_their_size(run, monkeypatch):
-    with pytest.raises(DataError, match="shows whole images, here 128x64, but `source-only` was built for 64x64"):
+    with pytest.raises(DataError, match=r"shows whole images, here 64x128 \(H x W\), but `source-only` was built for 64x64"):
         under(run, monkeypatch, window="whole")
 
 

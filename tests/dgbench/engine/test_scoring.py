@@ -89,7 +89,9 @@ def test_a_method_without_masks_has_one_way(plain: Segmentor) -> None:
 def test_a_whole_image_goes_through_at_once_if_the_model_was_built_for_it(plain: Segmentor) -> None:
     x = images()
     assert torch.equal(scored(plain, x, window="whole"), asked(plain, x))
-    with pytest.raises(DataError, match="shows whole images, here 96x64, but `source-only` was built for 64x64") as caught:
+    with pytest.raises(
+        DataError, match=r"shows whole images, here 64x96 \(H x W\), but `source-only` was built for 64x64"
+    ) as caught:
         scored(plain, images(64, 96), window="whole")
     assert "dgbench protocols" in str(caught.value.hint)
 
