@@ -181,7 +181,10 @@ class Expectation(Spec):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
     target: DomainName  # the source stands for its validation split
     miou: Annotated[Number, Field(ge=0, le=1)]
-    tolerance: Annotated[Number, Field(ge=0, le=1)]
+    tolerance: Annotated[Number, Field(ge=0, le=1)]  # on either side, over training seeds
+    seeds: Annotated[Count, Field(ge=2)] | None = None  # runs that the tolerance was measured from; null: it is a margin
+    # beginning of the sha256 of each tower's published weights, by option (vfm, vlm, backbone): it holds for no others
+    weights: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = Field(default_factory=dict)
     origin: str = Field(alias="from")  # the record or the paper it comes from
 
 
@@ -293,6 +296,10 @@ def dump(recipe: Recipe, path: Path) -> Path:
     content = recipe.model_dump(mode="json", by_alias=True)
     if not recipe.data.domains:
         del content["data"]["domains"]
+    for row in content["expect"]:
+        for key in ("seeds", "weights"):
+            if not row[key]:
+                del row[key]
     head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
     return atomic.write(path, head + dumped(content))
 

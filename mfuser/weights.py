@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,13 @@ class HubFile:
             return None
         path = folder / "snapshots" / commit / self.file
         return path if path.exists() else None
+
+    def sha256(self) -> str | None:
+        """64 hex digits of the file in the local Hub cache, read as a whole; None if it is not there."""
+        if (path := self.where) is None:
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def __str__(self) -> str:
         return f"{self.repo}/{self.file} ({self.size})"

@@ -240,6 +240,7 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
         "dgbench.cli",
         "dgbench.results",
         "dgbench.report.leaderboard",
+        "dgbench.report.expected",
         "dgbench.report.ablation",
         "dgbench.render",
         "mfuser",

@@ -284,6 +284,28 @@ def test_leaderboard_shows_runs_and_published_rows_apart(here: Path) -> None:
     assert group["rows"][0]["mean"]["miou"] == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("command", ["leaderboard", "profile --fusion", "profile --plot x.png"])
+def test_runs_that_are_not_there_are_an_error(command: str, here: Path) -> None:
+    error = fails(*command.split(), "--runs", "NOSUCH")
+    assert error.startswith("error: no runs in NOSUCH: there is no such folder\n\nhint: ")
+    (here / "file").touch()
+    assert fails(*command.split(), "--runs", "file").startswith("error: no runs in file: is not a folder")
+
+
+def test_without_runs_and_without_naming_them_the_board_shows_what_is_expected(here: Path) -> None:
+    assert "ref: expected of recipe streets/mfuser, not run here" in run("leaderboard").stdout
+
+
+def test_training_says_why_a_run_has_no_expected_range(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGBENCH_CACHE", str(here / "cache"))
+    small = ("data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=2", "data.val_images=1", "train.batch_size=1")
+    done = run("train", "streets/source-only", "--quiet", "--device", "cpu", "--set", "train.steps=1", *small)
+    assert done.exit_code == 0, done.output
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("No expected range of recipe streets/source-only for this run: not as in the recipe: data.size=")
+    assert "train.steps=1" in last
+
+
 def test_a_broken_record_is_a_warning(here: Path) -> None:
     (here / "runs" / "x").mkdir(parents=True)
     (here / "runs" / "x" / "record-broken.json").write_text("{")

@@ -28,8 +28,8 @@ def leaderboard(
     """Show own results by rank, reference results, and published numbers apart."""
     from dgbench import render, results
     from dgbench.data.domains import lookup
+    from dgbench.report.expected import references
     from dgbench.report.leaderboard import leaderboard as arrange
-    from dgbench.report.leaderboard import references
 
     columns = [lookup(name).name for name in targets] if targets else None
     only = lookup(source).name if source else None

@@ -116,6 +116,7 @@ def profile(
     from dgbench.engine.profile import profile as measure
     from dgbench.engine.profile import subjects
 
+    kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=crop)
     found = measure(
         chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
@@ -125,5 +126,5 @@ def profile(
     if plot is not None:
         from dgbench.engine.tradeoff import tradeoff
 
-        points = tradeoff(results.query(runs), progress, convention=convention, size=crop)
+        points = tradeoff(kept, progress, convention=convention, size=crop)
         render.note(f"plot: {render.draw_tradeoff(points, plot)}")

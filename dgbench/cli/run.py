@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgbench.cli import completion
 from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
 from dgbench.cli.program import Command
-from dgbench.errors import ResultError, StoppedError
+from dgbench.errors import RecipeError, ResultError, StoppedError
+
+if TYPE_CHECKING:
+    from dgbench.recipe import Recipe
 
 panel = typer.Typer()
 
@@ -61,6 +64,7 @@ def train(
         begun = load_recipe(run / "recipe.yaml", check_method=False)
         check_training(begun, root, scored=not no_eval, from_scratch=not any((run / "checkpoint").glob("step-*")))
         recipe = load_recipe(run / "recipe.yaml")
+        recipe_name = recipe.name
     else:
         recipe_name, flags = resolve(name, vlm=vlm, vfm=vfm, source=source, targets=targets, seed=seed)
         # first what can be told without importing torch
@@ -93,12 +97,16 @@ def train(
     if as_json:
         render.show([trained, *records], as_json=True)
         return
-    from dgbench.report.leaderboard import leaderboard, of_run, references
+    from dgbench.report.expected import held_against, references
+    from dgbench.report.leaderboard import leaderboard, of_run
 
     # with --out the run may lie elsewhere, and --runs nowhere yet
     others = results.query(runs) if runs.exists() else []
-    known = {record.id: record for record in (*others, *records)}
-    render.show(of_run(leaderboard(known.values(), references(), published=False), run))
+    known = {record.id: record for record in (*others, trained, *records)}
+    render.show(of_run(leaderboard(known.values(), references(), published=False, beside=True), run))
+    if (expected := held_against(recipe, _as_shipped(recipe_name), [trained, *records])) is not None:
+        render.write("")
+        render.show(expected)
     render.note(f"run: {run}")
 
 
@@ -170,6 +178,14 @@ def predict(
     from dgbench.engine.predict import predict as segment
 
     render.show(segment(photos, folder, out, device=device), as_json=as_json)
+
+
+def _as_shipped(name: str) -> Recipe | None:
+    from dgbench.recipe import load_recipe
+
+    with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
+        return load_recipe(name)
+    return None
 
 
 def _run_with_checkpoint(text: str, runs: Path) -> Path:

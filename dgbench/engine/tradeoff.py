@@ -11,7 +11,9 @@ from dgbench.engine.count import CONVENTIONS
 from dgbench.engine.profile import Subject, counted_total
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe
-from dgbench.report.leaderboard import Group, Row, leaderboard, references
+from dgbench.report.expected import references
+from dgbench.report.leaderboard import leaderboard
+from dgbench.report.rows import Group, Row
 from dgbench.results import Record
 
 
@@ -32,7 +34,7 @@ class Panel:
 
     title: str
     points: tuple[Point, ...]
-    left_out: tuple[str, ...]  # rows without a model here to count, or without a complete mean
+    left_out: tuple[str, ...]  # rows without a model here to count, or without a complete mean or source
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def _panel(group: Group, convention: str, size: tuple[int, int] | None, costs: d
     for row in group.rows:
         recipe = _recipe_of(row)
         label = f"{row.method} ({row.variant})" if row.variant else row.method
-        if recipe is None or row.mean is None:
+        if recipe is None or row.mean is None or row.partial_source:
             left_out.append(label)
         else:
             key = f"{recipe.method.model_dump_json()} {size or recipe.data.crop}"

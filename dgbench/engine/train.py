@@ -29,9 +29,11 @@ from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_de
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
+from dgbench.report.expected import WEIGHTS
 from dgbench.resources import usable_cores
 from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
+from mfuser.weights import hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -153,11 +155,18 @@ def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDat
         environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
         extra={
             "loss": last["loss"], "resumed_at_step": float(start), "peak_gib": peak_gib(device),
-            "images_per_second": trained * recipe.train.batch_size / (seconds["train"] or math.inf),
+            "images_per_second": trained * recipe.train.batch_size / (seconds["train"] or math.inf), **_tower_weights(recipe),
         },
     )  # fmt: skip
     # a finished run that is resumed once more has nothing to add
     return results.write(record, run) if write and trained else record
+
+
+def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
+    """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
+    options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
+    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str)}
+    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
 
 
 def schedule(step: int, steps: int, optim: OptimSpec) -> float:

@@ -9,7 +9,7 @@ from dgbench.render.numbers import duration, percent
 from dgbench.render.pictures import draw_fusion, draw_tradeoff
 from dgbench.render.results import show, tell
 from dgbench.render.table import ABSENT, WIDTH, Cell, Table, plain
-from dgbench.render.terminal import failure, note, warning
+from dgbench.render.terminal import failure, note, warning, write
 
 __all__ = [
     "ABSENT",
@@ -28,4 +28,5 @@ __all__ = [
     "tell",
     "transfers",
     "warning",
+    "write",
 ]

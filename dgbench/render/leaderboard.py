@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,65 +12,125 @@ from dgbench.render.protocols import with_hash
 from dgbench.render.table import ABSENT, Cell, Table, Tables
 
 if TYPE_CHECKING:
-    from dgbench.report.leaderboard import Group, Leaderboard, Row, Score
+    from dgbench.report.expected import Expected
+    from dgbench.report.rows import Group, Leaderboard, Row, Score
+
+PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
+_NAMED = 5  # rows that a line of the legend names
 
 
 def _leaderboard(board: Leaderboard) -> list[Table]:
     tables: list[Table] = []
-    for group in board.groups:
+    titles: set[str] = set()
+    names = _names(board.groups)
+    for group, labels in zip(board.groups, names, strict=True):
+        title = _title(group)
         # what two groups of one title differ in is inside their protocol hashes
-        alike = any((g.source, g.targets, g.protocol, g.protocol_digest)
-                    == (group.source, group.targets, group.protocol, group.protocol_digest)
-                    for g in board.groups[: len(tables)])  # fmt: skip
-        tables.append(_own(group, "; at another image size or label map than the table above" if alike else ""))
+        key = f"{title} {group.targets}"
+        alike = "; at another image size or label map than the table above" if key in titles else ""
+        tables.append(_own(group, labels, title + alike))
+        titles.add(key)
     if not tables:
         tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
     return tables + [_published(group) for group in board.published]
 
 
-def _own(group: Group, remark: str = "") -> Table:
+def _title(group: Group) -> str:
+    prefix = _shared_prefix(group.targets)
+    source = f"{group.source} (rendered)" if group.source_rendered else group.source
+    exports = ", scored on rendered exports, not the published sets" if group.rendered else ""
+    targets = f", scored on {prefix}*" if prefix else ""
+    protocol = with_hash(group.protocol, group.protocol_digest)
+    return f"Trained on {source}{exports or targets}, protocol {protocol}: mIoU in %"
+
+
+def _names(groups: Sequence[Group]) -> list[list[str]]:
+    """Return the names of the rows of each group: a run has one name in all tables that were scored alike."""
+    together: list[list[Group]] = []
+    place: list[int] = []
+    having: dict[tuple[object, ...], int] = {}  # what was scored alike -> its place
+    for group in groups:
+        shared = (group.source, group.protocol, group.protocol_digest, group.rendered, group.source_rendered)
+        keys = [(*shared, value) for value in group.protocol_hashes]
+        found = next((having[key] for key in keys if key in having), len(together))
+        together += [[]] if found == len(together) else []
+        together[found].append(group)
+        place.append(found)
+        having |= dict.fromkeys(keys, found)
+    names = []
+    for several in together:
+        rows = {_identity(row): row for group in several for row in group.rows}
+        names.append(dict(zip(rows, _labels(list(rows.values())), strict=True)))
+    return [[names[i][_identity(row)] for row in group.rows] for group, i in zip(groups, place, strict=True)]
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return row.kind, row.method, row.variant, row.recipe, row.recipe_hash, row.origin, row.created
+
+
+def _own(group: Group, labels: Sequence[str], title: str) -> Table:
     ranked = [row for row in group.rows if row.rank is not None]
     columns = [_all_scores(row) for row in ranked]
     best = [_best(column) for column in zip(*columns, strict=True)]
     prefix = _shared_prefix(group.targets)
-    targets = f", scored on {prefix}*" if prefix else ""
     header = ("#", "method", "source val", *(target.removeprefix(prefix) for target in group.targets), "mean", "images")
     wide, narrow = [], []
-    for row, label in zip(group.rows, _labels(group.rows), strict=True):
-        keys = (Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label))
+    for row, label in zip(group.rows, labels, strict=True):
+        mark = PARTIAL if row.partial_source else ""
+        keys = (Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label + mark))
         marked = best if row.rank is not None else [None] * len(header)
-        n_images = sum(score.n_images or 0 for score in row.scores if score)
+        n_images = sum(score.n_images or 0 for score in row.scores.values() if score)
         scores = list(zip(_all_scores(row), marked, strict=False))
         cells = (*keys, *(_score_cell(*pair) for pair in scores), Cell(str(n_images) if n_images else ABSENT))
         short = (*keys, *(_score_cell(*pair, interval=False) for pair in scores))
         dim = row.kind == "reference"
         wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
         narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
-    protocol = with_hash(group.protocol, group.protocol_digest)
-    title = f"Trained on {group.source}{targets}, protocol {protocol}: mIoU in %{remark}"
-    compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, intervals=False))
-    return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, intervals=True), compact=compact)
+    compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, labels, intervals=False))
+    return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, labels, intervals=True), compact=compact)
 
 
 def _all_scores(row: Row) -> tuple[Score | None, ...]:
-    return (row.source_score, *row.scores, row.mean)
+    return (row.source_score, *row.scores.values(), row.mean)
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
     """Return for each row the shortest name that no other row has."""
-    forms: list[Callable[[Row], str]] = [
-        _method,
-        lambda row: row.recipe,
-        lambda row: f"{row.recipe}#{row.recipe_hash[:4]}",
-        lambda row: f"{row.recipe}#{row.recipe_hash[:4]} {row.created[5:16].replace('T', ' ')}",
-    ]
-    return [
-        next((form(row) for form in forms if sum(form(other) == form(row) for other in rows) == 1), forms[-1](row))
+    own = {row.recipe for row in rows if row.kind == "run"}
+    # a reference beside a row of its own recipe has the same name, and `ref` in front
+    named = [row for row in rows if row.kind == "run" or row.recipe not in own]
+    forms: list[Callable[[Row], str]] = [_method, lambda row: row.recipe, _settings, _hash]
+    forms += [lambda row: f"{_settings(row)} {_time(row)}", lambda row: f"{_hash(row)} {_time(row)}"]
+    counts = [Counter(form(row) for row in named) for form in forms]
+    unique = [
+        next((form(row) for form, count in zip(forms, counts, strict=True) if count[form(row)] == 1), forms[-1](row))
         for row in rows
-    ]
+    ]  # fmt: skip
+    return [row.recipe if row.kind == "reference" and row.recipe in own else name for row, name in zip(rows, unique, strict=True)]
 
 
-def _own_legend(group: Group, *, intervals: bool) -> tuple[str, ...]:
+def _settings(row: Row) -> str:
+    """`streets/mfuser, train.steps=40, seed 1`; without known settings what the hash form says, which comes next."""
+    texts = [f"seed {value}" if key == "train.seed" else f"{key}={_short(value)}" for key, value in row.settings.items()]
+    return ", ".join([row.recipe, *texts]) if texts else _hash(row)
+
+
+def _short(value: object) -> str:
+    from dgbench.report.settings import value_text
+
+    text = value_text(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def _hash(row: Row) -> str:
+    return f"{row.recipe}#{row.recipe_hash[:4]}"
+
+
+def _time(row: Row) -> str:
+    return row.created[5:16].replace("T", " ")
+
+
+def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tuple[str, ...]:
     lines = ["Higher is better; * best."]
     if not intervals:
         lines = ["Intervals and image counts: in a wider terminal or with --json. Higher is better; * best."]
@@ -77,10 +138,17 @@ def _own_legend(group: Group, *, intervals: bool) -> tuple[str, ...]:
         lines = ["Higher is better; * best. ±: half the 95 % bootstrap interval over images (not over training runs)."]
     lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
     if any(score.partial for row in group.rows for score in _all_scores(row) if score):
-        lines.append("~ only some images of the split: not ranked, not averaged.")
+        lines.append(f"{PARTIAL} only some images of the split, or more than it has: not ranked, not averaged.")
+    partial = [(row, label) for row, label in zip(group.rows, labels, strict=True) if row.partial_source]
+    for images, available in sorted({(row.source_images, row.source_available) for row, _ in partial}):
+        several = [label for row, label in partial if (row.source_images, row.source_available) == (images, available)]
+        which = ", ".join(several[:_NAMED]) + (f" and {len(several) - _NAMED} more" if len(several) > _NAMED else "")
+        lines.append(f"{which}{PARTIAL}: trained on {images} of {available} source images: not ranked.")
+    own = {row.recipe for row in group.rows if row.kind == "run"}
     for row in group.rows:
         if row.kind == "reference":
-            lines.append(f"ref: expected of recipe {row.recipe}, not run here. From: {row.origin}.")
+            absent = "" if row.recipe in own else ", not run here"
+            lines.append(f"ref: expected of recipe {row.recipe}{absent}. From: {row.origin}.")
     if group.other_targets:
         lines.append(f"Also scored: {', '.join(group.other_targets)} (dgbench leaderboard --targets ...).")
     return tuple(lines)
@@ -89,7 +157,7 @@ def _own_legend(group: Group, *, intervals: bool) -> tuple[str, ...]:
 def _published(group: Group) -> Table:
     rows = tuple(
         (Cell("pub", "dim"), Cell(row.method + ("†" if row.note else ""), "dim"), Cell(row.variant, "dim"),
-         *(Cell(percent(score, 2), "dim") for score in (*row.scores, row.mean)))
+         *(Cell(percent(score, 2), "dim") for score in (*row.scores.values(), row.mean)))
         for row in group.rows
     )  # fmt: skip
     # every row of a table has one citation
@@ -106,7 +174,7 @@ def _best(scores: Iterable[Score | None]) -> float | None:
 
 def _score_cell(score: Score | None, best: float | None, *, interval: bool = True) -> Cell:
     if score is not None and score.partial:
-        return Cell(percent(score, mark="~", interval=interval))
+        return Cell(percent(score, mark=PARTIAL, interval=interval))
     if score is not None and best is not None and round(score.miou, 3) == best:
         return Cell(percent(score, mark="*", interval=interval), "best")
     return Cell(percent(score, interval=interval))
@@ -120,4 +188,22 @@ def _shared_prefix(targets: Sequence[str]) -> str:
     return "streets-" if targets and all(target.startswith("streets-") for target in targets) else ""
 
 
-TABLES: Tables = {"Leaderboard": _leaderboard}
+def _expected(found: Expected) -> list[Table]:
+    if found.reason:
+        return [Table(f"No expected range of recipe {found.recipe} for this run: {found.reason}", (), ())]
+    rows = tuple(
+        (Cell(verdict.target), Cell(f"{100 * verdict.miou:.1f}"), Cell(f"{100 * verdict.low:.1f} to {100 * verdict.high:.1f}"),
+         Cell("within", "good") if verdict.within else Cell("outside", "warn"))
+        for verdict in found.verdicts
+    )  # fmt: skip
+    width = (
+        f"the width is of {found.seeds} training runs with other seeds"
+        if found.seeds
+        else "the width is a margin: no other seeds were measured"
+    )
+    legend = (f"Range: expected score ± tolerance; {width}.", f"From: {found.origin}.")
+    title = f"This run against what recipe {found.recipe} is expected to give: mIoU in %"
+    return [Table(title, ("domain", "mIoU", "expected range", ""), rows, legend=legend)]
+
+
+TABLES: Tables = {"Leaderboard": _leaderboard, "Expected": _expected}

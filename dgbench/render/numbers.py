@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dgbench.render.table import ABSENT
 
 if TYPE_CHECKING:
-    from dgbench.report.leaderboard import Score
+    from dgbench.report.rows import Score
 
 
 def percent(score: Score | None, digits: int = 1, mark: str = "", *, interval: bool = True) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from dgbench.render.outside import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,6 +35,19 @@ class Table:
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
     compact: Table | None = None  # says less in less width
+
+    def __post_init__(self) -> None:
+        """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
+        set_ = object.__setattr__
+        set_(self, "title", visible(self.title))
+        set_(self, "header", tuple(map(visible, self.header)))
+        set_(self, "legend", tuple(map(visible, self.legend)))
+        set_(self, "rows", tuple(tuple(_visible(cell) for cell in row) for row in self.rows))
+
+
+def _visible(cell: Cell) -> Cell:
+    shown = visible(cell.text)
+    return cell if shown == cell.text else Cell(shown, cell.style)
 
 
 # what draws the results of one kind, by the name of their class
@@ -99,7 +114,7 @@ def draw_rich(table: Table, console: Console) -> None:
     for part in _blocks(table, width):
         drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for i, cell in enumerate(part[0]):
-            drawn.add_column(cell.text, justify="left" if i < table.keys or table.left else "right", overflow="fold")
+            drawn.add_column(Text(cell.text), justify="left" if i < table.keys or table.left else "right", overflow="fold")
         for row in part[1:]:
             drawn.add_row(*(Text(cell.text, style=_STYLES[cell.style]) for cell in row))
         console.print(drawn)

@@ -39,7 +39,8 @@ def ablation(records: Iterable[Record]) -> Ablation:
     """
     runs: dict[Any, list[Record]] = {}
     for record in records:
-        if record.kind == "eval" and record.run is not None and record.split == "val" and record.miou is not None:
+        counts = record.kind == "eval" and record.split == "val" and record.miou is not None
+        if counts and record.run is not None and not record.rendered and not record.source_rendered and not record.n_extra:
             runs.setdefault(record.run, []).append(record)
     sets: dict[str, dict[tuple[str, int], tuple[str, float]]] = {}
     told: dict[str, str] = {}

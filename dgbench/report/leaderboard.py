@@ -1,7 +1,7 @@
 """The leaderboard: own records, reference results of recipes, and published numbers, each kept apart.
 
 Rows are ranked only inside one group: one source, one protocol by name and digest, one set of targets with equal protocol
-hashes.
+hashes, all of them published sets or all exports of rendered scenes.
 Reference rows stand in for recipes that have not been run here; published rows were measured under protocols that
 differ from paper to paper, so they get groups of their own and no rank.
 """
@@ -12,93 +12,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
-from dgbench import protocol as protocols
-from dgbench.data.domains import RENDER_SIZE, lookup, names
+from dgbench.data.domains import names
+from dgbench.report import settings
+from dgbench.report.columns import Order, Scored, tables
+from dgbench.report.expected import SOURCE, Measured, Reference, mismatch, weights_of
+from dgbench.report.published import load_published
+from dgbench.report.rows import Group, Leaderboard, Row, Score
 from dgbench.results import Record
-
-if TYPE_CHECKING:
-    from dgbench.recipe import Recipe
-
-PUBLISHED = Path(__file__).parents[1] / "published.yaml"
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One mIoU in 0..1 with its 95 % interval."""
-
-    miou: float
-    low: float | None = None
-    high: float | None = None
-    n_images: int | None = None
-    partial: bool = False  # only some images of the split: shown, never ranked or averaged
-
-    @property
-    def half(self) -> float | None:
-        """Half the interval's width."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One model: a checkpoint of ours, a recipe's reference result, or a line of a paper's table."""
-
-    kind: Literal["run", "reference", "published"]
-    method: str
-    variant: str
-    recipe: str
-    recipe_hash: str
-    origin: str  # run folder, where the reference comes from, or paper and table
-    created: str
-    source_score: Score | None  # on the source's own validation split
-    scores: tuple[Score | None, ...]  # in the order of the group's targets
-    mean: Score | None = None  # over all targets, only if each is there in full
-    rank: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Rows that may be compared with each other."""
-
-    source: str
-    targets: tuple[str, ...]
-    protocol: str
-    protocol_hashes: tuple[str, ...]
-    rows: tuple[Row, ...]
-    other_targets: tuple[str, ...] = ()  # scored by some row, but not a column
-    protocol_digest: str = ""  # of the protocol alone; "" for published rows and records from before it was kept
-
-
-@dataclass(frozen=True, slots=True)
-class Leaderboard:
-    """Own and reference rows by group, and the published tables."""
-
-    groups: tuple[Group, ...]
-    published: tuple[Group, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """The expected results of one recipe."""
-
-    recipe: str
-    method: str
-    variant: str
-    source: str
-    protocol: str
-    miou: Mapping[str, float]  # target -> 0..1; the source stands for its validation split
-    origin: str
-    hashes: Mapping[str, str] = field(default_factory=dict)  # column -> protocol hash that the recipe scores under
-    protocol_digest: str = ""
-
-    @property
-    def measured(self) -> _Measured:
-        """What it can be ranked with."""
-        return self.source, self.protocol, self.protocol_digest
 
 
 @dataclass(slots=True)
@@ -106,21 +27,28 @@ class _Model:
     """The newest record per split of one checkpoint."""
 
     records: dict[str, Record]  # by column
+    newest: Record = field(init=False)
+    scored: Scored = field(init=False)
+    settings: settings.Settings | None = None
+    telling: Mapping[str, object] = field(default_factory=dict)  # settings that tell it from others of its method and recipe
 
-    @property
-    def newest(self) -> Record:
-        return max(self.records.values(), key=_age)
+    def __post_init__(self) -> None:
+        self.newest = max(self.records.values(), key=_age)
+        full = frozenset(c for c, r in self.records.items() if c != SOURCE and _whole(r) and r.miou is not None)
+        self.scored = Scored(None, full, frozenset(self.records) - {SOURCE})
 
     @property
     def hashes(self) -> dict[str, str]:
         return {column: record.protocol_hash for column, record in self.records.items()}
 
-    def full_targets(self) -> frozenset[str]:
-        return frozenset(c for c, r in self.records.items() if c != _SOURCE and r.complete and r.miou is not None)
+    @property
+    def recipe(self) -> tuple[str, str, str]:
+        return self.newest.method, self.newest.variant, self.newest.recipe_hash
 
-
-_SOURCE = ""  # the column of the source's validation split
-_Measured = tuple[str, str, str]  # source, protocol, the protocol's digest: what all rows of a group share
+    def source_images(self) -> tuple[int, int]:
+        """How many images it was trained on, and how many its source has; (0, 0) if these are equal, or unknown."""
+        record = next((r for r in self.records.values() if r.source_complete is False), None)
+        return (0, 0) if record is None else (record.source_images, record.source_available)
 
 
 def leaderboard(
@@ -131,36 +59,44 @@ def leaderboard(
     source: str | None = None,
     every: bool = False,
     published: bool = True,
+    beside: bool = False,
 ) -> Leaderboard:
     """Arrange records into ranked groups.
 
     Args:
-        records: of any kind and order; only evaluations count.
+        records: of any kind and order; only evaluations are rows.
         references: shown where the recipe has no row of its own.
-        targets: the columns; by default, per group, the set that most models were scored on in full.
+        targets: the columns of every group; by default those that the runs' recipes name, and further groups for what
+            else was scored.
         source: only models trained on this domain; by default all.
         every: keep models that a newer run of the same recipe replaces.
+        beside: show references beside rows of the same recipe, too, except those of other tower weights.
     """
     records = [r for r in records if source in (None, r.source)]
     references = [r for r in references if source in (None, r.source)]
-    parts: dict[_Measured, list[_Model]] = {}
-    for key, model in _models(records).items():
-        parts.setdefault((key[0], key[1], key[2]), []).append(model)
-    groups, shown = [], []
+    columns = tuple(dict.fromkeys(targets)) if targets is not None else None
+    parts: dict[Measured, list[_Model]] = {}
+    for measured, model in _models(records):
+        parts.setdefault(measured, []).append(model)
+    _read_settings([model for models in parts.values() for model in models])
+    weights = {r.checkpoint: weights_of([r]) for r in records if r.kind == "train"} if beside else None
+    order = _table_order()
+    groups: list[Group] = []
+    shown: set[int] = set()
     for measured, models in parts.items():
         for cluster in _compatible(models):
             hashes = {column: value for model in cluster for column, value in model.hashes.items()}
-            mine = [r for r in references if _belongs(r, measured, hashes)]
-            groups.append(_group(measured, cluster, mine, targets, every=every))
-            shown.append((measured, hashes))
-    lonely = [r for r in references if not any(_belongs(r, *group) for group in shown)]
+            mine = [i for i, r in enumerate(references) if _belongs(r, measured, hashes)]
+            shown.update(mine)
+            groups += _groups(measured, cluster, [references[i] for i in mine], columns, order, every=every, weights=weights)
+    lonely = [r for i, r in enumerate(references) if i not in shown]
     while lonely:
         first = lonely[0]
         together = [r for r in lonely if _belongs(r, first.measured, first.hashes)]
-        groups.append(_group(first.measured, [], together, targets, every=every))
+        groups += _groups(first.measured, [], together, columns, order, every=every, weights=None)
         lonely = [r for r in lonely if r not in together]
-    tables = [table for table in load_published() if source in (None, table.source)] if published else []
-    return Leaderboard(tuple(groups), tuple(tables))
+    sets = [table for table in load_published() if source in (None, table.source)] if published else []
+    return Leaderboard(tuple(groups), tuple(sets))
 
 
 def of_run(board: Leaderboard, run: Path) -> Leaderboard:
@@ -168,65 +104,53 @@ def of_run(board: Leaderboard, run: Path) -> Leaderboard:
     return replace(board, groups=tuple(g for g in board.groups if any(row.origin == str(run) for row in g.rows)))
 
 
-def references() -> list[Reference]:
-    """Return the expected results of all shipped recipes that state some."""
-    from dgbench.recipe import load_recipe, recipe_names
-
-    found = []
-    for name in recipe_names():
-        recipe = load_recipe(name, check_method=False)
-        for origin in dict.fromkeys(row.origin for row in recipe.expect):
-            miou = {row.target: row.miou for row in recipe.expect if row.origin == origin}
-            method, source, rules = recipe.method, recipe.data.source, protocols.lookup(recipe.eval.protocol)
-            hashes = {_SOURCE if target == source else target: _expected_hash(recipe, target) for target in miou}
-            found.append(Reference(name, method.name, method.variant, source, rules.name, miou, origin, hashes, rules.digest))
-    return found
-
-
-def _expected_hash(recipe: Recipe, target: str) -> str:
-    rules, domain = protocols.lookup(recipe.eval.protocol), lookup(target)
-    size = recipe.data.size or (RENDER_SIZE if domain.procedural else None)
-    return protocols.protocol_hash(rules, protocols.domain_row(domain, "val", protocols.label_map(rules, domain), size))
-
-
-def load_published(path: Path = PUBLISHED) -> tuple[Group, ...]:
-    """Return the published tables, one group per paper, table and source."""
-    return tuple(_published_group(table) for table in yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def _published_group(table: Mapping[str, Any]) -> Group:
-    cite = f"{table['paper']}, {table['table']} (read {table['read']})"
-    rows = []
-    for row in table["rows"]:
-        scores = tuple(Score(percent / 100) for percent in row["miou"])
-        printed = row["mean"] / 100 if "mean" in row else math.fsum(score.miou for score in scores) / len(scores)
-        rows.append(Row("published", row["method"], row["backbone"], row.get("recipe", ""), "", cite, str(table["read"]), None,
-                        scores, Score(printed), note=row.get("note", "")))  # fmt: skip
-    rows.sort(key=lambda row: -(row.mean.miou if row.mean else 0))
-    return Group(table["source"], tuple(table["targets"]), table["protocol"], (), tuple(rows))
-
-
 def _age(record: Record) -> tuple[str, str]:
     return record.created, record.id
 
 
+def _whole(record: Record) -> bool:
+    """Whether the images that were scored are those of the published split, all and no others."""
+    return record.complete and not record.n_extra
+
+
 def _column(record: Record) -> str:
     if record.target == record.source and record.split == "val":
-        return _SOURCE
+        return SOURCE
     return record.target if record.split == "val" else f"{record.target} ({record.split})"
 
 
-def _models(records: Iterable[Record]) -> dict[tuple[str, ...], _Model]:
-    """Collect the newest record per column of every checkpoint, newest first."""
-    models: dict[tuple[str, ...], _Model] = {}
+def _models(records: Iterable[Record]) -> list[tuple[Measured, _Model]]:
+    """Collect the newest record per column of every checkpoint, newest first, exports apart from published sets."""
+    targets: dict[tuple[str, ...], dict[bool, dict[str, Record]]] = {}
     for record in sorted((r for r in records if r.kind == "eval"), key=_age, reverse=True):
-        measured = (record.source, record.protocol, record.protocol_digest)
-        key = (*measured, record.method, record.variant, record.recipe_hash, record.checkpoint)
-        models.setdefault(key, _Model({})).records.setdefault(_column(record), record)
-    return models
+        trained = (record.source, record.protocol, record.protocol_digest, "rendered" if record.source_rendered else "")
+        sets = targets.setdefault((*trained, record.method, record.variant, record.recipe_hash, record.checkpoint), {})
+        column = _column(record)
+        # the source's own validation split is no target: it stands beside either kind
+        for rendered in (True, False) if column == SOURCE else (record.rendered,):
+            sets.setdefault(rendered, {}).setdefault(column, record)
+    found = []
+    for (source, protocol, digest, source_rendered, *_), sets in targets.items():
+        for rendered, columns in sets.items():
+            other = sets.get(not rendered, {})
+            if columns.keys() != {SOURCE} or (other.keys() == {SOURCE} and not rendered):
+                measured = Measured(source, protocol, digest, bool(source_rendered), rendered)
+                found.append((measured, _Model(columns)))
+    return sorted(found, key=lambda item: _age(item[1].newest), reverse=True)
 
 
-def _belongs(reference: Reference, measured: _Measured, hashes: Mapping[str, str]) -> bool:
+def _read_settings(models: Iterable[_Model]) -> None:
+    """Give each model the settings of its run; runs of one recipe hash have the same, and one file is read for them."""
+    known: dict[str, settings.Settings] = {}
+    for model in models:
+        sha = model.newest.recipe_hash
+        if sha not in known and (read := settings.of_run(model.newest.run)) is not None:
+            known[sha] = read
+        model.settings = known.get(sha)
+        model.scored = replace(model.scored, named=settings.targets(model.settings))
+
+
+def _belongs(reference: Reference, measured: Measured, hashes: Mapping[str, str]) -> bool:
     """Whether a reference was scored as the models of a group were."""
     shared = hashes.keys() & reference.hashes.keys()
     same = all(hashes[column] == reference.hashes[column] for column in shared)
@@ -236,88 +160,130 @@ def _belongs(reference: Reference, measured: _Measured, hashes: Mapping[str, str
 def _compatible(models: Sequence[_Model]) -> list[list[_Model]]:
     """Split models, newest first, into clusters whose protocol hashes agree wherever two share a column."""
     clusters: list[tuple[dict[str, str], list[_Model]]] = []
+    having: dict[tuple[str, str], set[int]] = {}  # (column, hash) -> clusters: only these can take a model in
     for model in models:
-        for hashes, members in clusters:
-            shared = hashes.keys() & model.hashes.keys()
-            if shared and all(hashes[column] == model.hashes[column] for column in shared):
-                hashes.update(model.hashes)
-                members.append(model)
-                break
-        else:
-            clusters.append((dict(model.hashes), [model]))
+        hashes = model.hashes
+        near = sorted(set().union(*(having.get(pair, ()) for pair in hashes.items())))
+        fitting = (i for i in near if all(clusters[i][0].get(column, value) == value for column, value in hashes.items()))
+        chosen = next(fitting, len(clusters))
+        if chosen == len(clusters):
+            clusters.append(({}, []))
+        clusters[chosen][0].update(hashes)
+        clusters[chosen][1].append(model)
+        for pair in hashes.items():
+            having.setdefault(pair, set()).add(chosen)
     return [members for _, members in clusters]
 
 
-def _group(
-    measured: _Measured,
+def _groups(
+    measured: Measured,
     models: Sequence[_Model],
     references: Sequence[Reference],
-    targets: Sequence[str] | None,
+    targets: tuple[str, ...] | None,
+    order: Order,
     *,
     every: bool,
+    weights: Mapping[str, Mapping[str, str]] | None,
+) -> list[Group]:
+    _tell_apart(models)
+    if targets is not None:
+        chosen = [(targets, list(range(len(models))))]
+    elif models:
+        chosen = tables([model.scored for model in models], order)
+    else:
+        sets = [frozenset(r.miou) - {r.source} for r in references]
+        most = max(sets, key=lambda own: (len(own) * sum(own <= other for other in sets), len(own)))
+        chosen = [(tuple(sorted(most, key=order)), [])]
+    groups = []
+    for number, (columns, members) in enumerate(chosen):
+        # a reference of fewer targets stands in the first table alone
+        fitting = [r for r in references if set(columns) <= r.miou.keys() or (number == 0 and set(columns) & r.miou.keys())]
+        rows = [models[i] for i in members]
+        groups.append(_group(measured, rows, fitting, columns, every=every, weights=weights, all_shown=targets is None))
+    return groups
+
+
+def _group(
+    measured: Measured,
+    models: Sequence[_Model],
+    references: Sequence[Reference],
+    columns: tuple[str, ...],
+    *,
+    every: bool,
+    weights: Mapping[str, Mapping[str, str]] | None,
+    all_shown: bool,
 ) -> Group:
-    columns = tuple(targets) if targets is not None else _usual_targets(models, references)
-    kept = list(models) if every else _not_replaced(models)
+    kept = list(models) if every else _not_replaced(models, {*columns, SOURCE})
     rows = [_run_row(model, columns) for model in kept]
-    own = {row.recipe for row in rows}
-    rows += [_reference_row(reference, columns) for reference in references if reference.recipe not in own]
+    for reference in references:
+        own = [model for model in kept if model.newest.recipe == reference.recipe]
+        # unknown weights, as of runs without a training record, do not speak for it either
+        others = weights is not None and any(mismatch(reference.weights, weights.get(m.newest.checkpoint, {})) for m in own)
+        if not own or (weights is not None and not others):
+            rows.append(_reference_row(reference, columns))
     hashes = {column: value for model in models for column, value in model.hashes.items()}
-    others = sorted({c for model in kept for c in model.records} - {*columns, _SOURCE})
-    used = tuple(hashes[column] for column in (*columns, _SOURCE) if column in hashes)
-    source, protocol, digest = measured
-    return Group(source, columns, protocol, used, tuple(_ranked(rows)), tuple(others), digest)
+    others_ = [] if all_shown else sorted({c for model in kept for c in model.records} - {*columns, SOURCE})
+    used = tuple(hashes[column] for column in (*columns, SOURCE) if column in hashes)
+    return Group(measured.source, columns, measured.protocol, used, tuple(_ranked(rows)), tuple(others_), measured.digest,
+                 measured.rendered, measured.source_rendered)  # fmt: skip
 
 
-def _usual_targets(models: Sequence[_Model], references: Sequence[Reference]) -> tuple[str, ...]:
-    """Return the set of targets that fills the most cells with models scored on all of it."""
-    scored = [model.full_targets() for model in models if model.full_targets()]
-    scored = scored or [frozenset(r.miou) - {r.source} for r in references]
-    if not scored:
-        scored = [frozenset(c for model in models for c in model.records if c != _SOURCE)]
-    best = max(scored, key=lambda chosen: (len(chosen) * sum(chosen <= other for other in scored), len(chosen)))
-    return tuple(sorted(best, key=_table_order))
-
-
-def _table_order(column: str) -> tuple[int, str]:
+def _table_order() -> Order:
     """Columns follow the table of domains, a severity its domain, whatever order they were scored in."""
-    base = column.partition("@")[0]
-    known = names()
-    return (known.index(base) if base in known else len(known)), column
+    known = {name: place for place, name in enumerate(names())}
+    return lambda column: (known.get(column.partition("@")[0], len(known)), column)
 
 
-def _not_replaced(models: Sequence[_Model]) -> list[_Model]:
-    """Drop a model if a newer one of the same recipe was scored on all that it was."""
+def _not_replaced(models: Sequence[_Model], columns: set[str]) -> list[_Model]:
+    """Drop a model if a newer one of the same recipe was scored on all that it was, of these columns and as fully."""
     kept: list[_Model] = []
+    newer: dict[tuple[object, ...], list[tuple[frozenset[str], frozenset[str]]]] = {}
     for model in models:
-        mine = model.newest
-        newer = [m for m in kept if (m.newest.method, m.newest.variant, m.newest.recipe_hash)
-                 == (mine.method, mine.variant, mine.recipe_hash)]  # fmt: skip
-        if not any(model.records.keys() <= other.records.keys() for other in newer):
+        mine = frozenset(model.records) & columns, model.scored.full & columns
+        others = newer.setdefault((*model.recipe, model.source_images()), [])
+        if not any(mine[0] <= some and mine[1] <= full for some, full in others):
             kept.append(model)
+            others.append(mine)
     return kept
+
+
+def _tell_apart(models: Sequence[_Model]) -> None:
+    """Give each model the settings that tell it from others of its method and recipe: the same in all tables."""
+    alike: dict[tuple[str, str, str], dict[str, settings.Settings]] = {}
+    for model in models:
+        if model.settings is not None:
+            newest = model.newest
+            alike.setdefault((newest.method, newest.variant, newest.recipe), {}).setdefault(newest.recipe_hash, model.settings)
+    told: dict[tuple[str, str, str, str], dict[str, object]] = {}
+    for key, recipes in alike.items():
+        told |= {(*key, sha): found for sha, found in zip(recipes, settings.telling(list(recipes.values())), strict=True)}
+    for model in models:
+        newest = model.newest
+        model.telling = told.get((newest.method, newest.variant, newest.recipe, newest.recipe_hash), {})
 
 
 def _score(record: Record | None) -> Score | None:
     if record is None or record.miou is None:
         return None
-    return Score(record.miou, *record.interval, n_images=record.n_images, partial=not record.complete)
+    return Score(record.miou, *record.interval, n_images=record.n_images, partial=not _whole(record))
 
 
 def _run_row(model: _Model, columns: Sequence[str]) -> Row:
     newest = model.newest
-    scores = tuple(_score(model.records.get(column)) for column in columns)
-    row = Row("run", newest.method, newest.variant, newest.recipe, newest.recipe_hash, str(newest.run or ""),
-              newest.created, _score(model.records.get(_SOURCE)), scores)  # fmt: skip
-    return replace(row, mean=_mean(scores))
+    scores = {column: _score(model.records.get(column)) for column in columns}
+    images, available = model.source_images()
+    return Row("run", newest.method, newest.variant, newest.recipe, newest.recipe_hash, str(newest.run or ""),
+               newest.created, _score(model.records.get(SOURCE)), scores, _mean(list(scores.values())),
+               settings=model.telling, source_images=images, source_available=available)  # fmt: skip
 
 
 def _reference_row(reference: Reference, columns: Sequence[str]) -> Row:
     def score(target: str) -> Score | None:
         return Score(reference.miou[target]) if target in reference.miou else None
 
-    scores = tuple(score(column) for column in columns)
+    scores = {column: score(column) for column in columns}
     return Row("reference", reference.method, reference.variant, reference.recipe, "", reference.origin, "",
-               score(reference.source), scores, _mean(scores))  # fmt: skip
+               score(reference.source), scores, _mean(list(scores.values())))  # fmt: skip
 
 
 def _mean(scores: Sequence[Score | None]) -> Score | None:
@@ -337,11 +303,18 @@ def _mean(scores: Sequence[Score | None]) -> Score | None:
 def _ranked(rows: Sequence[Row]) -> list[Row]:
     """Sort by mean; own complete rows get ranks, equal ones (to 0.01 points) the same."""
 
-    def order(row: Row) -> tuple[bool, bool, float, str]:
-        return row.kind != "run", row.mean is None, -round(row.mean.miou, 4) if row.mean else 0.0, row.method
+    def ranks(row: Row) -> bool:
+        return row.kind == "run" and row.mean is not None and not row.partial_source
+
+    def order(row: Row) -> tuple[bool, bool, bool, float, str]:
+        return row.kind != "run", row.partial_source, row.mean is None, -_rounded(row), row.method
 
     ordered = sorted(rows, key=order)
-    means = [round(row.mean.miou, 4) for row in ordered if row.kind == "run" and row.mean]
-    return [
-        replace(row, rank=means.index(round(row.mean.miou, 4)) + 1) if row.kind == "run" and row.mean else row for row in ordered
-    ]
+    places: dict[float, int] = {}
+    for place, row in enumerate((row for row in ordered if ranks(row)), 1):
+        places.setdefault(_rounded(row), place)
+    return [replace(row, rank=places[_rounded(row)]) if ranks(row) else row for row in ordered]
+
+
+def _rounded(row: Row) -> float:
+    return round(row.mean.miou, 4) if row.mean else 0.0

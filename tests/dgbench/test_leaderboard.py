@@ -10,7 +10,9 @@ import pytest
 import yaml
 from records import model, record
 
-from dgbench.report.leaderboard import PUBLISHED, Reference, leaderboard, load_published, of_run, references
+from dgbench.report.expected import Reference, references
+from dgbench.report.leaderboard import leaderboard, of_run
+from dgbench.report.published import PUBLISHED, load_published
 
 REFERENCE = Reference(
     "streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified",
@@ -56,8 +58,8 @@ def test_an_incomplete_row_has_no_mean_and_no_rank() -> None:
         ("missing", None, True),
         ("partial", None, True),
     ]
-    assert rows[2].scores[0] is not None
-    assert rows[2].scores[0].partial
+    assert (city := rows[2].scores["streets-city"]) is not None
+    assert city.partial
 
 
 def test_two_protocol_hashes_are_never_in_one_table() -> None:
@@ -103,10 +105,11 @@ def test_one_extra_target_does_not_take_the_others_their_rank() -> None:
         record("streets-fog", 0.3),
         *model(0.5, 0.3, 0.3, method="source-only", checkpoint="2"),
     ]
-    [group] = leaderboard(records).groups
+    group, fog = leaderboard(records).groups
     assert group.targets == ("streets-city", "streets-world")
-    assert group.other_targets == ("streets-fog",)
     assert [row.rank for row in group.rows] == [1, 2]
+    assert fog.targets == ("streets-fog",)
+    assert [(row.method, row.rank) for row in fog.rows] == [("mfuser", 1)]
     [group] = leaderboard(records, targets=["streets-fog"]).groups
     assert [(row.method, row.rank) for row in group.rows] == [("mfuser", 1), ("source-only", None)]
 
@@ -128,8 +131,8 @@ def test_a_newer_run_that_was_scored_on_less_replaces_nothing() -> None:
 def test_the_newest_score_of_a_checkpoint_counts() -> None:
     again = record("streets-city", 0.8, sequence=5)
     [row] = leaderboard([*model(0.5, 0.4, 0.4, sequence=1), again]).groups[0].rows
-    assert row.scores[0] is not None
-    assert row.scores[0].miou == 0.8
+    assert (city := row.scores["streets-city"]) is not None
+    assert city.miou == 0.8
 
 
 def test_columns_follow_the_table_of_domains() -> None:
@@ -203,8 +206,8 @@ def test_published_rows_are_cited_and_never_ranked() -> None:
             assert row.variant
             assert "arXiv:2504.03193, Table" in row.origin
             assert "read 2026-11-24" in row.origin
-            assert len(row.scores) == len(group.targets)
-            assert all(score is not None and 0.3 < score.miou < 0.8 for score in row.scores)
+            assert tuple(row.scores) == group.targets
+            assert all(score is not None and 0.3 < score.miou < 0.8 for score in row.scores.values())
 
 
 def test_printed_means_are_the_means_of_the_printed_values() -> None:

@@ -16,7 +16,8 @@ from records import model, record
 from dgbench import render
 from dgbench.doctor import Check
 from dgbench.protocol import lookup
-from dgbench.report.leaderboard import Reference, leaderboard
+from dgbench.report.expected import Reference
+from dgbench.report.leaderboard import leaderboard
 
 BOARD = [
     *model(0.481, 0.43, 0.35, half=0.012),

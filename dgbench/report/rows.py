@@ -1,0 +1,72 @@
+"""What a leaderboard is made of: scores, rows, groups of rows that may be compared, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One mIoU in 0..1 with its 95 % interval."""
+
+    miou: float
+    low: float | None = None
+    high: float | None = None
+    n_images: int | None = None
+    partial: bool = False  # not the images of the published split, no more and no fewer: shown, never ranked or averaged
+
+    @property
+    def half(self) -> float | None:
+        """Half the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model: a checkpoint of ours, a recipe's reference result, or a line of a paper's table."""
+
+    kind: Literal["run", "reference", "published"]
+    method: str
+    variant: str
+    recipe: str
+    recipe_hash: str
+    origin: str  # run folder, where the reference comes from, or paper and table
+    created: str
+    source_score: Score | None  # on the source's own validation split
+    scores: Mapping[str, Score | None]  # by target, in the order of the group's targets
+    mean: Score | None = None  # over all targets, only if each is there in full
+    rank: int | None = None
+    note: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what tells it from the rows of the same method and recipe
+    source_images: int = 0  # that it was trained on, and how many there are: only where these differ
+    source_available: int = 0
+
+    @property
+    def partial_source(self) -> bool:
+        """Whether it was trained on other images than its source's, a part as a rule: shown, never ranked."""
+        return self.source_images != self.source_available
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows that may be compared with each other."""
+
+    source: str
+    targets: tuple[str, ...]
+    protocol: str
+    protocol_hashes: tuple[str, ...]
+    rows: tuple[Row, ...]
+    other_targets: tuple[str, ...] = ()  # scored by some row, but in no table
+    protocol_digest: str = ""  # of the protocol alone; "" for published rows and records from before it was kept
+    rendered: bool = False  # the targets are exports of rendered scenes, not the published sets
+    source_rendered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """Own and reference rows by group, and the published tables."""
+
+    groups: tuple[Group, ...]
+    published: tuple[Group, ...]
