@@ -33,7 +33,7 @@ def options(name: str) -> type[Any]:
 
 
 def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:
-    """Build a method.
+    """Build a method, in evaluation mode: a trainer calls `.train()`.
 
     Args:
         name: one of `names()`.    pretrained: load the towers' published weights, where they have any.
@@ -52,4 +52,4 @@ def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: A
         from mfuser.pretrained import fill
 
         fill(model)
-    return model
+    return model.eval()
