@@ -102,7 +102,7 @@ def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
     ]  # fmt: skip
     check_shapes("mvfuser", WEIGHTS, weights, expected)
     # autocast casts all but fp64
-    if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not torch.is_autocast_enabled(joint.device.type)):
+    if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not _autocast(joint)):
         raise ValueError(f"mvfuser: tokens are {joint.dtype}, weights {in_proj.dtype}")
 
 
@@ -113,8 +113,12 @@ def empty(joint: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 def _dtype(joint: Tensor) -> torch.dtype:
     """The output's type."""
+    return torch.get_autocast_dtype(joint.device.type) if _autocast(joint) else joint.dtype
+
+
+def _autocast(joint: Tensor) -> bool:
     kind = joint.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else joint.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # on shapes alone there is no autocast
 
 
 def _forward(
