@@ -1,8 +1,10 @@
 """MFuser and its baselines: models for domain-generalized semantic segmentation.
 
     model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(256, 256))
+    model = mfuser.load("runs/...")  # of a run, or a folder that mfuser.save wrote
+    scores = mfuser.slide(model, images, crop=(256, 256), stride=(170, 170))
 
-Names are resolved on first use, so that importing this package costs nothing.
+Both return a model in evaluation mode. Names are resolved on first use, so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -53,3 +55,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module `mfuser` has no attribute `{name}`")
     module, _, attribute = _HOMES[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

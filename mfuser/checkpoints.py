@@ -57,17 +57,31 @@ def save(model: Segmentor, folder: Path | str) -> Path:
     return folder
 
 
+def steps(run: Path | str) -> list[Path]:
+    """The complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last."""
+    found = [path for path in (Path(run) / "checkpoint").glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def load(folder: Path | str) -> Segmentor:
-    """Rebuild a model from a folder that `save` wrote.
+    """Rebuild a model, in evaluation mode: a trainer calls `.train()`.
+
+    Args:
+        folder: one that `save` wrote, or a run's, whose newest checkpoint it is.
 
     Raises: ValueError naming the file and what does not fit.
     """
     folder = Path(folder)
+    if not (folder / "model.json").is_file() and (complete := steps(folder)):
+        folder = complete[-1]
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         form, method, options = description["format"], description["method"], description["options"]
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no model: there is no model.json") from None
+        raise ValueError(
+            f"{folder} holds no model: there is no model.json and no checkpoint/step-*; give a folder that mfuser.save wrote, "
+            "or a run's"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'model.json'} is damaged: {error}") from None
     if form != FORMAT:
@@ -84,7 +98,7 @@ def load(folder: Path | str) -> Segmentor:
         model = build(method, **options, pretrained=False, filled=False)
     _check(model, state, folder / "model.safetensors")
     model.load_state_dict(state, assign=True)
-    return model
+    return model.eval()
 
 
 @dataclass(frozen=True, slots=True)

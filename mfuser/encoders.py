@@ -105,7 +105,6 @@ class VisionEncoder(nn.Module):
         self.prefix: int = self.trunk.num_prefix_tokens
         self.classes = int(self.trunk.cls_token is not None)
         self.class_token_twice = row.class_token_twice and not sane
-        self._rope: Tensor | None = None
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
 
@@ -119,29 +118,47 @@ class VisionEncoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to the tokens that enter block 0, (B, prefix + rows * columns, dim)."""
         # the convolution itself, not PatchEmbed: 512 is no multiple of 14, and the release leaves the rest unused
-        patches = self.trunk.patch_embed.proj((images - self.mean) / self.std)
+        normalised = (images - self.mean) / self.std
+        kind = images.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):  # on shapes alone there is no autocast
+            # of a model in 16 bits or fp64, whatever the images have
+            normalised = normalised.to(next(self.trunk.patch_embed.proj.parameters()).dtype)
+        patches = self.trunk.patch_embed.proj(normalised)
         if patches.shape[-2:] != self.grid:
             raise ValueError(
                 f"images of {tuple(images.shape[-2:])} give `{self.name}` a grid of {tuple(patches.shape[-2:])}; "
                 f"it was built for {self.grid}"
             )
         tokens = self.trunk._pos_embed(patches.flatten(2).transpose(1, 2))
-        if isinstance(tokens, tuple):  # EVA's class returns its rotary table, too
-            tokens, self._rope = tokens
+        if isinstance(tokens, tuple):  # EVA's class returns its rotary table, too, see `rope`
+            tokens = tokens[0]
         if self.class_token_twice:
             # the release adds it to the class position, too, when it loads CLIP
             tokens = torch.cat([tokens[:, :1] + self.trunk.cls_token, tokens[:, 1:]], 1)
         out: Tensor = self.trunk.norm_pre(tokens)
         return out
 
-    def block(self, index: int, tokens: Tensor) -> Tensor:
-        """One transformer block, (B, L, dim) -> (B, L, dim)."""
+    def rope(self) -> Tensor | None:
+        """The rotary table of a pass, which goes into each `block`; None for a tower without.
+
+        The caller keeps it: a learned table has a graph, and what a module keeps of a pass is in every copy of it.
+        """
+        rope = getattr(self.trunk, "rope", None)
+        return None if rope is None else rope.get_embed()
+
+    def block(self, index: int, tokens: Tensor, rope: Tensor | None = None) -> Tensor:
+        """One transformer block, (B, L, dim) -> (B, L, dim).
+
+        Args:
+            rope: from `rope`, called once a pass; else it is called here, which takes a while where the table is learned.
+        """
         block = self.trunk.blocks[index]
-        if self._rope is None:
+        rope = self.rope() if rope is None else rope
+        if rope is None:
             out: Tensor = block(tokens)
         else:
             # some models learn a table for each block
-            out = block(tokens, rope=self._rope[index] if self.trunk.rope_mixed else self._rope)
+            out = block(tokens, rope=rope[index] if self.trunk.rope_mixed else rope)
         return out
 
     def finish(self, tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mfuser.deformable import DeformableAttention, cell_centres
 from mfuser.ops import mvfuser, selective_scan
-from mfuser.ops.mvfuser import plan
+from mfuser.ops.mvfuser import check, empty, plan
 
 
 class Fuser(nn.Module):
@@ -93,20 +93,28 @@ class MVFuser(JointFuser):
         """(B, L, C) -> (B, L, C)."""
         # what `self.in_proj` finds in the end, after a search that takes longer than a launch
         own: dict[str, Any] = self._modules
-        in_proj, A_log, dt_proj, norm = own["in_proj"].weight, self.A_log, own["dt_proj"], own["norm"]
+        in_proj, A_log, norm = own["in_proj"].weight, self.A_log, own["norm"]
         backends = plan(self.backend, in_proj, A_log)
         if backends is None:
             return self.composed(joint)
-        out = mvfuser(
-            joint, in_proj, own["conv1d_x"].weight, own["conv1d_z"].weight, own["x_proj"].weight, dt_proj.weight,
-            dt_proj.bias, A_log, self.D, norm.weight, own["out_proj"].weight, self.scale,
-            eps=norm.eps, sane=self.sane, backends=backends,
-        )  # fmt: skip
+        out = mvfuser(joint, *self._weights(), eps=norm.eps, sane=self.sane, backends=backends)
         dropped: Tensor = own["dropout"](out) if own["dropout"].training else out
         return dropped
 
+    def _weights(self) -> tuple[Tensor, ...]:
+        """In the operator's order."""
+        own: dict[str, Any] = self._modules
+        dt_proj = own["dt_proj"]
+        return (
+            own["in_proj"].weight, own["conv1d_x"].weight, own["conv1d_z"].weight, own["x_proj"].weight, dt_proj.weight,
+            dt_proj.bias, self.A_log, self.D, own["norm"].weight, own["out_proj"].weight, self.scale,
+        )  # fmt: skip
+
     def composed(self, joint: Tensor) -> Tensor:
         """The same of plain modules: the truth for the kernels."""
+        check(joint, self._weights())
+        if joint.numel() == 0:
+            return empty(joint, tuple(self.parameters()))
         x, z = self.in_proj(joint).transpose(1, 2).chunk(2, 1)  # (B, C/2, L) each
         x, z = F.silu(self.conv1d_x(x)), self.conv1d_z(z)
         # the norm's gate is SiLU, so that z goes through it twice in the release

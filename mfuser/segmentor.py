@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mfuser.ops import resolve
+from mfuser.ops.dispatch import watched
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -19,13 +21,42 @@ CITYSCAPES = (
 class Batch:
     """Training images and their labels.
 
-    images: (B, 3, H, W) in [0, 1].    labels: (B, H, W) train ids, 255 = ignore.
+    images: (B, 3, H, W) in [0, 1].    labels: (B, H, W) train ids of any integer type, 255 = ignore.
     extra: further inputs that a method declares to need.
     """
 
     images: Tensor
     labels: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+# how far bicubic resizing takes a photograph beyond 0 and 1; images of 0..255, of -1..1 and normalised ones go farther
+_SLACK = 0.25
+
+
+def check_images(images: Tensor, *, values: bool = True) -> None:
+    """Refuse what would be scored without a word and wrongly.
+
+    Args:
+        values: look at them, too, for which a CPU waits until its GPU has done all before.
+
+    Raises: TypeError for images that are not floating point; ValueError for another shape than (B, 3, H, W) and for values
+        more than a quarter outside [0, 1].
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images are {given}, expected floating point in [0, 1]: convert those of 8 bits, and divide by 255")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are {tuple(images.shape)}, expected (B, 3, H, W)")
+    # on shapes alone, or in a compiler's eyes, there are no values
+    if not values or images.is_meta or watched() or not images.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if not (low >= -_SLACK and high <= 1 + _SLACK):
+        raise ValueError(
+            f"images reach from {low:g} to {high:g}, expected [0, 1]: divide those of 8 bits by 255, and "
+            "do not normalise them, which the model does"
+        )
 
 
 class Segmentor(nn.Module):
@@ -85,7 +116,11 @@ class Segmentor(nn.Module):
         return [*groups, {"params": rest, "lr": lr, "weight_decay": 0.0}] if rest else groups
 
     def check_size(self, images: Tensor) -> None:
-        """Raise ValueError unless the images have the size that the model was built for."""
+        """Raise ValueError unless the images have the size that the model was built for, and as `check_images` does.
+
+        On a GPU values are not looked at: that would hold up every window and every step. `mfuser.slide` looks once a call.
+        """
+        check_images(images, values=images.device.type == "cpu")
         if tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(
                 f"`{self.method}` was built for images of {tuple(self.image_size)} (H, W), got "

@@ -55,7 +55,7 @@ class TextEncoder(nn.Module):
         """Build with random weights.
 
         Args:
-            name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize` or from a checkpoint.
+            name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
             dim: width of the embeddings of the tiny tower; the others have their own.
             sane: a tower without a start token gets the context first, and is read at its last token that is no padding.
         """
@@ -77,6 +77,9 @@ class TextEncoder(nn.Module):
             self.tower: Any = _build_text_tower(
                 config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False)
             )
+        words = int(settings["vocab_size"]) if "vocab_size" in settings else CLIPTextCfg().vocab_size
+        if token_ids.numel() and int(token_ids.max()) >= words:
+            raise ValueError(f"token_ids hold {int(token_ids.max())}, and `{name}` knows the words 0..{words - 1}")
         self.name, self.causal, self.contexts = name, row.causal, row.contexts
         self.start = 0 if sane and not row.causal else 1  # tokens before the context
         self.pad = row.pad if sane and not row.causal else None
@@ -108,6 +111,26 @@ class TextEncoder(nn.Module):
         projection = tower.text_projection
         out: Tensor = projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
         return out
+
+
+def listed_ids(token_ids: Any, classes: int) -> list[list[int]]:
+    """Token ids given as lists, a NumPy array or a tensor, as lists, which a model's description can hold.
+
+    Raises: TypeError for what are no integers, ValueError for another shape than (classes, 5) and for negative ids.
+    """
+    given = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
+    expected = f"expected ({classes}, {CONTEXT_LENGTH}) integers: a line for each class"
+    try:
+        ids = np.asarray(given)
+    except ValueError:  # lines of different lengths
+        raise ValueError(f"token_ids are lines of different lengths, {expected}") from None
+    if ids.shape != (classes, CONTEXT_LENGTH):
+        raise ValueError(f"token_ids are {ids.shape}, {expected}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"token_ids are {ids.dtype}, {expected}")
+    if ids.min() < 0:
+        raise ValueError(f"token_ids hold {ids.min()}, and ids begin at 0")
+    return [[int(i) for i in line] for line in ids]
 
 
 def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:

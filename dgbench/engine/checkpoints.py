@@ -21,6 +21,7 @@ import mfuser
 from dgbench import atomic, untrusted
 from dgbench.errors import CheckpointError
 from dgbench.recipe import Recipe
+from mfuser.checkpoints import steps
 from mfuser.segmentor import Segmentor
 
 _PARTIAL = ".partial-"
@@ -62,7 +63,7 @@ def save(
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
     os.replace(partial, final)
-    for old in _complete(run)[:-keep]:
+    for old in steps(run)[:-keep]:
         _remove(old)
     return final
 
@@ -82,7 +83,7 @@ def clean(run: Path) -> None:
 
 def newest(run: Path) -> tuple[Path, int] | None:
     """The newest complete checkpoint of a run and its step, or None."""
-    complete = _complete(run)
+    complete = steps(run)
     return (complete[-1], int(complete[-1].name.removeprefix("step-"))) if complete else None
 
 
@@ -133,7 +134,7 @@ def load_model(path: Path) -> Segmentor:
     """
     folder = folder_of(path)
     try:
-        return mfuser.load(folder).eval()
+        return mfuser.load(folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}", "train again, or restore the folder") from error
 
@@ -172,7 +173,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             f"{folder / 'optimizer.pt'} cannot be resumed from: {str(error).splitlines()[0]}",
             "start a new run, or remove this step's folder to resume from an earlier one",
         ) from error
-
-
-def _complete(run: Path) -> list[Path]:
-    return sorted(p for p in (run / "checkpoint").glob("step-*") if p.is_dir())

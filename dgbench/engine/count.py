@@ -88,17 +88,22 @@ class Counted:
 
 
 def count(model: nn.Module, *inputs: Tensor) -> Counted:
-    """Count one forward pass in evaluation mode.
+    """Count one forward pass in evaluation mode; each module is left in the mode that it was in.
 
     Args:
         model: with its parameters and buffers on the meta device.    inputs: on the meta device, too.
 
     Raises: CountError naming an operator that is not counted, or both counters' numbers where they differ.
     """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with _mha_in_parts():
-        found = _by_fvcore(model, inputs)
-        second = _by_torch(model, inputs)
+    try:
+        with _mha_in_parts():
+            found = _by_fvcore(model, inputs)
+            second = _by_torch(model, inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
     first = CONVENTIONS["flop"].total(found.total)
     if first != second:
         raise CountError(

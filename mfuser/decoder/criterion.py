@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from mfuser.labels import IGNORE, train_ids
+
 # draw(output, kind, shape, like) -> uniform numbers in [0, 1); kind is "over" or "uniform"
 Draw = Callable[[int, str, tuple[int, int, int], Tensor], Tensor]
 
@@ -48,9 +50,11 @@ class MaskCriterion(nn.Module):
 
         Args:
             outputs: per decoder output, class logits (B, K, K + 1) and mask logits (B, K, h, w).
-            labels: (B, H, W) train ids; values of K and above are ignored.
+            labels: (B, H, W) train ids of any integer type, 255 = ignore.
         Returns: `decode.d<i>.loss_{cls,mask,dice}` for all outputs but the last, `decode.loss_*` for the last.
+        Raises: TypeError or ValueError for other labels, as `train_ids` does.
         """
+        labels = train_ids(labels, self.classes)
         present = torch.stack([(labels == k).flatten(1).any(1) for k in range(self.classes)], 1)  # (B, K)
         image, query = present.nonzero(as_tuple=True)
         masks = (labels[image] == query[:, None, None]).float()[:, None]  # (P, 1, H, W)
@@ -67,8 +71,10 @@ class MaskCriterion(nn.Module):
     def _class_loss(self, logits: Tensor, present: Tensor) -> Tensor:
         own = torch.arange(self.classes, device=logits.device)
         target = torch.where(present, own, self.classes)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), self.class_weight, reduction="sum")
-        return loss / self.class_weight[target].sum()
+        weight = self.class_weight.float()  # of a model in 16 bits, too
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), weight, reduction="sum")
+        # no image has no weight
+        return loss / weight[target].sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _mask_losses(self, output: int, logits: Tensor, masks: Tensor, count: Tensor,
                      draw: Draw) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -109,11 +115,13 @@ def alignment_loss(logits: Tensor, labels: Tensor, *, labelled_only: bool = Fals
 
     The mean is over all pixels: ignored ones cost nothing but count in the divisor, as in the release; `labelled_only`
     leaves them out of it.
+
+    Raises: TypeError or ValueError for labels that are no train ids, as `train_ids` does.
     """
+    labels = train_ids(labels, logits.shape[1])
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-    target = torch.where(labels < logits.shape[1], labels, -100)
-    count = (target >= 0).sum().clamp(min=1) if labelled_only else labels.numel()
-    return F.cross_entropy(logits, target, reduction="sum", ignore_index=-100) / count
+    count = (labels != IGNORE).sum().clamp(min=1) if labelled_only else max(1, labels.numel())
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / count
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:

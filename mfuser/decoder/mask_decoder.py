@@ -68,7 +68,8 @@ class MaskDecoder(nn.Module):
         """
         memories = [m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)]
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
-        positions = [sine_encoding(h, w, mask_features.shape[1], device=mask_features.device) for h, w in sizes]
+        dim, kind = mask_features.shape[1], self.level_embed.weight.dtype
+        positions = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
         queries = self.text_proj(text)
         normed = self.post_norm(queries)
         masks = self._masks(normed, mask_features)

@@ -110,7 +110,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, L, D)
         position = torch.cat(
             [
-                sine_encoding(h, w, tokens.shape[2], device=tokens.device) + level
+                sine_encoding(h, w, tokens.shape[2], device=tokens.device).to(level.dtype) + level
                 for (h, w), level in zip(shapes, self.level_encoding.weight, strict=True)
             ]
         )

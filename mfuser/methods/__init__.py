@@ -48,7 +48,7 @@ def option_names(name: str) -> list[str]:
 
 
 def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:
-    """Build a method.
+    """Build a method, in evaluation mode: a trainer calls `.train()`.
 
     Args:
         name: one of `names()`.    pretrained: load the towers' published weights, where they have any.
@@ -67,4 +67,4 @@ def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: A
         from mfuser.pretrained import fill
 
         fill(model)
-    return model
+    return model.eval()

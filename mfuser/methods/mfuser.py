@@ -33,7 +33,7 @@ from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
 from mfuser.pretrained import load_tower, unfilled
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.text import TextEncoder, tokenize
+from mfuser.text import TextEncoder, listed_ids, tokenize
 from mfuser.towers import ENCODERS, TIMM, tower
 from mfuser.weights import WeightsNotFound, require
 
@@ -80,7 +80,8 @@ class Options:
     dropout: float | None = None  # of fusers and MTEnhancer
     freeze_towers: bool | None = None  # image and text towers keep their weights
     backend: str = "auto"  # of the custom operators
-    token_ids: list[list[int]] | None = None  # (K, 5); None: by the tower's tokenizer
+    # (K, 5), a NumPy array or a tensor of integers, too; None: by the tower's tokenizer
+    token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (_SIZES.get(self.vlm, _FULL)).items():
@@ -101,6 +102,8 @@ class Options:
             raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
         if self.variant not in ("release", "sane"):
             raise ValueError(f"variant `{self.variant}` is unknown; choose from release, sane")
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", listed_ids(self.token_ids, len(Segmentor.classes)))
 
 
 def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
@@ -293,9 +296,10 @@ class MFuser(Segmentor):
         """
         self.check_size(images)
         d, v = self.vfm.embed(images), self.vlm.embed(images)
+        rope_d, rope_v = self.vfm.rope(), self.vlm.rope()
         tapped = []
         for i, fuser in enumerate(self.adapters):
-            v, d = self.vlm.block(i, v), self.vfm.block(i, d)
+            v, d = self.vlm.block(i, v, rope_v), self.vfm.block(i, d, rope_d)
             if self.adapter_proj1:
                 dd, dv = fuser(self.adapter_proj1[i](d), v)
                 dd = self.adapter_proj2[i](dd)
@@ -328,7 +332,8 @@ def build(options: Options, *, pretrained: bool) -> Segmentor:
             _towers(options)
         raise
     # the ids travel with the model, so that loading it never asks for a tokenizer
-    options = replace(options, token_ids=options.token_ids or tokenize(options.vlm, Segmentor.classes))
+    if options.token_ids is None:
+        options = replace(options, token_ids=tokenize(options.vlm, Segmentor.classes))
     model = MFuser(options)
     model.options = asdict(options)
     if options.vfm in files:

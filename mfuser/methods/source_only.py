@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.encoders import VisionEncoder
+from mfuser.labels import IGNORE, train_ids
 from mfuser.pretrained import load_tower
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers import ENCODERS
@@ -42,18 +42,21 @@ class SourceOnly(Segmentor):
         return F.interpolate(self._coarse(images), self.image_size, mode="bilinear", align_corners=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy over labelled pixels."""
+        """Cross entropy over labelled pixels.
+
+        Raises: TypeError or ValueError for labels that are no train ids.
+        """
         # upsampling inside the loss keeps full-resolution logits of one batch only
         logits = self(batch.images)
-        target = torch.where(batch.labels < logits.shape[1], batch.labels, -100)
-        total = F.cross_entropy(logits, target, reduction="sum", ignore_index=-100)
-        return {"loss_seg": total / (target >= 0).sum().clamp(min=1)}
+        labels = train_ids(batch.labels, len(self.classes))
+        total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+        return {"loss_seg": total / (labels != IGNORE).sum().clamp(min=1)}
 
     def _coarse(self, images: Tensor) -> Tensor:
         self.check_size(images)
-        tokens = self.encoder.embed(images)
+        tokens, rope = self.encoder.embed(images), self.encoder.rope()
         for i in range(self.encoder.depth):
-            tokens = self.encoder.block(i, tokens)
+            tokens = self.encoder.block(i, tokens, rope)
         logits: Tensor = self.head(self.encoder.as_map(self.encoder.finish(tokens)))
         return logits
 

@@ -57,6 +57,27 @@ def test_a_loaded_model_trains(saved):
     torch.optim.AdamW(model.groups(1e-3, 0.0)).step()
 
 
+def test_built_and_loaded_models_are_in_evaluation_mode(saved):
+    assert not any(module.training for module in mfuser.load(saved[1]).modules())
+    assert not any(module.training for module in mfuser.build("source-only", backbone="tiny", image_size=(64, 64)).modules())
+
+
+def test_a_run_is_loaded_from_its_newest_complete_checkpoint(saved, tmp_path):
+    _, folder = saved
+    for step in (999_999, 1_000_000):  # which a sort of names would turn round
+        target = tmp_path / "checkpoint" / f"step-{step:06d}"
+        target.mkdir(parents=True)
+        (target / "model.json").write_bytes((folder / "model.json").read_bytes())
+        state = load_file(folder / "model.safetensors")
+        save_file(state | {"gamma": torch.full_like(state["gamma"], step)}, target / "model.safetensors")
+    (tmp_path / "checkpoint" / ".partial-2000000").mkdir()
+    (tmp_path / "checkpoint" / "step-old").mkdir()
+    for path in (tmp_path, str(tmp_path)):
+        assert (mfuser.load(path).gamma == 1_000_000).all()
+    with pytest.raises(ValueError, match=r"no model.json and no checkpoint/step-\*; give a folder that mfuser"):
+        mfuser.load(tmp_path / "checkpoint")
+
+
 def test_saving_leaves_nothing_half_written(saved, tmp_path):
     mfuser.save(saved[0], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]

@@ -52,14 +52,14 @@ def test_eva_turns_its_tokens_as_the_authors_do():
     tower = VisionEncoder("eva02", (512, 512), depth=1, embed_dim=128, num_heads=2)
     assert tower.grid == (36, 36)
     fill(tower)
-    tower.embed(torch.rand(1, 3, 512, 512))
-    sine, cosine = tower._rope.chunk(2, -1)
+    rope = tower.rope()
+    sine, cosine = rope.chunk(2, -1)
     assert relative_error(goldens, "unit_rope/cos", cosine) < 1e-6
     assert relative_error(goldens, "unit_rope/sin", sine) < 1e-6
     from timm.layers import apply_rot_embed_cat
 
     q = noise("unit_rope/q", 1, 2, 1296, 64)
-    assert relative_error(goldens, "unit_rope/rotated", apply_rot_embed_cat(q, tower._rope)) < 1e-6
+    assert relative_error(goldens, "unit_rope/rotated", apply_rot_embed_cat(q, rope)) < 1e-6
 
 
 def test_pixels_beyond_the_last_whole_patch_do_not_matter():
@@ -120,12 +120,12 @@ def test_dinov3_sees_the_whole_image_from_minus_one_to_one_whatever_the_grid():
     # the authors' rotary table: cell centres from -1 to 1, periods 100^(0 ... 1); half of a head turns with the row
     tower = VisionEncoder("dinov3_l", (64, 96), depth=1, embed_dim=128, num_heads=2)
     fill(tower)
-    tower.embed(torch.rand(1, 3, 64, 96))
+    rope = tower.rope()
     period = 100 ** (torch.arange(16) / 16)
     rows, columns = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in tower.grid)
     angles = [2 * torch.pi * position[:, None] / period for position in (rows, columns)]
     angle = torch.cat([angles[0][:, None].expand(4, 6, 16), angles[1][None].expand(4, 6, 16)], -1).flatten(0, 1).repeat(1, 2)
-    torch.testing.assert_close(tower._rope, torch.cat([angle.sin(), angle.cos()], -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rope, torch.cat([angle.sin(), angle.cos()], -1), rtol=1e-4, atol=1e-5)
 
 
 BLOCK = 12 * 1024**2 + 13 * 1024  # of a ViT-L: qkv, projection, MLP, two norms

@@ -60,17 +60,110 @@ def test_windows_are_where_an_image_asks_for_its_scores(size, stride):
     seen = []
 
     def model(crops: Tensor) -> Tensor:
-        seen.extend((int(crop[0, 0, 0]), int(crop[1, 0, 0])) for crop in crops)
+        seen.extend((round(float(crop[0, 0, 0]) * 128), round(float(crop[1, 0, 0]) * 128)) for crop in crops)
         return crops
 
     rows, columns = windows(size, (8, 8), stride)
     y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    mfuser.slide(model, torch.stack([y, x, x])[None].float(), (8, 8), stride)
+    mfuser.slide(model, torch.stack([y, x, x])[None] / 128, (8, 8), stride)
     assert sorted(seen) == [(row, column) for row in rows for column in columns]
     covered = torch.zeros(size, dtype=torch.bool)
     for row, column in seen:
         covered[row : row + 8, column : column + 8] = True
     assert covered.all()
+
+
+class Noisy(Segmentor):
+    """The same scores of 19 classes for every window, in bf16."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.randn(19, 3, 1, generator=torch.Generator().manual_seed(0)))
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.einsum("kcx,bchw->bkhw", self.scores, images.float()).to(self.dtype)
+
+
+def test_sums_of_bf16_scores_are_as_good_as_in_fp64():
+    images = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))
+    model = Noisy()
+    scores = mfuser.slide(model, images, (8, 8), (2, 2))
+    assert scores.dtype == torch.float32
+
+    def wide(windows: Tensor) -> Tensor:
+        return model(windows).double()
+
+    expected = mfuser.slide(wide, images, (8, 8), (2, 2))
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=1e-6)
+    # but for scores that are equal in bf16
+    assert (scores.argmax(1) != expected.argmax(1)).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("given", "returned"), [(torch.float16, torch.float32), (torch.float64, torch.float64)], ids=str)
+def test_scores_are_of_fp32_at_least(given, returned):
+    assert mfuser.slide(Noisy(given), torch.rand(1, 3, 9, 9), (8, 8), (4, 4)).dtype == returned
+
+
+def test_windows_are_scored_in_inference_mode_and_the_result_is_an_ordinary_tensor():
+    modes, model = [], Noisy(torch.float32)
+
+    def watched(windows: Tensor) -> Tensor:
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return model(windows)
+
+    scores = mfuser.slide(watched, torch.rand(1, 3, 12, 8, requires_grad=True), (8, 8), (4, 4))
+    assert set(modes) == {(True, False)}
+    assert not scores.requires_grad
+    # a target of a loss, which an inference tensor cannot be
+    logits = torch.zeros_like(scores).requires_grad_()
+    (logits * scores).sum().backward()
+    assert torch.equal(logits.grad, scores)
+    assert model.train().training
+    mfuser.slide(model, torch.rand(1, 3, 12, 8), (8, 8), (4, 4))
+    assert model.training
+
+
+RAMP = torch.linspace(0, 1, 64).view(1, 1, 8, 8).repeat(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "range_"),
+    [(RAMP * 255, "0 to 255"), (RAMP - 1, "-1 to 0"), (2 * RAMP, "0 to 2"), (RAMP.bfloat16() * 255, "0 to 255"),
+     ((RAMP - 0.45) / 0.23, "-1.95652 to 2.3913"), (RAMP.log(), "-inf to 0"), (RAMP * float("nan"), "nan to nan")],
+)  # fmt: skip
+def test_images_of_another_range_are_refused_with_theirs(images, range_):
+    says = f"images reach from {range_}, expected .0, 1.: divide those of 8 bits by 255"
+    with pytest.raises(ValueError, match=says):
+        mfuser.slide(Noisy(), images, (8, 8), (8, 8))
+    with pytest.raises(ValueError, match=says):
+        mfuser.build("source-only", backbone="tiny", image_size=(8, 8))(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+def test_images_of_integers_are_refused(dtype):
+    images = torch.ones(1, 3, 8, 8, dtype=dtype)
+    for name, options in (("source-only", {"backbone": "tiny"}), ("mfuser", {"vfm": "tiny", "vlm": "tiny"})):
+        model = mfuser.build(name, **options, image_size=(8, 8))
+        for call in (model, lambda x, m=model: mfuser.slide(m, x, (8, 8), (8, 8))):
+            with pytest.raises(TypeError, match=f"images are {dtype}, expected floating point in .0, 1.: .*divide by 255"):
+                call(images)
+
+
+def test_what_a_bicubic_resize_leaves_is_taken():
+    images = torch.nn.functional.interpolate((RAMP > 0.5).float(), (16, 16), mode="bicubic", antialias=True)
+    assert images.min() < -0.05
+    mfuser.slide(Noisy(), images, (8, 8), (8, 8))
+
+
+def test_a_batch_of_nothing_and_images_of_another_shape_are_named():
+    with pytest.raises(ValueError, match="the batch is empty"):
+        mfuser.slide(Noisy(), torch.rand(0, 3, 8, 8), (8, 8), (8, 8))
+    with pytest.raises(ValueError, match=r"images are \(3, 8, 8\), expected \(B, 3, H, W\)"):
+        mfuser.slide(Noisy(), torch.rand(3, 8, 8), (8, 8), (8, 8))
+    with pytest.raises(TypeError, match="images are ndarray"):
+        mfuser.slide(Noisy(), torch.rand(1, 3, 8, 8).numpy(), (8, 8), (8, 8))
 
 
 def test_a_city_has_three_by_six_windows():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -118,6 +121,13 @@ def test_a_backend_that_cannot_run_is_told_before_it_is_used(name, monkeypatch):
             model.check_backends()
     else:
         model.check_backends()
+
+
+def test_the_package_lists_its_names_before_any_is_used():
+    code = "import sys, mfuser; assert set(mfuser.__all__) <= set(dir(mfuser)); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"load", "build", "slide"} <= set(dir(mfuser))
+    assert all(getattr(mfuser, name) is not None for name in mfuser.__all__)
 
 
 def test_an_unknown_method_or_option_says_what_there_is():

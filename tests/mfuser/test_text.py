@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden_files import VARIANTS, description
 
+import mfuser
 from mfuser.pretrained import fill
 from mfuser.segmentor import CITYSCAPES
 from mfuser.text import TEXTS, TextEncoder, tokenize
@@ -162,3 +165,40 @@ def test_sane_changes_no_tower_with_a_start_token():
 
 def test_the_towers_with_a_text_tower_are_those_that_are_listed_so():
     assert {*VLMS, *(name for name, row in WEIGHTS.items() if row is None)} == set(TEXTS)
+
+
+ONES = [[1] * 5] * 19
+
+
+@pytest.mark.parametrize(
+    "given",
+    [ONES, tuple(map(tuple, ONES)), np.array(ONES), np.array(ONES, np.uint16), torch.tensor(ONES), torch.tensor(ONES).int()],
+    ids=lambda given: f"{type(given).__name__} {getattr(given, 'dtype', '')}",
+)
+def test_ids_of_the_classes_are_lists_or_an_array(given, tmp_path):
+    model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(32, 32), token_ids=given)
+    assert model.options["token_ids"] == ONES
+    assert {type(i) for line in model.options["token_ids"] for i in line} == {int}
+    assert torch.equal(model.text.token_ids, torch.tensor(ONES))
+    assert mfuser.load(mfuser.save(model, tmp_path)).options["token_ids"] == ONES
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (np.ones((19, 5)), TypeError, "token_ids are float64, expected (19, 5) integers: a line for each class"),
+        ([[1.0] * 5] * 19, TypeError, "token_ids are float64"),
+        (torch.ones(19, 5, dtype=torch.bool), TypeError, "token_ids are bool"),
+        ([["road"] * 5] * 19, TypeError, "token_ids are <U4"),
+        (np.ones((18, 5), int), ValueError, "token_ids are (18, 5), expected (19, 5)"),
+        (np.ones((19, 6), int), ValueError, "token_ids are (19, 6)"),
+        ([], ValueError, "token_ids are (0,)"),
+        ([[1] * 5] * 18 + [[1]], ValueError, "token_ids are lines of different lengths"),
+        (-np.ones((19, 5), int), ValueError, "token_ids hold -1, and ids begin at 0"),
+        (np.full((19, 5), 49408), ValueError, "token_ids hold 49408, and `tiny` knows the words 0..49407"),
+    ],
+    ids=str,
+)
+def test_ids_of_another_form_are_refused(given, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(32, 32), token_ids=given)

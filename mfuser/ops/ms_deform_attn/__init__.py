@@ -6,18 +6,22 @@ A backend's module has `forward` and `backward` with the signatures of `referenc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfuser.ops.dispatch import resolve, running, watched
+from mfuser.ops.inputs import check_types, constant
 
 
 def ms_deform_attn(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """Sum of values sampled bilinearly at a few points of each scale (Zhu et al. 2021, eq. 3); zero outside a map.
+
+    A location that is infinite or not a number is outside, too: its point adds nothing and has no gradient.
 
     Args:
         value: (B, sum of H W, M, D), the scales' cells one after the other, row by row.
@@ -28,21 +32,15 @@ def ms_deform_attn(
         backend: "auto" or a name from `available("ms_deform_attn")`; a named backend runs or raises.
     Returns: (B, Q, M * D) in value's dtype; sums are accumulated in fp32 (fp64 for fp64 inputs).
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: a tensor that is not fp32, bf16, fp16 or fp64, or a side of a map that is no integer.
+        ValueError: shapes that do not fit, or tensors on several devices.
         BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
     """
-    flat = [int(side) for shape in shapes for side in shape]
-    if not flat or min(flat) < 1:
-        raise ValueError(f"ms_deform_attn: shapes are {list(shapes)}, expected one (H, W) or more, none of them empty")
-    cells = sum(height * width for height, width in shapes)
-    if value.dim() != 4 or value.shape[1] != cells:
-        raise ValueError(f"ms_deform_attn: value is {tuple(value.shape)}, expected (B, {cells}, M, D) for {list(shapes)}")
-    expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[-2], 2)
-    if locations.shape != expected:
-        raise ValueError(f"ms_deform_attn: locations are {tuple(locations.shape)}, expected {expected}")
-    if weights.shape != expected[:-1]:
-        raise ValueError(f"ms_deform_attn: weights are {tuple(weights.shape)}, expected {expected[:-1]}")
+    flat = _check(value, shapes, locations, weights)
     chosen = resolve("ms_deform_attn", backend, value, locations, weights).name
+    if 0 in (value.shape[0], value.shape[3], weights.numel()):
+        nothing = value.new_zeros(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+        return constant(nothing, value, locations, weights)
     out: Tensor
     if watched():
         out = _attend(value, flat, locations, weights, chosen)
@@ -51,6 +49,24 @@ def ms_deform_attn(
     else:
         out = running("ms_deform_attn", chosen).forward(value, flat, locations, weights)
     return out
+
+
+def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> list[int]:
+    """Return the maps' sides one after the other, [H_0, W_0, H_1, ...]."""
+    check_types("ms_deform_attn", ("value", "locations", "weights"), (value, locations, weights))
+    flat = [index(side) for shape in shapes for side in shape]
+    if not flat or min(flat) < 1 or any(len(shape) != 2 for shape in shapes):
+        raise ValueError(f"ms_deform_attn: shapes are {list(shapes)}, expected one (H, W) or more, none of them empty")
+    cells = sum(height * width for height, width in zip(flat[::2], flat[1::2], strict=True))
+    if value.dim() != 4 or value.shape[1] != cells:
+        raise ValueError(f"ms_deform_attn: value is {tuple(value.shape)}, expected (B, {cells}, M, D) for {list(shapes)}")
+    points = locations.shape[1:5:3] if locations.dim() == 6 else ("Q", "P")
+    expected = (value.shape[0], points[0], value.shape[2], len(shapes), points[1], 2)
+    if locations.shape != expected:
+        raise ValueError(f"ms_deform_attn: locations are {tuple(locations.shape)}, expected {expected}")
+    if weights.shape != expected[:-1]:
+        raise ValueError(f"ms_deform_attn: weights are {tuple(weights.shape)}, expected {expected[:-1]}")
+    return flat
 
 
 @torch.library.custom_op("mfuser::ms_deform_attn", mutates_args=())

@@ -53,10 +53,13 @@ def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator
     for scale, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         x = locations[:, :, :, scale, :, 0].to(precise) * width - 0.5
         y = locations[:, :, :, scale, :, 1].to(precise) * height - 0.5
+        # elsewhere, and where a place is not a number, nothing is near; differences of what is infinite are not zero
+        near = (x > -1) & (x < width) & (y > -1) & (y < height)
+        x, y = torch.where(near, x, 0.0), torch.where(near, y, 0.0)
         left, top = x.floor(), y.floor()
         for column, sign_x in ((left, -1.0), (left + 1, 1.0)):
             for row, sign_y in ((top, -1.0), (top + 1, 1.0)):
-                inside = ((column >= 0) & (column < width) & (row >= 0) & (row < height)).to(precise)
+                inside = (near & (column >= 0) & (column < width) & (row >= 0) & (row < height)).to(precise)
                 share_x, share_y = 1 - (x - column).abs(), 1 - (y - row).abs()
                 slopes = torch.stack([sign_x * width * share_y, sign_y * height * share_x], -1) * inside[..., None]
                 cell = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)

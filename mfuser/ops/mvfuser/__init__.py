@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from mfuser.ops.dispatch import BackendError, lookup, named, resolve, running, watched
+from mfuser.ops.inputs import check_shapes, check_types, constant
 
 KERNELS = ("cuda", "triton")  # the backends that have the kernels
 
 WEIGHTS = ("in_proj", "conv_x", "conv_z", "x_proj", "dt_proj", "dt_bias", "A_log", "D", "norm", "out_proj", "scale")
+_NAMES = ("joint", *WEIGHTS)
 # whose gradient is a matrix product, left out where nobody wants it
 _PRODUCTS = ("joint", "in_proj", "x_proj", "dt_proj", "out_proj")
 
@@ -66,14 +68,13 @@ def mvfuser(
         A_log: (h, N).    D, norm: (h,).    out_proj: (C, h).    eps: of the norm.
         sane: as MVFuser's.    backends: from `plan`.
     Returns: (B, L, C) in joint's dtype, or in autocast's where it is on.
-    Raises: ValueError for shapes or dtypes that do not fit.
+    Raises: as `check` does.
     """
     weights = (in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale)
-    kind = joint.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else joint.dtype
-    _check(joint, weights)
+    check(joint, weights)
+    dtype = _dtype(joint)
     if joint.numel() == 0:
-        return joint.new_empty(joint.shape, dtype=dtype)
+        return empty(joint, weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (joint, *weights))
     options = (eps, sane, dtype, *backends)
     if watched():
@@ -84,7 +85,12 @@ def mvfuser(
     return out
 
 
-def _check(joint: Tensor, weights: Sequence[Tensor]) -> None:
+def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
+    """What the block asks of its tensors, whoever computes it.
+
+    Raises: TypeError for a tensor that is not fp32, bf16, fp16 or fp64; ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check_types("mvfuser", _NAMES, (joint, *weights))
     in_proj, _, _, _, dt_proj, _, A_log, *_ = weights
     if joint.dim() != 3 or A_log.dim() != 2 or dt_proj.dim() != 2:
         shapes = [tuple(t.shape) for t in (joint, A_log, dt_proj)]
@@ -94,13 +100,25 @@ def _check(joint: Tensor, weights: Sequence[Tensor]) -> None:
     expected = [
         (2 * half, width), taps, taps, (rank + 2 * state, half), (half, rank), row, (half, state), row, row, (width, half), (),
     ]  # fmt: skip
-    if [tensor.shape for tensor in weights] != expected:
-        for name, tensor, shape in zip(WEIGHTS, weights, expected, strict=True):
-            if tensor.shape != shape:
-                raise ValueError(f"mvfuser: {name} is {tuple(tensor.shape)}, expected {shape}")
+    check_shapes("mvfuser", WEIGHTS, weights, expected)
     # autocast casts all but fp64
-    if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not torch.is_autocast_enabled(joint.device.type)):
+    if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not _autocast(joint)):
         raise ValueError(f"mvfuser: tokens are {joint.dtype}, weights {in_proj.dtype}")
+
+
+def empty(joint: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The output of no tokens: every gradient is zero."""
+    return constant(joint.new_zeros(joint.shape, dtype=_dtype(joint)), joint, *weights)
+
+
+def _dtype(joint: Tensor) -> torch.dtype:
+    """The output's type."""
+    return torch.get_autocast_dtype(joint.device.type) if _autocast(joint) else joint.dtype
+
+
+def _autocast(joint: Tensor) -> bool:
+    kind = joint.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # on shapes alone there is no autocast
 
 
 def _forward(
@@ -141,7 +159,7 @@ def _(
     dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
     dtype: torch.dtype, backend: str, scan: str, needed: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    given = zip(("joint", *WEIGHTS), (joint, *weights), needed, strict=True)
+    given = zip(_NAMES, (joint, *weights), needed, strict=True)
     return [t.new_empty(0 if name in _PRODUCTS and not take else t.shape) for name, t, take in given]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mfuser.ops.dispatch import lookup, resolve, running, watched
+from mfuser.ops.inputs import check_shapes, check_types, constant
 
 
 @overload
@@ -61,17 +62,18 @@ def selective_scan(
         initial_state: h before the first step, (B, D, N); zero if absent.
         return_final_state: also return h after the last step.
         backend: "auto" or a name from `available("selective_scan")`; a named backend runs or raises.
-    Returns: y (B, L, D) in u's dtype; the final state is (B, D, N) in fp32, in which the state is kept (fp64 for fp64).
+    Returns: y (B, L, D) in u's dtype; the final state is (B, D, N) in fp32, in which the state is kept (fp64 for fp64). Of an
+        empty batch or sequence y is empty, the final state a copy of the first one, and every other gradient zero.
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: a tensor that is not fp32, bf16, fp16 or fp64.
+        ValueError: shapes that do not fit, or tensors on several devices.
         BackendError: no backend, or not the named one, can take these tensors (the reason is in the message).
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if u.numel() == 0:
-        state = u.new_zeros(u.shape[0], *A.shape, dtype=_precise(u)) if initial_state is None else initial_state.to(_precise(u))
-        return (torch.zeros_like(u), state) if return_final_state else torch.zeros_like(u)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    _check(*tensors)
     chosen = resolve("selective_scan", backend, *tensors).name
+    if u.numel() == 0:
+        return _empty(*tensors) if return_final_state else _empty(*tensors)[0]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if watched():
         y, state, _ = _scan(*tensors, delta_softplus, keep, chosen)
@@ -86,26 +88,31 @@ def _precise(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _check(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None,
-) -> None:  # fmt: skip
-    if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"selective_scan needs u (B, L, D) and A (D, N), got {tuple(u.shape)} and {tuple(A.shape)}")
+_NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def _check(u: Tensor, *rest: Tensor | None) -> None:
+    check_types("selective_scan", _NAMES, (u, *rest))
+    A = rest[1]
+    assert A is not None
+    if u.dim() != 3 or A.dim() != 2 or A.shape[1] == 0:
+        shapes = f"{tuple(u.shape)} and {tuple(A.shape)}"
+        raise ValueError(f"selective_scan needs u (B, L, D) and A (D, N) with a state at least, got {shapes}")
     batch, length, dim = u.shape
     state = A.shape[1]
     tokens, states, channels = (batch, length, dim), (batch, length, state), (dim,)
-    expected = (
-        ("delta", delta, tokens), ("B", B, states), ("C", C, states), ("D", D, channels), ("z", z, tokens),
-        ("delta_bias", bias, channels), ("initial_state", initial, (batch, dim, state)),
-    )  # fmt: skip
-    for name, tensor, shape in expected:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"selective_scan: {name} is {tuple(tensor.shape)}, expected {shape}")
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"selective_scan: {name} must be real and floating point, got {tensor.dtype}")
-    if not A.is_floating_point():
-        raise ValueError(f"selective_scan: A must be real and floating point, got {A.dtype}")
+    expected = (tokens, tokens, (dim, state), states, states, channels, tokens, channels, (batch, dim, state))
+    check_shapes("selective_scan", _NAMES, (u, *rest), expected)
+
+
+def _empty(u: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Results of no tokens."""
+    A, initial = rest[1], rest[-1]
+    assert A is not None
+    y = constant(torch.zeros_like(u), u, *rest)
+    precise = _precise(u)
+    state = u.new_zeros(u.shape[0], *A.shape, dtype=precise) if initial is None else initial.to(precise, copy=True)
+    return y, constant(state, u, *rest)
 
 
 @torch.library.custom_op("mfuser::selective_scan", mutates_args=())

@@ -423,3 +423,19 @@ def test_counting_leaves_no_mode_behind() -> None:
     assert out.requires_grad
     assert not torch.jit.is_tracing()
     assert torch.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_is_left_in_the_modes_that_it_was_in(known):
+    frozen, trained = nn.Sequential(nn.Linear(4, 4), nn.Dropout()), nn.Linear(4, 4)
+    model = Calls(lambda x, a, b: b(a(x)) if known else torch.linalg.inv(b(a(x))), frozen, trained).to("meta").train()
+    frozen.eval()
+    before = [module.training for module in model.modules()]
+    if known:
+        count(model, meta(4, 4))
+    else:
+        with pytest.raises(CountError):
+            count(model, meta(4, 4))
+    assert [module.training for module in model.modules()] == before
+    assert True in before
+    assert False in before

@@ -367,14 +367,7 @@ def test_wrong_shapes_are_named():
         selective_scan(given["u"], given["delta"], given["A"], given["B"][:, :8], given["C"])
     with pytest.raises(ValueError, match="initial_state is"):
         selective_scan(*(given[n] for n in NAMES[:5]), initial_state=given["initial_state"].mT)
-    with pytest.raises(ValueError, match="A must be real"):
+    with pytest.raises(ValueError, match=r"A \(D, N\) with a state at least, got \(2, 9, 3\) and \(3, 0\)"):
+        selective_scan(given["u"], given["delta"], given["A"][:, :0], given["B"][..., :0], given["C"][..., :0])
+    with pytest.raises(TypeError, match="A must be real"):
         selective_scan(given["u"], given["delta"], given["A"].to(torch.complex64), given["B"], given["C"])
-
-
-def test_an_empty_sequence_is_an_empty_result():
-    u, start = torch.zeros(2, 0, 3), torch.ones(2, 3, 2)
-    y, state = selective_scan(
-        u, u, torch.zeros(3, 2), torch.zeros(2, 0, 2), torch.zeros(2, 0, 2), initial_state=start, return_final_state=True
-    )
-    assert y.shape == (2, 0, 3)
-    assert torch.equal(state, start)
