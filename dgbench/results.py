@@ -65,7 +65,7 @@ class Record:
     protocol_hash: str = ""  # of the protocol and what fixes the domain's pixels and labels
     miou: float | None = None
     iou: tuple[float | None, ...] = ()  # per class, None for a class in neither label nor prediction
-    interval: tuple[float | None, float | None] = (None, None)  # 95 %, bootstrap over images
+    interval: tuple[float | None, float | None] = (None, None)  # 95 %, over images: metrics.interval
     n_images: int = 0
     n_available: int = 0  # images of the complete split; more than n_images marks a partial score
     n_extra: int = 0  # images on the disk beyond what the set publishes: which ones were scored is not known

@@ -217,6 +217,31 @@ def test_check_finds_a_wrong_gradient_and_other_bits(
     assert "selective_scan torch: 8 tensors compared, 0 problems" in text
 
 
+def test_check_finds_a_wrong_element_that_a_norm_hides(
+    main: Callable[..., int], script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("a_backend_that_forgets_fast_states")
+    plain = dispatch.lookup("selective_scan", "torch").load()
+    vars(module).update({name: value for name, value in vars(plain).items() if not name.startswith("__")})
+
+    def backward(*arguments):
+        du, ddelta, dA, *rest = plain.backward(*arguments)
+        return du, ddelta, dA * (dA.abs() > 1e-6 * dA.abs().max()), *rest
+
+    module.backward = backward
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(
+        dispatch.TABLE, "selective_scan", (dispatch.Backend("forgets", module.__name__), *dispatch.TABLE["selective_scan"])
+    )
+    steep = [c for c in script.checks(True) if getattr(c[2], "func", None) is script.steep_case]
+    monkeypatch.setattr(script, "checks", lambda tiny: steep)
+    assert main("--check") == 1
+    text = capsys.readouterr().out
+    assert "FAILED selective_scan forgets fp32, B 2, L 21, D 3, N 16: gradient of A: error of an element 1.0e+00" in text
+    assert "gradient of delta" not in text
+    assert "selective_scan torch: 20 tensors compared, 0 problems" in text
+
+
 @pytest.mark.gpu
 def test_every_path_runs_on_a_gpu(
     main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -124,6 +125,8 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         progress.stop()
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     iou = metrics.iou(total, absent=absent)
+    if few := metrics.rare(counts, classes=classes, absent=absent):
+        logging.getLogger(__name__).warning(rarely_seen(dataset.domain.name, dataset.split, few))
     commit, dirty = results.commit()
     row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
     record = results.Record(
@@ -133,7 +136,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         protocol_digest=rules.digest, protocol_hash=protocol.protocol_hash(rules, row),
         miou=metrics.miou(total, classes=classes, absent=absent),
         iou=tuple(None if np.isnan(v) else float(v) for v in iou),
-        interval=metrics.bootstrap(counts, classes=classes, absent=absent),
+        interval=metrics.interval(counts, classes=classes, absent=absent),
         n_images=len(dataset), n_available=dataset.available, n_extra=dataset.extra, rendered=dataset.exported,
         **checkpoints.in_record(seen),
         seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
@@ -142,6 +145,18 @@ def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: 
         extra=extra_scores(recipe.data.source, total, rules),
     )  # fmt: skip
     return results.write(record, run, counts, [dataset.name(i) for i in range(len(dataset))])
+
+
+def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
+    """Return one line that names the classes whose IoU a few images decide, with their number of images."""
+    first = sorted(few, key=lambda k: (few[k], k))[:6]
+    named = ", ".join(f"{labels.CLASSES[k]} ({few[k]})" for k in first)
+    if len(few) > len(first):
+        named += f" and {len(few) - len(first)} more"
+    return (
+        f"{domain} {split}: in fewer than {metrics.FEW_IMAGES} of the scored images: {named}; their IoU says little, and the "
+        "interval of the mean may be too short: score more images"
+    )
 
 
 def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol) -> dict[str, float | str | None]:

@@ -135,7 +135,7 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
     if not intervals:
         lines = ["Intervals and image counts: in a wider terminal or with --json. Higher is better; * best."]
     elif any(score.half is not None for row in group.rows for score in _all_scores(row) if score):
-        lines = ["Higher is better; * best. ±: half the 95 % bootstrap interval over images (not over training runs)."]
+        lines = ["Higher is better; * best. ±: half the 95 % interval over images (not over training runs)."]
     lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
     if any(score.partial for row in group.rows for score in _all_scores(row) if score):
         lines.append(f"{PARTIAL} only some images of the split, or more than it has: not ranked, not averaged.")

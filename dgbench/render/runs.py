@@ -39,7 +39,7 @@ def _records(records: Sequence[Record]) -> list[Table]:
     protocol = with_hash(first.protocol, first.protocol_digest)
     source = f"{first.source} (rendered)" if first.source_rendered else first.source
     title = f"{first.method}{variant}, recipe {first.recipe}, trained on {source}, protocol {protocol}"
-    legend = ["mIoU in %, higher is better; 95 % bootstrap interval over images."]
+    legend = ["mIoU in %, higher is better; 95 % interval over images."]
     if subsets:
         legend.append("mIoU16, mIoU13: over the classes that SYNTHIA has, and those without wall, fence and pole.")
     if any(record.rendered for record in records):

@@ -41,7 +41,7 @@ def test_the_leaderboard_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
         "#  method                source val        city       world        mean  images\n"
         "1  mfuser (tiny + tiny)  48.1* ±1.2  43.0* ±1.2  35.0* ±1.2  39.0* ±0.8     200\n"
         "2  source-only (tiny)     44.0 ±1.2   39.0 ±1.2   31.0 ±1.2   35.0 ±0.8     200\n"
-        "Higher is better; * best. ±: half the 95 % bootstrap interval over images (not over training runs).\n"
+        "Higher is better; * best. ±: half the 95 % interval over images (not over training runs).\n"
         "source val: streets-game, seen in training. mean: over the targets, only where all are complete.\n"
     )
 

@@ -10,6 +10,10 @@ Written against mamba-ssm 2.3.2.post1 (csrc/selective_scan/selective_scan.cpp at
 with u, delta, z, y (B, D, L) and B, C (B, 1, N, L) of one dtype and contiguous along L, and A, D, bias in fp32. x is
 (B, D, chunks, 2 N) in fp32: for every 2048 steps, and the rest, pairs of the decay since the start and the state at the
 end. It adds gradients by atomics, so that their last bits change from run to run.
+
+Its backward takes what is left of a state after a step as the next state less the step's inflow. Where a state decays within
+a step (delta |A| above 15 or so) that is rounding alone, and so are these elements of A's gradient: 1e-7 of the others, but
+of any sign. Our kernels multiply the state by its decay.
 """
 
 from __future__ import annotations

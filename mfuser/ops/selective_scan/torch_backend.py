@@ -79,15 +79,15 @@ def _backward(
     dinflow, ddecay = torch.empty_like(x), torch.empty_like(x)
     dA = torch.zeros_like(A)
     dB, dC = x.new_empty(B.shape[:3]), x.new_empty(B.shape[:3])  # (L, B, N)
-    decay, source, states, back = (_Steps(x, A, block) for _ in range(4))
+    decay, states, back = (_Steps(x, A, block) for _ in range(3))
     later = torch.zeros_like(saved[0])  # exp(delta[t+1] A) g[t+1]
     if dstate is not None:
         later.copy_(dstate.mT)
     for i, part in reversed(list(enumerate(_parts(len(x), block)))):
-        a, b, s, g = (buffer.first(part) for buffer in (decay, source, states, back))  # (T, B, N, D)
+        a, s, g = (buffer.first(part) for buffer in (decay, states, back))  # (T, B, N, D)
         torch.mul(step[part, :, None], A, out=a).exp_()
-        torch.mul(inflow[part, :, None], B[part], out=b)
-        _scan(decay, states.take(b), len(a), saved[i])
+        torch.mul(inflow[part, :, None], B[part], out=s)
+        _scan(decay, states, len(a), saved[i])
         if y is not None:
             torch.sum(s * C[part], 2, out=y[part])
         dC[part] = torch.matmul(s.flatten(0, 1), dy[part].flatten(0, 1)[..., None]).view(dC[part].shape)
@@ -96,8 +96,11 @@ def _backward(
         _scan_back(decay, back, len(a))
         torch.mul(a[0], g[0], out=later)
         dB[part] = torch.matmul(g.flatten(0, 1), inflow[part].flatten(0, 1)[..., None]).view(dB[part].shape)
-        # exp(delta[t] A) h[t-1] is h[t] less what flowed in at t
-        carried = s.sub_(b).mul_(g)
+        # g[t] exp(delta[t] A) h[t-1]; h[t] less what flowed in at t would be the same but for its rounding, which is all that
+        # is left of it where a state decays within a step
+        a[0].mul_(saved[i])
+        a[1:].mul_(s[:-1])
+        carried = a.mul_(g)
         torch.sum(g.mul_(B[part]), 2, out=dinflow[part])
         dA += torch.einsum("tbnd,tbd->nd", carried, step[part])
         torch.sum(carried.mul_(A), 2, out=ddecay[part])

@@ -181,6 +181,16 @@ def test_a_protocol_is_named_on_the_record_and_enters_its_hash(run):
         evaluate(run, ["streets-city"], progress=Silent(), protocol_name="paper-hlf")
 
 
+def test_classes_of_few_images_are_named_in_a_warning(run, caplog):
+    (record,) = evaluate(run, ["streets-city"], progress=Silent(), device="cpu")
+    few = metrics.rare(results.read_confusion(record))
+    assert few
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "dgbench.engine.evaluate"]
+    assert said.startswith("streets-city val: in fewer than 5 of the scored images: ")
+    rarest = min(few, key=lambda k: (few[k], k))
+    assert f": {CLASSES[rarest]} ({few[rarest]})" in said
+
+
 def under(run, monkeypatch, target="streets-city", root=None, **changed):
     """The record under `unified` with other values, and its matrices."""
     monkeypatch.setitem(PROTOCOLS, "changed", dataclasses.replace(lookup("unified"), name="changed", **changed))
@@ -192,7 +202,7 @@ def under(run, monkeypatch, target="streets-city", root=None, **changed):
 def test_the_mean_runs_over_the_protocols_classes(run, monkeypatch, classes):
     record, counts = under(run, monkeypatch, classes=classes)
     assert record.miou == metrics.miou(counts.sum(0), classes=CLASS_SETS[classes])
-    assert record.interval == metrics.bootstrap(counts, classes=CLASS_SETS[classes])
+    assert record.interval == metrics.interval(counts, classes=CLASS_SETS[classes])
     assert len(record.iou) == 19
     assert counts.shape[1:] == (19, 19)
 
@@ -202,7 +212,7 @@ def test_absent_classes_count_as_the_protocol_says(free, monkeypatch, files):
     assert len({counts.tobytes() for _, counts in found.values()}) == 1
     for rule, (record, counts) in found.items():
         assert record.miou == metrics.miou(counts.sum(0), absent=rule)
-        assert record.interval == metrics.bootstrap(counts, absent=rule)
+        assert record.interval == metrics.interval(counts, absent=rule)
     assert found["zero"][0].miou < found["skip"][0].miou
 
 

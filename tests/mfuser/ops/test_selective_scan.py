@@ -104,6 +104,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.cpu().double() - expected).norm() / expected.norm())
 
 
+def usual_error(actual: Tensor, expected: Tensor) -> float:
+    """What nine elements in ten are within, relative to each: small ones count as much as large ones."""
+    return float(((actual.cpu().double() - expected) / expected).detach().abs().flatten().quantile(0.9))
+
+
 def test_the_reference_is_the_recurrence_written_out():
     # one channel, one state, constant inputs: h[t] = a h[t-1] + d b u, a geometric series
     length, d, a, b, c, skip, u = 6, 0.5, -0.7, 1.3, 0.9, 2.0, 0.4
@@ -165,8 +170,11 @@ def test_no_result_is_off_by_more_than_rounding(backend, dtype):
     # Triton's interpreter cuts bf16 off where a GPU rounds, which doubles the error
     cut = 2 if backend == "triton" and dtype == "bfloat16" and not GPU else 1
     for name in actual:
-        allowed = 2 * cut * error(plain[name], expected[name]) + 4 * torch.finfo(torch.float32).eps
-        assert error(actual[name], expected[name]) < allowed, name
+        # by element, short inputs may hide an exponential that is good to 2^-18 (docs/kernels.md)
+        eps = torch.finfo(torch.float32).eps
+        for measure, slack in ((error, 4 * eps), (usual_error, 4 * eps if dtype == "float32" else 1e-5)):
+            allowed = 2 * cut * measure(plain[name], expected[name]) + slack
+            assert measure(actual[name], expected[name]) < allowed, (name, measure)
 
 
 @by_backend(*BACKENDS)
