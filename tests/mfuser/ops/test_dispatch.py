@@ -60,6 +60,10 @@ def test_the_environment_names_the_backend_of_auto_alone(monkeypatch):
         selective_scan(u, u, torch.zeros(2, 1), torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))
 
 
+def test_auto_never_picks_a_backend_whose_gradient_may_be_noise():
+    assert [backend.name for backend in dispatch.rows("selective_scan") if backend.auto] == ["cuda", "triton", "torch"]
+
+
 def test_auto_never_picks_the_reference():
     assert resolve("selective_scan", "auto").name != "reference"
     assert resolve("ms_deform_attn", "auto").name != "reference"
