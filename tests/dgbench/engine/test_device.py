@@ -87,6 +87,7 @@ def test_names_are_checked_without_torch():
 def test_every_command_runs_on_the_named_gpu(index, tmp_path, monkeypatch):
     monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path / "cache"))
     name = f"cuda:{index}"
+    torch.cuda.reset_peak_memory_stats(index)
     before = torch.cuda.max_memory_allocated(index)
     trained = train(load_recipe("streets/mfuser", SMALL), tmp_path / "run", progress=Silent(), device=name)
     assert torch.cuda.current_device() == index
