@@ -602,7 +602,7 @@ def _rounding(case: Case) -> float:
 def _compared(found: Tensor, usual: Tensor, expected: Tensor, rounding: float) -> tuple[float, str]:
     """Return how many times the torch backend's error this one is, by norm, by maximum or by element, whichever is more.
 
-    Twice is allowed, of what nine elements in ten are within four times: the kernels' exponentials are a few roundings less exact.
+    Twice is allowed, of what nine elements in ten are within four times: the kernels' exponentials are less exact by roundings.
     An error of `rounding` and one rounding of the result are always allowed.
     """
     rounding = max(rounding, torch.finfo(found.dtype).eps / 2)
