@@ -36,4 +36,4 @@ def test_the_list_of_towers_needs_no_torch_and_no_http_client(command: str) -> N
 
 
 def test_what_the_machine_offers_and_what_models_cost_needs_neither_compiler_nor_towers() -> None:
-    assert not loaded("kernels list", "doctor") & {*COMPILER, *TOWERS, *COUNTERS}
+    assert not loaded("kernels list", "doctor", "profile --count-only --quiet") & {*COMPILER, *TOWERS, *COUNTERS}

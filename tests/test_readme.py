@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,18 @@ def test_the_python_of_the_readme_runs() -> None:
         scope = {"images": torch.rand(1, 3, 256, 512)}
         exec(text, scope)
         assert scope["scores"].shape == (1, 19, 256, 512)
+
+
+def test_extras_are_named_as_a_clone_installs_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").iterdir()]
+    texts += [path for package in ("dgbench", "mfuser") for path in (ROOT / package).rglob("*.py")]
+    for path in texts:
+        if path.is_file() and path.name != "CHANGELOG.md":
+            text = path.read_text(encoding="utf-8")
+            # the name alone would be looked for in a registry, where the project is not
+            assert "dgbench[" not in text, path
+            assert set(re.findall(r"-e '\.\[(\w+)\]'", text)) <= extras.keys(), path
 
 
 def test_pictures_and_links_of_the_texts_are_there() -> None:

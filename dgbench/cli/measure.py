@@ -27,7 +27,7 @@ class Format(StrEnum):
 
 
 class Rule(StrEnum):
-    """The conventions of `dgbench.engine.count`, which is too heavy to import here."""
+    """The conventions of `dgbench.engine.costs`; a command's values are known before anything of the engine is imported."""
 
     MAC = "mac"
     FLOP = "flop"

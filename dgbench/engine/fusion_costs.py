@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dgbench import results
-from dgbench.engine.count import CONVENTIONS, Cost, count
+from dgbench.engine.costs import CONVENTIONS, Cost
 from dgbench.engine.profile import DTYPES, SIZE, settled
 from dgbench.engine.timing import Call, Hardware, Times, hardware, samples
 from dgbench.errors import RecipeError
@@ -154,6 +154,8 @@ class _Bench:
         site = self.site(size)
         tokens, rows = self._tokens(size, site), []
         for name in FUSERS:
+            from dgbench.engine.count import count
+
             # kernels do not take tensors without data; what is computed is the same
             fuser = FUSERS[name](replace(site, backend="torch")).to("meta")
             cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total

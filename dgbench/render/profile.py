@@ -41,6 +41,8 @@ def _counts(found: Profile) -> Table:
     header = ["method", "backbone", "size", *(["windows"] if found.slide else []), "params M", "trained M", found.unit]
     header += [*(["GFLOP"] if other else []), "scan GFLOP"]
     legend = [_SAYS[found.convention], *([_GFLOP] if other else []), _SCAN]
+    if found.counted_with:
+        legend.append(f"Counted with {found.counted_with}, which are other versions than those here.")
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
     title = f"Cost of {image}, counted without weights (convention {found.convention})"
