@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy", *(() if torch.cuda.is_available() else ("triton",)))
 TOWERS = ("timm", "open_clip", "torchvision", "transformers")
 COUNTERS = ("fvcore", "accelerate", "datasets", "pandas", "matplotlib")
 
@@ -25,7 +27,8 @@ for command in {commands!r}:
         app(command.split(), prog_name="dgbench", standalone_mode=False)
 print(json.dumps(sorted(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
