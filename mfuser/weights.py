@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mfuser.towers import LANGUAGE
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -66,12 +68,9 @@ TOKENIZERS: dict[str, HubFile] = {
 }
 
 
-VLMS = ("eva02", "clip", "siglip", "siglip2")  # of WEIGHTS those with a text tower; the others of them serve as foundation
-
-
 def role(tower: str) -> Literal["vfm", "vlm", "both"]:
     """What a row of WEIGHTS serves as; towers that are trained from scratch serve as either."""
-    return "both" if WEIGHTS[tower] is None else "vlm" if tower in VLMS else "vfm"
+    return "both" if WEIGHTS[tower] is None else "vlm" if tower in LANGUAGE else "vfm"
 
 
 def files(tower: str) -> list[HubFile]:

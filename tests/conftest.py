@@ -1,10 +1,11 @@
-"""What every test shares: fixed seeds, and the user's own settings kept out."""
+"""What every test shares: fixed seeds, a folder of its own, and the user's settings kept out."""
 
 from __future__ import annotations
 
 import gc
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "DGBENCH_DOMAINS", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A clone in which someone has worked has `runs/` and `data/`, which commands read and complete."""
+    folder = tmp_path_factory.mktemp("here")  # beside `tmp_path`, in which tests look for what was written
+    monkeypatch.chdir(folder)
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-COMPILER = ("torch._dynamo", "torch._inductor", "sympy")
+COMPILER = ("torch._dynamo", "torch._inductor", "sympy", *(() if torch.cuda.is_available() else ("triton",)))
 TOWERS = ("timm", "open_clip", "torchvision", "transformers")
 COUNTERS = ("fvcore", "accelerate", "datasets", "pandas", "matplotlib")
 
@@ -25,7 +27,8 @@ for command in {commands!r}:
         app(command.split(), prog_name="dgbench", standalone_mode=False)
 print(json.dumps(sorted(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
@@ -36,4 +39,4 @@ def test_the_list_of_towers_needs_no_torch_and_no_http_client(command: str) -> N
 
 
 def test_what_the_machine_offers_and_what_models_cost_needs_neither_compiler_nor_towers() -> None:
-    assert not loaded("kernels list", "doctor") & {*COMPILER, *TOWERS, *COUNTERS}
+    assert not loaded("kernels list", "doctor", "profile --count-only --quiet") & {*COMPILER, *TOWERS, *COUNTERS}

@@ -133,6 +133,12 @@ def test_other_shells_complete_as_well() -> None:
     assert completed("dgbench eval --targets streets-city streets-w", "fish") == ["streets-world"]
 
 
+def test_what_is_completed_is_of_the_tests_own_folder() -> None:
+    assert not list(Path.cwd().iterdir())
+    results.claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
+    assert completed("dgbench train --resume ") == ["latest", "runs/mine"]
+
+
 def test_values_end_at_the_next_flag() -> None:
     assert "streets-world" not in completed("dgbench eval --targets streets-city --device ")
     assert "streets-world" not in completed("dgbench eval --targets streets-city --device cpu ")

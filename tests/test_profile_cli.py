@@ -32,7 +32,8 @@ FUSERS = ["mvfuser", "mvfuser_bidir", "selfattn_concat", "selfattn_separate", "b
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -169,12 +170,28 @@ def test_accuracies_of_own_runs_stand_beside_the_costs(here: Path) -> None:
     runs_of("selfattn_concat", (0, 0.38))
     text = run(*LAYERS, "--format", "markdown").stdout
     header, _, *rows = (cells(line) for line in text.splitlines() if line.startswith("|"))
-    column = {row[0]: row[header.index("mIoU")] for row in rows[:5]}
+    column = {row[0]: row[header.index("own mIoU")] for row in rows[:5]}
     # (40 + 44 + 45) / 3 and the root of (3^2 + 1^2 + 2^2) / 2
     assert column["mvfuser"] == "43.0 ±2.6 (3)"
     assert column["selfattn_concat"] == "38.0 (1)"
     assert column["bi_deform_attn"] == "–"
     assert "mean over streets-city, streets-world" in text
+
+
+def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_runs_of_another_do_not(here: Path) -> None:
+    runs_of("mvfuser", (0, 0.40))
+    text = run("--fusion", "--format", "markdown").stdout
+    header, _, *rows = (cells(line) for line in text.splitlines() if line.startswith("|"))
+    column = {row[0]: row[header.index("paper C") :] for row in rows[:5]}
+    assert header[header.index("paper C") :] == ["paper C", "paper B", "paper M", "paper avg."]
+    assert column == {
+        "mvfuser": ["70.19", "63.13", "71.28", "68.20"], "mvfuser_bidir": ["–"] * 4,
+        "selfattn_concat": ["70.24", "62.31", "71.11", "67.89"], "selfattn_separate": ["69.68", "61.91", "70.85", "67.48"],
+        "bi_deform_attn": ["69.46", "61.17", "70.11", "66.91"],
+    }  # fmt: skip
+    assert "arXiv:2504.03193, Table 3" in text
+    assert "Own runs are left out where their towers are not 1024 wide: tiny + tiny." in text
+    assert "paper" not in run(*LAYERS, "--format", "markdown").stdout
 
 
 def runs_of(fuser: str, *scores: tuple[int, float]) -> None:

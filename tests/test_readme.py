@@ -7,14 +7,20 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from loopback_hub import serving
 from PIL import Image
 
+from dgbench import results
 from mfuser.weights import files
+
+sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
+from records import model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,6 +94,32 @@ def test_the_python_of_the_readme_runs() -> None:
         scope = {"images": torch.rand(1, 3, 256, 512)}
         exec(text, scope)
         assert scope["scores"].shape == (1, 19, 256, 512)
+
+
+def test_the_python_of_the_docs_on_results_runs() -> None:
+    for number, miou in enumerate((0.4, 0.6)):
+        folder = results.claim_run(Path("runs") / str(number))
+        for record in model(0.5, miou, None):
+            results.write(record, folder)
+    (text,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), re.M | re.S)
+    scope: dict[str, Any] = {}
+    exec(text, scope)
+    table = scope["scores"]
+    assert list(table["streets-city"]) == [0.4, 0.6]
+    assert list(table["streets-game"]) == [0.5, 0.5]
+    assert [str(run) for _, _, run in table.index] == ["runs/0", "runs/1"]
+
+
+def test_extras_are_named_as_a_clone_installs_them() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").iterdir()]
+    texts += [path for package in ("dgbench", "mfuser") for path in (ROOT / package).rglob("*.py")]
+    for path in texts:
+        if path.is_file() and path.name != "CHANGELOG.md":
+            text = path.read_text(encoding="utf-8")
+            # the name alone would be looked for in a registry, where the project is not
+            assert "dgbench[" not in text, path
+            assert set(re.findall(r"-e '\.\[(\w+)\]'", text)) <= extras.keys(), path
 
 
 def test_pictures_and_links_of_the_texts_are_there() -> None:

@@ -27,7 +27,7 @@ class Format(StrEnum):
 
 
 class Rule(StrEnum):
-    """The conventions of `dgbench.engine.count`, which is too heavy to import here."""
+    """The conventions of `dgbench.engine.costs`; a command's values are known before anything of the engine is imported."""
 
     MAC = "mac"
     FLOP = "flop"
@@ -102,12 +102,10 @@ def profile(
         if batch is not None and len(batch) > 1:
             raise typer.BadParameter("takes one number with --fusion", ctx=ctx, param_hint="'--batch'")
         from dgbench.engine.fusion_costs import profile_fusion
-        from dgbench.report.ablation import ablation
 
-        scores = ablation(results.query(runs))
         layers = profile_fusion(
             progress, vfm=vfm, vlm=vlm, size=crop, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
-            device=device, timed=not count_only, accuracy=scores.accuracy, scored=scores.described, passes=passes,
+            device=device, timed=not count_only, records=results.query(runs), passes=passes,
         )  # fmt: skip
         render.show(layers, form=form)
         if plot is not None:

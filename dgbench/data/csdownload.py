@@ -16,7 +16,7 @@ from types import ModuleType
 from dgbench.data.transfer import FULL, Patience, full_disk
 from dgbench.errors import DataError
 
-INSTALL = "pip install 'dgbench[cityscapes]'"
+INSTALL = "pip install -e '.[cityscapes]'"
 _REGISTER = "https://www.cityscapes-dataset.com/register/"
 
 

@@ -220,7 +220,7 @@ _TABLE: tuple[Domain, ...] = (
     Domain(
         name="bdd100k", title="BDD100K (10k set)", role="both", size="720x1280", label_map="train-ids",
         splits={s: Split(n, _bdd(s), _BDD_BAD[s]) for s, n in (("train", 7000), ("val", 1000))}, withheld={"test": _SERVER},
-        licence=_NON_COMMERCIAL, access="account", homepage="http://bdd-data.berkeley.edu",
+        licence=_NON_COMMERCIAL, access="open", homepage="https://dl.cv.ethz.ch/bdd100k/data/",
         folders=("bdd100k", "bdd", "bdd-100k", "bdd100k_seg"), aliases=("bdd",),
     ),
     Domain(

@@ -3,7 +3,6 @@
 fvcore counts, with a handle for every operator that costs something; torch's FlopCounterMode is the second opinion. Both
 must find the same number to the last digit, and an operator that neither knows is an error, not a zero.
 
-Units differ between papers, so a number is only ever given by a convention's name (`CONVENTIONS`):
 - A product is one multiply-accumulate (MAC) of a matrix product, a convolution or attention.
 - Sampling costs a MAC per neighbour and channel, and deformable attention one more for the weight.
 - The selective scan costs 9 B L D N + B L D floating-point operations, and B L D more with a gate (state-spaces/mamba,
@@ -17,7 +16,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dgbench.engine.costs import CONVENTIONS, Cost, Counted
 from dgbench.engine.shapes import on_shapes
 from dgbench.errors import DgbenchError
 
@@ -37,54 +36,6 @@ with warnings.catch_warnings():
 
 class CountError(DgbenchError):
     """A model cannot be counted: an operator is unknown, or the two counters differ."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Of one forward pass. `scan` and its part `skip` are floating-point operations, the others multiply-accumulates."""
-
-    products: int = 0
-    sampling: int = 0
-    scan: int = 0
-    skip: int = 0  # the scan's D u, one product per token and channel
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(self.parts, other.parts, strict=True)))
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(*(part * times for part in self.parts))
-
-    @property
-    def parts(self) -> tuple[int, int, int, int]:
-        """In the order of the fields."""
-        return self.products, self.sampling, self.scan, self.skip
-
-
-@dataclass(frozen=True, slots=True)
-class Convention:
-    """How a cost becomes one number."""
-
-    unit: str  # of 1e9
-    total: Callable[[Cost], int]
-
-
-CONVENTIONS: dict[str, Convention] = {
-    # one a multiply-accumulate; the scan stands beside it
-    "mac": Convention("GMAC", lambda cost: cost.products + cost.sampling),
-    # two a multiply-accumulate, and the scan
-    "flop": Convention("GFLOP", lambda cost: 2 * (cost.products + cost.sampling) + cost.scan),
-    # as MFuser's ablation table prints: a batch of two, two a multiply-accumulate, of the scan only its skip
-    "paper": Convention("G", lambda cost: 4 * (cost.products + cost.skip)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The cost of a pass: in all, by module (its qualified name; what it calls is part of it) and by operator."""
-
-    total: Cost
-    by_module: Mapping[str, Cost]
-    by_operator: Mapping[str, Cost]
 
 
 def count(model: nn.Module, *inputs: Tensor) -> Counted:

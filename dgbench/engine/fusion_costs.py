@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from dgbench import results
-from dgbench.engine.count import CONVENTIONS, Cost, count
+from dgbench.engine.costs import CONVENTIONS, Cost
 from dgbench.engine.profile import DTYPES, SIZE, settled
 from dgbench.engine.timing import Call, Hardware, Times, hardware, samples
 from dgbench.errors import RecipeError
 from dgbench.progress import Progress
-from dgbench.report.ablation import Accuracy
+from dgbench.report.ablation import Accuracy, ablation, published
+from dgbench.results import Record
 from mfuser import ops
 from mfuser.encoders import VisionEncoder, tower
 from mfuser.fusion import FUSERS, Fuser, Site
@@ -36,7 +38,8 @@ class FusionRow:
     forward: Times | None = None
     both: Times | None = None  # with the backward
     gib: float | None = None  # that forward and backward need at their peak, beyond inputs and weights
-    accuracy: Accuracy | None = None
+    accuracy: Accuracy | None = None  # of one's own runs
+    published: Mapping[str, float] | None = None  # mIoU in 0..1 by target, and `average` as it is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class FusionProfile:
     unmeasured: str  # why nothing was timed
     backends: dict[str, str]
     scored: str  # what `accuracy` is of
+    left_out: tuple[str, ...]  # towers of own runs that are of another width
+    cite: str  # where `published` is from
     created: str
     environment: dict[str, str]
     commit: str | None
@@ -76,21 +81,24 @@ class FusionProfile:
 def profile_fusion(
     progress: Progress, *, vfm: str | None = None, vlm: str | None = None, size: tuple[int, int] | None = None,
     sweep: Sequence[tuple[int, int]] = SWEEP, convention: str = "mac", batch: int | None = None, dtype: str | None = None,
-    device: str | None = None, timed: bool = True, accuracy: Mapping[str, Accuracy] | None = None, scored: str = "",
-    passes: int = 3,
+    device: str | None = None, timed: bool = True, records: Iterable[Record] = (), passes: int = 3,
 ) -> FusionProfile:  # fmt: skip
     """Count and time one layer of every fuser between two towers.
 
     Args:
         vfm, vlm: the towers, by default dinov2_l and eva02.    size: (H, W) of the images, by default 512 x 512.
         sweep: further sizes.    convention: one of CONVENTIONS.    batch: images at a time, by default two.
-        dtype, device, timed, passes: as those of `profile`.    accuracy: of models trained with each, and what it is of.
+        dtype, device, timed, passes: as those of `profile`.
+        records: of own runs with each fuser; those count whose towers are as wide.
 
     Raises: DgbenchError for unknown names.
     """
     on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
     size, batch = size or SIZE, batch or _BATCH
     bench = _Bench(_site(vfm or "dinov2_l", vlm or "eva02"), convention, on, DTYPES[precision], batch)
+    own = ablation(records, lambda vfm, vlm: _widths(vfm, vlm) == {bench.dim})
+    paper = published()
+    printed = paper.scores if paper.width == bench.dim else {}
     gpu, ran = (hardware(on) if on is not None else None), ops.tally()
     sizes = dict.fromkeys((size, *sweep))
     passes = 0 if on is None else passes if on.type == "cuda" else 1
@@ -103,7 +111,7 @@ def profile_fusion(
                 bench.visit(each, taken[each])
                 progress.advance()
         for each in sizes:
-            points[each] = bench.point(each, taken[each], accuracy or {})
+            points[each] = bench.point(each, taken[each], own.accuracy, printed)
             progress.advance()
     finally:
         progress.stop()
@@ -111,7 +119,7 @@ def profile_fusion(
     return FusionProfile(
         vfm or "dinov2_l", vlm or "eva02", bench.dim, size, main.tokens, main.rows,
         tuple(points[each] for each in sorted(points)), convention, CONVENTIONS[convention].unit, batch, precision, gpu,
-        unmeasured, ops.ran_since(ran), scored, results.now_iso(),
+        unmeasured, ops.ran_since(ran), own.described, own.left_out, paper.cite if printed else "", results.now_iso(),
         results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
     )  # fmt: skip
 
@@ -128,6 +136,20 @@ def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
         raise RecipeError(f"`{vfm}` is {first.dim} wide and `{vlm}` {second.dim}; they must be equal", "choose others")
     dim, prefixes = first.dim, (first.prefix, second.prefix)
     return lambda size: Site(dim, (size[0] // patch, size[1] // patch), prefixes)
+
+
+def _widths(*towers: str) -> set[int]:
+    """How wide towers are; none for one that is not known."""
+    return {width for name in towers for width in _width(name)}
+
+
+@functools.cache
+def _width(name: str) -> tuple[int, ...]:
+    try:
+        with unfilled():
+            return (VisionEncoder(name, SIZE).dim,)
+    except ValueError:
+        return ()
 
 
 @dataclass
@@ -149,18 +171,23 @@ class _Bench:
         self.site, self.rule, self.device, self.dtype, self.batch = site, CONVENTIONS[convention], device, dtype, batch
         self.dim = site(SIZE).dim
 
-    def point(self, size: tuple[int, int], taken: _Taken, accuracy: Mapping[str, Accuracy]) -> FusionPoint:
+    def point(
+        self, size: tuple[int, int], taken: _Taken, accuracy: Mapping[str, Accuracy], printed: Mapping[str, Mapping[str, float]]
+    ) -> FusionPoint:
         """Every fuser on images of this size."""
         site = self.site(size)
         tokens, rows = self._tokens(size, site), []
         for name in FUSERS:
+            from dgbench.engine.count import count
+
             # kernels do not take tensors without data; what is computed is the same
             fuser = FUSERS[name](replace(site, backend="torch")).to("meta")
             cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total
             parameters = sum(parameter.numel() for parameter in fuser.parameters())
             total, gflop = (rule.total(cost) / 1e9 for rule in (self.rule, CONVENTIONS["flop"]))
             forward, both = (Times.of(ms[name]) if name in ms else None for ms in (taken.forward, taken.both))
-            rows.append(FusionRow(name, parameters, cost, total, gflop, forward, both, taken.gib.get(name), accuracy.get(name)))
+            gib, own, paper = taken.gib.get(name), accuracy.get(name), printed.get(name)
+            rows.append(FusionRow(name, parameters, cost, total, gflop, forward, both, gib, own, paper))
         return FusionPoint(size, tokens, tuple(rows))
 
     def _tokens(self, size: tuple[int, int], site: Site) -> tuple[int, int]:

@@ -1,26 +1,27 @@
 """What models cost: parameters and operations, counted without weights, and on a device times, memory and energy.
 
-Counts are of one image in evaluation mode and do not depend on the machine (`count`). Times are of random weights, which
+Counts are of one image in evaluation mode and do not depend on the machine (`count`); those known already are looked up
+(`counted`). Times are of random weights, which
 cost what trained ones do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mfuser
 from dgbench import results
-from dgbench.engine.count import CONVENTIONS, Convention, Cost, Counted, count
+from dgbench.engine.costs import CONVENTIONS, Convention, Cost
+from dgbench.engine.counted import ITSELF, Subject, Tally, built, keep, known, made_now
 from dgbench.engine.device import peak_gib, pick_device
 from dgbench.engine.timing import Call, Hardware, Times, hardware, joules, samples, times
 from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
-from dgbench.progress import Progress
+from dgbench.progress import Progress, Silent
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
 from mfuser import ops
@@ -33,15 +34,6 @@ SIZE = (512, 512)  # (H, W) of the papers' crops
 _STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
 _MOST = 64  # images at a time that the search for the best batch tries
 _GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model to be profiled."""
-
-    method: MethodSpec
-    size: tuple[int, int]  # (H, W) that it is built for
-    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +103,7 @@ class Profile:
     environment: dict[str, str]
     commit: str | None
     dirty: bool | None
+    counted_with: str = ""  # the packages that counts were made with where other ones are here
 
 
 def subjects(
@@ -183,10 +176,12 @@ def profile(
     """
     on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
     progress.start("counting", len(chosen), "models")
-    rows = []
+    rows, elsewhere = [], ""
     try:
         for subject in chosen:
-            rows.append(_counted(subject, convention, slide))
+            row, made_with = _counted(subject, convention, slide, progress)
+            rows.append(row)
+            elsewhere = elsewhere or made_with
             progress.advance()
         gpu = hardware(on) if on is not None else None
         if on is not None and gpu is not None:
@@ -204,7 +199,7 @@ def profile(
     return Profile(
         tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
         gpu, unmeasured, results.now_iso(),
-        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
+        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty, elsewhere,
     )  # fmt: skip
 
 
@@ -231,55 +226,48 @@ def settled(convention: str, dtype: str | None, device: str | None, *, timed: bo
 
 def counted_total(subject: Subject, convention: str) -> float:
     """Return the cost of one crop as the convention has it, in units of 1e9."""
-    return _counted(subject, convention, None).total
+    return _counted(subject, convention, None, Silent())[0].total
 
 
-def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None) -> Row:
-    # the kernels' own name: they would not take tensors without data; what is computed is the same
-    model = _build(subject, filled=False, backend="torch").to("meta")
-    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
-    passes = 1
+def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None, progress: Progress) -> tuple[Row, str]:
+    """The row, and the packages that its count was made with where they are other ones than those here."""
+    tally, rule, passes = known(subject), CONVENTIONS[convention], 1
+    fresh = tally is None
+    if tally is None:
+        tally = keep(subject, made_now(subject))
     if slide is not None:
         rows, columns = windows(slide, subject.size, protocol("unified").stride_of(subject.size))
         passes = len(rows) * len(columns)
-    parts = _components(model, counted, passes, CONVENTIONS[convention])
+    parts, counted = _components(tally, passes, rule), tally.counted
     cost = counted.total * passes
-    return Row(
+    row = Row(
         method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
         parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
-        total=CONVENTIONS[convention].total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
+        total=rule.total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
         by_operator={name: own * passes for name, own in counted.by_operator.items()},
         by_module={name: own * passes for name, own in counted.by_module.items()},
     )  # fmt: skip
+    if fresh:
+        # what takes seconds is told as it comes, before the table
+        size = f"{subject.size[0]}x{subject.size[1]}"
+        progress.note(f"counted {row.recipe or row.method} ({row.variant}) at {size}: {row.parameters / 1e6:,.2f} M parameters, "
+                      f"{row.total:,.2f} {rule.unit}")  # fmt: skip
+    return row, tally.elsewhere
 
 
-def _build(subject: Subject, *, filled: bool = True, **forced: Any) -> Segmentor:
-    known = {f.name for f in dataclasses.fields(mfuser.options(subject.method.name))}
-    options = subject.method.options | {key: value for key, value in forced.items() if key in known}
-    if "token_ids" in known and options.get("token_ids") is None:
-        # which words they are costs nothing, and a tokenizer may be a download
-        options["token_ids"] = [[0] * 5 for _ in Segmentor.classes]
-    try:
-        return mfuser.build(subject.method.name, **options, image_size=subject.size, pretrained=False, filled=filled)
-    except ValueError as error:
-        raise RecipeError(f"`{subject.method.name}` cannot be built: {error}", "change --set method.* or --size") from error
-
-
-def _components(model: nn.Module, counted: Counted, passes: int, rule: Convention) -> tuple[Component, ...]:
+def _components(tally: Tally, passes: int, rule: Convention) -> tuple[Component, ...]:
     """The model's direct parts that hold or cost anything, in their order."""
-
-    def component(name: str, held: Iterator[nn.Parameter], cost: Cost) -> Component:
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in held]
-        trainable = sum(size for size, trained in sizes if trained)
-        return Component(name, sum(size for size, _ in sizes), trainable, cost * passes, rule.total(cost * passes) / 1e9)
-
-    parts, rest = [], counted.total
-    for name, module in model.named_children():
-        cost = counted.by_module.get(name, Cost())
-        rest = Cost(*(a - b for a, b in zip(rest.parts, cost.parts, strict=True)))
-        part = component(name, module.parameters(), cost)
-        parts += [part] if part.parameters or any(cost.parts) else []
-    return *parts, component("(itself)", model.parameters(recurse=False), rest)
+    parts, rest = [], tally.counted.total
+    for part in tally.held:
+        if part.name == ITSELF:
+            cost = rest
+        else:
+            cost = tally.counted.by_module.get(part.name, Cost())
+            rest = Cost(*(a - b for a, b in zip(rest.parts, cost.parts, strict=True)))
+        if part.parameters or any(cost.parts) or part.name == ITSELF:
+            own = cost * passes
+            parts.append(Component(part.name, part.parameters, part.trainable, own, rule.total(own) / 1e9))
+    return tuple(parts)
 
 
 # ---- times
@@ -325,7 +313,7 @@ def _visit(
     ran = ops.tally()
     try:
         with torch.device(device):
-            model = _build(subject).to(device).eval()
+            model = built(subject).to(device).eval()
         model.check_backends()
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)

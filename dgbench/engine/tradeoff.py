@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dgbench.engine.count import CONVENTIONS
-from dgbench.engine.profile import Subject, counted_total
+from dgbench.engine.costs import CONVENTIONS
+from dgbench.engine.counted import Subject
+from dgbench.engine.profile import counted_total
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe
 from dgbench.report.expected import references

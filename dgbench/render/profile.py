@@ -41,6 +41,8 @@ def _counts(found: Profile) -> Table:
     header = ["method", "backbone", "size", *(["windows"] if found.slide else []), "params M", "trained M", found.unit]
     header += [*(["GFLOP"] if other else []), "scan GFLOP"]
     legend = [_SAYS[found.convention], *([_GFLOP] if other else []), _SCAN]
+    if found.counted_with:
+        legend.append(f"Counted with {found.counted_with}, which are other versions than those here.")
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
     title = f"Cost of {image}, counted without weights (convention {found.convention})"
@@ -163,6 +165,7 @@ def _fusion(found: FusionProfile) -> list[Table]:
 def _fusers(found: FusionProfile) -> Table:
     timed = any(row.forward for row in found.rows)
     scored = any(row.accuracy for row in found.rows)
+    columns = list(next((row.published for row in found.rows if row.published), {}))
     rows = []
     for row in found.rows:
         cells = [Cell(row.fuser), Cell(_millions(row.parameters)), Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
@@ -170,6 +173,7 @@ def _fusers(found: FusionProfile) -> Table:
         if timed:
             cells += [Cell(milliseconds(row.forward)), Cell(_times_faster(row, found)), Cell(milliseconds(row.both)),
                       Cell(ABSENT if row.gib is None else f"{row.gib:.2f}")]  # fmt: skip
+        cells += [Cell(f"{100 * row.published[name]:.2f}" if row.published else ABSENT) for name in columns]
         if scored:
             cells.append(Cell(_accuracy(row)))
         rows.append(tuple(cells))
@@ -182,9 +186,15 @@ def _fusers(found: FusionProfile) -> Table:
         )
         if found.hardware:
             legend.append(_machine(found.hardware, found.environment, found.backends))
+    if columns:
+        header += (*(f"paper {name[0].upper()}" for name in columns[:-1]), "paper avg.")
+        names = ", ".join(f"{name[0].upper()} {name}" for name in columns[:-1])
+        legend.append(f"paper: published mIoU in %, {names}, and its average; {found.cite}.")
     if scored:
-        header += ("mIoU",)
-        legend.append(f"mIoU in %: {found.scored}.")
+        header += ("own mIoU",)
+        legend.append(f"own mIoU in %: {found.scored}.")
+    if found.left_out:
+        legend.append(f"Own runs are left out where their towers are not {found.dim} wide: {', '.join(found.left_out)}.")
     if found.unmeasured:
         legend.append(f"No times: {found.unmeasured}.")
     first, second = found.tokens
@@ -244,6 +254,9 @@ def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             _flatten(f"{name}_{field.name}", getattr(value, field.name), into)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{name}_{key}", item, into)
     elif isinstance(value, tuple):
         into[name] = "x".join(map(str, value))
     else:

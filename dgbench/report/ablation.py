@@ -1,10 +1,11 @@
-"""The accuracy of each fuser, by one's own runs: the same recipe trained with every one of them, over several seeds."""
+"""The accuracy of each fuser: by one's own runs, the same recipe trained with every one of them, and as it was published."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgbench.errors import DgbenchError
@@ -12,6 +13,9 @@ from dgbench.results import Record
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
+
+PUBLISHED = Path(__file__).parents[1] / "published_fusers.yaml"
+AVERAGE = "average"  # of a published row, as it is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +33,40 @@ class Ablation:
 
     accuracy: dict[str, Accuracy]
     described: str
+    left_out: tuple[str, ...] = ()  # towers of runs that `fits` refused, as `tiny + tiny`
 
 
-def ablation(records: Iterable[Record]) -> Ablation:
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a paper prints: by fuser, mIoU in 0..1 by target and AVERAGE."""
+
+    width: int  # of the towers
+    targets: tuple[str, ...]
+    scores: Mapping[str, Mapping[str, float]]
+    cite: str
+
+
+def published(path: Path = PUBLISHED) -> Published:
+    """Return the published accuracy of each fuser."""
+    import yaml
+
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    targets = tuple(table["targets"])
+    scores = {
+        row["fuser"]: {
+            name: percent / 100 for name, percent in zip((*targets, AVERAGE), (*row["miou"], row["mean"]), strict=True)
+        }
+        for row in table["rows"]
+    }
+    cite = f"{table['backbone']} trained on {table['source']}: {table['paper']}, {table['table']} (read {table['read']})"
+    return Published(table["width"], targets, scores, cite)
+
+
+def ablation(records: Iterable[Record], fits: Callable[[str, str], bool] = lambda _vfm, _vlm: True) -> Ablation:
     """Arrange the records of runs that differ in the fuser and the seed alone.
+
+    Args:
+        fits: whether runs with these towers (vfm, vlm) belong beside what is shown; others are only named.
 
     Of several such sets the one with the most fusers and then the most runs counts; of a fuser's runs of one seed the newest.
     A run counts only if it was scored in full on all targets of its recipe under the recipe's protocol.
@@ -44,6 +78,7 @@ def ablation(records: Iterable[Record]) -> Ablation:
             runs.setdefault(record.run, []).append(record)
     sets: dict[str, dict[tuple[str, int], tuple[str, float]]] = {}
     told: dict[str, str] = {}
+    left_out: dict[str, None] = {}
     for run, scored in runs.items():
         try:
             from dgbench.recipe import load_recipe
@@ -53,6 +88,10 @@ def ablation(records: Iterable[Record]) -> Ablation:
             continue
         fuser, mean = recipe.method.options.get("fuser"), _mean(recipe, scored)
         if fuser is None or mean is None:
+            continue
+        towers = [str(recipe.method.options.get(kind)) for kind in ("vfm", "vlm")]
+        if not fits(*towers):
+            left_out[" + ".join(towers)] = None
             continue
         key, newest = _but_fuser_and_seed(recipe, scored), max(record.created for record in scored)
         targets = ", ".join(recipe.data.targets)
@@ -64,12 +103,12 @@ def ablation(records: Iterable[Record]) -> Ablation:
         place = (fuser, recipe.train.seed)
         known[place] = max(known.get(place, ("", 0.0)), (newest, mean))
     if not sets:
-        return Ablation({}, "")
+        return Ablation({}, "", tuple(left_out))
     best = max(sets, key=lambda key: (len({fuser for fuser, _ in sets[key]}), len(sets[key]), max(sets[key].values())))
     values: dict[str, list[float]] = {}
     for (fuser, _), (_, mean) in sorted(sets[best].items()):
         values.setdefault(fuser, []).append(mean)
-    return Ablation({fuser: _over_seeds(means) for fuser, means in values.items()}, told[best])
+    return Ablation({fuser: _over_seeds(means) for fuser, means in values.items()}, told[best], tuple(left_out))
 
 
 def _mean(recipe: Recipe, scored: Iterable[Record]) -> float | None:

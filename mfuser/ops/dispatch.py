@@ -11,7 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -38,6 +40,8 @@ class Backend:
     # why it cannot take the op's tensors (None: absent), else None; by default the module's own `refuse`, if it has one
     refuse: Callable[..., str | None] | None = None
     auto: bool = True  # False: runs only when named
+    # as `refuse`, before the module is imported: what it would say itself, where that can be known without its compiler
+    early: Callable[..., str | None] | None = None
     gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
@@ -48,12 +52,23 @@ class Backend:
         return module
 
 
+def _not_for_triton(*tensors: Tensor | None) -> str | None:
+    # interpreted, its kernels run on a CPU; that it is missing is its import's to say
+    problem = None if os.environ.get("TRITON_INTERPRET") else mismatch(tensors, "cuda")
+    return problem if problem and _there("triton") else None
+
+
+@cache
+def _there(package: str) -> bool:
+    return find_spec(package) is not None
+
+
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCAN, _DEFORM, _FUSER = "mfuser.ops.selective_scan", "mfuser.ops.ms_deform_attn", "mfuser.ops.mvfuser"
 TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
         Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
-        Backend("triton", f"{_SCAN}.triton_backend", gpu=True),
+        Backend("triton", f"{_SCAN}.triton_backend", gpu=True, early=_not_for_triton),
         # its gradient of A is rounding noise where states decay fast (mamba_backend.py): never taken unasked
         Backend("mamba_ssm", f"{_SCAN}.mamba_backend", auto=False, gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
@@ -61,13 +76,13 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     ),
     "ms_deform_attn": (
         Backend("cuda", f"{_DEFORM}.cuda_backend", gpu=True),
-        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True),
+        Backend("triton", f"{_DEFORM}.triton_backend", gpu=True, early=_not_for_triton),
         Backend("torch", f"{_DEFORM}.torch_backend"),
         Backend("reference", f"{_DEFORM}.reference", auto=False),
     ),
     "mvfuser": (
         Backend("cuda", f"{_FUSER}.cuda_backend", gpu=True),
-        Backend("triton", f"{_FUSER}.triton_backend", gpu=True),
+        Backend("triton", f"{_FUSER}.triton_backend", gpu=True, early=_not_for_triton),
         # MVFuser's modules one by one, around the scan of that name
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
@@ -98,6 +113,8 @@ def lookup(op: str, name: str) -> Backend:
 
 def unusable(backend: Backend, *tensors: Tensor | None) -> str | None:
     """Say why `backend` cannot take `tensors`; None when it can."""
+    if backend.early and backend.module not in sys.modules and (reason := backend.early(*tensors)):
+        return reason
     try:
         module = backend.load()
     except ImportError as error:

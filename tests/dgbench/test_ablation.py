@@ -12,7 +12,8 @@ import pytest
 
 from dgbench import results
 from dgbench.recipe import dump, load_recipe
-from dgbench.report.ablation import Ablation, ablation
+from dgbench.report.ablation import AVERAGE, Ablation, ablation, published
+from dgbench.report.leaderboard import load_published
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import record
@@ -79,6 +80,25 @@ def test_a_single_run_has_no_spread(runs: Runs) -> None:
     runs.add("mvfuser", 5, 0.4, 0.5)
     (found,) = runs.found().accuracy.values()
     assert (found.mean, found.spread, found.seeds) == (pytest.approx(0.45), 0, 1)
+
+
+def test_runs_with_other_towers_are_named_and_not_counted(runs: Runs) -> None:
+    runs.add("mvfuser", 0, 0.4, 0.5)
+    found = ablation(results.query(runs.root), lambda vfm, vlm: (vfm, vlm) != ("tiny", "tiny"))
+    assert found == Ablation({}, "", ("tiny + tiny",))
+
+
+def test_published_averages_are_those_of_their_columns_and_of_the_table_of_methods() -> None:
+    from mfuser.fusion import FUSERS
+
+    found = published()
+    assert found.scores.keys() <= FUSERS.keys()
+    for scores in found.scores.values():
+        # printed to two decimals
+        assert scores[AVERAGE] == pytest.approx(np.mean([scores[name] for name in found.targets]), abs=5.1e-5)
+    (table,) = (group for group in load_published() if group.source == "gta5" and group.targets == found.targets)
+    (row,) = (row for row in table.rows if row.recipe == "mfuser/eva02-gta")
+    assert {name: row.scores[name].miou for name in found.targets} == {n: found.scores["mvfuser"][n] for n in found.targets}
 
 
 def test_nothing_is_found_in_no_runs(runs: Runs) -> None:

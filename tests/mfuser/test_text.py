@@ -14,7 +14,8 @@ import mfuser
 from mfuser.pretrained import fill
 from mfuser.segmentor import CITYSCAPES
 from mfuser.text import TEXTS, TextEncoder, tokenize
-from mfuser.weights import TOKENIZERS, VLMS, WEIGHTS, HubFile, WeightsNotFound
+from mfuser.towers import LANGUAGE
+from mfuser.weights import TOKENIZERS, HubFile, WeightsNotFound
 
 
 @pytest.mark.parametrize("variant", ["eva", "clip"])
@@ -164,7 +165,7 @@ def test_sane_changes_no_tower_with_a_start_token():
 
 
 def test_the_towers_with_a_text_tower_are_those_that_are_listed_so():
-    assert {*VLMS, *(name for name, row in WEIGHTS.items() if row is None)} == set(TEXTS)
+    assert set(LANGUAGE) == set(TEXTS)
 
 
 ONES = [[1] * 5] * 19

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mfuser.ops.dispatch import BackendError, mismatch
 
-_HINT = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'dgbench[mamba]'"
+_HINT = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation -e '.[mamba]'"
 if find_spec("selective_scan_cuda") is None:
     raise ImportError(f"No module named 'selective_scan_cuda': {_HINT}")
 try:

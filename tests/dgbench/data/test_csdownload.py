@@ -212,4 +212,4 @@ def test_without_the_downloader_it_is_said_how_to_install_it(site: Site, tmp_pat
     monkeypatch.setitem(sys.modules, "cityscapesscripts.download", None)
     message = refused(run(tmp_path / "data"))
     assert message.startswith("error: Cityscapes is fetched with cityscapesScripts, which is not installed")
-    assert "pip install 'dgbench[cityscapes]'" in message
+    assert "pip install -e '.[cityscapes]'" in message

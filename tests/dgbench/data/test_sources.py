@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 import zipfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,6 +14,8 @@ from small_sets import OFFICIAL
 
 from dgbench.data import domains
 from dgbench.data.sources import SOURCES, matches, source
+
+DOCS = Path(__file__).parents[3] / "docs" / "download.md"
 
 
 def names_in(name: str, content: bytes) -> list[str]:
@@ -42,6 +46,20 @@ def test_a_row_says_how_the_set_is_handed_out(name: str) -> None:
         assert archive.gives
         assert archive.md5 is None or len(archive.md5) == 32
     assert len({archive.name for archive in row.archives}) == len(row.archives)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_list_of_domains_says_of_access_what_the_way_to_fetch_it_needs(name: str) -> None:
+    needs = {"open": ("open",), "hub": ("open",), "csDownload": ("account",), "browser": ("account", "request")}
+    assert domains.lookup(name).access in needs[SOURCES[name].way]
+
+
+def test_the_docs_say_of_access_what_the_list_of_domains_says() -> None:
+    words = {"open": ("open", "the Hub; free"), "account": ("an account",), "request": ("a form",)}
+    rows = re.findall(r"^\| (`[a-z`, 0-9-]+) \| [^|]+ \| ([^|]+) \|$", DOCS.read_text(encoding="utf-8"), re.M)
+    told = {name: text for names, text in rows for name in re.findall(r"`([^`]+)`", names)}
+    assert told.keys() == SOURCES.keys()
+    assert not {name: text for name, text in told.items() if not text.startswith(words[domains.lookup(name).access])}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -15,9 +15,10 @@ import torch
 
 import mfuser
 from dgbench import render
-from dgbench.engine.count import Cost
+from dgbench.engine.costs import Cost
+from dgbench.engine.counted import Subject, made_now
 from dgbench.engine.fusion_costs import FusionProfile, profile_fusion
-from dgbench.engine.profile import Profile, Row, Subject, profile, subjects
+from dgbench.engine.profile import Profile, Row, profile, subjects
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.progress import Silent
 from mfuser import weights
@@ -36,6 +37,7 @@ def _no_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A machine with no weights, no tokenizers and no network."""
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("DGBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
     yield
@@ -195,9 +197,8 @@ def test_counting_takes_a_fraction_of_the_memory_of_the_weights() -> None:
         pytest.skip("only Linux says how much memory a process held at most")
     reset.write_text("5")  # forget the peak until here
     before = peak_gb()
-    row = counts(subjects(["source-only"], settings=["method.backbone=dinov2_l"])).rows[0]
-    assert row.variant == "dinov2_l"
-    assert 4e-9 * row.parameters > 1.2
+    found = made_now(subjects(["source-only"], settings=["method.backbone=dinov2_l"])[0])
+    assert 4e-9 * sum(part.parameters for part in found.held) > 1.2
     assert peak_gb() - before < 0.4
 
 
@@ -214,7 +215,8 @@ def test_neither_weights_nor_tokenizers_are_needed() -> None:
     assert weights.TOKENIZERS["siglip"].where is None
     with pytest.raises(weights.WeightsNotFound):
         mfuser.build("mfuser", vlm="siglip", pretrained=False, filled=False)
-    assert full("siglip").parameters > 1e9
+    (siglip,) = subjects(["mfuser"], vlm="siglip")
+    assert sum(part.parameters for part in made_now(siglip).held) > 1e9
 
 
 # ---- which models

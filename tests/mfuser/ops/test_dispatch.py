@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,3 +191,19 @@ def test_the_choice_bears_the_mark_that_torchs_own_function_gives():
     torch.compiler.assume_constant_result(marked)
     assert vars(marked)
     assert vars(dispatch.resolve) == vars(marked)
+
+
+def test_what_triton_refuses_is_the_same_before_and_after_its_import():
+    code = """
+import torch
+from mfuser.ops import dispatch
+for op in dispatch.TABLE:
+    (row,) = [row for row in dispatch.TABLE[op] if row.name == "triton"]
+    for given in ((), (torch.zeros(1),), (torch.zeros(1, dtype=torch.float64), None)):
+        early = row.early(*given)
+        assert early == row.load().refuse(*given), (op, early, row.load().refuse(*given))
+        assert bool(early) or torch.cuda.is_available()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -128,7 +128,7 @@ def test_without_the_extension_the_reason_says_how_to_get_it(there, monkeypatch)
     monkeypatch.setattr(importlib, "import_module", fail)
     reason = explain("selective_scan")["mamba_ssm"]
     cause = "selective_scan_cuda.so: undefined symbol" if there else "No module named 'selective_scan_cuda'"
-    assert reason == f"{cause}: MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'dgbench[mamba]'"
+    assert reason == f"{cause}: MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation -e '.[mamba]'"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,22 @@
+"""Count the rows of `dgbench profile` and of the recipes anew, and write the file of counts that ships.
+
+    python benchmarks/counts.py
+
+About a minute. To be run, and its file committed, after an edit of a source that decides counts (`dgbench.engine.counted`).
+"""
+
+from __future__ import annotations
+
+from dgbench.engine.counted import SHIPPED, Subject, ship
+from dgbench.engine.profile import subjects
+from dgbench.recipe import recipe_names
+
+
+def rows() -> list[Subject]:
+    """What `dgbench profile` counts without arguments, and the recipes' models at their own sizes."""
+    return [*subjects(), *subjects(recipe_names())]
+
+
+if __name__ == "__main__":
+    ship(rows())
+    print(f"{SHIPPED}: {SHIPPED.stat().st_size:,} bytes")
