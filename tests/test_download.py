@@ -265,7 +265,7 @@ def test_a_login_in_the_address_of_a_hub_is_not_told(near: Hub, tmp_path: Path, 
         assert "secret" not in result.stderr
 
 
-@pytest.mark.parametrize("token", ["hf_tökén", "hf_abc\ndef", "hf_abc def"])
+@pytest.mark.parametrize("token", ["hf_tökén", "hf_abc def"])
 def test_a_token_that_cannot_be_sent_is_told_but_not_shown(token: str, near: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
     result = run("download", "dinov2_l")
