@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import signal
-import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import kills
 import pytest
 from loopback_files import Server, serving
 from small_sets import zipped
@@ -22,7 +21,6 @@ from dgbench.data.domain import UNFINISHED
 from dgbench.data.stage import MANIFEST
 
 ARCHIVE = "dark-zurich/Dark_Zurich_val_anon.zip"
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"}
 
 
 def packed() -> bytes:
@@ -50,35 +48,6 @@ def download(data: Path, server: Server) -> int:
     return CliRunner().invoke(cli.app, arguments, prog_name="dgbench").exit_code
 
 
-def forked(work: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return child
-
-
-def stopped_at(step: int, data: Path, server: Server) -> bool:
-    """Download in a child that is killed when it is about to change the disk for the `step`th time."""
-
-    def work() -> None:
-        left = [step]
-
-        def watch(event: str, told: tuple[object, ...]) -> None:
-            opened = event == "open" and isinstance(told[2], int) and told[2] & (os.O_WRONLY | os.O_RDWR)
-            if (event in CHANGES or opened) and str(data) in str(told):
-                left[0] -= 1
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-        download(data, server)
-
-    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == -signal.SIGKILL
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -98,29 +67,28 @@ def see_that_it_is_taken_up(data: Path, server: Server) -> None:
     assert [path.name for path in data.iterdir()] == ["dark-zurich"]
 
 
-@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.full)])
-def test_a_download_that_is_killed_before_any_change_is_taken_up(stride: int, server: Server, tmp_path: Path, data: Path) -> None:
-    step = 1
-    while stopped_at(step, tmp_path / str(step), server):
-        see_that_it_is_taken_up(tmp_path / str(step), server)
-        step += stride
-    assert step > 30  # about forty changes
+@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.full)])
+def test_a_download_that_is_killed_at_any_change_is_taken_up(stride: int, server: Server, tmp_path: Path, data: Path) -> None:
+    moments = kills.stops(lambda: download(data, server), data)
+    assert len(moments) > 60
+    for number, stop in enumerate(moments[::stride]):
+        place = tmp_path / str(number)
+        kills.kill(lambda place=place: download(place, server), place, stop)  # type: ignore[misc]
+        see_that_it_is_taken_up(place, server)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.full)])
-def test_a_download_that_is_killed_at_any_moment_is_taken_up(kills: int, server: Server, tmp_path: Path, data: Path) -> None:
-    moments = random.Random(kills)
+@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.full)])
+def test_a_download_that_is_killed_at_any_moment_is_taken_up(times: int, server: Server, tmp_path: Path, data: Path) -> None:
+    moments = random.Random(times)
     begun = time.monotonic()
-    os.waitpid(forked(lambda: download(tmp_path / "whole", server)), 0)
+    kills.kill_after(lambda: download(data, server), 60)
     long = time.monotonic() - begun
     hit = 0
-    for n in range(kills):
-        place = tmp_path / str(n)
+    for number in range(times):
+        place = tmp_path / str(number)
         server.faults = [moments.choice([None, "cut", "reset"])]
-        child = forked(lambda place=place: download(place, server))  # type: ignore[misc]
-        time.sleep(moments.uniform(0, 1.1) * long)
-        os.kill(child, signal.SIGKILL)
-        hit += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        seconds = moments.uniform(0, 1.1) * long
+        hit += kills.kill_after(lambda place=place: download(place, server), seconds) == -signal.SIGKILL  # type: ignore[misc]
         server.faults = []
         see_that_it_is_taken_up(place, server)
-    assert hit >= kills // 2
+    assert hit >= times // 2
