@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dgbench.data import csdownload, domains, given, orders
-from dgbench.data.acquire import Problem, Problems, Work, acquire, by_hand_hint
+from dgbench.data.acquire import Problem, Problems, Work, acquire, by_hand_hint, told
+from dgbench.data.addresses import check_mirror
 from dgbench.data.hub_rows import HubWish
 from dgbench.data.orders import Need, Order, Plan
 from dgbench.data.sources import source
@@ -76,7 +77,10 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
     Raises: DataError for an unknown name.
     """
     options = options or Options()
-    towers, wanted = _worked_out(names, options, wish)
+    problems = Problems()
+    towers, wanted = _worked_out(names, options, wish, problems)
+    if problems.found:
+        raise DataError(problems.found[0].message, problems.found[0].hint)
     transfer = Transfer(options.patience)
     for order, refusal in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
         order.note = refusal.message
@@ -91,10 +95,11 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
         wish: name and description of a Hub repository that becomes a domain of the user's.
 
     Raises: DgbenchError for an unknown name, no room, or terms that are not accepted; StoppedError if the user stops it;
-        mfuser's DownloadError, see there. What goes wrong later with one domain is in `problems`.
+        mfuser's DownloadError where it forbids downloads. What goes wrong with one domain or one tower is in `problems`.
     """
     options = options or Options()
-    towers, wanted = _worked_out(names, options, wish)
+    problems = Problems()
+    towers, wanted = _worked_out(names, options, wish, problems)
     root = domains.data_root(options.root)
     moving = [order for order in wanted if not order.here and (order.given or not order.by_hand)]
     again = f"run again: {options.command}"
@@ -103,7 +108,6 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
         raise DataError(f"{_forbidden(forbidden[0])} forbids downloads; not on this machine: {listed}",
                         f"where there is a network, run: {options.command}, and copy {root} here; archives that are here already "
                         "are taken from --from FOLDER")  # fmt: skip
-    problems = Problems()
     for order in [order for order in moving if order.way == "csDownload" and order.uses_network]:
         try:
             csdownload.check(by_hand_hint(order.name))
@@ -115,17 +119,21 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     with ExitStack() as stack:
         stack.callback(transfer.close)
         for order in wanted:
-            if order.here and read_manifest(order.stage.target):
-                order.stage.sweep()
-            elif order in moving and order.tree is None:
-                stack.enter_context(order.stage.locked())
-        for order, refusal in orders.ask_servers(moving, transfer):
+            try:
+                with told():
+                    if order.here and read_manifest(order.stage.target):
+                        order.stage.sweep()
+                    elif order in moving and order.tree is None:
+                        stack.enter_context(order.stage.locked())
+            except DataError as error:
+                problems.add(order, error)
+        for order, refusal in orders.ask_servers([order for order in moving if order not in problems.orders], transfer):
             problems.add(order, refusal)
-            moving.remove(order)
-            wanted.remove(order)
+        moving = [order for order in moving if order not in problems.orders]
+        wanted = [order for order in wanted if order not in problems.orders]
         if moving:
             _check_room_and_terms(wanted, towers, root, options)
-        rows: list[Fetched | Stored] = list(_towers(towers, options.bars))
+        rows: list[Fetched | Stored] = list(_towers(towers, options.bars, problems))
         acquire(moving, Work(transfer, options.bars, options.patience, options.jobs, again), problems)
         for order in wanted:
             if order.by_hand:
@@ -135,9 +143,13 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     return Outcome(tuple(rows), tuple(problems.found))
 
 
-def _worked_out(names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None) -> tuple[list[str], list[Order]]:
-    """The towers among the names, and an order for each domain."""
+def _worked_out(
+    names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None, problems: Problems
+) -> tuple[list[str], list[Order]]:
+    """The towers among the names, and an order for each domain that can be worked out."""
     given.check(options.from_paths)
+    if options.mirror is not None:
+        check_mirror(options.mirror)
     root = domains.data_root(options.root)
     towers, rows = [], []
     for name in dict.fromkeys(names):
@@ -150,7 +162,12 @@ def _worked_out(names: Sequence[str], options: Options, wish: tuple[str, HubWish
         rows.append(row)
     wanted: dict[Path, Order] = {}
     for row in rows:
-        order = orders.domain_order(row, source(row.name), root, options.from_paths, options.mirror, options.revision)
+        try:
+            with told():
+                order = orders.domain_order(row, source(row.name), root, options.from_paths, options.mirror, options.revision)
+        except DataError as error:
+            problems.add_name(row.name, error)
+            continue
         wanted.setdefault(order.stage.target, order)  # acdc and acdc-fog are one folder
     if wish is not None:
         name, what = wish
@@ -183,12 +200,23 @@ def _tower(name: str, root: Path) -> str:
     return name
 
 
-def _towers(towers: Sequence[str], bars: Bars) -> list[Fetched]:
+def _towers(towers: Sequence[str], bars: Bars, problems: Problems) -> list[Fetched]:
     if not towers:
         return []
     from mfuser import hub
 
-    return hub.download(towers, bars.note)
+    if hub.offline():
+        return hub.download(towers, bars.note)  # which names all that is not here in one message
+    rows: list[Fetched] = []
+    for tower in towers:
+        try:
+            with told():
+                rows += hub.download([tower], bars.note)
+        except hub.DownloadError as error:
+            problems.add_name(tower, DataError(error.message, error.hint))
+        except DataError as error:
+            problems.add_name(tower, error)
+    return rows
 
 
 def _tower_needs(towers: Sequence[str]) -> list[Need]:

@@ -71,6 +71,26 @@ def models() -> list[Model]:
     return found
 
 
+def check_token() -> None:
+    """See that the login, if there is one, can be sent.
+
+    Raises: DownloadError without a word of it.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise DownloadError("the token of the Hub holds characters that no token has",
+                            "unset HF_TOKEN, or set it again as https://huggingface.co/settings/tokens shows it, without quotes "
+                            "and blanks; or log in with: hf auth login")  # fmt: skip
+
+
+def without_secrets(text: str) -> str:
+    """A text with the addresses in it (HF_ENDPOINT's, a proxy's) shorn of name and password, and of what follows `?`."""
+    bare = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+    return re.sub(r"(://[^\s?#'\"`]*)\?[^\s#'\"`]*", r"\1?...", bare)
+
+
 def offline() -> str | None:
     """The variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
     from huggingface_hub import constants
@@ -112,6 +132,7 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
     from huggingface_hub.errors import HfHubHTTPError
 
     url = hf_hub_url(file.repo, file.file)
+    check_token()
     tell(f"{tower}: {file}, licence {file.licence}")
     try:
         stated = None
@@ -190,8 +211,8 @@ def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
     # huggingface_hub's own summary of what it met on the way
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    name, endpoint = f"{file.repo}/{file.file}", constants.ENDPOINT
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    name, endpoint = f"{file.repo}/{file.file}", without_secrets(constants.ENDPOINT)
+    reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
     again = f"run again: dgbench download {tower}"
     if isinstance(error, GatedRepoError):
         return DownloadError(

@@ -6,6 +6,7 @@ import email.utils
 import hashlib
 import os
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Fault = Literal["cut", "reset", "stall", "page"]
+Fault = Literal["cut", "reset", "stall", "page", "endless"]
 
 
 @dataclass
@@ -25,13 +26,16 @@ class Server:
     url: str
     files: dict[str, bytes | os.PathLike[str]]
     # what goes wrong with the next answers, one each: half a body and an end ("cut") or a reset, a body that stops coming
-    # ("stall"), a web page, or (status, headers)
+    # ("stall"), a body of unknown length that does not end ("endless"), a web page, or (status, headers)
     faults: list[Fault | tuple[int, dict[str, str]] | None] = field(default_factory=list)
     every: Fault | None = None  # goes wrong with all of them
     ranges: bool = True
     validators: bool = True  # ETag and Last-Modified
     bytes_per_second: float | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
+    logins: list[str | None] = field(default_factory=list)  # Authorization, of the same requests
+    onward: dict[str, str] = field(default_factory=dict)  # path -> where it has moved to, with a body that never ends
+    lengths: bool = True  # Content-Length; without it the end of the connection is the end of the file
     release: threading.Event = field(default_factory=threading.Event)  # ends a stall
 
     def bodies(self, path: str | None = None) -> list[tuple[str, str | None]]:
@@ -40,7 +44,7 @@ class Server:
 
 
 @contextmanager
-def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
+def serving(files: Mapping[str, bytes | os.PathLike[str]], tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -57,6 +61,14 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
         def answer(self, *, body: bool) -> None:
             server.requests.append((self.command, self.path.lstrip("/"), self.headers.get("Range")))
             fault = (server.faults.pop(0) if server.faults else server.every) if body else None
+            server.logins.append(self.headers.get("Authorization"))
+            if place := server.onward.get(self.path.lstrip("/")):
+                self.send_response(302)
+                self.send_header("Location", place)
+                self.end_headers()
+                if body:
+                    self.endless()
+                return
             content = self.content()
             if isinstance(fault, tuple) or content is None:
                 self.send_response(fault[0] if isinstance(fault, tuple) else 404)
@@ -64,6 +76,11 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
                     self.send_header(name, value)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+                return
+            if fault == "endless":
+                self.send_response(200)
+                self.end_headers()
+                self.endless()
                 return
             if fault == "page":
                 self.send_response(200)
@@ -89,7 +106,10 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
                 self.send_header("Last-Modified", email.utils.formatdate(0, usegmt=True))
             if ranged:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("Content-Length", str(len(content) - start))
+            if server.lengths:
+                self.send_header("Content-Length", str(len(content) - start))
+            else:
+                self.close_connection = True
             self.end_headers()
             if body:
                 self.send(content[start:], fault)
@@ -121,6 +141,14 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
             except OSError:  # the other side was killed
                 self.close_connection = True
 
+        def endless(self) -> None:
+            self.close_connection = True
+            while not server.release.is_set():
+                try:
+                    self.wfile.write(bytes(1 << 16))
+                except OSError:
+                    return
+
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
@@ -131,7 +159,9 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]]) -> Iterator[Server]:
             """Broken connections are what it is for."""
 
     listening = Quiet(("127.0.0.1", 0), Handler)
-    server = Server(f"http://127.0.0.1:{listening.server_port}", dict(files))
+    if tls is not None:
+        listening.socket = tls.wrap_socket(listening.socket, server_side=True)
+    server = Server(f"{'https' if tls else 'http'}://127.0.0.1:{listening.server_port}", dict(files))
     thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -250,6 +250,39 @@ def test_a_refusal_says_what_to_do(status: int, code: str | None, message: str, 
     assert not near.bodies()
 
 
+def test_a_login_in_the_address_of_a_hub_is_not_told(near: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    address = constants.ENDPOINT.replace("://", "://user:secret@")
+    for endpoint, fault in ((address, 404), (address, "page"), ("http://user:secret@127.0.0.1:9", None)):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr("time.sleep", lambda _: None)
+        near.fault = fault
+        result = run("download", "dinov2_l")
+        assert result.exit_code == 1
+        assert endpoint.replace("user:secret@", "") in result.stderr
+        assert "secret" not in result.stderr
+
+
+@pytest.mark.parametrize("token", ["hf_tökén", "hf_abc def"])
+def test_a_token_that_cannot_be_sent_is_told_but_not_shown(token: str, near: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = run("download", "dinov2_l")
+    assert result.exit_code == 1
+    assert "error: the token of the Hub holds characters that no token has" in result.stderr
+    assert not [part for part in ("tök", "abc", "def ") if part in result.stderr]
+    assert not near.requests
+
+
+def test_one_tower_that_cannot_be_fetched_does_not_stop_the_others(near: Hub, tmp_path: Path) -> None:
+    del near.files[next(name for name in near.files if DINO.repo in name)]
+    result = run("download", "dinov2_l", "tiny", "--json")
+    assert result.exit_code == 1
+    assert [row["name"] for row in json.loads(result.stdout)] == ["tiny"]
+    assert "it has no such file" in result.stderr
+
+
 def test_a_hub_that_is_busy_is_asked_again(near: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     near.fault = 503
 

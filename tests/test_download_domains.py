@@ -278,6 +278,85 @@ def test_two_at_once_do_not_get_into_each_others_way(mirror: Server, data: Path)
     done(run(data, "dark-zurich", "--mirror", mirror.url, "--yes"))
 
 
+# ---- passwords, and what one domain may not do to another
+
+
+def test_a_password_in_the_address_of_a_mirror_is_used_and_nowhere_told(mirror: Server, data: Path) -> None:
+    address = mirror.url.replace("://", "://user:se%2Fcret@")
+    del mirror.files["acdc/gt_trainval.zip"]
+    mirror.faults = [(503, {})]
+    results = [run(data, "acdc", "dark-zurich", "--mirror", address, *more) for more in (["--dry-run"], ["--yes"], ["--json"])]
+    mirror.files["dark-zurich/Dark_Zurich_val_anon.zip"] = HOSTILE["truncated"]
+    shutil.rmtree(data / "dark-zurich")
+    results.append(run(data, "dark-zurich", "--mirror", address, "--yes"))
+    assert [result.exit_code for result in results] == [0, 1, 1, 1]
+    assert set(mirror.logins) == {"Basic dXNlcjpzZS9jcmV0"}
+    stored = b"".join(path.read_bytes() for path in data.rglob("*.json"))
+    assert mirror.url.encode() in stored
+    shown = "".join(result.stdout + result.stderr for result in results) + stored.decode()
+    assert not re.search("cret|user:", shown)
+    assert f"run again: dgbench download dark-zurich --mirror {mirror.url}" in results[-1].stderr
+    process = started(data, Server(address, {}), "nosuch")
+    assert "cret" not in "".join(process.communicate())
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nas/sets", "ftp://nas/sets", "http://", "http://[1/sets", "http://us er:secret@nas", "http://user:sec/ret@nas", ""],
+)
+def test_a_mirror_that_is_no_address_is_refused_at_once(address: str, data: Path) -> None:
+    message = refused(run(data, "dark-zurich", "--mirror", address, "--yes"))
+    assert "is no address of a server" in message
+    assert not [word for word in ("secret", "sec/ret", "ret@") if word in message]
+    assert not data.exists()
+
+
+def test_a_token_of_a_mirror_stays_at_the_end_of_each_address(mirror: Server, data: Path) -> None:
+    for name in list(mirror.files):
+        mirror.files[f"{name}?token=hidden"] = mirror.files.pop(name)
+    done(run(data, "dark-zurich", "--mirror", f"{mirror.url}/?token=hidden", "--yes"))
+    assert counts("dark-zurich", data) == {"val": 1}
+    assert "hidden" not in (data / "dark-zurich" / MANIFEST).read_text()
+
+
+def test_what_the_file_system_refuses_one_domain_does_not_stop_the_others(mirror: Server, data: Path) -> None:
+    home = data / ".dgbench-download"
+    written({"parts": b"a file where a folder belongs"}, home / "acdc")
+    result = run(data, "acdc", "dark-zurich", "mapillary", "--mirror", mirror.url, "--yes", "--json")
+    assert str(home / "acdc/parts") in refused(result)
+    assert {row["name"] for row in json.loads(result.stdout)} == {"dark-zurich", "mapillary"}
+    (home / "acdc/parts").unlink()
+    done(run(data, "acdc", "--mirror", mirror.url, "--yes"))
+
+
+def test_a_domain_that_is_being_downloaded_elsewhere_does_not_stop_the_others(mirror: Server, data: Path) -> None:
+    with Stage(data / "acdc").locked():
+        result = run(data, "acdc", "dark-zurich", "--mirror", mirror.url, "--yes", "--json")
+    assert f"another dgbench is downloading into {data / 'acdc'}" in refused(result)
+    assert [row["name"] for row in json.loads(result.stdout)] == ["dark-zurich"]
+
+
+def test_a_damaged_archive_of_the_users_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    written(dark_zurich() | mapillary() | acdc(), tmp_path / "Downloads")
+    (tmp_path / "Downloads/gt_trainval.zip").write_bytes(acdc()["gt_trainval.zip"][:-30])
+    arguments = ("acdc", "dark-zurich", "mapillary", "--from", str(tmp_path / "Downloads"))
+    result = run(data, *arguments, "--json")
+    message = refused(result)
+    assert message.startswith("error: ")
+    assert "gt_trainval.zip is" in message
+    assert {row["name"] for row in json.loads(result.stdout)} == {"dark-zurich", "mapillary"}
+    assert "gt_trainval.zip" in refused(run(data, *arguments, "--dry-run"))
+
+
+@pytest.mark.parametrize("name", [MANIFEST, UNFINISHED])
+def test_an_archive_does_not_bring_files_that_only_dgbench_writes(name: str, mirror: Server, data: Path) -> None:
+    stem = "val/night/a/a"
+    files = {f"rgb_anon/{stem}_rgb_anon.png": b"x", f"gt/{stem}_gt_labelTrainIds.png": b"y", name: b"{}"}
+    mirror.files["dark-zurich/Dark_Zurich_val_anon.zip"] = zipped(files)
+    assert f"holds `{name}`, which only dgbench writes" in refused(run(data, "dark-zurich", "--mirror", mirror.url, "--yes"))
+    assert not (data / "dark-zurich").exists()
+
+
 # ---- stopped in the middle
 
 

@@ -95,10 +95,12 @@ def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) 
     """The command for its user to type again."""
     import shlex
 
+    from dgbench.data.addresses import without_secrets
+
     words = ["dgbench", command, *names]
     for flag, value in options.items():
         if value:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag, *(without_secrets(str(one)) for one in (value if isinstance(value, list) else [value]))]
     return shlex.join(words)
 
 

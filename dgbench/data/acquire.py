@@ -5,8 +5,9 @@ when its last file is there. One order's failure leaves the others alone; a full
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dgbench import atomic
@@ -15,7 +16,7 @@ from dgbench.data.hub_rows import HubWish
 from dgbench.data.orders import Order
 from dgbench.data.sources import Archive
 from dgbench.data.stage import Receipt, sizes_below
-from dgbench.data.transfer import FullDiskError, InterruptedTransfer, Patience, Transfer, full_disk, hashes
+from dgbench.data.transfer import FULL, FullDiskError, InterruptedTransfer, Patience, Transfer, full_disk, hashes
 from dgbench.data.volumes import volumes
 from dgbench.errors import DataError, DgbenchError, StoppedError
 from dgbench.progress import Bars
@@ -51,7 +52,35 @@ class Problems:
     def add(self, order: Order, error: DgbenchError) -> None:
         if order not in self.orders:
             self.orders.append(order)
-            self.found.append(Problem(order.name, error.message, error.hint))
+            self.add_name(order.name, error)
+
+    def add_name(self, name: str, error: DgbenchError) -> None:
+        """For what there is no order for: a tower, a domain that could not be looked at."""
+        self.found.append(Problem(name, error.message, error.hint))
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Within, a refusal of the file system is a problem of one order, and not the end of the others."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            where = error.filename or "the data folder"
+            raise FullDiskError(
+                f"the disk is full: {where} cannot be written",
+                "make room there, or point --root or DGBENCH_DATA at a larger disk; then run the same command again",
+            ) from None
+        raise _refusal(error) from None
+
+
+def _refusal(error: OSError) -> DataError:
+    """What the file system said, of which file, in one line."""
+    files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{files or 'the file system'}: {reason}", "see who may read and write there; then run the same command again"
+    )
 
 
 def acquire(moving: Sequence[Order], work: Work, problems: Problems) -> None:
@@ -63,13 +92,14 @@ def acquire(moving: Sequence[Order], work: Work, problems: Problems) -> None:
         # these ask on the terminal or draw bars of their own: one after the other, before the others begin
         for order in moving:
             try:
-                if order.tree is not None:
-                    _link(order)
-                elif order.way == "csDownload":
-                    names = [archive.name for archive in order.to_transfer]
-                    csdownload.fetch(names, order.stage.archive, work.bars.note, by_hand_hint(order.name), work.patience)
-                elif order.wish is not None:
-                    _hub(order, order.wish, work.again)
+                with told():
+                    if order.tree is not None:
+                        _link(order)
+                    elif order.way == "csDownload":
+                        names = [archive.name for archive in order.to_transfer]
+                        csdownload.fetch(names, order.stage.archive, work.bars.note, by_hand_hint(order.name), work.patience)
+                    elif order.wish is not None:
+                        _hub(order, order.wish, work.again)
             except DgbenchError as error:
                 problems.add(order, error)
                 if isinstance(error, FullDiskError):
@@ -102,7 +132,8 @@ def _archives(moving: Sequence[Order], work: Work, problems: Problems) -> None:
                 order, one = tasks[task]
                 left[order.name] -= 1
                 try:
-                    task.result()
+                    with told():
+                        task.result()
                 except DgbenchError as error:
                     if isinstance(error, FullDiskError):
                         work.transfer.stop.set()
@@ -167,10 +198,10 @@ def _of_fetched(order: Order, archive: Archive, work: Work) -> Receipt:
     part = path.with_name(path.name + ".part")
     work.bars.begin(path.name, order.sizes.get(archive.name), part.stat().st_size if part.is_file() else 0)
     try:
-        got = work.transfer.fetch(url, path, md5=archive.md5, again=work.again)
+        got = work.transfer.fetch(url, path, md5=archive.md5, about=order.sizes.get(archive.name), again=work.again)
     finally:
         work.bars.end(path.name)
-    return Receipt(archive.name, url, got.bytes, got.sha256, got.md5, (archive.name,))
+    return Receipt(archive.name, got.source, got.bytes, got.sha256, got.md5, (archive.name,))
 
 
 def _of_given(order: Order, one: given.Given, work: Work) -> Receipt:
@@ -188,7 +219,8 @@ def _of_given(order: Order, one: given.Given, work: Work) -> Receipt:
 
 def _finish(order: Order, problems: Problems) -> None:
     try:
-        order.stage.finish(order.source.domain if order.source else order.name)
+        with told():
+            order.stage.finish(order.source.domain if order.source else order.name)
     except DgbenchError as error:
         problems.add(order, error)
 

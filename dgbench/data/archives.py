@@ -4,12 +4,14 @@ zip (also split into volumes), tar (plain, gz, bz2, xz) and rar, told apart by t
 normalised and checked; links, devices and pipes are refused; what is written is counted against what was declared, the
 archive's own size and the room on the disk. The folder that is unpacked into must be a new one, so that no link can wait
 in it. rar has no free reader in Python: `bsdtar` turns it into a tar stream, or `unrar` unpacks it into a folder of its own.
-A flipped bit is found in all of them but a rar that bsdtar reads (libarchive 3.6 does not check what is stored uncompressed).
+A flipped bit is found in all of them but two: a plain tar, which has checksums of its headers alone, and a rar that bsdtar
+reads (libarchive 3.6 does not check what is stored uncompressed).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import lzma
 import os
 import re
@@ -25,14 +27,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO
 
+from dgbench.data.tars import TooMuchError, is_tar, open_tar, tar_entries
 from dgbench.data.volumes import open_zip, volumes
 from dgbench.errors import DataError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar")
 _BLOCK = 1 << 20
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error)
+# the last two are what Python's readers raise for numbers, names and nesting that they did not expect
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError, RecursionError,
+)  # fmt: skip
+_SHOWN = 200  # characters of a member's name in a message
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_TAR_HEADERS = 1 << 30  # of a tar stream, beside its files: 2 kB for each
 
 
 class ArchiveError(DataError):
@@ -45,7 +56,7 @@ class Limits:
 
     ratio: float = 100.0  # unpacked bytes over packed ones ...
     always: int = 1 << 30  # ... where they are more than this
-    files: int = 2_000_000
+    files: int = 500_000  # and folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +87,10 @@ def members(path: Path, limit: int | None = None) -> list[str]:
     if _kind(path) == "rar":
         return []
     found = []
-    with _reading(path), _opened(path) as entries:
-        for member in entries:
+    limits = Limits()
+    with _reading(path), _opened(path, _allowed(path, limits), path) as entries:
+        for count, member in enumerate(entries):
+            _check_count(path, count, limits)
             if not member.folder:
                 found.append(member.path)
             if limit is not None and len(found) >= limit:
@@ -103,20 +116,19 @@ def unpack(
         bytes or files than `limits` allow; DataError if the disk has no room for what is declared; OSError if it fills up.
     """
     limits = limits or Limits()
-    allowed = max(limits.always, int(limits.ratio * packed_size(path)))
+    allowed = _allowed(path, limits)
     into.mkdir(parents=True)
     _check_declared(path, into, allowed)
     written: dict[str, int] = {}
     total = 0
-    with _reading(path), _opened(path) as entries:
-        for member in entries:
+    with _reading(path), _opened(path, allowed, into) as entries:
+        for number, member in enumerate(entries):
+            _check_count(path, number, limits)
             target = None if member.folder or _clutter(member.path) else place(member.path)
             if target is None:
                 continue
-            if len(written) >= limits.files:
-                raise _unsafe(path, f"it holds more than {limits.files:,} files")
             if target in written:
-                raise _unsafe(path, f"it holds `{target}` twice")
+                raise _unsafe(path, f"it holds `{_shown(target)}` twice")
             count = 0
             with member.open() as source, _created(path, into / target) as file:
                 while block := source.read(_BLOCK):
@@ -124,12 +136,13 @@ def unpack(
                     total += len(block)
                     if count > member.size or total > allowed:
                         raise _unsafe(
-                            path, _bomb(total, allowed) if total > allowed else f"`{member.path}` is longer than declared"
+                            path,
+                            _bomb(total, allowed) if total > allowed else f"`{_shown(member.path)}` is longer than declared",
                         )
                     file.write(block)
                     advance(len(block))
             if count != member.size:
-                raise _damaged(path, f"`{member.path}` ends after {count:,} of {member.size:,} bytes")
+                raise _damaged(path, f"`{_shown(member.path)}` ends after {count:,} of {member.size:,} bytes")
             written[target] = count
     return written
 
@@ -142,7 +155,7 @@ def safe_path(name: str) -> str | None:
     """
     path = name.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    if path.startswith("/") or re.match(r"[A-Za-z]:", path) or ".." in parts or any(ord(c) < 32 for c in path):
+    if path.startswith("/") or re.match(r"[A-Za-z]:", path) or ".." in parts or _CONTROL.search(path):
         return None
     return "/".join(parts)
 
@@ -155,8 +168,9 @@ def _kind(path: Path) -> str:
     # the last volume of a split zip begins in the middle of a file
     if first.startswith(b"PK") or len(volumes(path)) > 1 or zipfile.is_zipfile(path):
         return "zip"
-    if tarfile.is_tarfile(path):
-        return "tar"
+    with _reading(path):
+        if is_tar(path):
+            return "tar"
     web = first.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml"))
     raise ArchiveError(
         f"{path} is {'a web page' if web else 'not an archive, or the beginning of it is damaged'}",
@@ -164,25 +178,35 @@ def _kind(path: Path) -> str:
     )
 
 
+def _allowed(path: Path, limits: Limits) -> int:
+    return max(limits.always, int(limits.ratio * packed_size(path)))
+
+
+def _check_count(path: Path, before: int, limits: Limits) -> None:
+    if before >= limits.files:
+        raise _unsafe(path, f"it holds more than {limits.files:,} files")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[Iterator[Member]]:
+def _opened(path: Path, allowed: int, into: Path) -> Iterator[Iterator[Member]]:
+    most = allowed + _TAR_HEADERS
     kind = _kind(path)
     if kind == "zip":
         with open_zip(path) as archive:
             yield _zip_members(path, archive)
     elif kind == "tar":
-        with tarfile.open(path, "r:*") as archive:
-            yield _tar_members(path, archive)
+        with open_tar(path, most) as entries:
+            yield _tar_members(path, entries)
     else:
-        with _rar(path) as entries:
-            yield entries
+        with _rar(path, most, into.with_name(f"{into.name}.unrar")) as members:
+            yield members
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
     for info in archive.infolist():
         mode = info.external_attr >> 16
         if stat.S_ISLNK(mode) or (stat.S_IFMT(mode) and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)):
-            raise _unsafe(path, f"`{info.filename}` is a link or a device")
+            raise _unsafe(path, f"`{_shown(info.filename)}` is a link or a device")
         if info.flag_bits & 1:
             raise ArchiveError(f"{path.name} is locked by a password", _BY_HAND.format(path=path))
         # orig_filename: zipfile cuts a name at a zero byte and turns the system's separators
@@ -190,16 +214,20 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> Iterator[Member]:
         yield Member(name, info.file_size, info.is_dir() or info.orig_filename.endswith("\\"), lambda i=info: archive.open(i))  # type: ignore[misc]
 
 
-def _tar_members(path: Path, archive: tarfile.TarFile) -> Iterator[Member]:
-    for info in archive:
-        if not info.isreg() and not info.isdir():
-            raise _unsafe(path, f"`{info.name}` is a link or a device")
-        name = _checked(path, info.name)
-        yield Member(name, info.size, info.isdir(), lambda i=info: cast(IO[bytes], archive.extractfile(i)))  # type: ignore[misc]
+def _tar_members(path: Path, entries: Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]) -> Iterator[Member]:
+    for info, content in entries:
+        if not info.isdir() and (content is None or info.issparse()):
+            raise _unsafe(path, f"`{_shown(info.name)}` is a link or a device")
+        try:
+            name = info.name.encode("utf-8", "surrogateescape").decode("utf-8")
+        except UnicodeDecodeError:
+            # as older systems in Europe wrote names; a set's files need names that every reader can hold as text
+            name = info.name.encode("utf-8", "surrogateescape").decode("latin-1")
+        yield Member(_checked(path, name), info.size, info.isdir(), lambda c=content: c)  # type: ignore[misc]
 
 
 @contextmanager
-def _rar(path: Path) -> Iterator[Iterator[Member]]:
+def _rar(path: Path, most: int, apart: Path) -> Iterator[Iterator[Member]]:
     if bsdtar := shutil.which("bsdtar"):
         command = [bsdtar, "--format", "pax", "-cf", "-", f"@{path.absolute()}"]
         with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told) as process:
@@ -207,8 +235,7 @@ def _rar(path: Path) -> Iterator[Iterator[Member]]:
             try:
                 assert process.stdout is not None
                 try:
-                    with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-                        yield _tar_members(path, archive)
+                    yield _tar_members(path, tar_entries(process.stdout, most))
                 except tarfile.TarError as error:
                     problem = error  # most likely bsdtar ended early, and says why
                 process.stdout.read()
@@ -219,7 +246,6 @@ def _rar(path: Path) -> Iterator[Iterator[Member]]:
             finally:
                 process.kill()
     elif unrar := shutil.which("unrar"):
-        apart = path.with_name(f".{path.name}.unrar")
         shutil.rmtree(apart, ignore_errors=True)
         apart.mkdir()
         try:
@@ -244,7 +270,7 @@ def _folder_members(path: Path, folder: Path) -> Iterator[Member]:
         for name in (*folders, *files):
             file = Path(parent, name)
             if file.is_symlink() or not (file.is_file() or file.is_dir()):
-                raise _unsafe(path, f"`{file.relative_to(folder)}` is a link or a device")
+                raise _unsafe(path, f"`{_shown(str(file.relative_to(folder)))}` is a link or a device")
             if file.is_file():
                 inside = _checked(path, file.relative_to(folder).as_posix())
                 yield Member(inside, file.stat().st_size, False, lambda f=file: f.open("rb"))  # type: ignore[misc]
@@ -253,9 +279,14 @@ def _folder_members(path: Path, folder: Path) -> Iterator[Member]:
 def _checked(path: Path, name: str) -> str:
     inside = safe_path(name)
     if inside is None:
-        shown = name if name.isprintable() else ascii(name)
-        raise _unsafe(path, f"`{shown}` would be written outside the folder")
+        raise _unsafe(path, f"`{_shown(name)}` would be written outside the folder, or holds control characters")
     return inside
+
+
+def _shown(name: str) -> str:
+    """A name from outside in a message: one line, of bounded length."""
+    cut = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _clutter(inside: str) -> bool:
@@ -288,8 +319,10 @@ def _created(path: Path, target: Path) -> Iterator[BinaryIO]:
             target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o644
         )
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise _unsafe(path, f"it holds `{target.name}` twice, or as a file and as a folder") from None
+        raise _unsafe(path, f"it holds `{_shown(target.name)}` twice, or as a file and as a folder") from None
     except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
+            raise _unsafe(path, f"`{_shown(target.name)}` is no name for a file on this disk: {error.strerror}") from None
         if error.filename is None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(target)) from None
@@ -301,6 +334,8 @@ def _created(path: Path, target: Path) -> Iterator[BinaryIO]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except TooMuchError as error:
+        raise _unsafe(path, str(error)) from None
     except _DAMAGE as error:
         raise _damaged(path, (str(error).splitlines() or [type(error).__name__])[0]) from None
     except NotImplementedError as error:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgbench.data.addresses import without_secrets
 from dgbench.data.transfer import FullDiskError, full_disk
 from dgbench.errors import DataError
 
@@ -41,6 +42,8 @@ def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
     chosen = [f for f in info.siblings or () if any(fnmatch(f.rfilename, pattern) for pattern in patterns)]
     for name in (f.rfilename for f in chosen):
+        if not _is_text(name):
+            raise DataError(f"{repo} lists a file {name!r}, a name that is no text in UTF-8", "its owner has to rename it")
         if name.startswith(("/", "~")) or "\\" in name or ".." in name.split("/"):
             raise DataError(f"{repo} lists a file {name!r}, which lies outside of it", "do not fetch this repository")
     licence = getattr(info.card_data, "license", None) if info.card_data else None
@@ -74,6 +77,14 @@ def fetch(wanted: Listed, folder: Path, again: str) -> None:
             raise DataError(f"{wanted.repo}/{name} {problem}", f"it is removed; {again}")
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _literal(name: str) -> str:
     # a file's own name as a pattern
     return re.sub(r"([*?[])", r"[\1]", name)
@@ -104,16 +115,20 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    from mfuser.hub import transport_error
+    from mfuser.hub import DownloadError, check_token, transport_error
 
-    page, again = f"{constants.ENDPOINT}/datasets/{repo}", "run the same command again"
+    endpoint = without_secrets(constants.ENDPOINT)
+    page, again = f"{endpoint}/datasets/{repo}", "run the same command again"
     try:
+        check_token()
         yield
+    except DownloadError as unsendable:
+        raise DataError(unsendable.message, unsendable.hint) from None
     except (OSError, RuntimeError, HFValidationError, transport_error()) as problem:
         error: BaseException = problem
         while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
         if isinstance(error, HFValidationError):
             raise DataError(f"`{repo}` is no name of a repository: {reason}", "--hub OWNER/NAME, as on the Hub's page") from None
         if isinstance(error, GatedRepoError):
@@ -126,11 +141,11 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
             raise DataError(f"the Hub knows no dataset {repo}, or it is private",
                             f"check the name at {page}; for a private one log in with: hf auth login") from None  # fmt: skip
         if isinstance(error, HfHubHTTPError):
-            raise DataError(f"{constants.ENDPOINT} does not give out {repo}: it answers {error.response.status_code}",
+            raise DataError(f"{endpoint} does not give out {repo}: it answers {error.response.status_code}",
                             f"see https://status.huggingface.co, and {again}") from None  # fmt: skip
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the file system's refusal names its file itself
-        raise DataError(f"no connection to {constants.ENDPOINT} for {repo}: {reason}",
+        raise DataError(f"no connection to {endpoint} for {repo}: {reason}",
                         f"check the network and HTTPS_PROXY, then {again}: it goes on where it stopped") from None  # fmt: skip
 
 

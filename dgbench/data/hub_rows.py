@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,10 @@ from dgbench.errors import DataError, unknown
 
 if TYPE_CHECKING:
     import datasets
+
+
+_CARD = 10_000
+_PARQUET = ("*.[pP][aA][rR][qQ][uU][eE][tT]", "*.[pP][qQ]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,8 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
         raise DataError(*unknown("column role", strange[0], ["image", "label"]))
     if set(columns) != {"image", "label"} or not all(columns.values()) or len(pairs) != 2:
         raise DataError("a set from the Hub needs to know which column is the image and which is the label", form)
+    if columns["image"] == columns["label"]:
+        raise DataError(f"image and label are both `{columns['image']}`: one of them is the other's", form)
     if columns["image"].count("*") != columns["label"].count("*") or "**" in "".join(columns.values()):
         raise DataError(
             f"`{columns['image']}` and `{columns['label']}` cannot be paired: star by star they stand for the same text",
@@ -120,7 +128,7 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
 def patterns_of(columns: Mapping[str, str]) -> list[str]:
     """What to fetch of a repository whose columns are these."""
     globs = [column for column in columns.values() if _is_glob(column)]
-    return [*(globs or ["*.parquet"]), "README.md", "LICENSE*"]
+    return [*(globs or _PARQUET), "README.md", "LICENSE*"]
 
 
 def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path) -> HubSet:
@@ -141,7 +149,12 @@ def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path)
         splits = {wish.split: _paired(wanted, wish.columns)}
     else:
         splits = _parquet_splits(wanted, fetched)
-        check_columns(wanted, wish.columns, fetched / next(iter(splits.values()))[0])
+        for file in (fetched / name for files in splits.values() for name in files):
+            check_columns(wanted, wish.columns, file)
+        # a split that a card announces and that holds nothing is none
+        splits = {split: files for split, files in splits.items() if any(_row_count(fetched / name) for name in files)}
+        if not splits:
+            raise DataError(f"{wanted.repo} has no rows", "see the repository's page on the Hub: its set may lie elsewhere")
     counts: dict[str, int] = {}
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
@@ -166,23 +179,32 @@ def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path)
 def _parquet_rows(
     split: str, files: Sequence[str], columns: Mapping[str, str], folder: str, repo: str
 ) -> Iterator[dict[str, Any]]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
+
+    def batches(name: str) -> Iterator[list[dict[str, Any]]]:
+        try:
+            # a few rows at a time: an image is megabytes
+            for batch in ParquetFile(Path(folder, name)).iter_batches(16, columns=list(columns.values())):
+                yield batch.to_pylist()
+        except (ArrowException, OSError) as error:
+            raise _damaged(repo, name, error) from None
 
     number = 0
     for name in files:
-        # a few rows at a time: an image is megabytes
-        for batch in ParquetFile(Path(folder, name)).iter_batches(16, columns=list(columns.values())):
-            for row in batch.to_pylist():
-                made: dict[str, Any] = {"id": f"{split}/{number:06d}"}
-                for part, column in columns.items():
-                    content = row[column]["bytes"] if row[column] else None
-                    if not isinstance(content, bytes) or not content:
-                        raise DataError(f"{repo}: row {number} of `{split}` ({name}) has no bytes in column `{column}`",
-                                        "paths and addresses in rows are never opened: the set must hold its images")  # fmt: skip
-                    # without its path: `datasets` would open a file of that name on this machine
-                    made[part] = {"bytes": content, "path": None}
-                yield made
-                number += 1
+        for row in chain.from_iterable(batches(name)):
+            made: dict[str, Any] = {"id": f"{split}/{number:06d}"}
+            for part, column in columns.items():
+                value = row[column]
+                content = value["bytes"] if isinstance(value, Mapping) else value
+                if not isinstance(content, bytes) or not content:
+                    what = "is null" if value is None else "holds a path or an address alone"
+                    raise DataError(f"{repo}: row {number} of `{split}` ({name}) has no bytes in column `{column}`",
+                                    f"it {what}, and those are never opened: the set must hold all its images")  # fmt: skip
+                # without its path: `datasets` would open a file of that name on this machine
+                made[part] = {"bytes": content, "path": None}
+            yield made
+            number += 1
 
 
 def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], folder: str, repo: str) -> Iterator[dict[str, Any]]:
@@ -197,30 +219,42 @@ def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], fo
 
 
 def check_columns(wanted: Listed, columns: Mapping[str, str], file: Path) -> None:
-    """See that a Parquet file has the columns and that they hold images (struct of bytes and path, as `datasets` stores them).
+    """See that a Parquet file has the columns, of images: bytes, or a struct with `bytes` in it, as `datasets` stores them.
 
     Raises: DataError naming the columns that there are.
     """
-    from pyarrow import ArrowInvalid, types
+    from pyarrow import ArrowException, types
     from pyarrow.parquet import read_schema
 
     try:
         schema = read_schema(file)
-    except ArrowInvalid as error:
-        raise DataError(
-            f"{wanted.repo}/{file.name} is no Parquet file: {error}", "see the repository's page on the Hub"
-        ) from None
-    images = [
-        field.name for field in schema
-        if types.is_struct(field.type) and {"bytes", "path"} <= {field.type.field(i).name for i in range(field.type.num_fields)}
-    ]  # fmt: skip
+    except (ArrowException, OSError) as error:
+        raise _damaged(wanted.repo, file.name, error) from None
+
+    def holds_images(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(part.name == "bytes" and not types.is_struct(part.type) and holds_images(part.type) for part in kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+    images = [field.name for field in schema if holds_images(field.type)]
     for part, column in columns.items():
         if column not in schema.names:
             message, hint = unknown("column", column, schema.names)
             raise DataError(f"{wanted.repo}: {message}", f"{hint} (columns with images: {', '.join(images) or 'none'})")
         if column not in images:
-            raise DataError(f"{wanted.repo}: column `{column}` holds {schema.field(column).type}, not images",
+            raise DataError(f"{wanted.repo}: column `{column}` holds {str(schema.field(column).type)[:100]}, not images",
                             f"choose the {part} from: {', '.join(images) or 'none'}")  # fmt: skip
+
+
+def _row_count(file: Path) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return int(read_metadata(file).num_rows)
+
+
+def _damaged(repo: str, name: str, error: Exception) -> DataError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return DataError(f"{repo}/{name} is no Parquet file, or damaged: {reason}", "see the repository's page on the Hub")
 
 
 def first_parquet(wanted: Listed, repo: str) -> str:
@@ -228,7 +262,7 @@ def first_parquet(wanted: Listed, repo: str) -> str:
 
     Raises: DataError if there is none.
     """
-    files = {name: size for name, size in wanted.files.items() if name.endswith(".parquet")}
+    files = {name: size for name, size in wanted.files.items() if _is_parquet(name)}
     if not files:
         raise DataError(
             f"{repo} has no Parquet files",
@@ -243,9 +277,9 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
 
     _check_card(wanted, folder / "README.md")
     try:
-        builder = datasets.load_dataset_builder(str(folder))
-    except ValueError as error:
-        raise DataError(f"{wanted.repo} cannot be read as one set: {str(error).splitlines()[0]}",
+        builder = datasets.load_dataset_builder(str(_with_usual_names(wanted, folder)))
+    except (ValueError, datasets.exceptions.DataFilesNotFoundError) as error:
+        raise DataError(f"{wanted.repo} cannot be read as one set: {(str(error).splitlines() or ['?'])[0][:300]}",
                         "a repository of several configurations is not read by name yet: make one of your own of the part you "
                         "want") from None  # fmt: skip
     found: dict[str, list[str]] = {}
@@ -255,6 +289,24 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
     others = [split for split in found if split in ("validation", "valid")]
     renamed = others[0] if len(others) == 1 and "val" not in found else None
     return {"val" if split == renamed else split: files for split, files in found.items()}
+
+
+def _with_usual_names(wanted: Listed, folder: Path) -> Path:
+    """The folder, or one of links in which `.pq` and `.PARQUET` are called `.parquet`, the only name that `datasets` knows."""
+    odd = [name for name in wanted.files if _is_parquet(name) and not name.endswith(".parquet")]
+    if not odd:
+        return folder
+    named = folder / "named"
+    shutil.rmtree(named, ignore_errors=True)
+    for name in wanted.files:
+        link = named / (f"{name}.parquet" if name in odd else name)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder.absolute() / name)
+    return named
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith((".parquet", ".pq"))
 
 
 def _within(wanted: Listed, file: str, folder: Path) -> str:
@@ -280,16 +332,19 @@ def _check_card(wanted: Listed, card: Path) -> None:
         raise DataError(f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}",
                         "its owner has to mend README.md") from None  # fmt: skip
     configs = (told or {}).get("configs")
+    seen = 0
     left: list[Any] = [config.get(key) for config in (configs if isinstance(configs, list) else [configs])
                        if isinstance(config, Mapping) for key in ("data_files", "data_dir")]  # fmt: skip
     while left:
-        part = left.pop()
+        part, seen = left.pop(), seen + 1
+        if seen > _CARD:  # a few lines of YAML can stand for millions
+            raise DataError(f"{wanted.repo}: its card names more than {_CARD:,} files", "its owner has to mend README.md")
         if isinstance(part, Mapping):
             left += part.values()
         elif isinstance(part, list | tuple):
             left += part
         elif isinstance(part, str) and (part.startswith(("/", "~", "\\")) or ":" in part or ".." in part.split("/")):
-            raise DataError(f"{wanted.repo}: its card names `{part}`, which is not a file of the repository",
+            raise DataError(f"{wanted.repo}: its card names `{part[:200]}`, which is not a file of the repository",
                             "addresses and paths from elsewhere are never opened")  # fmt: skip
 
 

@@ -109,12 +109,25 @@ def rows_of(found: Found) -> datasets.Dataset:
         return hub_sets.opened(found.folder / found.layout.images)
     features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
                                   "label": datasets.Image(decode=False)})  # fmt: skip
+    if odd := next((path for pair in found.pairs for path in pair if not _is_text(str(found.folder / path))), None):
+        raise DataError(
+            f"{str(found.folder / odd)!r} is no name in UTF-8, in which records are written",
+            "rename such files; all of a folder from Latin-1: convmv -r -f latin1 -t utf-8 --notest FOLDER",
+        )
     columns = {
         "id": [image for image, _ in found.pairs],
         "image": [{"path": str(found.folder / image), "bytes": None} for image, _ in found.pairs],
         "label": [{"path": str(found.folder / label), "bytes": None} for _, label in found.pairs],
     }
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find(domain: Domain, split: str, root: Path | None = None) -> Found:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dgbench.data import archives, domains, given, hub_rows
+from dgbench.data.addresses import below
 from dgbench.data.domain import RENDERED, UNFINISHED, Domain
 from dgbench.data.given import Given
 from dgbench.data.hub_files import Listed, listing
@@ -208,7 +209,7 @@ def _find_archives(order: Order, source: Source, from_paths: Sequence[Path], mir
     for archive in order.wanted:
         order.sizes[archive.name] = int(archive.gigabytes * 1e9) if archive.gigabytes is not None else None
         if mirror is not None:
-            order.urls[archive.name] = f"{mirror.rstrip('/')}/{source.domain}/{archive.name}"
+            order.urls[archive.name] = below(mirror, f"{source.domain}/{archive.name}")
         elif archive.url is not None:
             order.urls[archive.name] = archive.url
 

@@ -187,6 +187,9 @@ class Stage:
         archives.remove(whole)
         try:
             files = archives.unpack(archive, half, place, advance=advance)
+            if ours := {MANIFEST, UNFINISHED} & {path.partition("/")[0] for path in files}:
+                raise archives.ArchiveError(f"{archive.name} holds `{min(ours)}`, which only dgbench writes",
+                                            "get it from the data set's own site")  # fmt: skip
             check(files)
         except OSError as error:
             archives.remove(half)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgbench import __version__, atomic
+from dgbench.data.addresses import login_of, without_secrets
 from dgbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1 << 20
+_REDIRECTIONS = 20
+_UNKNOWN = 64 << 30  # bytes that are taken where nobody says how many there are
 # answers after which asking again helps
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _REFUSALS = {
@@ -49,6 +52,8 @@ class Patience:
     longest_asked: float = 300.0  # a server that asks to wait longer (Retry-After) is told to the user instead
     connect: float = 20.0
     read: float = 30.0
+    slowest: float = 1000.0  # bytes a second, over `window`; a slower line counts as one that brings nothing
+    window: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class Received:
     """A file that has arrived whole."""
 
     path: Path
-    source: str  # its address
+    source: str  # its address, without its secrets
     bytes: int
     sha256: str
     md5: str | None  # where one was expected
@@ -73,16 +78,16 @@ class InterruptedTransfer(Exception):
 class _Again(Exception):
     """A failure that may pass."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, after: float | None = None, *, useless: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.after = reason, after
+        self.reason, self.after, self.useless = reason, after, useless
 
 
 @dataclass(frozen=True, slots=True)
 class _Started:
     """What the bytes of a `.part` file belong to."""
 
-    url: str
+    url: str  # without its secrets
     size: int | None
     etag: str | None
     modified: str | None
@@ -114,8 +119,37 @@ class Transfer:
                 timeout = httpx2.Timeout(self.patience.read, connect=self.patience.connect)
                 # identity: a length and a range must mean the bytes of the file
                 headers = {"User-Agent": f"dgbench/{__version__}", "Accept-Encoding": "identity"}
-                self._client = httpx2.Client(timeout=timeout, headers=headers, follow_redirects=True)
+                self._client = httpx2.Client(timeout=timeout, headers=headers)
             return self._client
+
+    @contextmanager
+    def _answer(self, method: str, url: str, headers: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
+        """The answer behind all redirections, its body not yet read.
+
+        A name and a password go to the server that they were given for, and nothing goes on over a line that others can read
+        where it began on one that they cannot.
+        """
+        address, login = login_of(url)
+        request = self.client().build_request(method, address, headers=headers)
+        for _ in range(_REDIRECTIONS):
+            answer = self.client().send(request, auth=login, stream=True, follow_redirects=False)
+            try:
+                onward = answer.next_request
+                if onward is None:
+                    yield answer
+                    return
+            finally:
+                answer.close()
+            # what is still to be sent has its login in its headers, or is for another server
+            login = None
+            if request.url.scheme == "https" and onward.url.scheme != "https":
+                raise DataError(
+                    f"{without_secrets(url)} leads to {without_secrets(str(onward.url))}, which is not encrypted",
+                    "what comes over such a line can be read and changed on the way: download it by other means and give its "
+                    "folder with --from, or name a server that you trust with --mirror",
+                )
+            request = onward
+        raise DataError(f"{without_secrets(url)} leads in circles", "see where a browser gets to; then give it with --from")
 
     def close(self) -> None:
         """Close the connections."""
@@ -127,51 +161,57 @@ class Transfer:
         import httpx2
 
         try:
-            answer = self.client().head(url)
-            length = answer.headers.get("Content-Length")
-            return int(length) if answer.status_code == 200 and length else None
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError):
+            with self._answer("HEAD", url) as answer:
+                return _number(answer.headers.get("Content-Length")) if answer.status_code == 200 else None
+        except (httpx2.HTTPError, httpx2.InvalidURL, DataError, ValueError, OSError):
             return None
 
-    def fetch(self, url: str, path: Path, *, md5: str | None = None, again: str = "run the same command again") -> Received:
+    def fetch(
+        self, url: str, path: Path, *, md5: str | None = None, about: int | None = None, again: str = "run the same command again"
+    ) -> Received:
         """Bring `url` to `path`, going on with what an earlier try left. A file that is there already is only hashed.
 
         Args:
-            md5: of the whole file, where its owner states one.    again: what a user is told to do after a failure.
+            md5: of the whole file, where its owner states one.    about: its size as it was published, in bytes: where a server
+            states none, twice as much is taken at most.    again: what a user is told to do after a failure.
 
         Raises: DataError saying what the server answered, or that the file is not the stated one (it is removed then);
             FullDiskError before or while the disk is full (what came is kept); InterruptedTransfer after `stop`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part, failures, furthest = _part(path), 0, -1
+        most = _UNKNOWN if about is None else 2 * about + (64 << 20)
         while not path.is_file():
             try:
-                self._once(url, path, again)
+                self._once(url, path, most, again)
             except _Again as problem:
                 have = part.stat().st_size if part.is_file() else 0
                 # a line that breaks every few MB is slow, not dead
-                failures = 1 if have > furthest else failures + 1
+                failures = 1 if have > furthest and not problem.useless else failures + 1
                 furthest = max(furthest, have)
                 self._wait(problem, failures, path, have, again)
         return self._checked(path, url, md5, again)
 
-    def _once(self, url: str, path: Path, again: str) -> None:
+    def _once(self, url: str, path: Path, most: int, again: str) -> None:
         import httpx2
 
         part = _part(path)
-        started = _read_started(path, url)
+        started = _read_started(path, without_secrets(url))
         have = part.stat().st_size if started and part.is_file() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         if have and started and (validator := started.etag or started.modified):
             headers["If-Range"] = validator
         try:
-            with self.client().stream("GET", url, headers=headers) as answer:
-                have, size = self._begin(answer, url, path, started, have, again)
+            with self._answer("GET", url, headers) as answer:
+                have, size = self._begin(answer, without_secrets(url), path, started, have, again)
                 if size is not None:
                     _check_room(path, size, have, again)
-                self._body(answer, path, have, size, again)
+                self._body(answer, path, have, size, most, again)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
-            raise DataError(f"{url} is no address to download from: {error}", "give one that begins with https://") from None
+            raise DataError(
+                f"{without_secrets(url)} is no address to download from: {without_secrets(str(error))}",
+                "give one that begins with https://",
+            ) from None
         except httpx2.TransportError as error:
             if _untrusted(error):
                 raise DataError(
@@ -180,8 +220,6 @@ class Transfer:
                     f"{path.name} in a browser and give its folder with --from",
                 ) from None
             raise _Again(_reason(error)) from None
-        except httpx2.TooManyRedirects:
-            raise DataError(f"{url} leads in circles", again) from None
         if size is not None and part.stat().st_size != size:
             raise _Again(f"it ended after {part.stat().st_size:,} of {size:,} bytes")
         _sync(part)
@@ -218,8 +256,7 @@ class Transfer:
         # the whole file: a first try, a server without ranges, or a file that has changed since
         if have:
             self.advance(path.name, -have)
-        length = answer.headers.get("Content-Length")
-        size = int(length) if length and length.isdigit() else None
+        size = _number(answer.headers.get("Content-Length"))
         etag = answer.headers.get("ETag")
         strong = etag if etag and not etag.startswith("W/") else None  # a weak one must not stand in If-Range
         _restart(path)
@@ -227,18 +264,29 @@ class Transfer:
         atomic.write(_note(path), json.dumps(asdict(note)))
         return 0, size
 
-    def _body(self, answer: httpx2.Response, path: Path, have: int, size: int | None, again: str) -> None:
+    def _body(self, answer: httpx2.Response, path: Path, have: int, size: int | None, most: int, again: str) -> None:
         if answer.status_code == 416:
             return
-        part = _part(path)
+        part, pace = _part(path), _Pace(self.patience)
+        most = most if size is None else size
         with full_disk(part, size, again), part.open("ab", buffering=0) as file:
             for block in answer.iter_raw():
                 if self.stop.is_set():
                     raise InterruptedTransfer
+                have += len(block)
+                if have > most:
+                    _restart(path)
+                    told = f"states {size:,}" if size is not None else "does not state how many there are"
+                    raise DataError(
+                        f"{answer_host(without_secrets(str(answer.request.url)))} sends more than {most:,} bytes for {path.name} "
+                        f"and {told}",
+                        f"what came is removed; see whether a browser gets the file and give its folder with --from, or {again}",
+                    )
                 rest = memoryview(block)
                 while rest:
                     rest = rest[file.write(rest) :]
                 self.advance(path.name, len(block))
+                pace.check(len(block))
 
     def _checked(self, path: Path, url: str, md5: str | None, again: str) -> Received:
         sha256, found = hashes([path], self.stop)
@@ -248,7 +296,7 @@ class Transfer:
                 f"{path.name} is damaged, or another file than its owner states: its md5 is {found}, stated is {md5}",
                 f"it is removed; {again}. If it happens twice, a proxy or a mirror changes files",
             )
-        return Received(path, url, path.stat().st_size, sha256, md5)
+        return Received(path, without_secrets(url), path.stat().st_size, sha256, md5)
 
     def _wait(self, problem: _Again, failures: int, path: Path, have: int, again: str) -> None:
         kept = f"{have:,} bytes of it are kept; " if have else ""
@@ -296,9 +344,25 @@ def full_disk(path: Path, size: int | None, again: str) -> Iterator[None]:
         ) from None
 
 
+class _Pace:
+    """Sees that a line brings something: one byte before each timeout is a line that never ends."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience, self._since, self._came = patience, time.monotonic(), 0
+
+    def check(self, came: int) -> None:
+        self._came += came
+        seconds = time.monotonic() - self._since
+        if seconds < self._patience.window:
+            return
+        if self._came < self._patience.slowest * seconds:
+            raise _Again(f"only {self._came:,} bytes came in {seconds:.0f} s", useless=True)
+        self._since, self._came = time.monotonic(), 0
+
+
 def answer_host(url: str) -> str:
     """The server's name in an address, for messages."""
-    return url.partition("://")[2].partition("/")[0] or url
+    return login_of(url)[0].partition("://")[2].partition("/")[0] or without_secrets(url)
 
 
 def _part(path: Path) -> Path:
@@ -344,20 +408,24 @@ def _content_range(text: str) -> tuple[int | None, int | None]:
     unit, _, rest = text.partition(" ")
     span, _, whole = rest.partition("/")
     first = span.partition("-")[0]
-    if unit != "bytes" or not first.isdigit():
-        return None, None
-    return int(first), int(whole) if whole.isdigit() else None
+    return (_number(first), _number(whole)) if unit == "bytes" else (None, None)
+
+
+def _number(text: str | None) -> int | None:
+    """A number of a header. Digits of other scripts are none, nor is one that no file has."""
+    return int(text) if text and len(text) <= 18 and text.isascii() and text.isdigit() else None
 
 
 def _retry_after(text: str | None) -> float | None:
     """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3)."""
     if not text:
         return None
-    if text.strip().isdigit():
-        return float(text)
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:12])  # 30,000 years are long enough
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):
         return None
 
 
@@ -370,6 +438,6 @@ def _untrusted(error: BaseException | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = without_secrets((str(error).strip().splitlines() or [""])[0])[:300]
     kind = {"ReadTimeout": "nothing came for a while", "ConnectTimeout": "it cannot be reached in time"}
     return kind.get(type(error).__name__) or text or type(error).__name__

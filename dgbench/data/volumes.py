@@ -14,10 +14,11 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 from dgbench.errors import DataError
 
+_CONTENTS = 64 << 20  # bytes of a table of contents: half a million files
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
 
@@ -47,13 +48,13 @@ def volumes(path: Path) -> list[Path]:
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """The archive with all its volumes, opened for reading."""
     files = volumes(path)
-    if len(files) == 1:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-        return
     with ExitStack() as stack:
-        joined = _Joined([stack.enter_context(volume.open("rb")) for volume in files])
-        archive = stack.enter_context(zipfile.ZipFile(io.BufferedReader(joined, 1 << 20)))
+        opened: list[BinaryIO] = [stack.enter_context(volume.open("rb")) for volume in files]
+        if len(files) == 1:
+            yield stack.enter_context(zipfile.ZipFile(cast(IO[bytes], _Bounded(opened[0]))))
+            return
+        joined = _Joined(opened)
+        archive = stack.enter_context(zipfile.ZipFile(cast(IO[bytes], _Bounded(io.BufferedReader(joined, 1 << 20)))))
         shift = archive.start_dir - joined.directory  # what zipfile took every offset to be short of
         for info in archive.filelist:
             info.header_offset += joined.starts[info.volume] - shift
@@ -62,6 +63,21 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             if hasattr(info, "_end_offset"):  # where newer Pythons look for members that overlap
                 info._end_offset = ends[bisect.bisect_right(ends, info.header_offset)]
         yield archive
+
+
+class _Bounded:
+    """A file of which no single read is larger than a table of contents may be: zipfile reads it in one, and keeps ten
+    times its size."""
+
+    def __init__(self, file: BinaryIO | io.BufferedReader) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size if 0 <= size <= _CONTENTS else _CONTENTS + 1)
+        if len(block) > _CONTENTS:
+            raise zipfile.BadZipFile(f"its table of contents is larger than {_CONTENTS >> 20} MiB")
+        return block
 
 
 class _Joined(io.RawIOBase):

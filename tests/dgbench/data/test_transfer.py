@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import hashlib
 import os
@@ -9,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -249,3 +251,127 @@ def test_several_files_come_at_once(tmp_path: Path, transfer: Transfer) -> None:
             thread.join()
     assert time.monotonic() - begun < 1.5  # one after the other it takes two seconds
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+# ---- hostile servers, and what must not be told
+
+
+@pytest.mark.parametrize(
+    "after",
+    ["²", "٣", "-5", "1e3", "nan", "9" * 5000, "Thu, 99 Foo 9999 99:99:99 GMT", "Mon, 01 Jan 0001 00:00:00 +2359", ","],
+)
+def test_a_wait_that_is_no_number_of_seconds_is_told_or_passed_over(
+    after: str, server: Server, transfer: Transfer, tmp_path: Path
+) -> None:
+    header = after.encode().decode("latin-1")  # as http.server sends it
+    server.faults = [(503, {"Retry-After": header})]
+    if after.startswith("999"):
+        with pytest.raises(DataError, match="asks to come back in"):
+            fetch(transfer, server, tmp_path)
+    else:
+        assert fetch(transfer, server, tmp_path) == CONTENT
+
+
+def test_a_file_of_unknown_length_arrives_whole(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    server.lengths = False
+    assert fetch(transfer, server, tmp_path) == CONTENT
+
+
+def test_a_server_that_never_ends_is_left(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    server.faults = ["endless"]
+    with pytest.raises(DataError, match=r"sends more than 69,108,864 bytes for set.zip and does not state how many"):
+        transfer.fetch(f"{server.url}/set.zip", tmp_path / "set.zip", about=1_000_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rest_of_a_file_may_come_without_a_length(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    server.faults = ["cut", None]
+    assert fetch(transfer, server, tmp_path) == CONTENT
+    (tmp_path / "set.zip").unlink()
+    server.faults = ["cut"]
+    transfer.patience = Patience(tries=1)
+    with pytest.raises(DataError, match="1 times in a row"):
+        fetch(transfer, server, tmp_path)
+    server.lengths = False
+    server.files["set.zip"] = CONTENT  # the rest, and Content-Range says how much
+    assert fetch(transfer, server, tmp_path) == CONTENT
+
+
+def test_a_line_that_drips_is_given_up(server: Server, tmp_path: Path) -> None:
+    server.bytes_per_second = 500
+    transfer = Transfer(Patience(tries=2, first=0.01, read=1, slowest=5000, window=0.2))
+    with pytest.raises(
+        DataError, match=r"set.zip cannot be fetched: only [\d,]+ bytes came in \d+ s, 2 times in a row"
+    ) as caught:
+        fetch(transfer, server, tmp_path)
+    transfer.close()
+    assert "are kept" in str(caught.value.hint)
+
+
+def test_a_login_is_sent_and_never_told(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    told: list[str] = []
+    transfer.tell = told.append
+    server.faults = ["cut"]
+    address = server.url.replace("://", "://us%40er:se%2Fcret@") + "/set.zip"
+    received = transfer.fetch(address, tmp_path / "set.zip")
+    assert {base64.b64decode(str(login).removeprefix("Basic ")) for login in server.logins} == {b"us@er:se/cret"}
+    assert received.source == f"{server.url}/set.zip"
+    server.files.clear()
+    with pytest.raises(DataError) as caught:
+        transfer.fetch(address, tmp_path / "gone.zip")
+    assert not [text for text in (*told, str(caught.value)) if "cret" in text or "er:" in text]
+    assert f"does not give out {server.url}/set.zip" in str(caught.value)
+
+
+def test_what_is_kept_of_a_file_does_not_hold_its_login(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    server.every = "reset"
+    address = server.url.replace("://", "://user:secret@") + "/set.zip?token=hidden"
+    server.files["set.zip?token=hidden"] = CONTENT
+    with pytest.raises(DataError) as caught:
+        transfer.fetch(address, tmp_path / "set.zip")
+    kept = (tmp_path / "set.zip.part.json").read_text()
+    assert not [word for word in ("secret", "user", "hidden") if word in kept + str(caught.value)]
+    server.every = None
+    server.requests.clear()
+    transfer.fetch(address.replace("secret", "newer"), tmp_path / "set.zip")
+    assert server.bodies()[0][1] is not None  # it went on where it stopped
+
+
+def test_a_login_does_not_follow_to_another_server(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    with serving({"far.zip": CONTENT}) as other:
+        server.onward = {"set.zip": f"{other.url}/far.zip"}
+        address = server.url.replace("://", "://user:secret@") + "/set.zip"
+        assert transfer.size(address) == len(CONTENT)
+        assert transfer.fetch(address, tmp_path / "set.zip").bytes == len(CONTENT)
+        assert None not in server.logins
+        assert set(other.logins) == {None}
+
+
+def test_a_server_that_leads_in_circles_is_told(server: Server, transfer: Transfer, tmp_path: Path) -> None:
+    server.onward = {"set.zip": "/set.zip?token=x", "set.zip?token=x": "/set.zip"}
+    with pytest.raises(DataError, match=f"{server.url}/set.zip leads in circles"):
+        fetch(transfer, server, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_an_encrypted_line_does_not_go_on_as_an_open_one(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    transfer = Transfer(HURRIED)
+    with serving({"set.zip": CONTENT}, tls) as secure:
+        assert fetch(transfer, secure, tmp_path / "first") == CONTENT
+        secure.onward = {"set.zip": f"{server.url}/set.zip?token=hidden"}
+        with pytest.raises(DataError, match="which is not encrypted") as caught:
+            fetch(transfer, secure, tmp_path / "second")
+        assert "hidden" not in str(caught.value)
+        assert transfer.size(f"{secure.url}/set.zip") is None
+        assert not server.requests
+        # the other way round is no loss
+        server.onward, secure.onward = {"set.zip": f"{secure.url}/set.zip"}, {}
+        assert fetch(transfer, server, tmp_path / "third") == CONTENT
+    transfer.close()
