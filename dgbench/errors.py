@@ -41,7 +41,22 @@ class ResultError(DgbenchError):
 
 
 class StoppedError(DgbenchError):
-    """The user stopped a command that can go on later; the hint says how."""
+    """The user or the system stopped a command that can go on later; the message says how, `code` is the exit status."""
+
+    def __init__(self, message: str, hint: str | None = None, code: int = 130) -> None:
+        super().__init__(message, hint)
+        self.code = code
+
+
+class Terminated(BaseException):
+    """The process was told to end, by SIGTERM or SIGHUP; like KeyboardInterrupt, no `except Exception` stops it.
+
+    `signum` is the signal's number; the program exits with 128 more.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
 def suggest(name: str, known: Iterable[str]) -> str | None:

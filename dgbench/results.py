@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dgbench import __version__, atomic
+from dgbench import __version__, atomic, locks
 from dgbench.errors import ResultError, suggest
 
 if TYPE_CHECKING:
@@ -289,14 +289,19 @@ def new_run(root: Path | str, stem: str) -> Path:
     raise ResultError(f"100 runs named {base} exist in {root}", "remove some of them")
 
 
-def claim_run(folder: Path) -> Path:
+def claim_run(folder: Path, *, locked: bool = False) -> Path:
     """Create and return a run folder of the user's choice.
 
-    Raises: ResultError if it holds anything already.
+    Args:
+        locked: this process holds the folder already.
+
+    Raises: ResultError if it holds anything already, or somebody trains in it.
     """
+    if not locked:
+        locks.check_free(folder)
     if (folder / "recipe.yaml").is_file():
         raise ResultError(f"{folder} holds a run already", f"go on with it: dgbench train --resume {folder}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name not in locks.OURS for path in folder.iterdir())):
         raise ResultError(f"{folder} exists and is not empty", "choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

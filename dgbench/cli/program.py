@@ -157,7 +157,7 @@ def _explain(error: BaseException) -> int | None:
 
     if isinstance(error, StoppedError):
         render.note(error.message)
-        return 130
+        return error.code
     if isinstance(error, KeyboardInterrupt):
         render.note("interrupted")
         return 130

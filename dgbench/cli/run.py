@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from dgbench.cli import completion
 from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
 from dgbench.cli.program import Command
-from dgbench.errors import RecipeError, ResultError, StoppedError
+from dgbench.errors import RecipeError, ResultError, StoppedError, Terminated
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
@@ -52,7 +53,7 @@ def train(
     quiet: QuietOpt = False,
 ) -> None:
     """Train on one domain, score on others, show the leaderboard."""
-    from dgbench import render, results
+    from dgbench import locks, render, results
     from dgbench.needs import check_training
     from dgbench.recipe import load_recipe, resolve
 
@@ -61,6 +62,7 @@ def train(
             problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
         run = results.find_run(resume, runs)
+        locks.check_free(run)  # at once, before torch is imported
         begun = load_recipe(run / "recipe.yaml", check_method=False)
         check_training(begun, root, scored=not no_eval, from_scratch=not any((run / "checkpoint").glob("step-*")))
         recipe = load_recipe(run / "recipe.yaml")
@@ -74,14 +76,17 @@ def train(
         run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:
-        from dgbench.engine.evaluate import evaluate
-        from dgbench.engine.train import train as fit
+        with locks.training(run) as first:
+            if first and out is not None:  # once more: a run of somebody else may have begun and ended here since
+                results.claim_run(out, locked=True)
+            from dgbench.engine.evaluate import evaluate
+            from dgbench.engine.train import train as fit
 
-        trained = fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
-    except KeyboardInterrupt:
+            trained = fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
+    except (KeyboardInterrupt, Terminated) as stop:
         if not (run / "recipe.yaml").is_file():
             raise
-        raise StoppedError(f"interrupted; go on with: dgbench train --resume {run}") from None
+        raise _stopped(stop, f"go on with: dgbench train --resume {shlex.quote(str(run))}") from None
     finally:
         # a run that failed before its first file is no run
         with contextlib.suppress(OSError):
@@ -92,8 +97,8 @@ def train(
         return
     try:
         records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
-    except KeyboardInterrupt:
-        raise StoppedError(f"interrupted; training is complete, score it with: dgbench eval {run}") from None
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise _stopped(stop, f"training is complete, score it with: dgbench eval {shlex.quote(str(run))}") from None
     if as_json:
         render.show([trained, *records], as_json=True)
         return
@@ -151,9 +156,16 @@ def eval_(
     from dgbench.engine.evaluate import evaluate
 
     progress = render.progress(quiet=quiet)
-    records = evaluate(
-        folder, names, progress=progress, device=device, include_source=names is None, root=root, protocol_name=rules
-    )
+    try:
+        records = evaluate(
+            folder, names, progress=progress, device=device, include_source=names is None, root=root, protocol_name=rules
+        )
+    except (KeyboardInterrupt, Terminated) as stop:
+        given = {"--targets": names, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
+        words = [str(folder)]
+        for option, values in given.items():
+            words += [option, *(v for v in values if v)] if values and any(values) else []
+        raise _stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
     render.show(records, as_json=as_json)
 
 
@@ -186,6 +198,15 @@ def _as_shipped(name: str) -> Recipe | None:
     with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
         return load_recipe(name)
     return None
+
+
+def _stopped(stop: BaseException, advice: str) -> StoppedError:
+    """What to say about a command that was stopped, with the exit status that shells give it."""
+    if isinstance(stop, Terminated):
+        import signal
+
+        return StoppedError(f"stopped by {signal.Signals(stop.signum).name}; {advice}", code=128 + stop.signum)
+    return StoppedError(f"interrupted; {advice}")
 
 
 def _run_with_checkpoint(text: str, runs: Path) -> Path:

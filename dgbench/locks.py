@@ -1,0 +1,118 @@
+"""One training at a time in a run folder: a lock that ends with its holder, and a note that says who that is.
+
+`.training.lock` is locked by the system, which lets go of it when the holder ends, however it ends. `.training.json` beside it
+says process, host and time for whoever is refused. A note that was left behind by a kill is taken over, with one exception:
+where the run lies on a network disk, whose locks other hosts may not see, the note of another host is respected until somebody
+removes it. A copied run folder is free: the note names the lock file by its number on the disk, which a copy has not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dgbench import atomic
+from dgbench.errors import ResultError
+
+LOCK, NOTE = ".training.lock", ".training.json"
+OURS = frozenset({LOCK, NOTE})  # what a folder may hold and still be empty
+
+
+@contextmanager
+def training(run: Path) -> Iterator[bool]:
+    """Within, no other dgbench trains in the folder `run`, which must exist.
+
+    Of the processes of one distributed training the first holds the lock for all; it is given True, the others False.
+
+    Raises: ResultError naming the holder if there is one.
+    """
+    if int(os.environ.get("RANK") or 0) > 0:
+        yield False
+        return
+    with held(run / LOCK) as free:
+        if not free:
+            raise ResultError(*_in_use(run, _holder(run)))
+        holder = _holder(run)
+        if holder is not None and _elsewhere(holder):
+            raise ResultError(*_in_use(run, holder))
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        note = {"pid": os.getpid(), "host": platform.node(), "since": now, "boot": _boot(), "lock": _number(run)}
+        atomic.write(run / NOTE, json.dumps(note) + "\n")
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                (run / NOTE).unlink()
+                if [path.name for path in run.iterdir()] == [LOCK]:  # a run that failed before its first file
+                    (run / LOCK).unlink()
+
+
+def check_free(run: Path) -> None:
+    """Raises: ResultError naming the holder if a training holds the folder."""
+    if (run / LOCK).exists():
+        with training(run):
+            pass
+
+
+@contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Within, this process holds the lock file `path` (True), or another one does (False); nothing is waited for."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _in_use(run: Path, holder: dict[str, Any] | None) -> tuple[str, str]:
+    if holder is None:
+        return f"{run} is being trained in by another process", "wait until it ends, or stop it; or train in another folder"
+    pid, host, since = (str(holder[key])[:100] for key in ("pid", "host", "since"))
+    message = f"{run} is being trained in by process {pid} on {host} since {since}"
+    if _elsewhere(holder):
+        return message, f"wait until it ends, or stop it there; if it has ended without a word: rm {run / NOTE}"
+    return message, f"wait until it ends, or stop it: kill {pid}; or train in another folder"
+
+
+def _holder(run: Path) -> dict[str, Any] | None:
+    """Who says to hold the run; None if nobody does, or the note came with a copy of the folder."""
+    from dgbench import untrusted
+
+    try:
+        note = untrusted.read_object(untrusted.read_bytes(run / NOTE, 10_000))
+    except (OSError, ValueError):
+        return None
+    if note is None or not {"pid", "host", "since"} <= note.keys() or note.get("lock") != _number(run):
+        return None
+    return note
+
+
+def _elsewhere(holder: dict[str, Any]) -> bool:
+    # containers of one machine have other names, but share its kernel and with it the lock
+    return holder["host"] != platform.node() and (not holder.get("boot") or holder["boot"] != _boot())
+
+
+def _number(run: Path) -> int:
+    return (run / LOCK).stat().st_ino
+
+
+def _boot() -> str:
+    """What names this start of the machine's kernel; empty where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
