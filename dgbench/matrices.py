@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from collections.abc import Sequence
@@ -36,12 +37,18 @@ def packed(counts: NDArray[np.int64], ids: Sequence[str] | None = None) -> bytes
     return buffer.getvalue()
 
 
-def unpacked(path: Path) -> Matrices:
+def unpacked(path: Path, sha256: str = "") -> Matrices:
     """Read what `packed` made, with or without ids. Nothing is unpickled.
+
+    Args:
+        sha256: of the file, where it is known.
 
     Raises: OSError or ValueError saying what is wrong with the file.
     """
-    data = io.BytesIO(untrusted.read_bytes(path, _BYTES))
+    content = untrusted.read_bytes(path, _BYTES)
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("it is damaged or another file: its sha256 is not the one in the record")
+    data = io.BytesIO(content)
     try:
         with zipfile.ZipFile(data) as archive:
             if sum(member.file_size for member in archive.infolist()) > _BYTES:

@@ -7,6 +7,7 @@ looks only at names `record-*.json`, which half-written files never have.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -82,7 +83,9 @@ class Record:
     commit: str | None = None
     dirty: bool | None = None
     confusion: str | None = None  # file beside the record with the (n, K, K) counts
+    confusion_sha256: str = ""  # of that file; "": unknown, as in older records
     extra: dict[str, float | str | None] = field(default_factory=dict)  # what one kind alone measures, e.g. the last loss
+    digest: str = ""  # sha256 of the file's text with this value left empty; "": unknown, as in older records
     schema: int = SCHEMA
     path: Path | None = field(default=None, compare=False)  # where it was read from; not in the file
 
@@ -129,8 +132,7 @@ def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = No
 
     Raises: ResultError if a record of this name exists; OSError naming the path if it cannot be written.
     """
-    # "@" and "/" may occur in names of domains, the file must stay one portable name
-    name = f"{record.id}-{record.kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', record.target)}-{record.split}"
+    name = file_stem(record.id, record.kind, record.target, record.split)
     path = folder / f"record-{name}.json"
     if path.exists():
         raise ResultError(f"{path} exists; records are never overwritten", "give the new record its own id")
@@ -138,16 +140,35 @@ def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = No
         file_name = f"confusion-{name}.npz"
         from dgbench import matrices
 
-        atomic.write(folder / file_name, matrices.packed(confusion, images))
-        record = dataclasses.replace(record, confusion=file_name)
+        packed = matrices.packed(confusion, images)
+        atomic.write(folder / file_name, packed)
+        record = dataclasses.replace(record, confusion=file_name, confusion_sha256=hashlib.sha256(packed).hexdigest())
+    record = dataclasses.replace(record, digest="")
+    record = dataclasses.replace(record, digest=_digest(to_json(record).encode()))
     atomic.write(path, to_json(record) + "\n")
     return dataclasses.replace(record, path=path)
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text.rstrip(b"\n")).hexdigest()
+
+
+_DIGEST = re.compile(rb'(?<="digest": ")[0-9a-f]{64}(?="\n\}\n?\Z)')
+
+
+def file_stem(id_: str, kind: str, target: str, split: str) -> str:
+    """What the names of a record's files have in common: `record-STEM.json`, `confusion-STEM.npz`."""
+    # "@" and "/" may occur in names of domains, the file must stay one portable name
+    return f"{id_}-{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', target)}-{split}"
 
 
 def to_json(record: Record) -> str:
     """Return the record as it is stored: indented JSON in field order, non-finite numbers as null."""
     content = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "path"}
-    return json.dumps({"schema": content.pop("schema"), **finite(content)}, indent=1, ensure_ascii=False, allow_nan=False)
+    digest = {"digest": content.pop("digest")}  # the last word
+    return json.dumps(
+        {"schema": content.pop("schema"), **finite(content), **digest}, indent=1, ensure_ascii=False, allow_nan=False
+    )
 
 
 def read(path: Path) -> Record:
@@ -182,6 +203,8 @@ def read(path: Path) -> Record:
         problem = bounds.problem(record)
     except ValidationError as error:
         problem = untrusted.in_words(error.errors(include_url=False)[0])
+    if not problem and record.digest and _digest(_DIGEST.sub(b"", data)) != record.digest:
+        problem = "is damaged or was changed: its content is not what its digest says"
     if problem:
         raise ResultError(f"{path}: {problem}", "restore or remove the file")
     return dataclasses.replace(record, path=path)
@@ -233,7 +256,7 @@ def _record_files(root: str) -> Iterator[str]:
 def read_matrices(record: Record) -> Matrices:
     """Return the per-image matrices kept beside a record, and the ids of the images; ids are None in older files.
 
-    Raises: ResultError if the record has none or the file is missing or damaged.
+    Raises: ResultError if the record has none or the file is missing, damaged or not the one that was written with it.
     """
     from dgbench import matrices
 
@@ -241,7 +264,7 @@ def read_matrices(record: Record) -> Matrices:
         raise ResultError(f"record {record.id} has no per-image matrices", "score the checkpoint again with `dgbench eval`")
     path = record.path.parent / record.confusion
     try:
-        return matrices.unpacked(path)
+        return matrices.unpacked(path, record.confusion_sha256)
     except FileNotFoundError:
         raise ResultError(f"{path} is not there", "score the checkpoint again with `dgbench eval`") from None
     except (OSError, ValueError) as error:

@@ -39,7 +39,8 @@ def test_a_record_of_schema_1_is_read_and_what_it_lacks_is_unknown(tmp_path: Pat
     path = results.write(record(), tmp_path).path
     assert path is not None
     content = json.loads(path.read_text())
-    for new in ("rendered", "n_extra", "source_images", "source_available", "source_rendered"):
+    later = ("digest", "confusion_sha256")
+    for new in ("rendered", "n_extra", "source_images", "source_available", "source_rendered", *later):
         del content[new]
     path.write_text(json.dumps(content | {"schema": 1}))
     old = results.read(path)
@@ -128,6 +129,7 @@ def test_matrices_of_older_files_are_read_and_not_paired(tmp_path: Path) -> None
     old = results.write(record(id="old"), tmp_path, counts)
     assert old.confusion is not None
     np.savez_compressed(tmp_path / old.confusion, confusion=counts)  # as version 0.1 wrote it
+    old = dataclasses.replace(old, confusion_sha256="")
     assert results.read_matrices(old).ids is None
     assert np.array_equal(results.read_confusion(old), counts)
     with pytest.raises(ResultError, match="records new and old cannot be paired: .* do not say which images"):
@@ -174,8 +176,10 @@ def test_a_file_that_holds_no_matrices_is_named(arrays: dict[str, np.ndarray], t
     written = results.write(record(), tmp_path, counts_of("a"), ("a",))
     assert written.confusion is not None
     np.savez(tmp_path / written.confusion, **arrays)
-    with pytest.raises(ResultError, match=f"{written.confusion} cannot be read"):
+    with pytest.raises(ResultError, match=f"{written.confusion} cannot be read: it is damaged or another file"):
         results.read_matrices(written)
+    with pytest.raises(ResultError, match=f"{written.confusion} cannot be read: (?!it is damaged)"):
+        results.read_matrices(dataclasses.replace(written, confusion_sha256=""))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +231,53 @@ def test_a_folder_of_runs_that_is_not_there_is_named(tmp_path: Path, monkeypatch
     assert path is not None
     with pytest.raises(ResultError, match="is not a folder"):
         results.query(path)
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
+def test_a_flipped_bit_anywhere_in_a_record_is_noticed(tmp_path: Path) -> None:
+    path = results.write(record(iou=(0.1 + 0.2, 1e-05)), tmp_path, counts_of("a"), ("a",)).path
+    assert path is not None
+    data = path.read_bytes()
+    read = []
+    for bit in range(0, len(data) * 8, 9):  # one in each byte, each in turn
+        path.write_bytes(flipped(data, bit))
+        try:
+            read.append((bit, results.read(path)))
+        except ResultError:
+            continue
+    assert not read
+
+
+def test_a_flipped_bit_anywhere_in_the_matrices_is_noticed(tmp_path: Path) -> None:
+    written = results.write(record(), tmp_path, counts_of("a"), ("a",))
+    assert written.confusion is not None
+    path = tmp_path / written.confusion
+    data = path.read_bytes()
+    for bit in range(0, len(data) * 8, 9):  # one in each byte, each in turn
+        path.write_bytes(flipped(data, bit))
+        with pytest.raises(ResultError, match="cannot be read: it is damaged or another file"):
+            results.read_confusion(written)
+
+
+def test_a_flipped_record_is_left_out_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = results.write(record(miou=0.4), tmp_path).path
+    assert path is not None
+    path.write_text(path.read_text().replace('"miou": 0.4', '"miou": 0.6'))
+    assert results.query(tmp_path) == []
+    assert caplog.messages == [f"{path}: is damaged or was changed: its content is not what its digest says; it is left out"]
+
+
+def test_a_record_without_digests_is_read(tmp_path: Path) -> None:
+    given = record()
+    path = results.write(given, tmp_path).path
+    assert path is not None
+    content = json.loads(path.read_text())
+    del content["digest"], content["confusion_sha256"]
+    path.write_text(json.dumps(content))
+    assert results.read(path) == given
 
 
 def stored(folder: Path, **changed: str) -> Path:
