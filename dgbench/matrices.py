@@ -23,15 +23,18 @@ class Matrices:
 
     ids: tuple[str, ...] | None
     counts: NDArray[np.int64]
+    note: str = ""  # what else was to be kept with them
 
 
-def packed(counts: NDArray[np.int64], ids: Sequence[str] | None = None) -> bytes:
-    """Return an `.npz` of counts (n, K, K) and n ids."""
+def packed(counts: NDArray[np.int64], ids: Sequence[str] | None = None, note: str = "") -> bytes:
+    """Return an `.npz` of counts (n, K, K), n ids and a text."""
     if ids is not None and len(ids) != len(counts):
         raise ValueError(f"{len(counts)} matrices and {len(ids)} ids")
     arrays: dict[str, NDArray[np.generic]] = {"confusion": np.asarray(counts, dtype=np.int64)}
     if ids is not None:
         arrays["images"] = np.array(ids, dtype=np.str_)
+    if note:
+        arrays["note"] = np.array(note, dtype=np.str_)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
@@ -56,13 +59,14 @@ def unpacked(path: Path, sha256: str = "") -> Matrices:
         data.seek(0)
         with np.load(data, allow_pickle=False) as file:
             counts, ids = np.asarray(file["confusion"]), np.asarray(file["images"]) if "images" in file else None
+            note = str(file["note"]) if "note" in file else ""
     except (KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
     if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
         raise ValueError(f"it holds {counts.dtype} {counts.shape}, not counts (n, K, K)")
     if ids is not None and (ids.dtype.kind != "U" or ids.shape != counts.shape[:1]):
         raise ValueError(f"its ids are {ids.dtype} {ids.shape}, not a text for each of {len(counts)} matrices")
-    return Matrices(None if ids is None else tuple(ids.tolist()), counts.astype(np.int64))
+    return Matrices(None if ids is None else tuple(ids.tolist()), counts.astype(np.int64), note)
 
 
 def paired(a: Matrices, b: Matrices) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ from dgbench.data import labels
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import lookup
 from dgbench.data.resizing import as_tested, one_thread
-from dgbench.engine import checkpoints
+from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, pick_device
 from dgbench.engine.scoring import score
-from dgbench.errors import DataError
+from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
 from mfuser import ops
 from mfuser.segmentor import Segmentor
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,8 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
         include_source: score the source's validation split too, first.
         protocol_name: score under this protocol instead of the recipe's.
 
-    Raises: DataError, RecipeError, CheckpointError, BackendError for what a user can mend. Domains scored before an error
-        keep their records.
+    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can mend. Domains scored before
+        an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
     """
     on = pick_device(device)  # refused before any time is spent
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -91,60 +94,171 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
         )
         for d in domains
     ]
-    folder = checkpoints.folder_of(run)
-    model = checkpoints.load_for(recipe, folder).to(on)
-    model.check_backends()
-    sha = checkpoints.sha256(folder)
-    seen = checkpoints.seen_by(folder)
-    return [_score(recipe, rules, model, dataset, run, sha, seen, on, progress) for dataset in datasets]
+    found = _checkpoint(recipe, run, on)
+    partial.tidy(run, lambda about: about.get("checkpoint") != found.sha)
+    with ExitStack() as stack:
+        parts: list[partial.Partial] = []
+        records = [_score(recipe, rules, found, dataset, run, on, progress, stack, parts) for dataset in datasets]
+        # all or none: an evaluation that is interrupted is gone on with, and leaves one record of each domain
+        for part in parts:
+            part.remove()
+    scored = [dict(part.about) for part in parts]
+    partial.tidy(run, lambda about: dict(about) in scored)  # begun with other code, or on another device
+    return records
 
 
-def _score(recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset, run: Path, sha: str,
-           seen: checkpoints.Seen | None, device: torch.device, progress: Progress) -> results.Record:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    model: Segmentor
+    sha: str
+    seen: checkpoints.Seen | None
+
+
+def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
+    """The newest checkpoint. A training may replace it at any moment: then the next one is taken.
+
+    Raises: CheckpointError.
+    """
+    for _ in range(_TRIES):
+        folder = checkpoints.folder_of(run)
+        before = _state(folder)
+        try:
+            found = _Checkpoint(checkpoints.load_for(recipe, folder), checkpoints.sha256(folder), checkpoints.seen_by(folder))
+        except (CheckpointError, OSError):
+            if before is not None and _state(folder) == before:
+                raise
+            continue
+        if before is not None and _state(folder) == before:
+            found.model.to(device).check_backends()
+            return found
+    raise CheckpointError(f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",
+                          "wait until the training ends, or train with a larger train.checkpoint_every")  # fmt: skip
+
+
+_TRIES = 20
+
+
+def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
+    """What tells the files of a folder from others of their names; None if it is gone."""
+    try:
+        states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    except OSError:
+        return None
+    return [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
+
+
+def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset: SegDataset, run: Path, device: torch.device,
+           progress: Progress, stack: ExitStack, parts: list[partial.Partial]) -> results.Record:  # fmt: skip
     dataset.prepare(progress)
     size = None if dataset.domain.procedural else recipe.data.size
-    started, ran = time.perf_counter(), ops.tally()
-    seconds = {"data": 0.0, "model": 0.0, "metric": 0.0}
-    n_classes = len(labels.CLASSES)
-    counts = np.zeros((len(dataset), n_classes, n_classes), np.int64)  # in the dataset's order, whatever is batched with what
-    progress.start(f"scoring {dataset.domain.name} {dataset.split}", len(dataset), "images")
-    try:
-        for batch, waited in _batches(_TestView(dataset, rules, size), recipe):
-            seconds["data"] += waited
-            before = time.perf_counter()
-            prediction = _predict(model, batch, rules, device)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds["model"] += time.perf_counter() - before
-            before = time.perf_counter()
-            for pred, item in zip(prediction, batch, strict=True):
-                counts[item.index] = metrics.confusion(pred, item.label.to(device), n_classes)
-            seconds["metric"] += time.perf_counter() - before
-            progress.advance(len(batch))
-    finally:
-        progress.stop()
-    total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
-    iou = metrics.iou(total, absent=absent)
-    if few := metrics.rare(counts, classes=classes, absent=absent):
-        logging.getLogger(__name__).warning(rarely_seen(dataset.domain.name, dataset.split, few))
-    commit, dirty = results.commit()
     row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
+    hashed, environment = protocol.protocol_hash(rules, row), results.environment(device_name(device), torch.get_num_threads())
+    about = {"checkpoint": found.sha, "target": dataset.domain.name, "split": dataset.split, "protocol": rules.digest}
+    ids = [dataset.name(i) for i in range(len(dataset))]
+    key = partial.key_of(
+        **about, protocol_hash=hashed, recipe=recipe_hash(recipe), size=size, images=ids, files=_files(dataset),
+        labels=dataset.fingerprint(), batch=recipe.eval.batch_size, device=str(device), environment=environment,
+    )  # fmt: skip
+    part = stack.enter_context(partial.opened(run, key, about, ids, len(labels.CLASSES)))
+    parts.append(part)
+    if (before := part.record()) is not None:
+        progress.note(f"{dataset.domain.name} was scored before the interruption")
+        return before
+    _fill(part, recipe, rules, found.model, dataset, size, device, progress)
+    counts = part.counts
+    total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
+    labelled = bool(total.any())
+    iou = metrics.iou(total, absent=absent)
+    if not labelled:
+        _log.warning(f"{dataset.domain.name} {dataset.split}: mIoU is undefined: no labelled pixel in {len(ids)} images")
+    elif few := metrics.rare(counts, classes=classes, absent=absent):
+        _log.warning(rarely_seen(dataset.domain.name, dataset.split, few))
+    commit, dirty = results.commit()
     record = results.Record(
-        id=results.new_id(), kind="eval", created=results.now_iso(), method=model.method,
+        id=part.id, kind="eval", created=results.now_iso(), method=found.model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
         target=dataset.domain.name, split=dataset.split, protocol=rules.name,
-        protocol_digest=rules.digest, protocol_hash=protocol.protocol_hash(rules, row),
-        miou=metrics.miou(total, classes=classes, absent=absent),
-        iou=tuple(None if np.isnan(v) else float(v) for v in iou),
-        interval=metrics.interval(counts, classes=classes, absent=absent),
+        protocol_digest=rules.digest, protocol_hash=hashed,
+        miou=metrics.miou(total, classes=classes, absent=absent) if labelled else None,
+        iou=tuple(float(v) if labelled and not np.isnan(v) else None for v in iou),
+        interval=metrics.interval(counts, classes=classes, absent=absent) if labelled else (None, None),
         n_images=len(dataset), n_available=dataset.available, n_extra=dataset.extra, rendered=dataset.exported,
-        **checkpoints.in_record(seen),
-        seconds={**seconds, "total": time.perf_counter() - started}, seed=recipe.train.seed,
-        steps=recipe.train.steps, checkpoint=sha, backends=ops.ran_since(ran),
-        environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
+        **checkpoints.in_record(found.seen),
+        seconds=dict(part.seconds), seed=recipe.train.seed,
+        steps=recipe.train.steps, checkpoint=found.sha, backends=part.backends,
+        environment=environment, commit=commit, dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
     )  # fmt: skip
-    return results.write(record, run, counts, [dataset.name(i) for i in range(len(dataset))])
+    part.save()  # with the id: whatever happens now, there will be one record
+    return results.write(record, run, counts, ids)
+
+
+def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset,
+          size: protocol.Size | None, device: torch.device, progress: Progress) -> None:  # fmt: skip
+    """Score the images that are not done yet, in the batches in which all would be: a batch may decide the last bit."""
+    started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
+    n, by = len(dataset), recipe.eval.batch_size
+    whole = [list(range(i, min(i + by, n))) for i in range(0, n, by)]
+    batches = [batch for batch in whole if not part.done[batch].all()]
+    if done := n - sum(map(len, batches)):
+        progress.note(f"{dataset.domain.name}: {done} of {n} images were scored before the interruption")
+    progress.start(f"scoring {dataset.domain.name} {dataset.split}", n, "images")
+    progress.advance(done)
+
+    def take_stock() -> None:
+        part.seconds["total"] = spent + time.perf_counter() - started
+        part.backends = {**earlier, **ops.ran_since(ran)}
+
+    try:
+        for groups, waited in _batches(_TestView(dataset, rules, size), recipe, batches):
+            part.seconds["data"] += waited
+            for batch in groups:
+                before = time.perf_counter()
+                prediction = _predict(model, batch, rules, device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                part.seconds["model"] += time.perf_counter() - before
+                before = time.perf_counter()
+                for pred, item in zip(prediction, batch, strict=True):
+                    part.counts[item.index] = metrics.confusion(pred, item.label.to(device), len(labels.CLASSES))
+                part.seconds["metric"] += time.perf_counter() - before
+            part.done[[item.index for batch in groups for item in batch]] = True
+            take_stock()
+            part.save_in_time()
+            progress.advance(sum(map(len, groups)))
+    except Exception as error:  # OpenCV raises one of its own kind
+        if not _out_of_memory(error):
+            raise
+        file = part.run / "recipe.yaml"
+        less = f"; `batch_size: 1` of `eval` in {file} needs less, and gives the recipe another hash" if by > 1 else ""
+        raise DgbenchError(f"not enough memory to score `{dataset.domain.name}`, {by} images at once",
+                           f"close other programs, or use a machine with more{less}") from error  # fmt: skip
+    finally:
+        progress.stop()
+        take_stock()
+        if not part.done.all():  # whatever stopped it
+            with suppress(OSError):
+                part.save()
+    mixed = ops.ran_since(ran)
+    if any(earlier.get(op, name) != name for op, name in mixed.items()):
+        # another backend than before the interruption rounds otherwise
+        part.restart()
+        _fill(part, recipe, rules, model, dataset, size, device, progress)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the machine's memory, not a GPU's, is exhausted; libraries say so in words of their own."""
+    words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return not of_gpu and (isinstance(error, MemoryError) or any(word in str(error) for word in words))
+
+
+def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the images' files; of rows of a Hub the fingerprint of labels has them all."""
+    if dataset.found is None:
+        return []
+    paths = [dataset.found.folder / image for image, _ in dataset.found.pairs[: len(dataset)]]
+    return [(str(path), (state := path.stat()).st_size, state.st_mtime_ns) for path in paths]
 
 
 def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
@@ -165,19 +279,17 @@ def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol
     return {f"miou{n}": metrics.miou(total, classes=protocol.CLASS_SETS[n], absent=rules.absent_classes) for n in subsets}
 
 
-def _batches(view: _TestView, recipe: Recipe) -> Iterator[tuple[list[_Item], float]]:
-    """Lists of items of one size, and the seconds spent waiting for them."""
+def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
+    """Each batch as lists of items of one size, and the seconds spent waiting for it."""
     workers = min(recipe.train.workers, usable_cores())
-    loader = DataLoader(view, batch_size=recipe.eval.batch_size, num_workers=workers, collate_fn=list, worker_init_fn=one_thread)
+    loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=one_thread)
     before = time.perf_counter()
     for items in loader:
         waited = time.perf_counter() - before
         by_size: dict[Any, list[_Item]] = {}
         for item in items:
             by_size.setdefault((item.views[0].shape, item.label.shape), []).append(item)
-        for same in by_size.values():
-            yield same, waited
-            waited = 0.0
+        yield list(by_size.values()), waited
         before = time.perf_counter()
 
 
