@@ -264,7 +264,7 @@ def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
 def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
     """Return one line that names the classes whose IoU a few images decide, with their number of images."""
     first = sorted(few, key=lambda k: (few[k], k))[:6]
-    named = ", ".join(f"{labels.CLASSES[k]} ({few[k]})" for k in first)
+    named = ", ".join(f"{labels.CLASSES[k].name} ({few[k]})" for k in first)
     if len(few) > len(first):
         named += f" and {len(few) - len(first)} more"
     return (

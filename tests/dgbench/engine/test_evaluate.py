@@ -188,7 +188,7 @@ def test_classes_of_few_images_are_named_in_a_warning(run, caplog):
     (said,) = [r.getMessage() for r in caplog.records if r.name == "dgbench.engine.evaluate"]
     assert said.startswith("streets-city val: in fewer than 5 of the scored images: ")
     rarest = min(few, key=lambda k: (few[k], k))
-    assert f": {CLASSES[rarest]} ({few[rarest]})" in said
+    assert f": {CLASSES[rarest].name} ({few[rarest]})" in said
 
 
 def under(run, monkeypatch, target="streets-city", root=None, **changed):
