@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dgbench.errors import Terminated
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _QUIET = 5.0  # seconds after a signal in which more of them mean the same
@@ -45,3 +50,40 @@ def terminable() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def follow(*lines: Connection) -> None:
+    """In a process that `multiprocessing` started: end it when its parent ends, by whatever, or a line's other end is closed.
+
+    What a terminal or a batch system sends to the whole group goes to the parent alone, which ends its workers in order.
+    """
+    from multiprocessing import parent_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a fork has the parent's handler
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    parent = parent_process()
+    waited = [*lines, *([] if parent is None else [parent.sentinel])]
+    threading.Thread(target=_end_after, args=(waited,), daemon=True).start()
+
+
+def _end_after(waited: list[Connection | int]) -> None:
+    from multiprocessing.connection import wait
+
+    wait(waited)
+    os._exit(1)
+
+
+@contextmanager
+def unheard_interrupts() -> Iterator[None]:
+    """Processes that are started within never hear of Ctrl-C; this one hears of it at the end."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

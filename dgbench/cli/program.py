@@ -17,7 +17,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
-from dgbench.ends import terminable
 from dgbench.errors import DgbenchError, StoppedError, Terminated
 
 if TYPE_CHECKING:
@@ -135,6 +134,8 @@ class Program(TyperGroup):
 
         DGBENCH_DEBUG=1 lets the traceback through.
         """
+        from dgbench.ends import terminable
+
         _warn_on_stderr()
         with terminable() as received:
             try:
