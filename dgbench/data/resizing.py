@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dgbench import ends
 from dgbench.data.labels import IGNORE
 from dgbench.protocol import Protocol, Size
 
@@ -72,6 +73,7 @@ def resize_label(label: Pixels, size: Size, *, by: str) -> Pixels:
     return np.asarray(cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST))
 
 
-def one_thread(_: int) -> None:
-    """Start a loader worker: it is one of several, and OpenCV would give each of them every core."""
+def worker_init(_: int) -> None:
+    """Start a loader's worker: it is one of several, each of which OpenCV would give every core, and ends with its parent."""
     cv2.setNumThreads(0)
+    ends.follow()
