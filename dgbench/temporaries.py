@@ -47,14 +47,21 @@ def _host() -> str:
 
 def _left(path: Path, host: str | None, pid: int) -> bool:
     if os.name == "posix" and host in (None, _host()):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):
-            return False
-        return False
+        return not _runs(pid)
     try:
         return time.time() - path.lstat().st_mtime > _OLD
     except OSError:
         return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    # a worker whose parent was killed stays a zombie where nobody waits for it, as in containers without an init
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return True

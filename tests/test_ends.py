@@ -48,7 +48,7 @@ def wait_until(true: object, seconds: float) -> bool:
 
 @pytest.mark.parametrize(
     ("sent", "to_group", "code"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGHUP, False, 129), (signal.SIGKILL, False, -9)],
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGKILL, False, -9)],
 )
 def test_a_rendering_ends_within_five_seconds_with_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, to_group: bool, code: int

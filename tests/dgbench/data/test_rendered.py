@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import platform
 import random
 import shutil
@@ -146,9 +147,13 @@ def test_what_dead_processes_left_is_removed_and_what_others_write_is_not(cache:
     host = platform.node().replace(".", "_")
     left = [f".000000.png.{host}-{gone.pid}.tmp", f".000001_labelTrainIds.png.{gone.pid}"]
     running = [f".000000.png.{host}-1.tmp", f".000000.png.another-{gone.pid}.tmp", ".hidden", "notes.txt"]
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked for its status
+    left.append(f".000003.png.{host}-{zombie.pid}.tmp")
     for name in [*left, *running]:
         (folder / name).touch()
     dataset(1)
+    zombie.wait()
     assert not [name for name in left if (folder / name).exists()]
     assert all((folder / name).exists() for name in running)
 
