@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# exit codes of a loader's worker that could not hand over a batch, in PyTorch's error the only trace of why
+NO_SHARED_MEMORY, NO_FILES = 81, 82
 _QUIET = 5.0  # seconds after a signal in which more of them mean the same
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dgbench.data import streets
 from dgbench.data.dataset import SegDataset
-from dgbench.data.resizing import worker_init
+from dgbench.data.workers import worker_init
 from dgbench.progress import Silent
 
 ROOT = Path(__file__).parents[1]

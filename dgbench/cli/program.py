@@ -181,6 +181,11 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         render.note("interrupted")
         return 130
+    from dgbench.cli.limits import ran_out
+
+    if (limit := ran_out(error)) is not None:
+        render.failure(*limit)
+        return 1
     if (disk := _disk_error(error)) is not None:
         render.failure(*disk)
         return 1

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench import ends
 from dgbench.data.labels import IGNORE
 from dgbench.protocol import Protocol, Size
 
@@ -71,9 +70,3 @@ def resize_label(label: Pixels, size: Size, *, by: str) -> Pixels:
     if by.startswith("pillow"):
         return np.asarray(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
     return np.asarray(cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST))
-
-
-def worker_init(_: int) -> None:
-    """Start a loader's worker: it is one of several, each of which OpenCV would give every core, and ends with its parent."""
-    cv2.setNumThreads(0)
-    ends.follow()

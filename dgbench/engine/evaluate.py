@@ -19,7 +19,8 @@ from dgbench import metrics, protocol, results
 from dgbench.data import labels
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import lookup
-from dgbench.data.resizing import as_tested, worker_init
+from dgbench.data.resizing import as_tested
+from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints
 from dgbench.engine.device import device_name, pick_device
 from dgbench.engine.scoring import score

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from dgbench.data.dataset import Sample, SegDataset
 from dgbench.data.images import Part
-from dgbench.data.resizing import worker_init
 from dgbench.data.sampling import RareClassSampler, UniformSampler, Wanted
 from dgbench.data.transforms import (
     Augmentation,
@@ -25,6 +24,7 @@ from dgbench.data.transforms import (
     resized,
     to_model,
 )
+from dgbench.data.workers import worker_init
 from dgbench.errors import DataError
 
 PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
