@@ -7,11 +7,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from dgbench.errors import DataError
 from dgbench.resources import usable_cores
 
 State = Literal["ok", "warn", "fail", "info"]
@@ -183,14 +185,30 @@ def _disk(name: str, folder: Path) -> Check:
 
 
 def _folders(root: Path | None) -> list[Check]:
+    return [_placed("data root", lambda name: _data(name, root)), _placed("cache folder", _cache)]
+
+
+def _placed(name: str, look: Callable[[str], Check]) -> Check:
+    try:
+        return look(name)
+    except DataError as error:  # a variable that names no folder, no home folder
+        return Check(name, "fail", error.message, error.hint)
+
+
+def _data(name: str, root: Path | None) -> Check:
     from dgbench.data import domains
 
     base = domains.data_root(root)
-    cache = domains.cache_root()
-    present = [name for name, row in domains.DOMAINS.items() if not row.procedural and row.root(base) is not None]
+    present = [domain for domain, row in domains.DOMAINS.items() if not row.procedural and row.root(base) is not None]
     detail = f"{base}: {', '.join(present) or 'no data sets'}" if base.is_dir() else f"{base} does not exist"
     hint = None if present else "the streets domains need none; for others point DGBENCH_DATA at the folder that holds them"
-    return [Check("data root", "ok" if present else "info", detail, hint), _disk("cache folder", cache)]
+    return Check(name, "ok" if present else "info", detail, hint)
+
+
+def _cache(name: str) -> Check:
+    from dgbench.data import domains
+
+    return _disk(name, domains.cache_root())
 
 
 def _recipes() -> Check:

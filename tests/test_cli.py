@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -500,23 +501,33 @@ def test_a_closed_pipe_is_quiet(here: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX signal")
-def test_ctrl_c_exits_130_with_one_line(here: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [
+        ([signal.SIGINT], 130, "interrupted\n"),
+        ([signal.SIGTERM], 143, "terminated\n"),
+        ([signal.SIGHUP, signal.SIGTERM], 129, "terminated\n"),
+    ],
+)
+def test_a_signal_ends_a_command_with_one_line(here: Path, sent: list[signal.Signals], code: int, said: str) -> None:
     # a shell starts background jobs deaf to Ctrl-C, and this test may run in one
-    code = (
+    script = (
         "import signal, typer, time\nfrom dgbench import cli\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "@cli.app.command()\ndef wait(): print('ready', flush=True); time.sleep(60)\n"
+        "@cli.app.command()\ndef wait(): \n print('ready', flush=True)\n"
+        " try: time.sleep(60)\n finally: time.sleep(0.5)\n"
         "cli.main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen(
-        [sys.executable, "-c", code, "wait"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, "wait"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     begun = time.monotonic()
-    child.send_signal(2)
+    for number in sent:
+        child.send_signal(number)
     _, error = child.communicate(timeout=20)
-    assert child.returncode == 130
-    assert error == "interrupted\n"
+    assert child.returncode == code
+    assert error == said
     assert time.monotonic() - begun < 15

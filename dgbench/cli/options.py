@@ -23,7 +23,7 @@ def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
     """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
     if folder is not None and not ctx.resilient_parsing:
         before = os.environ.get("DGBENCH_DATA")
-        os.environ["DGBENCH_DATA"] = str(folder)
+        os.environ["DGBENCH_DATA"] = os.path.abspath(folder)
         ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
     return folder
 

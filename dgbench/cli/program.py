@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
-from dgbench.errors import DgbenchError, StoppedError
+from dgbench.errors import DgbenchError, StoppedError, Terminated
 
 if TYPE_CHECKING:
     from typer._click.core import Context
@@ -130,16 +130,28 @@ class Program(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: not isinstance(self.commands[name], TyperGroup))
 
     def invoke(self, ctx: Context) -> Any:
-        """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C. DGBENCH_DEBUG=1 lets the traceback through."""
+        """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C, 143 and 129 for SIGTERM and SIGHUP.
+
+        DGBENCH_DEBUG=1 lets the traceback through.
+        """
+        from dgbench.ends import terminable
+
         _warn_on_stderr()
-        try:
-            result = super().invoke(ctx)
-            # here, where a closed pipe can still be handled, and not when the interpreter ends
-            sys.stdout.flush()
-        except (Exception, KeyboardInterrupt) as error:
-            if os.environ.get("DGBENCH_DEBUG") == "1" or (code := _explain(error)) is None:
-                raise
-            raise typer.Exit(code) from None
+        with terminable() as received:
+            try:
+                result = super().invoke(ctx)
+                # here, where a closed pipe can still be handled, and not when the interpreter ends
+                sys.stdout.flush()
+            except (Exception, KeyboardInterrupt, Terminated) as error:
+                if os.environ.get("DGBENCH_DEBUG") == "1":
+                    raise
+                if received:
+                    # whatever else went wrong on the way out, such as a worker that the same signal ended
+                    _tell_end(error)
+                    raise typer.Exit(128 + received[0]) from None
+                if (code := _explain(error)) is None:
+                    raise
+                raise typer.Exit(code) from None
         return result
 
 
@@ -147,6 +159,14 @@ def _note(text: str) -> None:
     from dgbench import render
 
     render.note(text)
+
+
+def _tell_end(error: BaseException) -> None:
+    try:
+        _note(error.message if isinstance(error, StoppedError) else "terminated")
+        sys.stderr.flush()
+    except OSError:  # the terminal is gone, as it is after SIGHUP: what is left unsaid must not be an error at exit either
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _explain(error: BaseException) -> int | None:
@@ -161,6 +181,11 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         render.note("interrupted")
         return 130
+    from dgbench.cli.limits import ran_out
+
+    if (limit := ran_out(error)) is not None:
+        render.failure(*limit)
+        return 1
     if (disk := _disk_error(error)) is not None:
         render.failure(*disk)
         return 1

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
-from dgbench.data.domain import Domain, Layout, Role, Split
+from dgbench.data.domain import Domain, Layout, Role, Split, outside, replaced
 from dgbench.data.labels import IGNORE, LABEL_MAPS, NAMES, LabelMap
 from dgbench.errors import DataError, suggest
 from dgbench.spec import Count, Spec, own, problems_of, shown
@@ -75,6 +75,14 @@ class SplitSpec(Spec):
             raise own(f"expected a glob below the domain's folder, without `..` and `**`, got {glob!r}")
         return glob
 
+    @field_validator("labels")
+    @classmethod
+    def _stay_inside(cls, labels: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        glob = info.data.get("images", "")
+        if outside(leads_to := replaced(glob, labels.items())):
+            raise own(f"expected replacements that stay below the domain's folder, got {glob!r} -> {leads_to!r}")
+        return labels
+
 
 class UserDomain(Spec):
     """A declaration of a domain."""
@@ -96,6 +104,25 @@ class UserDomain(Spec):
         if name is not None and (problem := _unusable(name)):
             raise own(problem)
         return name
+
+    @field_validator("folder")
+    @classmethod
+    def _can_be_found(cls, folder: str) -> str:
+        try:
+            path = Path(folder).expanduser()
+        except RuntimeError:
+            raise own(f"expected a folder, and this system knows no home folder for {folder!r}") from None
+        if not path.is_absolute() and outside(folder):
+            raise own(f"expected a folder below the data root, without `..`, or an absolute one, got {folder!r}")
+        return folder
+
+    @field_validator("splits")
+    @classmethod
+    def _plain(cls, splits: dict[str, SplitSpec]) -> dict[str, SplitSpec]:
+        for name in splits:
+            if not name or name.startswith(".") or set(name) & set("/\\\0"):
+                raise own(f"expected names without `/` and a leading `.`, got {name!r}")
+        return splits
 
     @field_validator("label_map")
     @classmethod

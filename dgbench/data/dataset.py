@@ -1,7 +1,7 @@
 """One class that reads every domain: an index of samples, each decoded to an RGB image and a map of train ids.
 
-Rendered domains are kept as PNG files in the cache folder, written whole or not at all, so that a second run reads
-what the first rendered. Files of other domains are read in place, with labels mapped on the fly and checked.
+Rendered domains are kept in the cache folder (`dgbench.data.rendered`). Files of other domains are read in place, with labels
+mapped on the fly and checked.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +22,13 @@ from PIL import Image, UnidentifiedImageError
 
 from dgbench.data import pixels
 from dgbench.data.decode import read_label
-from dgbench.data.domains import RENDER_SIZE, cache_root, lookup
+from dgbench.data.domains import RENDER_SIZE, lookup
 from dgbench.data.images import FORMATS, Part, UnsuitableError, decode, orientation, upright
 from dgbench.data.index import Found, stem
 from dgbench.data.index import index as index_files
+from dgbench.data.rendered import Rendered
 from dgbench.errors import DataError
 from dgbench.progress import Progress
-from dgbench.resources import usable_cores
-
-_FEW = 16  # images that are rendered sooner than a pool of processes starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +115,7 @@ class SegDataset:
         if not 0 <= index < self._count:
             raise IndexError(f"index {index} of {self._count}")
         if self.found is None:
-            return Sample(self.name(index), *_cached_render(self._render_key(), index))
+            return Sample(self.name(index), *self._rendered().pair(index))
         row = self._rows[index]
         image = image_of(row)
         label = self._read_label(row)
@@ -138,7 +133,7 @@ class SegDataset:
     def image(self, index: int, part: Part | None = None) -> NDArray[np.uint8]:
         """Only the image, (H, W, 3) RGB at the dataset's size, or only a part of it: cheaper than the whole sample."""
         if self.found is None:
-            image = _cached_file(self._render_key(), index, 0)
+            image = self._rendered().image(index)
         elif self.size is None:
             return image_of(self._rows[index], part)
         else:
@@ -171,118 +166,21 @@ class SegDataset:
     def label(self, index: int) -> NDArray[np.uint8]:
         """Only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
         if self.found is None:
-            return _cached_file(self._render_key(), index, 1)
+            return self._rendered().label(index)
         return self._read_label(self._rows[index])
 
     def _read_label(self, row: dict[str, Any]) -> NDArray[np.uint8]:
         assert self.found is not None
         return read_label(label_path(row), self.label_map, self.found.layout.encoding, row["label"]["bytes"])
 
-    def _render_key(self) -> _RenderKey:
+    def _rendered(self) -> Rendered:
         assert self.size is not None
-        return _RenderKey(self.domain.name, self.split, self.size, self.domain.revision())
+        return Rendered(self.domain.name, self.split, self.size, self.domain.revision())
 
     def prepare(self, progress: Progress, workers: int | None = None) -> None:
         """Render what is not in the cache yet, in parallel. Folder domains have nothing to prepare."""
-        if not self.domain.procedural:
-            return
-        key = self._render_key()
-        missing = [i for i in range(self._count) if not key.image(i).exists()]
-        if not missing:
-            return
-        workers = workers or min(usable_cores(), 32)
-        progress.start(f"rendering {self.domain.name} {self.split}", len(missing), "images")
-        try:
-            if workers == 1 or len(missing) <= _FEW:
-                for index in missing:
-                    progress.advance(_render_many(key, [index]))
-                return
-            chunks = [missing[i : i + 8] for i in range(0, len(missing), 8)]
-            # spawn: the parent may hold threads (torch, BLAS) that a fork would copy in a broken state
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                pending = [pool.submit(_render_many, key, chunk) for chunk in chunks]
-                try:
-                    for done in as_completed(pending):
-                        progress.advance(done.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        finally:
-            progress.stop()
-
-
-@dataclass(frozen=True, slots=True)
-class _RenderKey:
-    """Where one rendered split lies in the cache."""
-
-    domain: str
-    split: str
-    size: tuple[int, int]
-    revision: str
-
-    def folder(self) -> Path:
-        return cache_root() / self.revision / self.domain / f"{self.size[1]}x{self.size[0]}" / self.split
-
-    def image(self, index: int) -> Path:
-        return self.folder() / f"{index:06d}.png"
-
-    def label(self, index: int) -> Path:
-        return self.folder() / f"{index:06d}_labelTrainIds.png"
-
-
-def _render_many(key: _RenderKey, indices: Sequence[int]) -> int:
-    key.folder().mkdir(parents=True, exist_ok=True)
-    for index in indices:
-        _render_one(key, index)
-    return len(indices)
-
-
-def _render_one(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    from dgbench.data import streets
-
-    image, label = streets.render(key.domain, key.split, index, key.size)
-    # the image is written last: where it exists, the pair is complete
-    _write_png(key.label(index), label)
-    _write_png(key.image(index), image)
-    return image, label
-
-
-def _write_png(path: Path, pixels: NDArray[np.uint8]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        Image.fromarray(pixels).save(temporary, "PNG", compress_level=1)
-        os.replace(temporary, path)
-    except OSError as error:
-        # a full disk raises without a file name
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _cached_render(key: _RenderKey, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    if not key.image(index).exists():
-        key.folder().mkdir(parents=True, exist_ok=True)
-        return _render_one(key, index)
-    try:
-        return _png(key.image(index)), _png(key.label(index))
-    except (OSError, UnidentifiedImageError):
-        # the cache is ours and reproducible to the byte, so a damaged file is rendered again
-        return _render_one(key, index)
-
-
-def _cached_file(key: _RenderKey, index: int, which: int) -> NDArray[np.uint8]:
-    """The image (0) or the label (1) alone."""
-    if key.image(index).exists():
-        with suppress(OSError, UnidentifiedImageError):  # a damaged one is rendered again
-            return _png((key.image(index), key.label(index))[which])
-    return _cached_render(key, index)[which]
-
-
-def _png(path: Path) -> NDArray[np.uint8]:
-    with Image.open(path, formats=("PNG",)) as file:
-        return np.asarray(file)
+        if self.domain.procedural:
+            self._rendered().prepare(self._count, progress, workers)
 
 
 def _tell(found: Found) -> None:

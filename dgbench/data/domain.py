@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -123,3 +123,15 @@ class Domain:
                 "published scores use `mapillary`, whose labels lie beside these",
             )
         return named(name)
+
+
+def replaced(path: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """`path` after replacements, one after another."""
+    for old, new in pairs:
+        path = path.replace(old, new)
+    return path
+
+
+def outside(path: str) -> bool:
+    """Whether a relative path may lead out of the folder that it is taken from."""
+    return path.startswith("/") or (".." in path and ".." in path.split("/")) or "\0" in path

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench import atomic
+from dgbench import atomic, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.decode import Stored
 from dgbench.data.domain import RENDERED, Domain, Layout
@@ -96,7 +96,8 @@ def export(streets: str, domain: str, out: Path, *, n: int | None = None, splits
     folder = _new_folder(row, out)
     plans = [_plan(row, split, layout, label_map) for split in dict.fromkeys(splits or _usual(row))]
     progress = progress or Silent()
-    stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporaries.clear(folder.parent, of=folder.name)
+    stage = temporaries.beside(folder)
     done: list[Exported] = []
     try:
         stage.mkdir(parents=True)

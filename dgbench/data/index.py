@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from dgbench.data import hub_sets
-from dgbench.data.domain import RENDERED, UNFINISHED, Domain, Layout
+from dgbench.data.domain import RENDERED, UNFINISHED, Domain, Layout, outside, replaced
 from dgbench.data.domains import data_root
 from dgbench.errors import DataError
 
@@ -188,10 +188,15 @@ def _rendered(found: Found) -> bool:
 
 
 def label_of(image: str, layout: Layout) -> str:
-    """The path of an image's label, both relative to the domain's folder."""
-    for old, new in layout.to_label:
-        image = image.replace(old, new)
-    return image
+    """The path of an image's label, both relative to the domain's folder.
+
+    Raises: DataError if it is not below it, as the name of a file can make it by what is replaced.
+    """
+    label = replaced(image, layout.to_label)
+    if outside(label):
+        raise DataError(f"the label of {image} would be {label}, which is not below the domain's folder",
+                        "rename the file, or change `labels` of the domain's declaration")  # fmt: skip
+    return label
 
 
 def stem(path: str) -> str:

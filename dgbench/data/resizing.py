@@ -70,8 +70,3 @@ def resize_label(label: Pixels, size: Size, *, by: str) -> Pixels:
     if by.startswith("pillow"):
         return np.asarray(Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST))
     return np.asarray(cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST))
-
-
-def one_thread(_: int) -> None:
-    """Start a loader worker: it is one of several, and OpenCV would give each of them every core."""
-    cv2.setNumThreads(0)

@@ -109,9 +109,13 @@ def class_counts(dataset: SegDataset, progress: Progress) -> NDArray[np.int64]:
     try:
         # threads: decoding and counting run outside the interpreter's lock
         with ThreadPoolExecutor(min(usable_cores(), 16)) as pool:
-            for i, row in enumerate(pool.map(lambda i: _count(dataset.label(i)), range(len(dataset)))):
-                counts[i] = row
-                progress.advance()
+            try:
+                for i, row in enumerate(pool.map(lambda i: _count(dataset.label(i)), range(len(dataset)))):
+                    counts[i] = row
+                    progress.advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the labels that are left
+                raise
     finally:
         progress.stop()
     buffer = io.BytesIO()

@@ -20,7 +20,8 @@ from dgbench import metrics, protocol, results
 from dgbench.data import labels
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import lookup
-from dgbench.data.resizing import as_tested, one_thread
+from dgbench.data.resizing import as_tested
+from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, pick_device
 from dgbench.engine.scoring import score
@@ -282,7 +283,7 @@ def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol
 def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
     """Each batch as lists of items of one size, and the seconds spent waiting for it."""
     workers = min(recipe.train.workers, usable_cores())
-    loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=one_thread)
+    loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
     before = time.perf_counter()
     for items in loader:
         waited = time.perf_counter() - before

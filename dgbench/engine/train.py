@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 import mfuser
 from dgbench import atomic, results
 from dgbench.data.dataset import SegDataset
-from dgbench.data.resizing import one_thread
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
+from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints
 from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_device
 from dgbench.errors import CheckpointError, DataError, RecipeError
@@ -261,7 +261,7 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=one_thread,
+        worker_init_fn=worker_init,
     )
 
 

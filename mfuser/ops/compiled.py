@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mfuser.ops import kernel_files
 from mfuser.ops.dispatch import mismatch
+from mfuser.ops.kernel_files import PlaceError, kernels_dir
 
 _FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 _LAST_LINES = 30
@@ -134,7 +137,7 @@ class Status:
     sources: tuple[Path, ...]  # the .cu files
     nvcc: str | None  # its path and version
     architecture: str | None  # of the current GPU
-    folder: Path  # holds the libraries of these sources
+    folder: Path | None  # holds the libraries of these sources; None where there is no place for any
     built: tuple[Path, ...]
     reason: str | None
 
@@ -198,17 +201,20 @@ def status() -> Status:
     sources = sources_dir()
     nvcc = _nvcc()
     architecture = _architecture()
+    folder: Path | None = None
+    built: list[Path] = []
+    reason: str | None = None
     try:
+        folder, built = _folder(sources), _built(sources)
         library()
-        reason = None
-    except ImportError as error:
+    except (ImportError, PlaceError) as error:
         reason = str(error)
     return Status(
         sources=tuple(_kernels(sources)),
         nvcc=nvcc and f"{nvcc} {_version(nvcc)}",
         architecture=architecture if architecture.startswith("sm_") else None,
-        folder=_folder(sources),
-        built=tuple(_built(sources)),
+        folder=folder,
+        built=tuple(built),
         reason=reason,
     )
 
@@ -229,7 +235,7 @@ def build(
         on_line: takes each line of progress and of the compiler's output.
 
     Raises:
-        BuildError: no sources, no nvcc, no GPU to take the architecture from, or the compiler failed.
+        BuildError: no sources, no nvcc, no GPU to take the architecture from, no place to build in, or the compiler failed.
         ValueError: for a malformed architecture.
     """
     sources = sources or sources_dir()
@@ -241,12 +247,17 @@ def build(
     if nvcc is None:
         raise BuildError("nvcc is missing: install the CUDA toolkit, or set CUDA_HOME to its folder")
     names = sorted(set(architectures or _present()), key=_parsed)
-    target = _folder(sources) / f"{'+'.join(names)}-cuda{_version(nvcc)}.so"
+    try:
+        target = _folder(sources) / f"{'+'.join(names)}-cuda{_version(nvcc)}.so"
+    except PlaceError as error:
+        raise BuildError(str(error)) from error
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        kernel_files.make_folder(target.parent)
+        kernel_files.clear_builds(target.parent)
         # in the same folder, so that the finished library can be renamed into place
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=kernel_files.build_prefix(), dir=target.parent) as temporary:
             built = _compile(nvcc, kernels, names, Path(temporary), tell)
+            built.chmod(0o755)  # others do not write to it, whatever the umask
             os.replace(built, target)
     forget()
     return target
@@ -259,13 +270,6 @@ def sources_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "cuda"
 
 
-def kernels_dir() -> Path:
-    """Where libraries are kept: MFUSER_KERNELS, else the user's cache folder."""
-    if path := os.environ.get("MFUSER_KERNELS"):
-        return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mfuser" / "kernels"
-
-
 @functools.cache
 def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
     """The library, or why there is none. The arguments are those variables of the environment that decide where it is."""
@@ -275,7 +279,10 @@ def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
     architecture = _architecture()
     if not architecture.startswith("sm_"):
         return architecture
-    built = _built(sources)
+    try:
+        built = _built(sources)
+    except PlaceError as error:
+        return str(error)
     path = next((path for path in built if any(_runs(name, architecture) for name in _names(path))), None)
     if path is None:
         if built:
@@ -287,6 +294,8 @@ def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
             return f"{problem}, and nvcc is missing: install the CUDA toolkit, then run `{BUILD_COMMAND}`"
         return f"{problem}: run `{BUILD_COMMAND}`"
     try:
+        if distrust := kernel_files.distrusted(path):
+            return f"{path} is not loaded: {distrust}"
         loaded = Library(path)
         loaded.use_device(torch.cuda.current_device())
     except OSError as error:
@@ -370,29 +379,44 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
     commands = {
         path.name: [nvcc, *_FLAGS, *targets, "-c", str(path), "-o", str(obj)] for path, obj in zip(kernels, objects, strict=True)
     }
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        running = {pool.submit(_output, command): name for name, command in commands.items()}
-        tell(f"compiling {', '.join(commands)} for {', '.join(architectures)}")
+    library = folder / "library.so"
+    with _tether() as (line, cut), ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
+            running = {pool.submit(_output, command, line): name for name, command in commands.items()}
+            tell(f"compiling {', '.join(commands)} for {', '.join(architectures)}")
             for done in as_completed(running):
-                for line in [*done.result().splitlines(), f"compiled {running[done]}"]:
-                    tell(line)
+                for text in [*done.result().splitlines(), f"compiled {running[done]}"]:
+                    tell(text)
+            link = [nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
+            # in a thread as well: an interrupted `run` would kill nothing but what it has started itself
+            for text in pool.submit(_output, link, line).result().splitlines():
+                tell(text)
         except BaseException:
+            cut()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    library = folder / "library.so"
-    for line in _output([nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]).splitlines():
-        tell(line)
     return library
 
 
-def _output(command: list[str]) -> str:
-    """Run `command` and return all that it prints.
+@contextmanager
+def _tether() -> Iterator[tuple[int, Callable[[], None]]]:
+    """A standard input for `child.py`, and what kills all commands that have it; the end of this process does, too."""
+    line, held = os.pipe()
+    with os.fdopen(line, "rb", 0), os.fdopen(held, "wb", 0) as end:
+        yield line, end.close
+
+
+def _output(command: list[str], line: int | None = None) -> str:
+    """Run `command` and return all that it prints; with a line of `_tether`, it is killed when that is cut.
 
     Raises: BuildError with the command and the last lines if it fails.
     """
+    started = command if line is None else [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py")), *command]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            started, stdin=subprocess.DEVNULL if line is None else line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", check=False, start_new_session=line is not None,
+        )  # fmt: skip
     except OSError as error:
         raise BuildError(f"{shlex.join(command)}: {error}") from error
     if done.returncode:

@@ -244,6 +244,18 @@ def test_a_source_may_be_trained_on_in_another_split(root: Path):
         ({"splits": {"val": {"images": "*.jpg"}}}, "splits.val.labels: missing"),
         ({"splits": {"val": {"images": "../*.jpg", "labels": {"a": "b"}}}},
          "splits.val.images: expected a glob below the domain's folder, without `..` and `**`, got '../*.jpg'"),
+        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "/abs/"}}}},
+         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/abs/*.jpg'"),
+        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "../masks/"}}}},
+         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '../masks/*.jpg'"),
+        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img": ""}}}},
+         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/*.jpg'"),
+        ({"splits": {"val": {"images": "xx/*.jpg", "labels": {"x": "."}}}},
+         "splits.val.labels: expected replacements that stay below the domain's folder, got 'xx/*.jpg' -> '../*.jpg'"),
+        ({"splits": {"../../x": {"images": "*.jpg", "labels": {"a": "b"}}}},
+         "splits: expected names without `/` and a leading `.`, got '../../x'"),
+        ({"folder": "../../x"}, "folder: expected a folder below the data root, without `..`, or an absolute one, got '../../x'"),
+        ({"folder": "~nobody-of-this-name/x"}, "folder: expected a folder, and this system knows no home folder for '~nobody"),
         ({"splits": {"val": {"images": "*.jpg", "labels": {"a": "b"}, "count": 0}}},
          "splits.val.count: must be at least 1, got 0"),
         ({"encoding": "grey"}, "encoding: expected 'ids', 'rgb16', 'colors', 'polygons' or 'panoptic', got 'grey'"),
@@ -314,3 +326,12 @@ def test_a_file_that_is_wrong_stops_only_what_needs_it(root: Path, caplog: pytes
         assert told in caught.value.message
     with pytest.raises(DataError, match="unknown domain `nosuch`"):
         lookup("nosuch")
+
+
+def test_a_file_whose_name_leads_its_label_out_of_the_folder_is_refused(root: Path):
+    splits = {"val": {"images": "*/photos/*.jpg", "labels": {"q": "", "photos/": "masks/", ".jpg": ".png"}}}
+    written(root / "domains/mine.yaml", changed(splits=splits))
+    assert len(SegDataset("mine", "val")) == 4
+    write_image(root / "photos-of-mine/q../photos/a.jpg", 0)
+    with pytest.raises(DataError, match=r"the label of q../photos/a.jpg would be ../masks/a.png, which is not below"):
+        SegDataset("mine", "val")

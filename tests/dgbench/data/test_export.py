@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dgbench import cli
+from dgbench import cli, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import DOMAINS, Domain, Layout
 from dgbench.data.export import export
@@ -226,6 +229,35 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert failed.exit_code == 1
     assert "000000.png" in failed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["domains"]
+
+
+@pytest.mark.parametrize(("declared", "key"), [
+    ("folder: ../../elsewhere\nsplits: {val: {images: 'img/*.png', labels: {img/: gt/}}}", "folder"),
+    ("splits: {val: {images: 'img/*.png', labels: {img/: OUTSIDE/}}}", "labels"),
+    ("splits: {val: {images: 'img/*.png', labels: {img/: ../../gt/}}}", "labels"),
+    ("splits: {../../val: {images: '*/img/x_*.png', labels: {img/: gt/}}}", "splits"),
+])  # fmt: skip
+def test_nothing_is_written_outside_of_the_folder_that_is_given(declared: str, key: str, tmp_path: Path) -> None:
+    out = tmp_path / "a/b/out"
+    (tmp_path / "mine.yaml").write_text(declared.replace("OUTSIDE", str(tmp_path / "outside")) + "\n")
+    refused = run("data", "export", STREETS, "--as", tmp_path / "mine.yaml", "--out", out, "--n", 1, "--size", 32, 64)
+    assert refused.exit_code == 1
+    assert key in refused.stderr
+    assert _under(tmp_path, "**/*") == ["mine.yaml"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = temporaries.beside(tmp_path / "cityscapes")
+    for folder in (left.with_name(left.name.replace(str(os.getpid()), str(gone.pid))), tmp_path / f".cityscapes.{gone.pid}.tmp"):
+        (folder / "leftImg8bit").mkdir(parents=True)
+        (folder / "leftImg8bit/a.png").touch()
+    running, other = tmp_path / f".cityscapes.{os.getppid()}.tmp", tmp_path / f".other.{gone.pid}.tmp"
+    running.mkdir()
+    other.mkdir()
+    export(STREETS, "cityscapes", tmp_path, n=1, size=SIZE, splits=["val"])
+    assert {path.name for path in tmp_path.iterdir()} == {"cityscapes", running.name, other.name}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

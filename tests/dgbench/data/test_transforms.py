@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from dgbench.data.dataset import Sample, SegDataset
 from dgbench.data.images import Part
-from dgbench.data.resizing import one_thread
 from dgbench.data.sampling import RareClassSampler, UniformSampler, Wanted
 from dgbench.data.transforms import (
     Augmentation,
@@ -25,6 +24,7 @@ from dgbench.data.transforms import (
     resized,
     to_model,
 )
+from dgbench.data.workers import worker_init
 from dgbench.errors import DataError
 
 PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
@@ -60,7 +60,7 @@ def batches(start: int, workers: int, a: Augmentation = FULL) -> list[tuple[torc
     """The batches of steps `start` up to 6, as the training loop makes them."""
     counts = np.ones((4, 19), np.int64)
     view = TrainView(Fixed(), RareClassSampler(counts, 0.1, 3, (64, 128)), a, 3)
-    loader = DataLoader(view, batch_sampler=StepBatches(start, 6, 2), num_workers=workers, worker_init_fn=one_thread)
+    loader = DataLoader(view, batch_sampler=StepBatches(start, 6, 2), num_workers=workers, worker_init_fn=worker_init)
     return [(images, labels) for images, labels in loader]
 
 

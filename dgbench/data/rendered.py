@@ -1,0 +1,192 @@
+"""Rendered images and labels, kept as PNG files in the cache folder: a second run reads what the first rendered.
+
+Each file says in a text chunk what it holds. Decoders look neither at that nor at the checksums of pixel data; both are
+compared here, and what is damaged or another image's is rendered again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dgbench import ends, temporaries
+from dgbench.data.domains import cache_root
+from dgbench.errors import DataError
+from dgbench.progress import Progress
+from dgbench.resources import usable_cores
+
+_FEW = 16  # images that are rendered sooner than a pool of processes starts
+_CHUNK = 8  # images that a process is given at a time
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_IMAGE, _LABEL = 0, 1
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One split of a rendered domain at one size; `revision` is the renderer's and pins every byte."""
+
+    domain: str
+    split: str
+    size: tuple[int, int]  # (H, W)
+    revision: str
+
+    def pair(self, index: int) -> tuple[Pixels, Pixels]:
+        """(H, W, 3) RGB and (H, W) train ids, from the cache or rendered and kept there."""
+        image, label = self._kept(index, _IMAGE), self._kept(index, _LABEL)
+        return self._render(index) if image is None or label is None else (image, label)
+
+    def image(self, index: int) -> Pixels:
+        """The image alone: cheaper than the pair."""
+        image = self._kept(index, _IMAGE)
+        return self._render(index)[_IMAGE] if image is None else image
+
+    def label(self, index: int) -> Pixels:
+        """The label alone: cheaper than the pair."""
+        label = self._kept(index, _LABEL)
+        return self._render(index)[_LABEL] if label is None else label
+
+    def prepare(self, count: int, progress: Progress, workers: int | None = None) -> None:
+        """Render which of the first `count` images are not in the cache, in parallel, and remove what killed processes left."""
+        temporaries.clear(self._folder())
+        missing = [index for index in range(count) if not self._begins_right(index)]
+        if not missing:
+            return
+        workers = workers or min(usable_cores(), 32)
+        progress.start(f"rendering {self.domain} {self.split}", len(missing), "images")
+        try:
+            if workers == 1 or len(missing) <= _FEW:
+                for index in missing:
+                    progress.advance(self._render_all([index]))
+            else:
+                self._render_in_parallel(missing, workers, progress)
+        finally:
+            progress.stop()
+
+    def _render_in_parallel(self, missing: Sequence[int], workers: int, progress: Progress) -> None:
+        # spawn: the parent may hold threads (torch, BLAS) that a fork would copy in a broken state
+        context = get_context("spawn")
+        line, held = context.Pipe(duplex=False)
+        try:
+            with ProcessPoolExecutor(workers, mp_context=context, initializer=ends.follow, initargs=(line,)) as pool:
+                try:
+                    with ends.unheard_interrupts():
+                        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+                        pending = [pool.submit(self._render_all, chunk) for chunk in chunks]
+                    for done in as_completed(pending):
+                        progress.advance(done.result())
+                except BaseException:
+                    held.close()  # they end at once, whatever they are doing
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process that rendered {self.domain} was ended from outside, as systems do when memory runs out",
+                "run the same command again: what is rendered is kept",
+            ) from None
+        finally:
+            held.close()
+            line.close()
+            temporaries.clear(self._folder())
+
+    def _folder(self) -> Path:
+        return cache_root() / self.revision / self.domain / f"{self.size[1]}x{self.size[0]}" / self.split
+
+    def _path(self, index: int, which: int) -> Path:
+        return self._folder() / f"{index:06d}{('', '_labelTrainIds')[which]}.png"
+
+    def _head(self, index: int, which: int) -> bytes:
+        """The bytes with which the file begins: size and kind of its pixels, and whose they are."""
+        height, width = self.size
+        kind = ("image", "label")[which]
+        name = f"{self.revision} {self.domain} {self.split} {index:06d} {width}x{height} {kind}"
+        shape = struct.pack(">IIBBBBB", width, height, 8, (2, 0)[which], 0, 0, 0)  # 8 bits of RGB or of grey
+        return _SIGNATURE + _chunk(b"IHDR", shape) + _chunk(b"tEXt", b"dgbench\0" + name.encode("latin-1"))
+
+    def _begins_right(self, index: int) -> bool:
+        """Whether both files are there and this pair's, by their first bytes; damage further on is found when they are read."""
+        for which in (_IMAGE, _LABEL):
+            head = self._head(index, which)
+            try:
+                with self._path(index, which).open("rb", buffering=0) as file:
+                    if file.read(len(head)) != head:
+                        return False
+            except OSError:
+                return False
+        return True
+
+    def _kept(self, index: int, which: int) -> Pixels | None:
+        """What the cache has, None where that is nothing, damaged or of something else."""
+        try:
+            data = self._path(index, which).read_bytes()
+        except OSError:
+            return None
+        head = self._head(index, which)
+        if not data.startswith(head) or not _whole(data, len(head)):
+            return None
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
+            return np.asarray(file)
+
+    def _render_all(self, indices: Sequence[int]) -> int:
+        for index in indices:
+            self._render(index)
+        return len(indices)
+
+    def _render(self, index: int) -> tuple[Pixels, Pixels]:
+        from dgbench.data import streets
+
+        image, label = streets.render(self.domain, self.split, index, self.size)
+        self._folder().mkdir(parents=True, exist_ok=True)
+        self._write(index, _LABEL, label)
+        self._write(index, _IMAGE, image)
+        return image, label
+
+    def _write(self, index: int, which: int, pixels: Pixels) -> None:
+        encoded, head = io.BytesIO(), self._head(index, which)
+        Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
+        path = self._path(index, which)
+        temporary = temporaries.beside(path)
+        try:
+            # behind the first chunk goes the text; a crash of the machine may leave less than this, which reading notices
+            temporary.write_bytes(head + encoded.getvalue()[len(_SIGNATURE) + _IHDR :])
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            # a full disk raises without a file name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+_IHDR = 25  # bytes of the first chunk: length, type, 13 bytes, checksum
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _whole(data: bytes, start: int) -> bool:
+    """Whether from byte `start` on there are chunks with right checksums up to the end mark, and nothing behind it."""
+    view = memoryview(data)
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(view[start : start + 4], "big")
+        if end > len(data) or zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            return False
+        if data[start + 4 : start + 8] == b"IEND":
+            return end == len(data)
+        start = end
+    return False

@@ -1,0 +1,33 @@
+"""The start of a data loader's worker processes, and their end when the system gives them no memory to share or no files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from multiprocessing.queues import Queue
+from typing import Any
+
+import cv2
+
+from dgbench import ends
+
+
+def worker_init(_: int) -> None:
+    """Start a loader's worker: it is one of several, each of which OpenCV would give every core, and ends with its parent."""
+    cv2.setNumThreads(0)
+    ends.follow()
+    # a batch that cannot be sent is dropped otherwise, and the parent waits for it for ever
+    Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: BaseException, _: Any) -> None:
+    text = str(error)
+    if (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)) or "Too many open files" in text:
+        os._exit(ends.NO_FILES)
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in text or "shared memory" in text:
+        os._exit(ends.NO_SHARED_MEMORY)
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)

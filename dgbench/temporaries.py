@@ -1,0 +1,67 @@
+"""Names of what is written beside its place and then renamed, and the removal of what a killed process left under them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# older versions wrote no host, and no `.tmp` after files
+_NAME = re.compile(r"\.(?P<of>.+)\.(?:(?P<host>[^./]*)-)?(?P<pid>\d+)(?:\.tmp)?")
+_OLD = 7 * 86400.0  # seconds after which another machine's are taken for left behind
+
+
+def beside(path: Path) -> Path:
+    """A hidden name in the folder of `path` that only this process uses, and that tells whose it is."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+
+
+def clear(folder: Path, *, of: str | None = None) -> None:
+    """Remove files and folders in `folder` that processes which no longer run had under names of `beside`.
+
+    Args:
+        of: only those of the file or folder of this name.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        found = _NAME.fullmatch(name)
+        if found is None or of not in (None, found["of"]) or not _left(folder / name, found["host"], int(found["pid"])):
+            continue
+        with suppress(OSError):
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink()
+
+
+def _host() -> str:
+    return platform.node().replace(".", "_")
+
+
+def _left(path: Path, host: str | None, pid: int) -> bool:
+    if os.name == "posix" and host in (None, _host()):
+        return not _runs(pid)
+    try:
+        return time.time() - path.lstat().st_mtime > _OLD
+    except OSError:
+        return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    # a worker whose parent was killed stays a zombie where nobody waits for it, as in containers without an init
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return True
