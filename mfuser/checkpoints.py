@@ -126,8 +126,8 @@ def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
         text = manifest.read_text(path, _LARGEST)
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} holds no model: there is no {_DESCRIPTION} and no checkpoint/step-*; give a folder that mfuser.save wrote, "
-            "or a run's"
+            f"{folder} holds no model: there is no {_DESCRIPTION} and no checkpoint/step-*; give a folder that mfuser.save "
+            "wrote, or a run's"
         ) from None
     manifest.check(folder, _DESCRIPTION)
     try:
