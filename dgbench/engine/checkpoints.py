@@ -98,9 +98,14 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
     os.replace(partial, final)
     # before an older one is removed, this one must have its name on the disk
     atomic.sync_folder(folder)
+    prune(run, keep)
+    return final
+
+
+def prune(run: Path, keep: int = 1) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for old in steps(run)[:-keep]:
         _remove(old)
-    return final
 
 
 def _remove(folder: Path) -> None:

@@ -109,6 +109,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
+        if main:
+            checkpoints.prune(run)  # one that a kill left beside it, now that this one is known to be whole
 
     model.train()
     images_seen, since = 0, time.perf_counter()
