@@ -21,6 +21,7 @@ import torch
 
 import mfuser
 from dgbench import atomic, results, untrusted
+from dgbench.engine.device import memory_refused
 from dgbench.errors import CheckpointError, ResultError
 from dgbench.recipe import Recipe
 from mfuser import manifest
@@ -202,6 +203,10 @@ def load_model(path: Path) -> Segmentor:
         model = mfuser.load(folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}", _advice(folder)) from error
+    except (RuntimeError, MemoryError) as error:
+        if refused := memory_refused(error):
+            raise CheckpointError(f"{folder} cannot be loaded: {refused}", "use a machine with more memory") from None
+        raise
     _check_recorded(folder)
     return model
 

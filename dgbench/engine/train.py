@@ -31,7 +31,7 @@ from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
 from dgbench.engine import checkpoints
 from dgbench.engine.checkpoints import Made
-from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_device
+from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.stops import Stops
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
@@ -169,8 +169,10 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
                 finished = done
                 stops.busy = False
                 stops.check()
-        except BaseException:
+        except BaseException as error:
             if stops.asked is None or (stops.busy and not stops.hurried):
+                if refused := memory_refused(error):
+                    raise RecipeError(f"step {finished + 1}: {refused}", "set train.batch_size or data.crop lower") from None
                 raise
             # whatever it is that was raised: the same signal may have ended a worker, which the loader then misses
             if main and finished > saved and not stops.hurried:

@@ -27,7 +27,7 @@ from dgbench.engine.evaluate import evaluate
 from dgbench.engine.predict import predict
 from dgbench.engine.stops import Stops
 from dgbench.engine.train import train
-from dgbench.errors import CheckpointError, DataError, DgbenchError, Terminated
+from dgbench.errors import CheckpointError, DataError, DgbenchError, RecipeError, Terminated
 from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
 from mfuser import manifest
@@ -334,3 +334,18 @@ def test_labels_without_a_class_are_told_before_rare_ones_are_drawn(tmp_path):
     settings = ("data.source=cityscapes", "data.rare_class_sampling=0.1", "data.train_images=null")
     with pytest.raises(DataError, match="no pixel of `cityscapes` train has one of the 19 classes"):
         train(recipe(*settings), tmp_path / "run", progress=Silent(), device="cpu", root=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_step_that_the_memory_does_not_suffice_for_is_told_in_one_line(tmp_path):
+    resource = pytest.importorskip("resource")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), before[1]))
+    try:
+        with pytest.raises(RecipeError, match=r"step 1: the memory does not suffice") as error:
+            train(recipe("data.crop=[256, 512]", "data.size=[256, 512]", "train.batch_size=64", "data.train_images=1"),
+                  tmp_path, progress=Silent(), device="cpu")  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert "\n" not in error.value.message
