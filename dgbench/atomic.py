@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 
@@ -35,6 +36,29 @@ def write(path: Path, data: bytes | str) -> Path:
         raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
     return path
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporaries that processes which are no more have left directly in `folder`; those of living ones stay."""
+    if os.name != "posix":  # elsewhere asking whether a process lives ends it
+        return
+    for path in folder.glob(".*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not path.is_dir() and not _lives(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -59,17 +59,6 @@ class Terminated(BaseException):
         self.signum = signum
 
 
-class Terminated(BaseException):
-    """The process was told to end, by SIGTERM or SIGHUP; like KeyboardInterrupt, no `except Exception` stops it.
-
-    `signum` is the signal's number; the program exits with 128 more.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
 def suggest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name closest to `name`, or None if nothing is close."""
     names = list(known)

@@ -20,7 +20,7 @@ from dgbench.data.custom import find as find_declared
 from dgbench.data.domains import built_in
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.method_options import MethodSpec
-from dgbench.recipe_files import Given, find, is_shipped, locate, name_of, override, recipe_names, resolve, with_parent
+from dgbench.recipe_files import Given, find, is_shipped, locate, name_of, override, recipe_names, resolve, sealed, with_parent
 from dgbench.spec import Count, Flag, Number, Problem, Spec, Whole, one_line, own, problems_of, shown
 from dgbench.yaml_text import dumped
 
@@ -292,7 +292,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def dump(recipe: Recipe, path: Path) -> Path:
-    """Write the resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    """Write the resolved recipe as YAML that `load_recipe` reads back to an equal recipe, with its digest in the first line."""
     content = recipe.model_dump(mode="json", by_alias=True)
     if not recipe.data.domains:
         del content["data"]["domains"]
@@ -300,8 +300,7 @@ def dump(recipe: Recipe, path: Path) -> Path:
         for key in ("seeds", "weights"):
             if not row[key]:
                 del row[key]
-    head = f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}.\n"
-    return atomic.write(path, head + dumped(content))
+    return atomic.write(path, sealed(f"# Resolved recipe {recipe.name}, hash {recipe_hash(recipe)}", dumped(content)))
 
 
 def key_paths() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +15,8 @@ from dgbench.errors import RecipeError, spelled, unknown
 from dgbench.resources import recipes_dir
 from dgbench.spec import Problem
 from dgbench.yaml_text import field_type, parse, value
+
+RESOLVED = "recipe.yaml"  # of a run
 
 # keys that options of their own set
 FLAGS = {
@@ -245,9 +248,34 @@ def with_parent(path: Path) -> dict[str, Any]:
     return _merged(parent, child)
 
 
+_SEALED = re.compile(rb"(# Resolved recipe [^\n]*, hash [0-9a-f]{12}), sha256 ([0-9a-f]{64})\.\n(.*)", re.DOTALL)
+_UNSEALED = re.compile(rb"# Resolved recipe [^\n]*, hash [0-9a-f]{12}\.\n.*", re.DOTALL)  # of older versions
+
+
+def sealed(head: str, text: str) -> str:
+    """A run's `recipe.yaml`: `head` and the digest of all the rest in the first line, then the recipe."""
+    digest = hashlib.sha256(f"{head}\n{text}".encode()).hexdigest()
+    return f"{head}, sha256 {digest}.\n{text}"
+
+
+def _check_seal(path: Path) -> None:
+    content = path.read_bytes()
+    first = content.partition(b"\n")[0]
+    if not (first.startswith(b"# Resolved recipe ") or b", sha256 " in first) or _UNSEALED.fullmatch(content):
+        return
+    parts = _SEALED.fullmatch(content)
+    if parts is None or hashlib.sha256(parts[1] + b"\n" + parts[3]).hexdigest().encode() != parts[2]:
+        raise RecipeError(
+            f"{path} is damaged or was changed: its text is not what its first line says",
+            "restore it; if the change is meant, remove the first line",
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
     from dgbench.recipe import Recipe
 
+    if path.name == RESOLVED:  # copies under other names are there to be changed
+        _check_seal(path)
     content = parse(path, RecipeError, "recipes/streets/mfuser.yaml", Recipe)
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("domains"), list):

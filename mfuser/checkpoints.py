@@ -1,4 +1,5 @@
-"""Models on disk: `model.safetensors` with the weights, `model.json` with what rebuilds the structure.
+"""Models on disk: `model.safetensors` with the weights, `model.json` with what rebuilds the structure, `manifest.json` with
+what these files were when they were written.
 
 Nothing is unpickled and nothing is fetched: a folder written here is loaded without network, tokenizer or recipe.
 """
@@ -6,6 +7,7 @@ Nothing is unpickled and nothing is fetched: a folder written here is loaded wit
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -13,28 +15,38 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mfuser import manifest, methods
 from mfuser.keys import AUTHORS_MARKS, authors, is_dead
 from mfuser.methods import build
 from mfuser.pretrained import unfilled
 from mfuser.segmentor import Segmentor
 
 FORMAT = 1
+_WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
+_LARGEST = 1 << 20  # bytes of a description
+_LARGEST_NUMBER = 1 << 18  # in a description: sides and widths are smaller by far, ids of SigLIP2's 256,000 tokens just
+_log = logging.getLogger(__name__)
 
 
 def save(model: Segmentor, folder: Path | str) -> Path:
-    """Write a model into `folder`, which is made if need be. The description comes last: it marks a complete model.
+    """Write a model into `folder`, which is made if need be. The manifest comes last: it says what the files are.
 
-    Raises: OSError naming the file that cannot be written.
+    Raises: ValueError naming a tensor that is not finite, before anything is written; OSError naming the file that cannot be
+        written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _refuse_unfinite(state, f"the model `{model.method}` is not saved")
+    folder.mkdir(parents=True, exist_ok=True)
+    # of files that are about to be replaced
+    (folder / manifest.NAME).unlink(missing_ok=True)
     weights = folder / ".model.safetensors.tmp"
     try:
         save_file(state, weights)
@@ -43,62 +55,142 @@ def save(model: Segmentor, folder: Path | str) -> Path:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / "model.safetensors")) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / _WEIGHTS)) from error
     with weights.open("rb") as file:
         os.fsync(file.fileno())
-    os.replace(weights, folder / "model.safetensors")
+    os.replace(weights, folder / _WEIGHTS)
     description = {"format": FORMAT, "method": model.method, "options": model.options, "classes": list(model.classes)}
-    text = folder / ".model.json.tmp"
-    with text.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(description, indent=1) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(text, folder / "model.json")
+    manifest.write(folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    manifest.seal(folder, (_WEIGHTS, _DESCRIPTION))
     return folder
 
 
+_STEP = re.compile(r"step-(\d{1,18})", re.ASCII)
+
+
 def steps(run: Path | str) -> list[Path]:
-    """The complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last."""
-    found = [path for path in (Path(run) / "checkpoint").glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """The complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last; other names are no checkpoints."""
+    found = [path for path in (Path(run) / "checkpoint").glob("step-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after; -1 if its name is none's."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else -1
 
 
 def load(folder: Path | str) -> Segmentor:
     """Rebuild a model, in evaluation mode: a trainer calls `.train()`.
 
+    Its files are compared with the manifest that `save` wrote; of an older version's folder, which has none, a warning says so.
+
     Args:
         folder: one that `save` wrote, or a run's, whose newest checkpoint it is.
 
-    Raises: ValueError naming the file and what does not fit.
+    Raises: ValueError naming the file and what does not fit: damaged, of another model, not finite.
     """
     folder = Path(folder)
-    if not (folder / "model.json").is_file() and (complete := steps(folder)):
+    if not (folder / _DESCRIPTION).is_file() and (complete := steps(folder)):
         folder = complete[-1]
+    method, options, classes = _described(folder)
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no weights: there is no {_WEIGHTS}")
+    if not manifest.check(folder, _WEIGHTS):
+        _log.warning("%s has no %s, as of older versions: damage to its files cannot be told", folder, manifest.NAME)
     try:
-        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        form, method, options = description["format"], description["method"], description["options"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} holds no model: there is no model.json and no checkpoint/step-*; give a folder that mfuser.save wrote, "
-            "or a run's"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'model.json'} is damaged: {error}") from None
-    if form != FORMAT:
-        raise ValueError(f"{folder / 'model.json'} has format {form}; this version reads {FORMAT}")
-    options = {key: tuple(value) if key == "image_size" else value for key, value in options.items()}
-    try:
-        state = load_file(folder / "model.safetensors")
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no weights: there is no model.safetensors") from None
+        state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from None
-    # random weights would be drawn only to be overwritten; the caller's generator is left as it was
-    with torch.random.fork_rng(devices=[]), unfilled():
-        model = build(method, **options, pretrained=False, filled=False)
-    _check(model, state, folder / "model.safetensors")
+        raise ValueError(f"{path} is damaged: {error}") from None
+    _refuse_unfinite(state, str(path))
+    try:
+        # random weights would be drawn only to be overwritten; the caller's generator is left as it was
+        with torch.random.fork_rng(devices=[]), unfilled():
+            model = build(method, **options, pretrained=False, filled=False)
+    except Exception as error:  # of values that no model was saved with, there is no end
+        if "allocate memory" in str(error) or isinstance(error, MemoryError):
+            raise
+        raise ValueError(f"{folder / _DESCRIPTION} describes no model: {_first_line(error)}") from None
+    if list(model.classes) != classes:
+        raise ValueError(f"{folder / _DESCRIPTION} names other classes than `{method}` has")
+    _check(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
+    """Method, options and classes of a saved model."""
+    path = folder / _DESCRIPTION
+    try:
+        text = manifest.read_text(path, _LARGEST)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no model: there is no {_DESCRIPTION} and no checkpoint/step-*; give a folder that mfuser.save "
+            "wrote, or a run's"
+        ) from None
+    manifest.check(folder, _DESCRIPTION)
+    try:
+        description = json.loads(text, parse_constant=_no_number)
+        form, method, options = description["format"], description["method"], description["options"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {_first_line(error)}") from None
+    if type(form) is not int or form != FORMAT:
+        raise ValueError(f"{path} has format {form!r:.40}; this version reads {FORMAT}")
+    if not isinstance(method, str) or not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: `method` must be a name and `options` an object")
+    try:
+        given = _as_declared(method, options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} describes no model: {_first_line(error)}") from None
+    return method, given, description.get("classes")
+
+
+def _as_declared(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, of the types that it declares and no larger than any model's.
+
+    Raises: ValueError naming the option that is not.
+    """
+    declared = get_type_hints(methods.options(method))
+    given = {}
+    for name, value in options.items():
+        if name not in declared:
+            raise ValueError(f"`{method}` has no option `{name[:40]}`")
+        pair = get_origin(declared[name]) is tuple and isinstance(value, list)
+        given[name] = tuple(value) if pair else value
+        if not _fits(given[name], declared[name]):
+            raise ValueError(f"{name} is {value!r:.40}, which is not {getattr(declared[name], '__name__', declared[name])}")
+    return given
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    parts = get_args(kind)
+    if get_origin(kind) in (UnionType, Union):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if kind is int:
+        return type(value) is int and 0 <= value < _LARGEST_NUMBER
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER
+    return type(value) is kind
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
+
+
+def _refuse_unfinite(state: Mapping[str, torch.Tensor], where: str) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"{where}: {name} holds {count:,} values of {tensor.numel():,} that are not finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +234,8 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # PyTorch advises to load such a file without its guard; that advice is not passed on
+        reason = "it is damaged, or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _first_line(error)
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):

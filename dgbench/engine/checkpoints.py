@@ -1,8 +1,9 @@
 """Training checkpoints of a run: written whole or not at all, newest complete one found again.
 
-`run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs) and
-`optimizer.pt` (AdamW's moments, tensors only, for resuming). A checkpoint is written to a hidden folder beside it and
-renamed when every byte is on disk, so whatever carries the final name is complete.
+`run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs),
+`optimizer.pt` (AdamW's moments, tensors only, for resuming), `source.json` (what was trained on) and `training.json` (how).
+`manifest.json`, written last, says what these files are; each is compared with it whenever it is read. A checkpoint is
+written to a hidden folder beside it and renamed when every byte is on disk, so whatever carries the final name is complete.
 """
 
 from __future__ import annotations
@@ -10,22 +11,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import mfuser
-from dgbench import atomic, untrusted
-from dgbench.errors import CheckpointError
+from dgbench import atomic, results, untrusted
+from dgbench.engine.device import memory_refused
+from dgbench.errors import CheckpointError, ResultError
 from dgbench.recipe import Recipe
-from mfuser.checkpoints import steps
+from mfuser import manifest
+from mfuser.checkpoints import step_of, steps
 from mfuser.segmentor import Segmentor
 
 _PARTIAL = ".partial-"
 _SEEN = "source.json"
+_MADE = "training.json"
+_MOMENTS = "optimizer.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +43,45 @@ class Seen:
     rendered: bool  # an export of rendered scenes in the files of a published set
 
 
-def save(
-    model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None
-) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """How a checkpoint was trained: what the record of the training says, and what may make the rest of it another one."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "allow_inf_nan": False, "extra": "forbid"}
+
+    step: int
+    began: int  # at which step the process did that wrote this; seconds and speed are of its part
+    seconds: float | None
+    loss: float | None  # the last one in the log
+    peak_gib: float | None
+    backends: dict[str, str]
+    environment: dict[str, str]  # versions, device, threads
+    processes: int
+    commit: str | None
+    dirty: bool | None
+    log_bytes: int | None  # of `log.jsonl` at this step; None: not known
+    log_sha256: str | None
+
+
+def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None,
+         made: Made | None = None) -> Path:  # fmt: skip
+    """Write the checkpoint of `step` and drop all but the newest `keep`.
+
+    Raises: CheckpointError for weights that are not finite: nothing is written then.
+    """
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
-    mfuser.save(model, partial)
-    if seen is not None:
-        atomic.write(partial / _SEEN, json.dumps(asdict(seen)) + "\n")
-    moments = partial / "optimizer.pt"
+    try:
+        mfuser.save(model, partial)
+    except ValueError as error:
+        raise CheckpointError(f"step {step}: {error}", "lower optim.lr, or set train.clip_norm=1.0; an earlier checkpoint is kept"
+                              if newest(run) else "lower optim.lr, or set train.clip_norm=1.0") from None  # fmt: skip
+    for name, content in ((_SEEN, seen), (_MADE, made)):
+        if content is not None:
+            atomic.write(partial / name, json.dumps(asdict(content)) + "\n")
+    moments = partial / _MOMENTS
     try:
         with moments.open("wb") as file:
             torch.save(optimizer.state_dict(), file)
@@ -60,12 +93,20 @@ def save(
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(moments)) from error
+    manifest.seal(partial, [_MOMENTS, *(name for name, content in ((_SEEN, seen), (_MADE, made)) if content is not None)])
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
     os.replace(partial, final)
+    # before an older one is removed, this one must have its name on the disk
+    atomic.sync_folder(folder)
+    prune(run, keep)
+    return final
+
+
+def prune(run: Path, keep: int = 1) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for old in steps(run)[:-keep]:
         _remove(old)
-    return final
 
 
 def _remove(folder: Path) -> None:
@@ -84,7 +125,7 @@ def clean(run: Path) -> None:
 def newest(run: Path) -> tuple[Path, int] | None:
     """The newest complete checkpoint of a run and its step, or None."""
     complete = steps(run)
-    return (complete[-1], int(complete[-1].name.removeprefix("step-"))) if complete else None
+    return (complete[-1], step_of(complete[-1])) if complete else None
 
 
 def folder_of(path: Path) -> Path:
@@ -110,15 +151,16 @@ def seen_by(folder: Path) -> Seen | None:
     Raises: CheckpointError if the file that says it is damaged.
     """
     path = folder / _SEEN
+    _check(folder, _SEEN)
     try:
         told = untrusted.read_object(untrusted.read_bytes(path, 10_000)) or {}
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CheckpointError(f"{path} {error}", "restore the file, or train again") from None
+        raise CheckpointError(f"{path} {error}", _advice(folder)) from None
     types = {name: type(value) for name, value in told.items()}
     if types != {"images": int, "available": int, "rendered": bool} or not 0 < told["images"] < 10**12 > told["available"] > 0:
-        raise CheckpointError(f"{path} does not say what was trained on", "restore the file, or train again")
+        raise CheckpointError(f"{path} does not say what was trained on", _advice(folder))
     return Seen(**told)
 
 
@@ -127,16 +169,82 @@ def in_record(seen: Seen | None) -> dict[str, Any]:
     return {} if seen is None else {f"source_{name}": value for name, value in asdict(seen).items()}
 
 
+def made_how(folder: Path) -> Made | None:
+    """How the model in a folder was trained; None where nothing says it: older checkpoints, converted ones.
+
+    Raises: CheckpointError if the file that says it is damaged, or of another step than the folder's name.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    path = folder / _MADE
+    _check(folder, _MADE)
+    try:
+        made = TypeAdapter(Made).validate_json(untrusted.read_bytes(path, 100_000))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        problem = untrusted.in_words(error.errors(include_url=False)[0])
+        raise CheckpointError(f"{path} does not say how it was trained: {problem}", _advice(folder)) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}", _advice(folder)) from None
+    if step_of(folder) not in (-1, made.step):
+        raise CheckpointError(f"{folder} holds the checkpoint of step {made.step}", f"rename it to step-{made.step:06d}")
+    return made
+
+
 def load_model(path: Path) -> Segmentor:
     """The model of a run or model folder, in evaluation mode.
 
-    Raises: CheckpointError when the files are missing, damaged or do not fit together.
+    Raises: CheckpointError when the files are missing, damaged or do not fit together, or when the weights are not those
+        that the record of their training names.
     """
     folder = folder_of(path)
     try:
-        return mfuser.load(folder)
+        model = mfuser.load(folder)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}", "train again, or restore the folder") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {error}", _advice(folder)) from error
+    except (RuntimeError, MemoryError) as error:
+        if refused := memory_refused(error):
+            raise CheckpointError(f"{folder} cannot be loaded: {refused}", "use a machine with more memory") from None
+        raise
+    _check_recorded(folder)
+    return model
+
+
+def _check(folder: Path, name: str) -> None:
+    try:
+        manifest.check(folder, name)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}", _advice(folder)) from None
+
+
+def _advice(folder: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    older = [other for other in steps(folder.parent.parent) if step_of(other) < step_of(folder)]
+    if older:
+        return f"restore the file, or remove {folder} to go on from step {step_of(older[-1])}"
+    return "restore the file, or train again"
+
+
+def _check_recorded(folder: Path) -> None:
+    step = step_of(folder)
+    records = [] if step < 0 else [one for one in trainings(folder.parent.parent) if one.steps == step and one.checkpoint]
+    if records and (sha := sha256(folder)) not in {one.checkpoint for one in records}:
+        raise CheckpointError(
+            f"{folder} holds other weights than its training wrote: SHA-256 {sha[:12]}..., {records[-1].checkpoint[:12]}... "
+            f"by {records[-1].path}", "put back the run's own checkpoint, or train again",
+        )  # fmt: skip
+
+
+def trainings(run: Path) -> list[results.Record]:
+    """The records of trainings that a run holds, oldest first; those that cannot be read are left out."""
+    found = []
+    for path in sorted(run.glob("record-*.json")):
+        try:
+            found.append(results.read(path))
+        except ResultError:  # told by whoever lists the results
+            continue
+    return [record for record in found if record.kind == "train"]
 
 
 def load_for(recipe: Recipe, path: Path) -> Segmentor:
@@ -164,12 +272,20 @@ def sha256(folder: Path) -> str:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore AdamW's moments. Tensors only: nothing in the file is executed."""
+    """Restore AdamW's moments. Tensors only: nothing in the file is executed.
+
+    Raises: CheckpointError if the file is missing, damaged or of another model.
+    """
+    path = folder / _MOMENTS
+    _check(folder, _MOMENTS)
     try:
-        state: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)
     except Exception as error:
+        # PyTorch advises to load such a file without its guard; that advice is not passed on
+        reason = (str(error).splitlines() or ["it is empty or cut short"])[0]
+        reason = "it is damaged, or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else reason
         raise CheckpointError(
-            f"{folder / 'optimizer.pt'} cannot be resumed from: {str(error).splitlines()[0]}",
-            "start a new run, or remove this step's folder to resume from an earlier one",
+            f"{path} cannot be resumed from: {reason}",
+            f"start a new run, or remove {folder} to resume from an earlier step",
         ) from error

@@ -53,15 +53,15 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
         options = {**trained.method.options, **({"token_ids": [list(row) for row in token_ids]} if token_ids else {})}
         model = mfuser.build("mfuser", **options, image_size=trained.data.crop, pretrained=False, filled=False)
         report = load_authors_checkpoint(model, state)
+        # made beside the place and renamed whole: what carries the name is complete
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        mfuser.save(model, partial / "checkpoint" / f"step-{trained.train.steps:06d}")
     except mfuser.WeightsNotFound:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path} ')}", "nothing was written") from None
     trained = trained.model_copy(update={"name": f"{trained.name}-authors"})
-    # made beside the place and renamed whole: what carries the name is complete
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    mfuser.save(model, partial / "checkpoint" / f"step-{trained.train.steps:06d}")
     dump(trained, partial / "recipe.yaml")
     os.replace(partial, out)
     return Converted(str(path), str(out), trained.name, vlm, len(report.used), report.dead)

@@ -97,3 +97,13 @@ def peak_gib(device: torch.device) -> float:
 
     # Linux counts KiB, macOS bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def memory_refused(error: BaseException) -> str | None:
+    """What the machine's memory, not a GPU's, did not suffice for, in words; None if that is not what went wrong."""
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice"
+    if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
+        return None
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return f"the memory does not suffice: {int(asked[1]) / 2**30:,.1f} GiB more were asked for" if asked else "out of memory"

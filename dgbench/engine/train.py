@@ -2,14 +2,19 @@
 
 One function, no Trainer. Everything random at step s comes from (seed, s, process): the batch, its augmentation, and
 the generators that dropout and point sampling draw from. A run that is killed and resumed therefore repeats the
-uninterrupted one exactly; on a CPU, bit for bit.
+uninterrupted one exactly; on a CPU with as many threads, bit for bit. A run that is told to end by a signal keeps the step
+that it is in.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +30,9 @@ from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
 from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints
-from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_device
+from dgbench.engine.checkpoints import Made
+from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
+from dgbench.engine.stops import Stops
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
@@ -37,6 +44,8 @@ from mfuser.weights import hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_logger = logging.getLogger(__name__)
 
 
 class _Loss(nn.Module):
@@ -54,7 +63,9 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
           root: Path | None = None) -> results.Record:  # fmt: skip
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
-    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can mend.
+    SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
+
+    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can mend; KeyboardInterrupt, Terminated.
     """
     begun = time.perf_counter()
     spec = recipe.train
@@ -64,20 +75,28 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     found = checkpoints.newest(run) if resume else None
     _check_resumable(recipe, run) if resume else None
     seen = _seen(dataset, run, found[0] if found else None)
+    before = checkpoints.made_how(found[0]) if found else None
     model = _model(recipe, found[0] if found else None, spec.seed)
     model.check_backends()
     ran = ops.tally()
 
+    commit, dirty = results.commit()
+    environment = results.environment(device_name(accelerator.device), torch.get_num_threads())
+    about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty}
+    start = found[1] if found else 0
+    log = None
     if main:
         run.mkdir(parents=True, exist_ok=True)
+        dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
+        log = _Log(run / "log.jsonl", start, before)
         checkpoints.clean(run)
-        dump(recipe, run / "recipe.yaml")
+        atomic.sweep(run)
+        _warn_of_changes(before, environment, accelerator)
         dataset.prepare(progress)
         if recipe.data.rare_class_sampling is not None:
             class_counts(dataset, progress)  # once; the other processes find them
     accelerator.wait_for_everyone()
 
-    start = found[1] if found else 0
     loader = _loader(recipe, dataset, start, accelerator, progress)
     groups = model.groups(recipe.optim.lr, recipe.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True)
@@ -90,76 +109,127 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
-    log = _Log(run / "log.jsonl", start) if main else None
+        if main:
+            checkpoints.prune(run)  # one that a kill left beside it, now that this one is known to be whole
 
     model.train()
     images_seen, since = 0, time.perf_counter()
+    made = None
+
+    def keep(step: int) -> Made:
+        assert log is not None
+        size, digest = log.sealed()
+        told = Made(
+            step=step, began=start, seconds=time.perf_counter() - since, loss=log.loss, peak_gib=peak_gib(accelerator.device),
+            backends=ops.ran_since(ran), processes=accelerator.num_processes, log_bytes=size, log_sha256=digest, **about,
+        )  # fmt: skip
+        checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, step, seen=seen, made=told)
+        return told
+
     if main:
         progress.start(f"training {recipe.name} on {recipe.data.source}", spec.steps - start, "steps")
-    try:
-        for step, (images, labels) in enumerate(loader, start):
-            # one seed a step and process: the state of no generator has to be saved to resume exactly
-            set_seed(_mix(spec.seed, step, accelerator.process_index))
-            factor = schedule(step, spec.steps, recipe.optim)
-            for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = lr * factor
-            images, labels = to_model(images, labels, accelerator.device)
-            terms: dict[str, Tensor] = loss_of(images, labels)
-            loss = torch.stack(list(terms.values())).sum()
-            accelerator.backward(loss)
-            if spec.clip_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    finished = saved = start
+    with Stops() as stops:
+        try:
+            for step, (images, labels) in enumerate(loader, start):
+                stops.busy = True
+                # one seed a step and process: the state of no generator has to be saved to resume exactly
+                set_seed(_mix(spec.seed, step, accelerator.process_index))
+                factor = schedule(step, spec.steps, recipe.optim)
+                for group, lr in zip(optimizer.param_groups, peak, strict=True):
+                    group["lr"] = lr * factor
+                images, labels = to_model(images, labels, accelerator.device)
+                terms: dict[str, Tensor] = loss_of(images, labels)
+                loss = torch.stack(list(terms.values())).sum()
+                accelerator.backward(loss)
+                if spec.clip_norm is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            images_seen += len(images) * accelerator.num_processes
-            done = step + 1
-            checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
-            if main and (done % spec.log_every == 0 or checkpoint_due):
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise RecipeError(
-                        f"the loss became {value} at step {done}",
-                        "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
-                    )
-                rate = images_seen / (time.perf_counter() - since)
-                assert log is not None
-                log.write(done, {"loss": value, "lr": peak[0] * factor} | {k: v.item() for k, v in terms.items()})
-                progress.advance(0, loss=value, images_per_second=rate)
+                images_seen += len(images) * accelerator.num_processes
+                done = step + 1
+                checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
+                if main and (done % spec.log_every == 0 or checkpoint_due):
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise RecipeError(
+                            f"the loss became {value} at step {done}",
+                            "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
+                        )
+                    rate = images_seen / (time.perf_counter() - since)
+                    assert log is not None
+                    log.write(done, {"loss": value, "lr": peak[0] * factor} | {k: v.item() for k, v in terms.items()})
+                    progress.advance(0, loss=value, images_per_second=rate)
+                if main:
+                    progress.advance(1)
+                if main and checkpoint_due:
+                    made = keep(done)
+                    saved = done
+                finished = done
+                stops.busy = False
+                stops.check()
+        except BaseException as error:
+            if stops.asked is None or (stops.busy and not stops.hurried):
+                if refused := memory_refused(error):
+                    raise RecipeError(f"step {finished + 1}: {refused}", "set train.batch_size or data.crop lower") from None
+                raise
+            # whatever it is that was raised: the same signal may have ended a worker, which the loader then misses
+            if main and finished > saved and not stops.hurried:
+                stops.busy = True
+                keep(finished)
+            raise stops.error() from None
+        finally:
             if main:
-                progress.advance(1)
-            if main and checkpoint_due:
-                checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done, seen=seen)
-    finally:
-        if main:
-            progress.stop()
+                progress.stop()
     accelerator.wait_for_everyone()
-    seconds: dict[str, float | None] = {"train": time.perf_counter() - since, "total": time.perf_counter() - begun}
-    return _record(recipe, run, ops.ran_since(ran), dataset, seen, accelerator.device, seconds, start, write=main)
+    total = time.perf_counter() - begun
+    told = made or before
+    if told is None:  # of an older version, whose checkpoints did not say it
+        told = Made(step=spec.steps, began=0, seconds=None, loss=log.loss if log else None, peak_gib=None, backends={},
+                    processes=1, log_bytes=None, log_sha256=None, **about)  # fmt: skip
+    return _record(recipe, run, dataset, seen, told, total if made else None, write=main)
 
 
-def _record(recipe: Recipe, run: Path, backends: dict[str, str], dataset: SegDataset,
-            seen: checkpoints.Seen | None, device: torch.device, seconds: dict[str, float | None], start: int, *,
-            write: bool) -> results.Record:  # fmt: skip
-    """The record of a complete training; of a resumed one, seconds and speed are those of its last part."""
-    trained = recipe.train.steps - start
-    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
-    commit, dirty = results.commit()
+def _record(recipe: Recipe, run: Path, dataset: SegDataset, seen: checkpoints.Seen | None, made: Made,
+            total: float | None, *, write: bool) -> results.Record:  # fmt: skip
+    """The record of a complete training; of a resumed one, seconds and speed are those of its last part.
+
+    One that these weights have already is returned; a kill may have come before it was written.
+    """
+    folder = checkpoints.folder_of(run)
+    sha = checkpoints.sha256(folder)
+    if there := [record for record in checkpoints.trainings(run) if record.checkpoint == sha]:
+        return there[-1]
+    trained = (recipe.train.steps - made.began) * recipe.train.batch_size
     record = results.Record(
         id=results.new_id(), kind="train", created=results.now_iso(), method=recipe.method.name,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
         target=recipe.data.source, split=dataset.split, n_images=len(dataset), n_available=dataset.available,
         n_extra=dataset.extra, rendered=dataset.exported, **checkpoints.in_record(seen),
-        seconds=seconds, seed=recipe.train.seed, steps=recipe.train.steps,
-        checkpoint=checkpoints.sha256(checkpoints.folder_of(run)), backends=backends,
-        environment=results.environment(device_name(device), torch.get_num_threads()), commit=commit, dirty=dirty,
+        seconds={"train": made.seconds, "total": total}, seed=recipe.train.seed, steps=recipe.train.steps, checkpoint=sha,
+        backends=made.backends, environment=made.environment, commit=made.commit, dirty=made.dirty,
         extra={
-            "loss": last["loss"], "resumed_at_step": float(start), "peak_gib": peak_gib(device),
-            "images_per_second": trained * recipe.train.batch_size / (seconds["train"] or math.inf), **_tower_weights(recipe),
+            "loss": made.loss, "resumed_at_step": float(made.began), "peak_gib": made.peak_gib,
+            "images_per_second": trained / made.seconds if made.seconds else None, **_tower_weights(recipe),
         },
     )  # fmt: skip
-    # a finished run that is resumed once more has nothing to add
-    return results.write(record, run) if write and trained else record
+    return results.write(record, run) if write else record
+
+
+def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: Accelerator) -> None:
+    """Say what makes the rest of a resumed training another one than it would have been."""
+    if before is None:
+        return
+    names = ("threads", "torch") if accelerator.device.type == "cpu" else ("torch",)
+    then, now = ({name: about.get(name) for name in names} for about in (before.environment, is_now))
+    then["processes"], now["processes"] = str(before.processes), str(accelerator.num_processes)
+    changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
+    if changed:
+        _logger.warning(
+            "begun with %s: the training goes on, but not bit for bit as it would have%s",
+            ", ".join(changed), f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
+        )  # fmt: skip
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
@@ -243,7 +313,11 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
     if data.rare_class_sampling is None:
         sampler = UniformSampler(len(dataset), spec.seed)
     else:
-        sampler = RareClassSampler(class_counts(dataset, progress), data.rare_class_sampling, spec.seed, dataset.size)
+        counts = class_counts(dataset, progress)
+        if not counts.any():
+            raise DataError(f"no pixel of `{dataset.domain.name}` {dataset.split} has one of the 19 classes: all are ignored",
+                            f"see which values its labels hold: dgbench data verify {dataset.domain.name}")  # fmt: skip
+        sampler = RareClassSampler(counts, data.rare_class_sampling, spec.seed, dataset.size)
     augmentation = Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
     per_process, rest = divmod(spec.batch_size, accelerator.num_processes)
     if rest:
@@ -266,23 +340,51 @@ def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accele
 
 
 class _Log:
-    """`log.jsonl`: a line of losses every few steps; a resumed run first drops the lines it is going to repeat."""
+    """`log.jsonl`: a line of losses every few steps; a resumed run first drops the lines it is going to repeat.
 
-    def __init__(self, path: Path, start: int) -> None:
-        self.path = path
-        kept = []
-        if start and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line)
-                except (ValueError, KeyError):  # the line that a kill cut short
-                    continue
-        atomic.write(path, "".join(f"{line}\n" for line in kept))
+    Raises: CheckpointError if it is not the one of which the checkpoint says the digest.
+    """
+
+    def __init__(self, path: Path, start: int, before: Made | None) -> None:
+        self.path, self.loss = path, before.loss if before else None
+        content = path.read_bytes() if start and path.is_file() else b""
+        if start and not path.is_file():
+            _logger.warning("%s is not there: the losses of the steps before %d are lost", path, start)
+        elif before is not None and before.log_bytes is not None:
+            content = content[: before.log_bytes]
+            if hashlib.sha256(content).hexdigest() != before.log_sha256:
+                raise CheckpointError(f"{path} is damaged: it is not the log that was written until step {start}",
+                                      "restore it, or remove it to go on without the losses so far")  # fmt: skip
+        else:
+            lines = list(_lines_until(start, content))
+            content = b"".join(lines)
+            self.loss = json.loads(lines[-1]).get("loss") if lines else None
+        self._digest, self._size = hashlib.sha256(content), len(content)
+        atomic.write(path, content)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        with self.path.open("ab") as file:
+            file.write(line)
+        self.loss = values["loss"]
+        self._digest.update(line)
+        self._size += len(line)
+
+    def sealed(self) -> tuple[int, str]:
+        """Size and SHA-256 of what was written so far, which is on the disk then."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        return self._size, self._digest.hexdigest()
+
+
+def _lines_until(step: int, content: bytes) -> Iterator[bytes]:
+    """The lines of a log of an older version, of which no digest is known."""
+    for line in content.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line.removesuffix(b"\n") + b"\n"
+        except (ValueError, KeyError, TypeError):  # the line that a kill cut short
+            continue
 
 
 def _mix(*numbers: int) -> int:

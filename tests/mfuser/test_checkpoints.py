@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +84,120 @@ def test_a_run_is_loaded_from_its_newest_complete_checkpoint(saved, tmp_path):
 
 def test_saving_leaves_nothing_half_written(saved, tmp_path):
     mfuser.save(saved[0], tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "model.json", "model.safetensors"]
+
+
+def copied(saved, tmp_path):
+    return Path(shutil.copytree(saved[1], tmp_path / "copy"))
+
+
+def test_the_manifest_is_what_sha256sum_and_stat_say(saved):
+    files = json.loads((saved[1] / "manifest.json").read_text())["files"]
+    assert sorted(files) == ["model.json", "model.safetensors"]
+    for name, row in files.items():
+        content = (saved[1] / name).read_bytes()
+        assert row == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors", "manifest.json"])
+def test_a_flipped_bit_in_any_place_is_refused_by_name(saved, tmp_path, name):
+    folder = copied(saved, tmp_path)
+    content = (folder / name).read_bytes()
+    # everywhere in the small files, at both ends and between in the large one
+    step = max(1, len(content) // (60 if len(content) < 10_000 else 8))
+    for number, place in enumerate([*range(0, len(content) - 1, step), len(content) - 1]):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << number % 8
+        (folder / name).write_bytes(flipped)
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            mfuser.load(folder)
+    (folder / name).write_bytes(content)
+    mfuser.load(folder)
+
+
+@pytest.mark.parametrize(("name", "change", "told"), [
+    ("model.safetensors", lambda path: path.write_bytes(b""), "has 0 bytes"),
+    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes() + b"more"), "is damaged: it has"),
+    ("model.safetensors", Path.unlink, "holds no weights"),
+    ("model.json", lambda path: path.write_bytes(b""), "has 0 bytes"),
+    ("model.json", Path.unlink, "holds no model"),
+    ("manifest.json", lambda path: path.write_bytes(b""), "is damaged"),
+    ("manifest.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
+    ("manifest.json", lambda path: path.write_text('{"format": 1, "files": {}}'), "was put there later"),
+])  # fmt: skip
+def test_an_empty_a_longer_and_a_missing_file_are_refused_by_name(saved, tmp_path, name, change, told):
+    folder = copied(saved, tmp_path)
+    change(folder / name)
+    with pytest.raises(ValueError, match=told):
+        mfuser.load(folder)
+
+
+def test_a_model_saved_before_there_were_manifests_loads_with_a_warning(saved, tmp_path, caplog):
+    folder = copied(saved, tmp_path)
+    (folder / "manifest.json").unlink()
+    mfuser.load(folder)
+    assert "damage to its files cannot be told" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, tmp_path):
+    def broken(state):
+        state["gamma"].view(-1)[0] = float("nan")
+        return state
+
+    with pytest.raises(ValueError, match="gamma holds 1 values of .* not finite"):
+        mfuser.load(altered(saved, tmp_path, broken))
+    model = mfuser.load(saved[1])
+    with torch.no_grad():
+        model.gamma.view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match="is not saved: gamma holds 1 values"):
+        mfuser.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"method": "nonsense"}, {"method": None}, {"method": ["mfuser"]}, {"method": "../../x"}, {"options": []},
+    {"options": {"vfm": 5}},
+    {"options": {"vfm": "nonsense"}}, {"options": {"image_size": 5}}, {"options": {"image_size": [64]}},
+    {"options": {"image_size": [10**30, 64]}}, {"options": {"image_size": ["64", 64]}}, {"options": {"image_size": [0, 0]}},
+    {"options": {"decoder_dim": 10**9}}, {"options": {"decoder_dim": -1}}, {"options": {"decoder_dim": 2.5}},
+    {"options": {"heads": 0}}, {"options": {"dropout": 1e300}}, {"options": {"dropout": 7}},
+    {"options": {"dropout": float("nan")}},
+    {"options": {"token_ids": [[1]]}}, {"options": {"token_ids": "x"}}, {"options": {"token_ids": [[10**12] * 5] * 19}},
+    {"options": {"nonsense": 1}}, {"format": True}, {"format": [1]}, {"format": 1.5}, {"classes": ["road"]}, {"classes": 3},
+])  # fmt: skip
+def test_odd_values_of_a_description_are_refused_in_one_line(saved, tmp_path, change):
+    """Without a manifest, as from a stranger."""
+    folder = copied(saved, tmp_path)
+    (folder / "manifest.json").unlink()
+    content = json.loads((folder / "model.json").read_text())
+    if isinstance(change.get("options"), dict):
+        change = {"options": content["options"] | change["options"]}
+    (folder / "model.json").write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
+        mfuser.load(folder)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "1", "null", "[" * 100_000, f'{{"format": {"9" * 5000}}}', "\ud800", "x" * (1 << 20) + "x"]
+)
+def test_a_description_that_is_none_is_refused_in_one_line(saved, tmp_path, text):
+    folder = copied(saved, tmp_path)
+    (folder / "manifest.json").unlink()
+    (folder / "model.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"model\.json is damaged") as error:
+        mfuser.load(folder)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("head", [(1 << 63).to_bytes(8, "little"), (90_000_000).to_bytes(8, "little"), b"\xff" * 8])
+def test_a_header_of_absurd_size_is_refused(saved, tmp_path, head):
+    folder = copied(saved, tmp_path)
+    (folder / "manifest.json").unlink()
+    (folder / "model.safetensors").write_bytes(head + b"{}" * 50)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        mfuser.load(folder)
 
 
 def test_what_does_not_match_is_named(saved, tmp_path):

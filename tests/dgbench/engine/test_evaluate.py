@@ -138,6 +138,7 @@ def test_a_score_says_what_its_weights_were_trained_on(run, tmp_path):
     note = tmp_path / "checkpoint/step-000008/source.json"
     (drawn,) = evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
     assert (drawn.source_images, drawn.source_available, drawn.source_complete) == (4, 4, True), "as many as were asked for"
+    (note.parent / "manifest.json").unlink()  # which would tell of the changes below
     note.write_text('{"images": 6, "available": 24966, "rendered": false}')
     (partial,) = evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
     assert (partial.source_images, partial.source_available, partial.source_complete) == (6, 24966, False)
@@ -152,6 +153,7 @@ def test_a_damaged_note_of_what_was_trained_on_is_named(run, tmp_path, text):
     shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
     shutil.copy(run / "recipe.yaml", tmp_path)
     (tmp_path / "checkpoint/step-000008/source.json").write_text(text)
+    (tmp_path / "checkpoint/step-000008/manifest.json").unlink()  # as in older folders
     with pytest.raises(CheckpointError, match="source.json"):
         evaluate(tmp_path, ["streets-city"], progress=Silent(), device="cpu")
 

@@ -21,6 +21,7 @@ from dgbench.engine.train import schedule, train
 from dgbench.errors import CheckpointError, RecipeError
 from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
+from mfuser import manifest
 from mfuser.ops import BackendError
 
 ROOT = Path(__file__).parents[3]
@@ -191,6 +192,7 @@ def test_resuming_on_other_images_is_refused(tmp_path):
     note = tmp_path / "checkpoint/step-000003/source.json"
     assert json.loads(note.read_text()) == {"images": 6, "available": 6, "rendered": False}
     note.write_text('{"images": 9, "available": 24966, "rendered": true}')
+    manifest.seal(note.parent, [note.name])
     with pytest.raises(CheckpointError, match="was begun on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
         train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
 
