@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
+from dgbench.cli.refusals import full_disk, refusal
 from dgbench.errors import DgbenchError, StoppedError
 
 if TYPE_CHECKING:
@@ -109,21 +110,38 @@ class Program(TyperGroup):
         settings["standalone_mode"] = False
         if not whole:
             return super().main(*args, **settings)
+        from dgbench.render import streams
+
+        try:
+            code = self._code(*args, **settings)
+        finally:
+            streams.settle()
+        sys.exit(code)
+
+    def _code(self, *args: Any, **settings: Any) -> int:
+        """Run, tell what went wrong, and return the exit code."""
+        from dgbench import render
+
         try:
             code = super().main(*args, **settings)
+            sys.stdout.flush()
         except typer.Abort:  # Ctrl-C at a question
-            _note("interrupted")
-            sys.exit(130)
+            render.note("interrupted")
+            return 130
         except typer.TyperException as error:
             message, hint = explained(error)
             if message is None:
-                _note(hint or "")
+                render.note(hint or "")
             else:
-                from dgbench import render
-
                 render.failure(message, hint)
-            sys.exit(error.exit_code)
-        sys.exit(code if isinstance(code, int) else 0)
+            return error.exit_code
+        except OSError as error:  # while help or the version was written
+            if error.errno == errno.EPIPE:
+                return 1
+            if os.environ.get("DGBENCH_DEBUG") == "1" or (told := _explain(error)) is None:
+                raise
+            return told
+        return code if isinstance(code, int) else 0
 
     def list_commands(self, ctx: Context) -> list[str]:
         """Put the groups first, as a user meets them."""
@@ -131,6 +149,8 @@ class Program(TyperGroup):
 
     def invoke(self, ctx: Context) -> Any:
         """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C. DGBENCH_DEBUG=1 lets the traceback through."""
+        from dgbench.render import streams
+
         _warn_on_stderr()
         try:
             result = super().invoke(ctx)
@@ -139,14 +159,9 @@ class Program(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("DGBENCH_DEBUG") == "1" or (code := _explain(error)) is None:
                 raise
+            streams.settle()
             raise typer.Exit(code) from None
         return result
-
-
-def _note(text: str) -> None:
-    from dgbench import render
-
-    render.note(text)
 
 
 def _explain(error: BaseException) -> int | None:
@@ -161,47 +176,16 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         render.note("interrupted")
         return 130
-    if (disk := _disk_error(error)) is not None:
-        render.failure(*disk)
-        return 1
-    if isinstance(error, DgbenchError):
-        render.failure(error.message, error.hint)
-        return 1
+    ours = isinstance(error, DgbenchError)
     message, hint = getattr(error, "message", None), getattr(error, "hint", None)
-    if isinstance(message, str) and isinstance(hint, str) and type(error).__module__.startswith("mfuser"):
-        render.failure(message, hint)
-        return 1
-    if type(error).__name__ == "OutOfMemoryError":
-        render.failure(str(error).splitlines()[0], "use smaller batches: --set train.batch_size=2 eval.batch_size=1")
-        return 1
-    return None
-
-
-def _disk_error(error: BaseException) -> tuple[str, str | None] | None:
-    """Return message and hint if `error` is the file system's refusal, or was caused by a full disk."""
-    refusal = error if isinstance(error, OSError) else _full_disk(error)
-    if refusal is None or refusal.errno == errno.EPIPE:
+    # mfuser's errors have both as well
+    told = isinstance(message, str) and (ours or (isinstance(hint, str) and type(error).__module__.startswith("mfuser")))
+    if (refused := full_disk(error) if told else refusal(error)) is not None:
+        message, hint = refused
+    elif not told:
         return None
-    path = refusal.filename or "a file"
-    if refusal.errno in _FULL:
-        return f"no space left on the disk while writing {path}", "free some space there, or choose another --out"
-    if refusal.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission: {path}", "choose a place that is yours, or change its permissions"
-    if refusal.errno == errno.EROFS:
-        return f"the file system is read-only: {path}", "choose a place that can be written"
-    return (f"{(refusal.strerror or 'cannot be used').lower()}: {path}", None) if refusal.filename else None
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _full_disk(error: BaseException | None) -> OSError | None:
-    # other libraries wrap the system's error in one of their own
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None
+    render.failure(str(message), hint)
+    return 1
 
 
 class _Warnings(logging.Handler):
