@@ -159,3 +159,9 @@ def test_torch_and_numpy_without_memory_say_how_much_was_asked_for() -> None:
 )
 def test_other_errors_are_not_taken_for_refusals(raised: Exception) -> None:
     assert refusal(raised) is None
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    done = shell("mkdir gone; cd gone; rmdir ../gone; " + f"{sys.executable} -m dgbench data list", tmp_path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith("error: the current folder is gone, or cannot be entered\n\nhint: change into")

@@ -120,19 +120,27 @@ class Program(TyperGroup):
 
     def _code(self, *args: Any, **settings: Any) -> int:
         """Run, tell what went wrong, and return the exit code."""
-        from dgbench import render
+        try:
+            os.getcwd()
+        except OSError:  # libraries in C would end the process
+            from dgbench import render
 
+            render.failure("the current folder is gone, or cannot be entered", "change into another folder")
+            return 1
         try:
             code = super().main(*args, **settings)
-            sys.stdout.flush()
+            if not code:  # else it was told what went wrong, which may be that nothing can be written
+                sys.stdout.flush()
         except typer.Abort:  # Ctrl-C at a question
-            render.note("interrupted")
+            _note("interrupted")
             return 130
         except typer.TyperException as error:
             message, hint = explained(error)
             if message is None:
-                render.note(hint or "")
+                _note(hint or "")
             else:
+                from dgbench import render
+
                 render.failure(message, hint)
             return error.exit_code
         except OSError as error:  # while help or the version was written
@@ -149,8 +157,6 @@ class Program(TyperGroup):
 
     def invoke(self, ctx: Context) -> Any:
         """Run a command; exit 1 for a user's mistake, 130 for Ctrl-C. DGBENCH_DEBUG=1 lets the traceback through."""
-        from dgbench.render import streams
-
         _warn_on_stderr()
         try:
             result = super().invoke(ctx)
@@ -159,9 +165,14 @@ class Program(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if os.environ.get("DGBENCH_DEBUG") == "1" or (code := _explain(error)) is None:
                 raise
-            streams.settle()
             raise typer.Exit(code) from None
         return result
+
+
+def _note(text: str) -> None:
+    from dgbench import render
+
+    render.note(text)
 
 
 def _explain(error: BaseException) -> int | None:
