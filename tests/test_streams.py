@@ -85,6 +85,13 @@ def test_bytes_that_are_no_text_come_back_as_escapes(tmp_path: Path) -> None:
     assert done.stderr.startswith(b"error: invalid value for '--seed': expected text in UTF-8, got `\\udcff\\u202e`\n")
 
 
+def test_warnings_of_other_libraries_are_visible(tmp_path: Path) -> None:
+    code = "import warnings; from dgbench.render import streams; streams.prepare(); warnings.warn(chr(27) + '[2J.png')"
+    done = shell(f'{sys.executable} -c "{code}"', tmp_path)
+    assert done.stderr.decode().splitlines()[0].endswith("UserWarning: \\x1b[2J.png")
+    assert b"\x1b" not in done.stderr
+
+
 # ---- what the machine refuses
 
 

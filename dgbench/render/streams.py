@@ -7,7 +7,10 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, TextIO
+
+from dgbench.render.outside import visible_lines
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -49,6 +52,9 @@ def prepare() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
+    # those of other libraries name files
+    said = warnings.formatwarning
+    warnings.formatwarning = lambda *what, **where: visible_lines(said(*what, **where))
 
 
 class _Named(io.FileIO):
