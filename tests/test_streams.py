@@ -95,6 +95,12 @@ def test_warnings_of_other_libraries_are_visible(tmp_path: Path) -> None:
 # ---- what the machine refuses
 
 
+def _unencodable(name: str) -> Exception:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        name.encode()
+    return caught.value
+
+
 SHM = "unable to write to file </torch_12_34_0>: No space left on device (28)"
 BUS = (
     "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
@@ -115,6 +121,7 @@ OPEN = "unable to open shared memory object </torch_5_6_7> in read-write mode: T
         (OSError(errno.EMFILE, "Too many open files", "x.png"), "too many open files", "ulimit -n"),
         (MemoryError(), "out of memory", "batch_size"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory", "train.workers=0"),
+        (_unencodable("photo-\udcff\x1b.png"), "`photo-\\udcff\\x1b.png` has bytes that are no UTF-8", "rename"),
         (RuntimeError("can't start new thread"), "no further process or thread", "ulimit -u"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no further process or thread", "ulimit -u"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed", "batch_size"),

@@ -57,6 +57,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Give every value of such an option its own flag, the form that Click understands."""
+        if not ctx.resilient_parsing:
+            _refuse_empty(args, ctx)
         lists = {name: p for p in self.params if isinstance(p, TyperOption) and p.multiple for name in p.opts}
         rest = super().parse_args(ctx, list(_one_flag_each(args, lists, ctx)))
         if ctx.resilient_parsing:
@@ -64,6 +66,15 @@ class Command(TyperCommand):
             for option in lists.values():
                 option.nargs = len(args) + 1
         return rest
+
+
+def _refuse_empty(args: Sequence[str], ctx: Context) -> None:
+    """An empty value is what a shell makes of a variable that is not set; as a path it would mean the current folder."""
+    for before, given in zip(("", *args), args, strict=False):
+        flag, equals, value = given.partition("=")
+        if not given or (given.startswith("--") and equals and not value):
+            name = flag or (before if before.startswith("-") and before != "--" else "an argument")
+            raise typer.BadParameter("is empty; is a variable of the shell not set?", ctx=ctx, param_hint=f"'{name}'")
 
 
 def _one_flag_each(args: Sequence[str], lists: Mapping[str, TyperOption], ctx: Context) -> Iterator[str]:

@@ -13,6 +13,8 @@ _SHARED = "give it more (docker: --shm-size=8g), or load in the training process
 def refusal(error: BaseException) -> tuple[str, str | None] | None:
     """Return message and hint if `error` is the machine's refusal, or was caused by a full disk; None if it is neither."""
     text = str(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return f"`{_name(error.object)}` has bytes that are no UTF-8", "rename the file or folder: its name cannot be stored"
     if isinstance(error, RuntimeError | OSError) and _SHARED_MEMORY.search(text):
         return "the shared memory through which workers hand over images is full (/dev/shm)", _SHARED
     if _too_many_files(error, text):
