@@ -7,13 +7,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from dgbench.errors import DataError
+from dgbench.errors import DataError, DgbenchError
 from dgbench.resources import usable_cores
 
 State = Literal["ok", "warn", "fail", "info"]
@@ -35,46 +35,57 @@ def doctor(root: Path | None = None) -> list[Check]:
     Args:
         root: the data root; by default DGBENCH_DATA or ./data.
     """
-    torch_check, gpu = _torch()
-    return [
-        _python(),
-        torch_check,
-        *_packages(),
-        *gpu,
-        _driver(),
-        *_kernels(),
-        _cores(),
-        _memory(),
-        _disk("disk (here)", Path.cwd()),
-        *_folders(root),
-        _recipes(),
-        _hub(),
-    ]
+    parts: dict[str, Callable[[], Check | Iterable[Check]]] = {
+        "python": _python,
+        "torch": _torch,
+        "packages": _packages,
+        "driver": _driver,
+        "kernels": _kernels,
+        "cores": _cores,
+        "memory": _memory,
+        "disk (here)": lambda: _disk("disk (here)", Path.cwd()),
+        "folders": lambda: _folders(root),
+        "recipes": _recipes,
+        "hub": _hub,
+    }
+    return [check for name, look in parts.items() for check in _looked(name, look)]
+
+
+def _looked(name: str, look: Callable[[], Check | Iterable[Check]]) -> list[Check]:
+    """A check that cannot be made is a finding, and the others are made."""
+    try:
+        found = look()
+        return [found] if isinstance(found, Check) else list(found)
+    except DgbenchError as error:
+        return [Check(name, "fail", error.message, error.hint)]
+    except Exception as error:  # of any library that is asked: a machine in disorder is what the doctor is called for
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        return [Check(name, "fail", f"cannot be checked: {reason}")]
 
 
 def _python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
-def _torch() -> tuple[Check, list[Check]]:
+def _torch() -> list[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:
         failed = Check("torch", "fail", str(error).splitlines()[0], "install it again: pip install --force-reinstall torch")
-        return failed, []
+        return [failed]
     version = torch.__version__
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     if not torch.cuda.is_available():
         reason = "the torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver"
         gpu = [Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")]
-        return Check("torch", "ok", f"{version}, {build}, {torch.get_num_threads()} threads"), gpu
+        return [Check("torch", "ok", f"{version}, {build}, {torch.get_num_threads()} threads"), *gpu]
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         found.append(Check(f"gpu {index}", "ok", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory}"))
-    return Check("torch", "ok", f"{version}, {build}"), found
+    return [Check("torch", "ok", f"{version}, {build}"), *found]
 
 
 def _packages() -> list[Check]:

@@ -397,6 +397,20 @@ def test_usage_errors_exit_2(typed: str, message: str, here: Path) -> None:
     assert message in fails(*typed.split(), code=2)
 
 
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["train", "--out", ""], "'--out'"),
+        (["data", "show", "streets-fog", "--out="], "'--out'"),
+        (["train", ""], "'an argument'"),
+        (["eval", "--targets", "streets-fog", ""], "'an argument'"),
+    ],
+)
+def test_an_empty_value_is_a_usage_error_and_never_the_current_folder(typed: list[str], named: str, here: Path) -> None:
+    assert fails(*typed, code=2).startswith(f"error: invalid value for {named}: is empty; is a variable of the shell not set?\n")
+    assert not list(here.iterdir())
+
+
 def test_a_run_folder_in_use_is_refused(here: Path) -> None:
     (here / "mine").mkdir()
     (here / "mine" / "recipe.yaml").write_text("name: x\n")

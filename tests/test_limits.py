@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dgbench.cli.limits import ran_out
+from dgbench.cli.refusals import refusal
 from dgbench.data.workers import worker_init
+from dgbench.ends import NO_FILES, NO_SHARED_MEMORY
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,9 +41,10 @@ def test_too_many_open_files_are_told_with_the_limit_to_raise(collate: Callable[
             list(loader)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    told = ran_out(raised.value)
+    told = refusal(raised.value)
     assert told is not None
-    assert told[0] == "too many open files"
+    assert told[0].startswith("too many open files")
+    assert told[1] is not None
     assert "ulimit -n" in told[1]
     assert "train.workers=0" in told[1]
 
@@ -50,8 +52,9 @@ def test_too_many_open_files_are_told_with_the_limit_to_raise(collate: Callable[
 SHM = """
 import sys, torch
 from torch.utils.data import DataLoader
-from dgbench.cli.limits import ran_out
+from dgbench.cli.refusals import refusal
 from dgbench.data.workers import worker_init
+from dgbench.ends import NO_FILES, NO_SHARED_MEMORY
 images = [torch.zeros(3, 512, 1024) for _ in range(8)]
 for collate in (None, list):
     kept = []
@@ -60,7 +63,7 @@ for collate in (None, list):
             kept.append(batch)
         print('it fits')
     except RuntimeError as error:
-        print(*ran_out(error), sep=' / ')
+        print(*refusal(error), sep=' / ')
 """
 
 
@@ -75,7 +78,7 @@ def test_a_full_shared_memory_is_told_with_dockers_option() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     for line in lines:
-        assert line.startswith("no space left in /dev/shm"), (line, done.stderr)
+        assert line.startswith("the shared memory through which workers hand over images is full"), (line, done.stderr)
         assert "--shm-size" in line
         assert "train.workers=0" in line
 
@@ -83,18 +86,32 @@ def test_a_full_shared_memory_is_told_with_dockers_option() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...", "no space left in /dev/shm"),
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a worker process that loads images was ended"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...",
+            "the shared memory through which workers hand over images is full",
+        ),
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a worker that loads images was killed"),
         ("received 0 items of ancdata", "too many open files"),
         ("CUDA error: an illegal memory access was encountered", None),
     ],
 )
 def test_pytorchs_words_are_understood(text: str, told: str | None) -> None:
-    found = ran_out(RuntimeError(text))
+    found = refusal(RuntimeError(text))
     assert (found is None) if told is None else (found is not None and found[0].startswith(told))
 
 
 def test_other_errors_of_the_system_are_not_taken_for_a_limit() -> None:
-    assert ran_out(FileNotFoundError(2, "No such file or directory", "a")) is None
-    assert ran_out(OSError(28, "No space left on device", "out")) is None
-    assert ran_out(OSError(24, "Too many open files", "a")) is not None
+    told = [
+        refusal(error) for error in (FileNotFoundError(2, "No such file or directory", "a"), OSError(28, "No space left", "out"))
+    ]
+    assert [found and found[0] for found in told] == [
+        "no such file or directory: a",
+        "no space left on the disk while writing out",
+    ]
+
+
+@pytest.mark.parametrize(("code", "told"), [(NO_SHARED_MEMORY, "shared memory"), (NO_FILES, "too many open files")])
+def test_a_workers_exit_code_tells_what_it_lacked(code: int, told: str) -> None:
+    found = refusal(RuntimeError(f"DataLoader worker (pid(s) 7) exited unexpectedly with exit code {code}. Details are lost"))
+    assert found is not None
+    assert told in found[0]

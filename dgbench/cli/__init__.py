@@ -51,6 +51,9 @@ def _dgbench(
 
 def main() -> None:
     """Run the command line."""
+    from dgbench.render import streams
+
+    streams.prepare()
     # the interpreter ends by looking for garbage among the million objects that torch's import made: a fifth of a second
     atexit.register(gc.freeze)
     app(prog_name="dgbench")

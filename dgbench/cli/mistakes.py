@@ -86,6 +86,8 @@ def _value_error(cause: BaseException | None) -> str | None:
     for key, word in _BOUNDS.items():
         if key in context:
             return f"must be {word} {context[key]}, got {given}"
+    if details["type"] == "string_unicode":
+        return f"expected text in UTF-8, got `{given}`"
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got `{given}`"
     text = str(details["msg"]).removeprefix("Value error, ")

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
+from dgbench.cli.refusals import full_disk, refusal
 from dgbench.errors import DgbenchError, StoppedError, Terminated
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Give every value of such an option its own flag, the form that Click understands."""
+        if not ctx.resilient_parsing:
+            _refuse_empty(args, ctx)
         lists = {name: p for p in self.params if isinstance(p, TyperOption) and p.multiple for name in p.opts}
         rest = super().parse_args(ctx, list(_one_flag_each(args, lists, ctx)))
         if ctx.resilient_parsing:
@@ -63,6 +66,15 @@ class Command(TyperCommand):
             for option in lists.values():
                 option.nargs = len(args) + 1
         return rest
+
+
+def _refuse_empty(args: Sequence[str], ctx: Context) -> None:
+    """An empty value is what a shell makes of a variable that is not set; as a path it would mean the current folder."""
+    for before, given in zip(("", *args), args, strict=False):
+        flag, equals, value = given.partition("=")
+        if not given or (given.startswith("--") and equals and not value):
+            name = flag or (before if before.startswith("-") and before != "--" else "an argument")
+            raise typer.BadParameter("is empty; is a variable of the shell not set?", ctx=ctx, param_hint=f"'{name}'")
 
 
 def _one_flag_each(args: Sequence[str], lists: Mapping[str, TyperOption], ctx: Context) -> Iterator[str]:
@@ -109,11 +121,30 @@ class Program(TyperGroup):
         settings["standalone_mode"] = False
         if not whole:
             return super().main(*args, **settings)
+        from dgbench.render import streams
+
+        try:
+            code = self._code(*args, **settings)
+        finally:
+            streams.settle()
+        sys.exit(code)
+
+    def _code(self, *args: Any, **settings: Any) -> int:
+        """Run, tell what went wrong, and return the exit code."""
+        try:
+            os.getcwd()
+        except OSError:  # libraries in C would end the process
+            from dgbench import render
+
+            render.failure("the current folder is gone, or cannot be entered", "change into another folder")
+            return 1
         try:
             code = super().main(*args, **settings)
+            if not code:  # else it was told what went wrong, which may be that nothing can be written
+                sys.stdout.flush()
         except typer.Abort:  # Ctrl-C at a question
             _note("interrupted")
-            sys.exit(130)
+            return 130
         except typer.TyperException as error:
             message, hint = explained(error)
             if message is None:
@@ -122,8 +153,14 @@ class Program(TyperGroup):
                 from dgbench import render
 
                 render.failure(message, hint)
-            sys.exit(error.exit_code)
-        sys.exit(code if isinstance(code, int) else 0)
+            return error.exit_code
+        except OSError as error:  # while help or the version was written
+            if error.errno == errno.EPIPE:
+                return 1
+            if os.environ.get("DGBENCH_DEBUG") == "1" or (told := _explain(error)) is None:
+                raise
+            return told
+        return code if isinstance(code, int) else 0
 
     def list_commands(self, ctx: Context) -> list[str]:
         """Put the groups first, as a user meets them."""
@@ -181,52 +218,16 @@ def _explain(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         render.note("interrupted")
         return 130
-    from dgbench.cli.limits import ran_out
-
-    if (limit := ran_out(error)) is not None:
-        render.failure(*limit)
-        return 1
-    if (disk := _disk_error(error)) is not None:
-        render.failure(*disk)
-        return 1
-    if isinstance(error, DgbenchError):
-        render.failure(error.message, error.hint)
-        return 1
+    ours = isinstance(error, DgbenchError)
     message, hint = getattr(error, "message", None), getattr(error, "hint", None)
-    if isinstance(message, str) and isinstance(hint, str) and type(error).__module__.startswith("mfuser"):
-        render.failure(message, hint)
-        return 1
-    if type(error).__name__ == "OutOfMemoryError":
-        render.failure(str(error).splitlines()[0], "use smaller batches: --set train.batch_size=2 eval.batch_size=1")
-        return 1
-    return None
-
-
-def _disk_error(error: BaseException) -> tuple[str, str | None] | None:
-    """Return message and hint if `error` is the file system's refusal, or was caused by a full disk."""
-    refusal = error if isinstance(error, OSError) else _full_disk(error)
-    if refusal is None or refusal.errno == errno.EPIPE:
+    # mfuser's errors have both as well
+    told = isinstance(message, str) and (ours or (isinstance(hint, str) and type(error).__module__.startswith("mfuser")))
+    if (refused := full_disk(error) if told else refusal(error)) is not None:
+        message, hint = refused
+    elif not told:
         return None
-    path = refusal.filename or "a file"
-    if refusal.errno in _FULL:
-        return f"no space left on the disk while writing {path}", "free some space there, or choose another --out"
-    if refusal.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission: {path}", "choose a place that is yours, or change its permissions"
-    if refusal.errno == errno.EROFS:
-        return f"the file system is read-only: {path}", "choose a place that can be written"
-    return (f"{(refusal.strerror or 'cannot be used').lower()}: {path}", None) if refusal.filename else None
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _full_disk(error: BaseException | None) -> OSError | None:
-    # other libraries wrap the system's error in one of their own
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return None
+    render.failure(str(message), hint)
+    return 1
 
 
 class _Warnings(logging.Handler):

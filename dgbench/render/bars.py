@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dgbench.progress import Bars, Progress, Silent
 from dgbench.render.numbers import byte_size, duration
+from dgbench.render.outside import visible, visible_lines
 from dgbench.render.terminal import note, open_console
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class _Bars:
         with self._lock:
             if self._drawn is None:
                 self._drawn = RichProgress(
-                    TextColumn("{task.description}"), BarColumn(bar_width=16), DownloadColumn(), TransferSpeedColumn(),
-                    TimeRemainingColumn(compact=True), console=self._console, transient=True,
+                    TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), DownloadColumn(),
+                    TransferSpeedColumn(), TimeRemainingColumn(compact=True), console=self._console, transient=True,
                 )  # fmt: skip
                 self._drawn.start()
-            self._tasks[name] = self._drawn.add_task(name, total=total, completed=done)
+            self._tasks[name] = self._drawn.add_task(visible(name), total=total, completed=done)
 
     def advance(self, name: str, n: int) -> None:
         if self._drawn is not None and name in self._tasks:
@@ -81,7 +82,7 @@ class _Bars:
 
     def note(self, text: str) -> None:
         if self._drawn is not None:
-            self._drawn.console.print(text, markup=False)
+            self._drawn.console.print(visible_lines(text), markup=False, emoji=False)
         else:
             note(text)
 
@@ -150,10 +151,13 @@ class _Bar:
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        turning = "line" if console.options.ascii_only else "dots"
+
         def make() -> RichProgress:
             return RichProgress(
-                SpinnerColumn(), BarColumn(bar_width=16), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-                TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True), TextColumn("left"),
+                SpinnerColumn(turning), BarColumn(bar_width=16),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
+                TextColumn("{task.fields[told]}", markup=False), TimeRemainingColumn(compact=True), TextColumn("left"),
                 console=console,
             )  # fmt: skip
 
@@ -182,7 +186,7 @@ class _Bar:
 
     def note(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(text, markup=False)
+            self._bar.console.print(visible_lines(text), markup=False, emoji=False)
         else:
             note(text)
 

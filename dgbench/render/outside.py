@@ -1,11 +1,18 @@
-"""Text that came from outside (names in records, files, archives) is shown as characters, never obeyed by the terminal."""
+"""Text that came from outside (names in records, files, archives) is shown as characters, never obeyed by what shows it.
+
+A terminal obeys escape sequences, a spreadsheet formulas, a Markdown page tags and images, TeX its commands. Whatever is shown
+passes here; what Rich draws is always its `Text`, which has no markup.
+"""
 
 from __future__ import annotations
 
 import re
 
 # C0 and C1 controls, surrogates that are no characters, and what turns the direction of a line or shows nothing
-_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_OBEYED = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
 
 
 def visible(text: str) -> str:
@@ -13,6 +20,74 @@ def visible(text: str) -> str:
     return text if text.isprintable() else _OBEYED.sub(_written, text)
 
 
+def visible_lines(text: str) -> str:
+    """Return a message of one or more lines, each `visible`: the lines are ours, what stands in them may not be."""
+    return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+
+
+def visible_json(text: str) -> str:
+    r"""Return JSON with the controls that it allows in strings written as `\u009b`: its meaning stays."""
+    # those below the blank are JSON's own to escape, and outside of strings they are its line feeds
+    return text if text.isascii() and "\x7f" not in text else _OBEYED.sub(_as_json, text)
+
+
 def _written(found: re.Match[str]) -> str:
     code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _as_json(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code < 0x20:
+        return found[0]
+    units = found[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+
+def in_markdown(text: str, *, inside_stars: bool = False) -> str:
+    """Return text that GitHub's Markdown shows as it stands: no tags, links, images, cells or emphasis come of it.
+
+    Args:
+        inside_stars: the text will stand between `**`, which a `*` in it could end.
+    """
+    text = _MARKDOWN.sub(r"\\\g<0>", visible(text))
+    text = (_STARS if inside_stars else _OPENS_EMPHASIS).sub(r"\\\g<0>", text)
+    return _ENTITY.sub("&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def as_item(text: str) -> str:
+    """Return text of Markdown behind `- `: what begins like a heading or a list is neither."""
+    return _STARTS_BLOCK.sub(r"\\\g<0>", text.strip(), count=1)
+
+
+_STARTS_BLOCK = re.compile(r"^[#+*-]|(?<=^\d)[.)]|(?<=^\d\d)[.)]|(?<=^\d\d\d)[.)]")
+_MARKDOWN = re.compile(r"[\\`|\[\]]")
+_OPENS_EMPHASIS = re.compile(r"\*(?=\S)|(?<![^\W_])_(?=\S)|~(?=\S)")
+_STARS = re.compile(r"\*|(?<![^\W_])_|_(?![^\W_])|~")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+
+
+def in_latex(text: str) -> str:
+    """Return text that LaTeX sets as it stands."""
+    shown = "".join(_LATEX.get(letter, letter) for letter in visible(text))
+    # at a row's start these two would belong to the `\\` before
+    return f"{{{shown[0]}}}{shown[1:]}" if shown[:1] in ("[", "*") else shown
+
+
+_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+          "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "†": r"\textdagger{}", "…": r"\ldots{}",
+          "²": r"$^2$", "×": r"$\times$"}  # fmt: skip
+
+
+def in_csv(value: object) -> object:
+    """Return a value for a cell of CSV: text that a spreadsheet would take for a formula gets a `'` in front, numbers do not."""
+    if not isinstance(value, str):
+        return value
+    # a control is written out by now, and does not hide a formula behind itself
+    shown = visible(value)
+    return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(shown) else shown
+
+
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")

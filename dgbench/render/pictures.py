@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgbench import atomic
+from dgbench.render.outside import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +35,15 @@ def draw_fusion(found: FusionProfile, path: Path) -> Path:
     """
     timed = any(row.forward for point in found.sweep for row in point.rows)
     figure, axes = _figure(2 if timed else 1)
-    names = [row.fuser for row in found.sweep[0].rows]
+    names = [_as_it_is(row.fuser) for row in found.sweep[0].rows]
     tokens = [sum(point.tokens) for point in found.sweep]
     for number, name in enumerate(names):
-        style: dict[str, Any] = {"color": _COLOURS[number % 6], "marker": _MARKERS[number % 6], "label": name, "markersize": 5}
+        style: dict[str, Any] = {
+            "color": _COLOURS[number % 6],
+            "marker": _MARKERS[number % 6],
+            "label": name,
+            "markersize": 5,
+        }
         axes[0].plot(tokens, [point.rows[number].total for point in found.sweep], **style)
         if timed:
             taken = [(n, point.rows[number].forward) for n, point in zip(tokens, found.sweep, strict=True)]
@@ -45,10 +51,10 @@ def draw_fusion(found: FusionProfile, path: Path) -> Path:
             spread = [[t.median - t.low for _, t in measured], [t.high - t.median for _, t in measured]]
             axes[1].errorbar([n for n, _ in measured], [t.median for _, t in measured], yerr=spread, capsize=2, **style)
     axes[0].set_ylabel(f"{found.unit} (convention {found.convention})")
-    axes[0].set_title(f"One fusion layer, {found.vfm} + {found.vlm}, width {found.dim}", fontsize=10)
+    axes[0].set_title(_as_it_is(f"One fusion layer, {found.vfm} + {found.vlm}, width {found.dim}"), fontsize=10)
     if timed:
         axes[1].set_ylabel(f"ms, forward, batch {found.batch}, {found.dtype}")
-        axes[1].set_title(found.hardware.name if found.hardware else "", fontsize=10)
+        axes[1].set_title(_as_it_is(found.hardware.name) if found.hardware else "", fontsize=10)
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="tokens of both towers")
         axis.set_xticks(tokens, [f"{n:,}\n{point.size[0]}²" for n, point in zip(tokens, found.sweep, strict=True)], fontsize=8)
@@ -84,8 +90,8 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
     # by height, left and right in turn, so that labels do not lie on each other
     for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
         side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
-        axis.annotate(point.label, (point.cost, 100 * point.miou), xytext=(shift, 0), textcoords="offset points", fontsize=7,
-                      ha=side, va="center")  # fmt: skip
+        axis.annotate(_as_it_is(point.label), (point.cost, 100 * point.miou), xytext=(shift, 0), textcoords="offset points",
+                      fontsize=7, ha=side, va="center")  # fmt: skip
     costs, scores = [point.cost for point in panel.points], [100 * point.miou for point in panel.points]
     axis.set_xscale("log")
     axis.set_xlim(min(costs) / 2.5, 2.5 * max(costs))
@@ -99,9 +105,14 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
     if panel.left_out:
         names = ", ".join(sorted({label.partition(" (")[0] for label in panel.left_out}, key=str.lower))
         lines.append(f"not drawn, no model here to count: {names}")
-    axis.set_title("\n".join(part for line in lines for part in textwrap.wrap(line, 84)), fontsize=8)
+    axis.set_title("\n".join(_as_it_is(part) for line in lines for part in textwrap.wrap(line, 84)), fontsize=8)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, loc="lower right")
+
+
+def _as_it_is(text: str) -> str:
+    # matplotlib reads what stands between two dollars as a formula
+    return visible(text).replace("$", r"\$")
 
 
 def _figure(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench.render.outside import visible_json
+from dgbench.render.streams import writable
 from dgbench.render.table import Table, Tables, draw_rich, plain
 from dgbench.render.terminal import may_draw, note, open_console, write
 from dgbench.render.texts import TEXTS, csv
@@ -28,7 +31,8 @@ def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
         form: "text", "markdown", "latex", "json", or, of a profile, "csv".
     """
     if as_json or form == "json":
-        write(json.dumps(_plain_data(result), indent=1, ensure_ascii=False, allow_nan=False))
+        readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        write(visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
         return
     first = result[0] if isinstance(result, Sequence) and result else result
     tables = _TABLES[type(first).__name__](result) if first else [Table("nothing to show", (), ())]
@@ -38,6 +42,8 @@ def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
     if form in TEXTS:
         write("\n\n".join(TEXTS[form](table) for table in tables))
         return
+    # before they are laid out: a stand-in may be wider
+    tables = [table.rewritten(lambda text: writable(text, sys.stdout)) for table in tables]
     console = open_console() if may_draw() else None
     for number, table in enumerate(tables):
         if number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,12 +43,23 @@ class Table:
         set_(self, "title", visible(self.title))
         set_(self, "header", tuple(map(visible, self.header)))
         set_(self, "legend", tuple(map(visible, self.legend)))
-        set_(self, "rows", tuple(tuple(_visible(cell) for cell in row) for row in self.rows))
+        set_(self, "rows", tuple(tuple(_rewritten(cell, visible) for cell in row) for row in self.rows))
+
+    def rewritten(self, change: Callable[[str], str]) -> Table:
+        """Return the table with every text of it changed."""
+        return dataclasses.replace(
+            self,
+            title=change(self.title),
+            header=tuple(map(change, self.header)),
+            rows=tuple(tuple(_rewritten(cell, change) for cell in row) for row in self.rows),
+            legend=tuple(map(change, self.legend)),
+            compact=self.compact and self.compact.rewritten(change),
+        )
 
 
-def _visible(cell: Cell) -> Cell:
-    shown = visible(cell.text)
-    return cell if shown == cell.text else Cell(shown, cell.style)
+def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
+    text = change(cell.text)
+    return cell if text == cell.text else Cell(text, cell.style)
 
 
 # what draws the results of one kind, by the name of their class

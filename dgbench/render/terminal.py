@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING
 
+from dgbench.render.outside import visible_lines
 from dgbench.render.table import WIDTH
 
 if TYPE_CHECKING:
@@ -28,13 +30,19 @@ def may_draw() -> bool:
 
 
 def write(text: str) -> None:
-    """Print a piece of the result on stdout."""
+    """Print a piece of the result on stdout; what came from outside was made visible where it entered the piece."""
     sys.stdout.write(text + "\n")
 
 
 def note(text: str) -> None:
     """Say one line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    _say(visible_lines(text))
+
+
+def _say(text: str) -> None:
+    # long work does not end because nobody can be told of it
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def failure(message: str, hint: str | None = None) -> None:
@@ -52,4 +60,13 @@ def warning(message: str) -> None:
 
 def _labelled(label: str, colour: str, text: str) -> None:
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    note(f"\x1b[1;{colour}m{label}:\x1b[0m {text}" if coloured else f"{label}: {text}")
+    shown = "\n".join(_short(line) for line in visible_lines(text).split("\n"))
+    _say(f"\x1b[1;{colour}m{label}:\x1b[0m {shown}" if coloured else f"{label}: {shown}")
+
+
+def _short(line: str) -> str:
+    # an argument or a value in a file may have megabytes
+    return line if len(line) <= _LONGEST else f"{line[:400]} ... {line[-100:]} ({len(line):,} characters)"
+
+
+_LONGEST = 2000

@@ -85,3 +85,16 @@ def test_a_folder_without_permission_fails(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path / "cache"))
     found = {check.name: check for check in doctor()}
     assert found["cache folder"].state == "fail"
+
+
+def test_a_check_that_cannot_be_made_is_a_finding_and_the_others_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    checks = {check.name: check for check in doctor()}
+    assert checks["disk (here)"].state == "fail"
+    assert checks["disk (here)"].detail == "cannot be checked: [Errno 2] No such file or directory"
+    assert {"python", "torch", "cores", "memory", "recipes"} <= set(checks)
