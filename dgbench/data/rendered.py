@@ -90,7 +90,7 @@ class Rendered:
                         progress.advance(done.result())
                 except BaseException:
                     held.close()  # they end at once, whatever they are doing
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    pool.shutdown(cancel_futures=True)
                     raise
         except BrokenProcessPool:
             raise DataError(
