@@ -83,7 +83,7 @@ def _listed(given: Sequence[Path]) -> list[Path]:
     for path in given:
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir() and p.name[0] != ".")
             photographs = {p.stem for p in files}
             # overlays that were written beside their photographs
             files = [p for p in files if not (p.stem.endswith(_OVERLAY) and p.stem.removesuffix(_OVERLAY) in photographs)]
