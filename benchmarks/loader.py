@@ -36,7 +36,7 @@ from PIL import Image
 from dgbench import results
 from dgbench.data import streets
 from dgbench.data.dataset import SegDataset
-from dgbench.data.images import Part, decode
+from dgbench.data.images import FORMATS, Part, decode
 from dgbench.data.labels import CLASSES, IGNORE, palette
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, Sampler, TrainView, to_model
@@ -97,9 +97,9 @@ class Plain:
         return torch.from_numpy(chw).div_(255)[None], torch.from_numpy(label.astype(np.int64))[None]
 
     def once(self, index: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        with Image.open(self.pairs[index][0]) as file:
+        with Image.open(self.pairs[index][0], formats=FORMATS) as file:
             picture = file.convert("RGB")
-        with Image.open(self.pairs[index][1]) as file:
+        with Image.open(self.pairs[index][1], formats=FORMATS) as file:
             mask = Image.fromarray(cv2.LUT(np.asarray(file), self.table))  # the papers convert their labels beforehand
         scale = rng.uniform(*self.a.scale)
         size = (int(picture.width * scale + 0.5), int(picture.height * scale + 0.5))
@@ -208,11 +208,11 @@ def floors(root: Path, repeats: int) -> dict[str, float]:
     png = [path.read_bytes() for path in sorted((root / "gta5/images").glob("*.png"))[:8]]
     jpg = [path.read_bytes() for path in sorted((root / "bdd100k/images/10k/train").glob("*.jpg"))[:8]]
     mask = [path.read_bytes() for path in sorted((root / "gta5/labels").glob("*.png"))[:8]]
-    width, height = Image.open(BytesIO(png[0])).size
+    width, height = Image.open(BytesIO(png[0]), formats=FORMATS).size
     upper = Part(0, 0, height // 2, width // 2)
 
     def pillow(data: bytes) -> NDArray[np.uint8]:
-        return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+        return np.asarray(Image.open(BytesIO(data), formats=FORMATS).convert("RGB"))
 
     return {
         "PNG, Pillow": milliseconds(pillow, png, repeats),
@@ -220,7 +220,7 @@ def floors(root: Path, repeats: int) -> dict[str, float]:
         "PNG, dgbench, a part that ends at half its height": milliseconds(lambda data: decode(data, upper), png, repeats),
         "JPEG, Pillow": milliseconds(pillow, jpg, repeats),
         "JPEG, dgbench": milliseconds(decode, jpg, repeats),
-        "palette label, Pillow": milliseconds(lambda data: np.asarray(Image.open(BytesIO(data))), mask, repeats),
+        "palette label, Pillow": milliseconds(lambda data: np.asarray(Image.open(BytesIO(data), formats=FORMATS)), mask, repeats),
     }
 
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from dgbench.errors import DgbenchError
+from dgbench.untrusted import read_bytes
 
 _TAG = "tag:yaml.org,2002:"
 _NULL, _BOOL, _INT, _FLOAT, _STR = (_TAG + kind for kind in ("null", "bool", "int", "float", "str"))
@@ -38,6 +39,7 @@ _IMPLICIT = (
     (_ZEROS, _LEADING_ZERO, list("-+0")),
     (f"{_TAG}merge", re.compile(r"<<\Z"), ["<"]),
 )
+_BYTES = 1 << 20  # of a file: reading takes seconds a megabyte
 _DIGITS = 18  # more than any count here has
 _NODES = 100_000  # more than any file here has, with what it refers to written out
 
@@ -138,7 +140,7 @@ def parse(path: Path, error: type[DgbenchError], example: str, model: Any = None
     Raises: `error` naming the file and the line.
     """
     try:
-        content = _constructed(path.read_text(encoding="utf-8"), model)
+        content = _constructed(read_bytes(path, _BYTES).decode("utf-8"), model)
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark or problem.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -149,6 +151,8 @@ def parse(path: Path, error: type[DgbenchError], example: str, model: Any = None
         raise error(f"{path}: nested too deeply", f"see {example}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise error(f"{path}: not a YAML text: {_first_line(problem)}", "it should be a UTF-8 text file") from None
+    except ValueError as problem:
+        raise error(f"{path} {problem}", f"it should be a text file; {example} shows how one is written") from None
     if not isinstance(content, dict):
         raise error(f"{path}: expected `key: value` lines, got {_kind(content)}", f"see {example}")
     return content

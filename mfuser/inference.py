@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,34 +34,80 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
     check_images(images)
     if not len(images):
         raise ValueError("there are no images to score: the batch is empty")
-    with torch.inference_mode():
-        total, seen = _summed(model, images, crop, stride, windows_at_once)
-    # outside of it: an ordinary tensor, which a loss may take for its target
-    return (total / seen)[:, :, : images.shape[2], : images.shape[3]]
+    scores: Tensor | None = None
+    for top, part in bands(model, images, crop, stride, windows_at_once=windows_at_once):
+        if scores is None:
+            # outside of inference mode: an ordinary tensor, which a loss may take for its target
+            scores = part.new_empty(*part.shape[:2], *images.shape[2:])
+        scores[:, :, top : top + part.shape[2]] = part
+    assert scores is not None
+    return scores
 
 
-def _summed(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int],
-            windows_at_once: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The sum of all windows' scores (B, K, H', W') over the padded images, and how many windows saw each pixel (H', W')."""
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
-    rows, columns = windows((padded.shape[-2], padded.shape[-1]), crop, stride)
-    places = [(b, y, x) for y in rows for x in columns for b in range(batch)]
-    total: Tensor | None = None
-    for first in range(0, len(places), windows_at_once):
-        part = places[first : first + windows_at_once]
-        scores = model(torch.stack([padded[b, :, y : y + crop[0], x : x + crop[1]] for b, y, x in part]))
-        if total is None:
-            # sums of 16-bit scores would be off by more than their differences
-            total = scores.new_zeros(batch, scores.shape[1], *padded.shape[-2:], dtype=_precise(scores))
-        for score, (b, y, x) in zip(scores, part, strict=True):
-            total[b, :, y : y + crop[0], x : x + crop[1]] += score
-    assert total is not None
-    seen = total.new_zeros(padded.shape[-2:])
-    for y in rows:
-        for x in columns:
-            seen[y : y + crop[0], x : x + crop[1]] += 1
-    return total, seen
+def bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *, axis: int = 2,
+          windows_at_once: int = 16, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """The scores of `slide`, part by part along one axis: never those of the whole image at once.
+
+    Args:
+        images: floating point as `slide` takes, or uint8 (B, 3, H, W) in 0..255, of which each window is divided by 255.
+        axis: 2 for bands of rows (B, K, h, W), h <= crop[0]; 3 for bands of columns (B, K, H, w), w <= crop[1].
+        device: where windows are moved to before they are scored; None: they stay.
+
+    Yields: the first row (or column) of a band, and its scores: tensors of inference mode, the bands one behind the other.
+    """
+    along, across = axis - 2, 3 - axis
+    sides = (images.shape[2], images.shape[3])
+    missing = [max(0, window - side) for window, side in zip(crop, sides, strict=True)]
+    padded = F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
+    starts = windows((padded.shape[2], padded.shape[3]), crop, stride)
+    places = [(b, first, second) for first in starts[along] for second in starts[across] for b in range(len(images))]
+    covered = [_covered(first, window, side) for first, window, side in zip(starts, crop, padded.shape[2:], strict=True)]
+    total: Tensor | None = None  # over the windows that begin at `top`, and what those before reach into it
+    top = 0
+
+    def finished(count: int) -> Tensor:
+        assert total is not None
+        here = [*covered]
+        here[along] = here[along][top : top + count]
+        mean = total.narrow(axis, 0, count) / (here[0][:, None] * here[1]).to(total)
+        return mean[:, :, : sides[0], : sides[1]].narrow(axis, 0, min(count, sides[along] - top))
+
+    for begin in range(0, len(places), windows_at_once):
+        part, ready = places[begin : begin + windows_at_once], []
+        with torch.inference_mode():  # not around `yield`: it would hold for whoever takes the bands
+            scores = model(torch.stack([_window(padded, place, crop, along, device) for place in part]))
+            for score, (b, first, second) in zip(scores, part, strict=True):
+                if total is None:
+                    shape = list(padded.shape[2:])
+                    shape[along] = crop[along]
+                    # sums of 16-bit scores would be off by more than their differences
+                    total = scores.new_zeros(len(images), scores.shape[1], *shape, dtype=_precise(scores))
+                if first > top:
+                    ready.append((top, finished(first - top)))
+                    kept, total = total.narrow(axis, first - top, crop[along] - first + top), torch.zeros_like(total)
+                    total.narrow(axis, 0, kept.shape[axis]).copy_(kept)
+                    top = first
+                total[b].narrow(1 + across, second, crop[across]).add_(score)
+            if begin + windows_at_once >= len(places):
+                ready.append((top, finished(crop[along])))
+        yield from ready
+
+
+def _window(
+    images: Tensor, place: tuple[int, int, int], crop: tuple[int, int], along: int, device: torch.device | None
+) -> Tensor:
+    b, first, second = place
+    y, x = (second, first) if along else (first, second)
+    window = images[b, :, y : y + crop[0], x : x + crop[1]].to(device)
+    return window if window.is_floating_point() else window.float() / 255
+
+
+def _covered(starts: list[int], window: int, side: int) -> Tensor:
+    """How many windows see each place of one axis."""
+    count = torch.zeros(side)
+    for start in starts:
+        count[start : start + window] += 1
+    return count
 
 
 def _precise(scores: Tensor) -> torch.dtype:

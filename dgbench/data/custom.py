@@ -197,7 +197,10 @@ def declare(declared: Declared) -> Domain:
         raise DataError(problem)
     if declared.spec.name not in (None, declared.name):
         raise DataError(f"`{declared.name}` has another `name`, `{declared.spec.name}`", "leave the inner one out")
-    before = _DECLARED.get(declared.name) or discover().get(declared.name)
+    found, twice = _discovered(None)
+    if declared.name in twice:
+        raise twice[declared.name]
+    before = _DECLARED.get(declared.name) or found.get(declared.name)
     if before is not None and before.spec.digest() != declared.spec.digest():
         raise DataError(
             f"`{declared.name}` is declared twice, differently: by {before.origin} and by {declared.origin}",
@@ -214,6 +217,8 @@ def find(name: str, root: Path | None = None) -> Declared | None:
     """
     if (known := _DECLARED.get(name) or discover(root).get(name)) is not None:
         return known
+    if (error := _discovered(root)[1].get(name)) is not None:
+        raise error
     for path in _files(root):
         if path.stem == name:
             read(path)  # it says what is wrong with it, or that it has another name
@@ -221,11 +226,21 @@ def find(name: str, root: Path | None = None) -> Declared | None:
 
 
 def discover(root: Path | None = None) -> dict[str, Declared]:
-    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name. A file that is wrong is warned about.
+    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
 
-    Raises: DataError for two files that declare one name.
+    A file that is wrong is warned about, and so is a name that two files declare, differently: whoever does not ask for it
+    goes on.
     """
+    found, twice = _discovered(root)
+    for error in twice.values():
+        _warn(f"left out: {error.message}")
+    return found
+
+
+def _discovered(root: Path | None) -> tuple[dict[str, Declared], dict[str, DataError]]:
+    """The declarations, and what is wrong with names that are declared twice."""
     found: dict[str, Declared] = {}
+    twice: dict[str, DataError] = {}
     for path in _files(root):
         try:
             declared = read(path)
@@ -234,8 +249,9 @@ def discover(root: Path | None = None) -> dict[str, Declared]:
             continue
         first = found.setdefault(declared.name, declared)
         if first.spec.digest() != declared.spec.digest():
-            raise DataError(f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}", "rename one")
-    return found
+            told = f"`{declared.name}` is declared twice, differently: by {first.origin} and by {path}"
+            twice[declared.name] = DataError(told, "rename one")
+    return {name: declared for name, declared in found.items() if name not in twice}, twice
 
 
 @cache

@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from dgbench.data import pixels
+from dgbench.data import files, pixels
 from dgbench.data.decode import read_label
 from dgbench.data.domains import RENDER_SIZE, lookup
-from dgbench.data.images import FORMATS, Part, UnsuitableError, decode, orientation, upright
+from dgbench.data.images import Part, UnsuitableError, decode, opened, orientation, upright
 from dgbench.data.index import Found, stem
 from dgbench.data.index import index as index_files
 from dgbench.data.rendered import Rendered
@@ -159,8 +159,9 @@ class SegDataset:
         enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
         enter(self.label_map.name, sorted(self.label_map.classes.items()), pixels.VERSION)
         for path in [] if self.found is None else self.found.label_files(len(self)):
-            state = path.stat()
-            enter(path.name, state.st_size, state.st_mtime_ns)
+            with suppress(FileNotFoundError):  # a link that leads nowhere: told when it is read
+                state = path.stat()
+                enter(path.name, state.st_size, state.st_mtime_ns)
         return digest.hexdigest()[:16]
 
     def label(self, index: int) -> NDArray[np.uint8]:
@@ -245,9 +246,8 @@ def turned_apart(row: dict[str, Any], data: bytes) -> str:
     if turned == 1:
         return ""
     of_label = row["label"]["bytes"]
-    with _explained(label_path(row)):
-        if orientation(label_path(row).read_bytes() if of_label is None else of_label) == turned:
-            return ""
+    if orientation(files.content(label_path(row), "label") if of_label is None else of_label) == turned:
+        return ""
     return f"is to be turned when shown (EXIF orientation {turned}), but its label {label_path(row).name} is not"
 
 
@@ -257,10 +257,7 @@ def image_bytes(row: dict[str, Any]) -> bytes:
     Raises: DataError naming the file when it cannot be read.
     """
     path, data = row["image"]["path"], row["image"]["bytes"]
-    if data is not None:
-        return bytes(data)
-    with _explained(path):
-        return Path(path).read_bytes()
+    return bytes(data) if data is not None else files.content(path, "image")
 
 
 def _image_name(row: dict[str, Any]) -> str:
@@ -273,7 +270,8 @@ def size_of(row: dict[str, Any]) -> tuple[int, int]:
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
     path, data = row["image"]["path"], row["image"]["bytes"]
-    with _explained(path or row["id"]), Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as file:
+    source = files.opened(path, "image") if data is None else io.BytesIO(data)
+    with source, _explained(path or row["id"]), opened(source) as file:
         return file.height, file.width
 
 
@@ -289,7 +287,7 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
     Raises: DataError naming the file when it cannot be read as an image.
     """
     with _explained(path):
-        return upright(path.read_bytes())
+        return upright(files.content(path, "image"))
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
@@ -298,7 +296,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | 
     Raises: DataError naming the file when it cannot be read as an image.
     """
     with _explained(path):
-        image = decode(path.read_bytes(), part if size is None else None)
+        image = decode(files.content(path, "image"), part if size is None else None)
     if size is None:
         return image
     return _resized(image, size) if part is None else part.of(_resized(image, size))
@@ -309,20 +307,11 @@ def _explained(path: Path | str) -> Iterator[None]:
     """Within, what is wrong with an image file becomes a DataError that names it."""
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"no such image: {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, an image file was expected") from None
     except UnsuitableError as error:
         raise DataError(f"{path} {error}", "save it with 8 bits a channel, at the brightness that it is to have") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, PermissionError):
-            raise DataError(f"no permission to read {path}") from None
+    except files.DAMAGED as error:
+        said, hint = files.damage(error)
         raise DataError(
-            f"{path} cannot be read as an image: {_first_line(error)}",
-            "the file is damaged, incomplete or not an image: download it again, or move it out of the folder",
+            f"{path} cannot be read as an image: {said}",
+            hint or "the file is damaged, incomplete or not an image: download it again, or move it out of the folder",
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

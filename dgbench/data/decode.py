@@ -8,6 +8,7 @@ file that is of another kind; `pixels` says what a pixel's value is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
-from dgbench.data import pixels
+from dgbench.data import files, pixels
 from dgbench.data.labels import CLASSES, IGNORE, LabelMap
 from dgbench.data.palettes import IGNORED_COLORS
 from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
+_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # JSON of anybody's making
 _UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
 _GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
@@ -61,19 +63,13 @@ def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: by
 
     Raises: DataError naming the file if it is missing, damaged, or of another encoding.
     """
+    content = files.content(path, "label") if data is None else data
     try:
-        content = path.read_bytes() if data is None else data
         return ENCODINGS[encoding](content, path, label_map)
-    except FileNotFoundError:
-        raise DataError(f"no such label: {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, a label file was expected") from None
-    except PermissionError:
-        raise DataError(f"no permission to read {path}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except files.DAMAGED as error:
+        said, hint = files.damage(error)
         raise DataError(
-            f"{path} cannot be read as a label map: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            "the file is damaged or incomplete: download it again",
+            f"{path} cannot be read as a label map: {said}", hint or "the file is damaged or incomplete: download it again"
         ) from None
 
 
@@ -138,11 +134,13 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
         scene: dict[str, Any] = json.loads(content)
         size = int(scene["imgWidth"]), int(scene["imgHeight"])
         objects = [(o["label"], [tuple(p) for p in o["polygon"]]) for o in scene["objects"] if not o.get("deleted")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise DataError(
             f"{path} is not a file of polygons: {type(error).__name__} {error}",
             "it should hold imgHeight, imgWidth and objects: unpack the official label archive again",
         ) from None
+    if not (0 < size[0] * size[1] <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf) and min(size) > 0):
+        raise DataError(f"{path} says that its image is {size[0]}x{size[1]}", "it should be the size of its image")
     image = Image.new("L", size, label_map.names.get("unlabeled", IGNORE))
     drawer = ImageDraw.Draw(image)
     for label, polygon in objects:
@@ -170,6 +168,10 @@ def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
     table = np.full(1 << 24, _UNKNOWN, np.uint16)
     table[0] = 0
     for segment, category in segments.items():
+        if not (0 <= segment < len(table) and 0 <= category < _UNKNOWN):
+            raise DataError(
+                f"{table_file} lists segment {segment} of category {category}", "unpack the official label archive again"
+            )
         table[segment] = category
     categories: NDArray[np.uint16] = table[packed]
     if (categories == _UNKNOWN).any():
@@ -202,9 +204,9 @@ def _color_table() -> NDArray[np.uint16]:
 def _segments(path: Path, _changed: int) -> dict[str, dict[int, int]]:
     """File name of a panoptic PNG -> segment -> category."""
     try:
-        annotations = json.loads(path.read_bytes())["annotations"]
+        annotations = json.loads(files.content(path, "table of segments"))["annotations"]
         return {a["file_name"]: {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]} for a in annotations}
-    except (ValueError, KeyError, TypeError) as error:
+    except _NOT_AS_EXPECTED as error:
         raise DataError(
             f"{path} is not a file of panoptic annotations: {type(error).__name__} {error}", "unpack the label archive again"
         ) from None

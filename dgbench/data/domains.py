@@ -273,7 +273,7 @@ DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 def names(root: Path | None = None) -> tuple[str, ...]:
     """Every domain's name, aliases left out; those that a user declared in a file, or fetched from a Hub, come last.
 
-    Raises: DataError for a name that is declared twice, differently. A declaration that is wrong is warned about.
+    A declaration that is wrong is warned about and left out, and so is a name that is declared twice, differently.
     """
     return (*DOMAINS, *_declared(root))
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from io import BytesIO
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dgbench.data import native_stderr
+from dgbench.data import files, native_stderr
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
@@ -58,7 +59,9 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
         if plain and part is not None and part.bottom < _WORTH * file.height and (top := _first_rows(data, part.bottom)):
             return _pillow(Image.open(BytesIO(top), formats=("PNG",)), part)
         if plain:
-            with native_stderr.captured() if file.format == "JPEG" else nullcontext():
+            whole = None
+            # OpenCV refuses sides of more than a million pixels
+            with native_stderr.captured() if file.format == "JPEG" else nullcontext(), suppress(cv2.error):
                 whole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
             if whole is not None:
                 pixels: NDArray[np.uint8] = np.asarray(whole)
@@ -67,13 +70,13 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
         return _pillow(file, part)
 
 
-def opened(data: bytes) -> Image.Image:
+def opened(source: bytes | BinaryIO) -> Image.Image:
     """An image file, open.
 
     Raises: UnidentifiedImageError if it is none of `FORMATS`.
     """
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except UnidentifiedImageError:
         raise UnidentifiedImageError("it is no PNG, JPEG, WebP, BMP or TIFF file") from None
 
@@ -89,7 +92,7 @@ def orientation(data: bytes) -> int:
             if data[:8] == _PNG and (chunk := _png_chunk(data, b"eXIf")):
                 exif.load(b"Exif\0\0" + chunk)
             flag = exif.get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, Image.DecompressionBombError):
+    except files.DAMAGED:
         return 1
     return flag if flag in range(1, 9) else 1
 

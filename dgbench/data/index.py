@@ -14,11 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dgbench.data import hub_sets
 from dgbench.data.domain import RENDERED, UNFINISHED, Domain, Layout, outside, replaced
 from dgbench.data.domains import data_root
+from dgbench.data.files import DAMAGED, content, opened
 from dgbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -204,17 +205,27 @@ def stem(path: str) -> str:
     return path.rpartition("/")[2].rpartition(".")[0]
 
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+
 def mismatch(image: Path, label: Path) -> str | None:
     """What is wrong with a pair as far as the files' heads tell; None if nothing is."""
     sizes = []
     for path in (image, label):
         try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")) as file:
+            with opened(path, "image") as source, Image.open(source, formats=_FORMATS) as file:
                 sizes.append(file.size)
-        except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError):
+        except (DataError, *DAMAGED):
             return f"{path.name} cannot be read"
     (w, h), (label_w, label_h) = sizes
     return None if sizes[0] == sizes[1] else f"the image is {h}x{w} (H x W), its label {label_h}x{label_w}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 class _Files:
@@ -231,7 +242,7 @@ class _Files:
             entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
             entries = []
-        return frozenset(e.name for e in entries), frozenset(e.name for e in entries if e.is_dir())
+        return frozenset(e.name for e in entries), frozenset(e.name for e in entries if _is_folder(e))
 
     def has(self, path: str) -> bool:
         parent, _, name = path.rpartition("/")
@@ -259,7 +270,7 @@ def _in_layout(domain: Domain, split: str, layout: Layout, files: _Files) -> Fou
         listed = next((files.folder / place for place in layout.only if files.has(place)), None)
         if listed is None:
             return None
-        names = set(listed.read_text(encoding="utf-8").split())
+        names = set(content(listed, "list of names").decode(errors="surrogateescape").split())
         images = [image for image in images if image.rpartition("/")[2] in names or stem(image) in names]
     if not images:
         return None

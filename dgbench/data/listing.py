@@ -66,10 +66,7 @@ class Sheet:
 
 
 def states(root: Path | None = None) -> list[DomainState]:
-    """Return every domain, in the table's order, then those that the user declared.
-
-    Raises: DataError for a name that is declared twice, differently.
-    """
+    """Return every domain, in the table's order, then those that the user declared."""
     return [_state(domains.lookup(name, root), root) for name in domains.names(root)]
 
 

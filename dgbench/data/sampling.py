@@ -19,6 +19,7 @@ from dgbench import atomic
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import cache_root
 from dgbench.data.labels import CLASSES
+from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores
 
@@ -68,12 +69,19 @@ class RareClassSampler:
         counts: (n, K) pixels per image and class.
         temperature: T; small favours rare classes, large is uniform over classes.
         size: (H, W) to which the recipe brings the images, None for files as they are; see `min_pixels`.
+
+    Raises: DataError where no label holds a class.
     """
 
     def __init__(self, counts: NDArray[np.int64], temperature: float, seed: int, size: tuple[int, int] | None = None) -> None:
         self.seed = seed
         frequency = counts.sum(0) / max(counts.sum(), 1)
         self.classes = np.flatnonzero(frequency > 0)
+        if not len(self.classes):
+            raise DataError(
+                f"no pixel of the {len(counts)} labels is of a class, all are ignored: rare-class sampling has nothing to draw",
+                "`dgbench data verify` lists which values they hold and what they are read as; train on labelled images",
+            )
         logits = (1 - frequency[self.classes]) / temperature
         weights = np.exp(logits - logits.max())
         self.probability = weights / weights.sum()

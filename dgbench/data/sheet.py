@@ -14,6 +14,7 @@ from dgbench import atomic
 from dgbench.data.dataset import Sample
 from dgbench.data.labels import CLASSES, IGNORE, palette
 
+_AT_ONCE = 1 << 22  # pixels
 _GAP = 6
 _ROW = 18  # height of one legend entry, pixels
 _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
@@ -21,9 +22,14 @@ _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], opacity: float = 0.6) -> NDArray[np.uint8]:
     """(H, W, 3) RGB: the image under its label's colours; ignored pixels keep the image."""
-    blend = (1 - opacity) * image + opacity * palette()[label]
-    blend[label == IGNORE] = image[label == IGNORE]
-    return blend.round().astype(np.uint8)
+    out = np.empty_like(image)
+    rows = max(1, _AT_ONCE // max(1, image.shape[1]))
+    for top in range(0, len(image), rows):  # in floating point a large image takes gigabytes
+        part, ids = image[top : top + rows], label[top : top + rows]
+        blend = (1 - opacity) * part + opacity * palette()[ids]
+        blend[ids == IGNORE] = part[ids == IGNORE]
+        out[top : top + rows] = blend.round()
+    return out
 
 
 def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> Image.Image:
@@ -31,7 +37,7 @@ def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> I
     per_row = 2 if len(samples) > 1 else 1
     cell_w = (width - _GAP * (2 * per_row + 1)) // (2 * per_row)
     height, full_w = samples[0].label.shape
-    cell_h = round(cell_w * height / full_w)
+    cell_h = min(max(1, round(cell_w * height / full_w)), 2 * cell_w)
     rows = -(-len(samples) // per_row)
     legend_image = legend(sorted({int(v) for s in samples for v in np.unique(s.label)} - {IGNORE}), width)
     sheet = Image.new("RGB", (width, _ROW + _GAP + rows * (cell_h + _GAP) + legend_image.height + _GAP), _BACKGROUND)
@@ -40,10 +46,17 @@ def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> I
         row, column = divmod(i, per_row)
         top = _ROW + _GAP + row * (cell_h + _GAP)
         for j, picture in enumerate((sample.image, overlay(sample.image, sample.label))):
-            cell = Image.fromarray(picture).resize((cell_w, cell_h), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (_GAP + (2 * column + j) * (cell_w + _GAP), top))
+            cell = Image.fromarray(picture).resize(_fitted(picture.shape, cell_w, cell_h), Image.Resampling.LANCZOS)
+            left = _GAP + (2 * column + j) * (cell_w + _GAP)
+            sheet.paste(cell, (left + (cell_w - cell.width) // 2, top + (cell_h - cell.height) // 2))
     sheet.paste(legend_image, (0, sheet.height - legend_image.height))
     return sheet
+
+
+def _fitted(shape: tuple[int, ...], width: int, height: int) -> tuple[int, int]:
+    """(W, H) of an image of `shape` (H, W, ...) in a cell of `width` x `height`, its aspect ratio kept as far as it can be."""
+    scaled = max(1, round(width * shape[0] / shape[1]))
+    return (width, scaled) if scaled <= height else (max(1, round(height * shape[1] / shape[0])), height)
 
 
 def legend(train_ids: Sequence[int], width: int) -> Image.Image:

@@ -24,7 +24,7 @@ from dgbench.resources import usable_cores
 if TYPE_CHECKING:
     from dgbench.data.domain import Domain
 
-Kind = Literal["no label", "no image", "unreadable", "damaged", "turned", "sizes differ", "unknown values"]
+Kind = Literal["no label", "no image", "unreadable", "damaged", "turned", "sizes differ", "unknown values", "nothing labelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +245,10 @@ class _Tally:
         lost += [Problem("no image", path, "its image is not on this disk") for path in found.imageless]
         self.problems += [problem for problem in lost if problem.file not in bad]
         class_pixels = self._class_pixels()
+        if self.label_map is not None and self.pixels and not class_pixels:
+            held = ", ".join(map(str, sorted(self.pixels)[:8]))
+            detail = f"the labels hold {held} alone, and no pixel is of a class by the label map `{self.label_map.name}`"
+            self.problems.append(Problem("nothing labelled", "all labels", detail))
         labelled = max(sum(class_pixels.values()), 1)
         classes = list(enumerate(NAMES)) if self.label_map is not None else []
         return Report(

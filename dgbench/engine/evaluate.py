@@ -24,7 +24,7 @@ from dgbench.data.resizing import as_tested
 from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, pick_device
-from dgbench.engine.scoring import score
+from dgbench.engine.scoring import predicted
 from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
@@ -221,7 +221,7 @@ def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model
                 part.seconds["model"] += time.perf_counter() - before
                 before = time.perf_counter()
                 for pred, item in zip(prediction, batch, strict=True):
-                    part.counts[item.index] = metrics.confusion(pred, item.label.to(device), len(labels.CLASSES))
+                    part.counts[item.index] = _confusion(pred, item.label.to(device))
                 part.seconds["metric"] += time.perf_counter() - before
             part.done[[item.index for batch in groups for item in batch]] = True
             take_stock()
@@ -297,9 +297,16 @@ def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Itera
 @torch.inference_mode()
 def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, device: torch.device) -> Tensor:
     """Train ids (B, H, W) on the label grid."""
-    views = [
-        torch.stack(same).to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
-        for same in zip(*(item.views for item in batch), strict=True)
-    ]
+    views = [torch.stack(same) for same in zip(*(item.views for item in batch), strict=True)]
     height, width = batch[0].label.shape
-    return score(model, views, (height, width), rules).argmax(1)
+    return predicted(model, views, (height, width), rules, device)
+
+
+def _confusion(prediction: Tensor, label: Tensor) -> NDArray[np.int64]:
+    """`metrics.confusion` in parts: counting takes many times the memory of a label, and some have 100 million pixels."""
+    rows = max(1, (1 << 24) // label.shape[1])
+    parts = zip(prediction.split(rows), label.split(rows), strict=True)
+    total = np.zeros((len(labels.CLASSES),) * 2, np.int64)
+    for predicted_part, label_part in parts:
+        total += metrics.confusion(predicted_part, label_part, len(labels.CLASSES))
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from dgbench.data.labels import NAMES
 from dgbench.data.sheet import legend, overlay, save_image
 from dgbench.engine import checkpoints
 from dgbench.engine.device import pick_device
+from dgbench.engine.scoring import LARGE, first_of, first_of_bands
 from dgbench.errors import DataError
 from dgbench.recipe import load_recipe
 from mfuser.segmentor import Segmentor
@@ -66,7 +69,7 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
         image = read_photo(photo)
         label = segment(model, image, on, height)
         picture = Image.fromarray(overlay(image, label))
-        shares = np.bincount(label.ravel(), minlength=len(NAMES)) / label.size
+        shares = _counted(label) / label.size
         order = [int(i) for i in np.argsort(-shares) if shares[i] > 0]
         names = legend(sorted(order), picture.width)
         sheet = Image.new("RGB", (picture.width, picture.height + names.height + 6), (255, 255, 255))
@@ -77,13 +80,20 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
     return results
 
 
+def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Pixels of each class; NumPy makes numbers of eight bytes of what it counts, so a large label goes in parts."""
+    flat, part = label.ravel(), 1 << 24
+    parts = [np.bincount(flat[i : i + part], minlength=len(NAMES)) for i in range(0, label.size, part)]
+    return np.asarray(np.sum(parts, axis=0), np.int64)
+
+
 def _listed(given: Sequence[Path]) -> list[Path]:
     """The files, with the images of folders in their place, each once."""
     found: dict[Path, Path] = {}
     for path in given:
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.is_dir() and p.name[0] != ".")
             photographs = {p.stem for p in files}
             # overlays that were written beside their photographs
             files = [p for p in files if not (p.stem.endswith(_OVERLAY) and p.stem.removesuffix(_OVERLAY) in photographs)]
@@ -136,16 +146,51 @@ def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device,
     `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
     to at least the model's window.
     """
-    pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 255
-    full = pixels.shape[-2:]
     crop = model.image_size
+    full = (image.shape[0], image.shape[1])
     scale = max((height or full[0]) / full[0], crop[0] / full[0], crop[1] / full[1])
+    size = (max(crop[0], round(full[0] * scale)), max(crop[1], round(full[1] * scale)))
+    if max(_area(full), _area(size)) > LARGE:
+        return _segment_large(model, image, device, size).cpu().numpy()
+    pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 255
     if scale != 1:
-        size = [max(c, round(side * scale)) for c, side in zip(crop, full, strict=True)]
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
     scores: Tensor = mfuser.slide(model, pixels, crop=crop, stride=window_stride(crop))
     scores = F.interpolate(scores, full, mode="bilinear", align_corners=False)
     return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+
+
+def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
+    """As `segment`, in parts: the same windows, for which a score may differ in its last bit."""
+    full = (image.shape[0], image.shape[1])
+    pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
+    if size == full:
+        return first_of_bands(model, pixels, model.image_size, window_stride(model.image_size), device)
+    if _area(size) > max(LARGE, _area(full)):  # a stripe, brought to the window
+        shrink = math.sqrt(LARGE / _area(size))
+        smaller = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
+        _warn(
+            f"a photograph of {full[0]}x{full[1]} (H x W) is shown to the model at {smaller[0]}x{smaller[1]} and filled up with "
+            f"black: {size[0]}x{size[1]}, which its window asks for, takes too much memory; cut it into parts for a better result"
+        )
+        size = smaller
+    # channel by channel: as floating point a large image takes gigabytes
+    planes = [F.interpolate(_plane(pixels[:, i : i + 1], device), size, mode="bilinear", antialias=True, align_corners=False)
+              for i in range(3)]  # fmt: skip
+    scores = mfuser.slide(model, torch.cat(planes, 1), crop=model.image_size, stride=window_stride(model.image_size))
+    return first_of([scores], full)
+
+
+def _plane(channel: Tensor, device: torch.device) -> Tensor:
+    return channel.to(device).float().div_(255)
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _warn(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def window_stride(crop: tuple[int, int]) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,89 @@ import mfuser
 from dgbench.errors import DataError
 from dgbench.protocol import Protocol
 from mfuser.decoder.mask_decoder import class_scores
+from mfuser.inference import bands
 from mfuser.segmentor import Segmentor
+
+# pixels of an image beyond which its scores (K fp32 numbers a pixel, several times) are never held as a whole: 32 Mi
+LARGE = 1 << 25
+_STRIP = 1 << 26  # scores, one number each, that are held of a large image
+
+
+def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol,
+              device: torch.device) -> Tensor:  # fmt: skip
+    """Return the train ids (B, *grid) of a batch of images of one size: what `score` puts first.
+
+    Images of more than `LARGE` pixels go one by one, and in parts: the same windows and weights, for which a score may
+    differ in its last bit.
+
+    Args:
+        views: the images (B, h, w, 3) uint8 at each of the protocol's scales.    grid: (H, W) of the label.
+
+    Raises: DataError as `score`.
+    """
+    largest = max(height * width for height, width in (*(view.shape[1:3] for view in views), grid))
+    if largest <= LARGE:
+        return score(model, [_floats(view, device) for view in views], grid, rules).argmax(1)
+    return torch.stack([_in_parts(model, [view[i : i + 1] for view in views], grid, rules, device) for i in range(len(views[0]))])
+
+
+def _in_parts(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
+    height, width = views[0].shape[1:3]
+    if len(views) == 1 and not rules.flip and rules.window == "crop" and (height, width) == grid:
+        images = views[0].permute(0, 3, 1, 2)
+        return first_of_bands(_asked(model, rules), images, model.image_size, rules.stride_of(model.image_size), device)
+    seen = []
+    for view in views:
+        images = _floats(view, device)
+        seen.append(_look(model, images, rules))
+        if rules.flip:
+            seen.append(_look(model, images.flip(-1), rules).flip(-1))
+    return first_of(seen, grid)
+
+
+@torch.inference_mode()
+def first_of_bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int],
+                   device: torch.device) -> Tensor:  # fmt: skip
+    """Return the best class (H, W) uint8 of an image (1, 3, H, W) uint8 at its own size, by sliding window."""
+    height, width = images.shape[2:]
+    best = torch.empty(height, width, dtype=torch.uint8, device=device)
+    axis = 2 if width <= 4 * height else 3  # a band of rows is as wide as the image
+    for start, part in bands(model, images, crop, stride, axis=axis, device=device):
+        best.narrow(axis - 2, start, part.shape[axis]).copy_(part[0].argmax(0))
+    return best
+
+
+@torch.inference_mode()
+def first_of(seen: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    """Return the best class (*grid) uint8 of scores (1, K, h, w), each upsampled; of several, of their mean softmax."""
+    height, width = grid
+    best = torch.empty(grid, dtype=torch.uint8, device=seen[0].device)
+    rows = max(1, _STRIP // (seen[0].shape[1] * width))
+    for top in range(0, height, rows):
+        total: Tensor | None = None
+        for scores in seen:
+            part = _strip(scores, top, min(top + rows, height), grid)
+            part = part.softmax(1) if len(seen) > 1 else part
+            total = part if total is None else total + part
+        assert total is not None
+        best[top : top + rows] = total[0].argmax(0)
+    return best
+
+
+def _strip(scores: Tensor, top: int, bottom: int, grid: tuple[int, int]) -> Tensor:
+    """Rows `top` up to `bottom` of scores upsampled to `grid`, bilinear without aligned corners."""
+    height = scores.shape[2]
+    place = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * height / grid[0] - 0.5
+    place = place.clamp(0, height - 1)
+    above = place.floor().long()
+    share = (place - above).to(scores)[:, None]
+    below = (above + 1).clamp(max=height - 1)
+    rows = scores[:, :, above.to(scores.device)] * (1 - share) + scores[:, :, below.to(scores.device)] * share
+    return _resize(rows, (bottom - top, grid[1]))
+
+
+def _floats(view: Tensor, device: torch.device) -> Tensor:
+    return view.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol) -> Tensor:
@@ -38,7 +120,7 @@ def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rule
 
 def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
     """Scores (B, K, H, W) of images (B, 3, H, W)."""
-    ask = model if rules.upsampling == "method" else partial(_upsampled, model, rules.upsampling)
+    ask = _asked(model, rules)
     if rules.window == "crop":
         return mfuser.slide(ask, images, crop=model.image_size, stride=rules.stride_of(model.image_size))
     try:
@@ -51,6 +133,10 @@ def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
             "score it under a protocol that slides a window: `dgbench protocols` lists them",
         ) from None
     return ask(images)
+
+
+def _asked(model: Segmentor, rules: Protocol) -> Callable[[Tensor], Tensor]:
+    return model if rules.upsampling == "method" else partial(_upsampled, model, rules.upsampling)
 
 
 def _upsampled(model: Segmentor, order: str, images: Tensor) -> Tensor:

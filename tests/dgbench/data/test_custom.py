@@ -212,8 +212,9 @@ def test_one_name_cannot_mean_two_things(root: Path):
         load_recipe(recipe(root / "r.yaml", domains={"mine": changed(ignored=[0])}), check_method=False)
     assert load_recipe(recipe(root / "r.yaml", domains={"mine": changed(title="Other")}), check_method=False)
     written(root / "domains/b.yaml", changed(ignored=[0]) | {"name": "mine"})
+    custom._DECLARED.clear()
     with pytest.raises(DataError, match="`mine` is declared twice, differently"):
-        custom.discover()
+        lookup("mine")
 
 
 def test_problems_of_a_declaration_in_a_recipe_have_their_key_path(root: Path):
@@ -335,3 +336,19 @@ def test_a_file_whose_name_leads_its_label_out_of_the_folder_is_refused(root: Pa
     write_image(root / "photos-of-mine/q../photos/a.jpg", 0)
     with pytest.raises(DataError, match=r"the label of q../photos/a.jpg would be ../masks/a.png, which is not below"):
         SegDataset("mine", "val")
+
+
+def test_a_name_that_is_declared_twice_stops_those_alone_who_ask_for_it(root: Path, caplog: pytest.LogCaptureFixture):
+    custom._warn.cache_clear()
+    written(root / "domains/mine.yaml", MINE)
+    written(root / "domains/two.yaml", {**MINE, "name": "town"})
+    written(root / "domains/three.yaml", {**MINE, "name": "town", "ignored": [9]})
+    (root / "domains/four.yaml").symlink_to("/dev/zero")
+    (root / "domains/five.yaml").write_text("# comment\n" * 200_000)
+    assert lookup("mine").name == "mine"
+    assert "mine" in names()
+    assert "town" not in names()
+    assert sum("`town` is declared twice" in told for told in caplog.messages) == 1
+    assert sum("at most 1,048,576 are read" in told for told in caplog.messages) == 1
+    with pytest.raises(DataError, match="`town` is declared twice, differently"):
+        lookup("town")

@@ -13,6 +13,7 @@ from PIL import Image
 from dgbench.data.dataset import SegDataset
 from dgbench.data.labels import CLASSES, LABEL_MAPS
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts, min_pixels
+from dgbench.errors import DataError
 
 IDS = np.array([c.label_id for c in CLASSES], np.uint8)
 
@@ -178,3 +179,8 @@ def test_smaller_renderings_need_the_same_share_of_the_image() -> None:
     assert {image for image, wanted in drawn if wanted and wanted.train_id == 6} == {1}
     assert drawn[0][1] is not None
     assert drawn[0][1].pixels == pytest.approx(375)
+
+
+def test_labels_without_a_class_cannot_be_sampled_by_class() -> None:
+    with pytest.raises(DataError, match="no pixel of the 4 labels is of a class, all are ignored"):
+        RareClassSampler(np.zeros((4, 19), np.int64), 0.01, seed=0)

@@ -240,3 +240,19 @@ def test_images_and_labels_with_one_orientation_lie_on_each_other(bdd: Path):
     report = verify("bdd", "val", bdd.parent)
     assert (report.ok, report.turned) == (True, (f"{IMAGES}/00002.jpg",))
     assert SegDataset("bdd", "val", root=bdd.parent)[2].image.shape == (*SIZE, 3)
+
+
+def test_labels_that_are_ignored_all_over_are_told(bdd: Path):
+    for path in (bdd / LABELS).iterdir():
+        Image.fromarray(np.full(SIZE, IGNORE, np.uint8)).save(path)
+    (problem,) = problems(bdd.parent)
+    assert (problem.kind, problem.file) == ("nothing labelled", "all labels")
+    assert problem.detail == "the labels hold 255 alone, and no pixel is of a class by the label map `train-ids`"
+    done = run("data", "verify", "bdd", "--split", "val", "--root", str(bdd.parent))
+    assert done.exit_code == 1
+    assert "nothing labelled" in done.output
+
+
+def test_one_label_that_is_ignored_all_over_is_no_problem(bdd: Path):
+    Image.fromarray(np.full(SIZE, IGNORE, np.uint8)).save(sorted((bdd / LABELS).iterdir())[0])
+    assert verify("bdd", "val", bdd.parent).ok
