@@ -44,6 +44,9 @@ class Stops:
     def _arrived(self, number: int, _: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
+            # sent to a group, it ends the loader's workers as well, whose loss PyTorch would raise amid the step
+            if hasattr(signal, "SIGCHLD"):
+                self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None) or signal.SIG_DFL)
             if self.busy:
                 return
         elif time.monotonic() - self._since < _BURST:

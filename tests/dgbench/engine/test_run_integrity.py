@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -290,6 +291,27 @@ def test_a_signal_keeps_the_step_in_which_it_arrives_and_the_rest_is_the_same_bi
     resume(tmp_path)
     assert checkpoints.sha256(step(tmp_path)) == checkpoints.sha256(step(whole))
     assert (tmp_path / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+class SignalledGroup(Silent):
+    """Sends this process and the loader's workers a signal while a step is worked on, as `timeout` and Ctrl-C do."""
+
+    def advance(self, count: int = 1, **values: float) -> None:
+        workers = multiprocessing.active_children() if "loss" in values else []
+        if not workers:
+            return
+        # by somebody else: a worker that its parent ends is one that PyTorch does not miss
+        subprocess.run(["kill", "-TERM", str(os.getpid()), *(str(worker.pid) for worker in workers)], check=True)
+        time.sleep(0.5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_a_signal_that_ends_the_workers_too_keeps_the_step(tmp_path):
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(Terminated):
+        train(recipe("train.workers=1"), tmp_path, progress=SignalledGroup(), device="cpu")
+    assert checkpoints.newest(tmp_path)[1] == 1
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
