@@ -114,12 +114,13 @@ def held(what: str) -> int:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux tells how much memory a process has held")
 @pytest.mark.parametrize("height", [None, 128])
 def test_memory_does_not_grow_with_the_scores_of_the_whole_image(monkeypatch: pytest.MonkeyPatch, height: int | None) -> None:
-    image = picture(800, 1600)  # whose scores are 97 MB, and are held three times
-    model = Colours(96)
-    assert peak(lambda: predict.segment(model, image, CPU, height)) > 95_000_000
+    image = picture(1600, 1600)  # whose scores are 195 MB, and are held three times
+    model = Colours(64)
     monkeypatch.setattr(predict, "LARGE", 1 << 20)
     monkeypatch.setattr(scoring, "_STRIP", 1 << 21)
-    assert peak(lambda: predict.segment(model, image, CPU, height)) < 80_000_000
+    predict.segment(model, picture(200, 6000), CPU, height)  # what libraries allocate at their first call
+    held_at_most = peak(lambda: predict.segment(model, image, CPU, height))
+    assert held_at_most < 150_000_000
 
 
 def test_a_stripe_is_not_enlarged_without_bounds(
