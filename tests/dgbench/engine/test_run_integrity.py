@@ -212,7 +212,7 @@ def test_the_record_that_a_kill_prevented_is_written_when_the_training_is_gone_o
     before = results.read(path)
     path.unlink()
     again = resume(run)
-    same = {"id": before.id, "created": before.created, "path": None, "seconds": {**before.seconds, "total": None}}
+    same = {"id": before.id, "created": before.created, "digest": "", "path": None, "seconds": {**before.seconds, "total": None}}
     assert dataclasses.replace(again, **same) == dataclasses.replace(before, **same)
     assert results.read(again.path) == again
     assert resume(run) == again
