@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from dgbench.errors import DataError, DgbenchError
+from dgbench.errors import DgbenchError
 from dgbench.resources import usable_cores
 
 State = Literal["ok", "warn", "fail", "info"]
@@ -44,7 +44,8 @@ def doctor(root: Path | None = None) -> list[Check]:
         "cores": _cores,
         "memory": _memory,
         "disk (here)": lambda: _disk("disk (here)", Path.cwd()),
-        "folders": lambda: _folders(root),
+        "data root": lambda: _data("data root", root),
+        "cache folder": lambda: _cache("cache folder"),
         "recipes": _recipes,
         "hub": _hub,
     }
@@ -193,17 +194,6 @@ def _disk(name: str, folder: Path) -> Check:
     if free < 2:
         return Check(name, "warn", detail, "runs, caches and checkpoints want 2 GiB: free some space")
     return Check(name, "ok", detail)
-
-
-def _folders(root: Path | None) -> list[Check]:
-    return [_placed("data root", lambda name: _data(name, root)), _placed("cache folder", _cache)]
-
-
-def _placed(name: str, look: Callable[[str], Check]) -> Check:
-    try:
-        return look(name)
-    except DataError as error:  # a variable that names no folder, no home folder
-        return Check(name, "fail", error.message, error.hint)
 
 
 def _data(name: str, root: Path | None) -> Check:

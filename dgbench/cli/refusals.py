@@ -34,8 +34,8 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
 
 
 # 81 and 82 are the codes with which workers end (dgbench/ends.py)
-_SHARED_MEMORY = re.compile(r"shared memory.*no space|bus error|no space.*shared memory|"
-                            r"(unable to (write to file|allocate shared memory|resize file) .*(</?torch_|no space))|/dev/shm|"
+_SHARED_MEMORY = re.compile(r"shared memory.*no space|bus error|no space.*(shared memory|/dev/shm)|"
+                            r"(unable to (write to file|allocate shared memory|resize file) .*(</?torch_|no space))|"
                             r"exit code 81\b", re.IGNORECASE | re.DOTALL)  # fmt: skip
 _FILES = re.compile(r"too many open files|items of ancdata|exit code 82\b", re.IGNORECASE)
 _KILLED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
