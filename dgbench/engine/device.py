@@ -101,9 +101,11 @@ def peak_gib(device: torch.device) -> float:
 
 def memory_refused(error: BaseException) -> str | None:
     """What the machine's memory, not a GPU's, did not suffice for, in words; None if that is not what went wrong."""
-    if isinstance(error, MemoryError):
-        return "the memory does not suffice"
-    if type(error) is not RuntimeError or "DefaultCPUAllocator" not in str(error):
+    # torch's error for a GPU; OpenCV's own has that word in its text
+    if type(error).__name__ == "OutOfMemoryError":
+        return None
+    words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")
+    if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
         return None
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))
-    return f"the memory does not suffice: {int(asked[1]) / 2**30:,.1f} GiB more were asked for" if asked else "out of memory"
+    return "the memory does not suffice" + (f": {int(asked[1]) / 2**30:,.1f} GiB more were asked for" if asked else "")

@@ -23,7 +23,7 @@ from dgbench.data.domains import lookup
 from dgbench.data.resizing import as_tested
 from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
-from dgbench.engine.device import device_name, pick_device
+from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
 from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Progress
@@ -228,10 +228,9 @@ def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model
             part.save_in_time()
             progress.advance(sum(map(len, groups)))
     except Exception as error:  # OpenCV raises one of its own kind
-        if not _out_of_memory(error):
+        if memory_refused(error) is None:
             raise
-        file = part.run / "recipe.yaml"
-        less = f"; `batch_size: 1` of `eval` in {file} needs less, and gives the recipe another hash" if by > 1 else ""
+        less = "; a run trained with --set eval.batch_size=1 needs less" if by > 1 else ""
         raise DgbenchError(f"not enough memory to score `{dataset.domain.name}`, {by} images at once",
                            f"close other programs, or use a machine with more{less}") from error  # fmt: skip
     finally:
@@ -245,13 +244,6 @@ def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model
         # another backend than before the interruption rounds otherwise
         part.restart()
         _fill(part, recipe, rules, model, dataset, size, device, progress)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether the machine's memory, not a GPU's, is exhausted; libraries say so in words of their own."""
-    words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")
-    of_gpu = type(error).__name__ == "OutOfMemoryError"
-    return not of_gpu and (isinstance(error, MemoryError) or any(word in str(error) for word in words))
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:

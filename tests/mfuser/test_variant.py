@@ -144,6 +144,7 @@ def test_a_checkpoint_from_before_there_were_variants_is_the_releases(tmp_path):
     content = json.loads((tmp_path / "model.json").read_text())
     del content["options"]["variant"]
     (tmp_path / "model.json").write_text(json.dumps(content))
+    (tmp_path / "manifest.json").unlink()
     assert mfuser.load(tmp_path).options["variant"] == "release"
 
 

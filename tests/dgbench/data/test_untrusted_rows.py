@@ -137,10 +137,10 @@ def test_a_description_that_leads_elsewhere_is_refused(changed: dict[str, object
     from dgbench.data.domains import lookup
 
     told = {"repository": "a/b", "revision": "c", "splits": {"val": 1}, "encoding": "ids", "label_map": "train-ids"}
-    (here / "data/mine/hub").mkdir(parents=True)
-    (here / "data/mine/hub/source.json").write_text(json.dumps(told | changed))
+    (here / "data/described/hub").mkdir(parents=True)
+    (here / "data/described/hub/source.json").write_text(json.dumps(told | changed))
     with pytest.raises(DataError, match=r"source\.json"):
-        lookup("mine")
+        lookup("described")
 
 
 def test_labels_whose_table_lies_beside_them_are_not_fetched_as_rows():

@@ -21,12 +21,14 @@ import mfuser
 from dgbench import locks, matrices, results
 from dgbench.cli import app
 from dgbench.engine import checkpoints, partial
-from dgbench.engine.evaluate import _out_of_memory, evaluate
+from dgbench.engine.device import memory_refused
+from dgbench.engine.evaluate import evaluate
 from dgbench.engine.train import train
 from dgbench.errors import CheckpointError, DgbenchError, Terminated
 from dgbench.progress import Silent
 from dgbench.protocol import PROTOCOLS, lookup
 from dgbench.recipe import dump, load_recipe
+from mfuser import manifest
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,6 +41,13 @@ def _one_thread_and_cache(tmp_path_factory):
     del os.environ["DGBENCH_CACHE"]
 
 
+def other_weights(model, run):
+    """Put a model in the place of the one that was trained, whole and sealed."""
+    step = run / "checkpoint" / "step-000001"
+    mfuser.save(model, step)
+    manifest.seal(step, [file.name for file in step.iterdir() if file.name != manifest.NAME])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run whose model sees many classes, scored on two domains of five images in batches of two."""
@@ -48,7 +57,9 @@ def trained(tmp_path_factory):
     train(recipe, path, progress=Silent(), device="cpu")
     model = checkpoints.load_model(path)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    mfuser.save(model, path / "checkpoint" / "step-000001")
+    other_weights(model, path)
+    for record in path.glob("record-*-train-*.json"):  # of other weights than these
+        record.unlink()
     return path
 
 
@@ -162,7 +173,7 @@ def test_nothing_is_mixed_with_what_was_scored_under_anything_else(change, run, 
     if change == "weights":
         model = checkpoints.load_model(run)
         torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
-        mfuser.save(model, run / "checkpoint" / "step-000001")
+        other_weights(model, run)
     elif change == "protocol":
         monkeypatch.setitem(PROTOCOLS, "unified", dataclasses.replace(lookup("unified"), flip=True))
     elif change == "batch":
@@ -310,9 +321,9 @@ def test_a_domain_without_a_labelled_pixel_has_no_miou_and_one_line_says_so(abse
 def test_exhausted_memory_is_recognized_in_the_words_of_each_library(allocate):
     with pytest.raises((MemoryError, RuntimeError)) as caught:
         allocate()
-    assert _out_of_memory(caught.value)
-    assert not _out_of_memory(RuntimeError("shape mismatch"))
-    assert not _out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert memory_refused(caught.value)
+    assert memory_refused(RuntimeError("shape mismatch")) is None
+    assert memory_refused(torch.OutOfMemoryError("CUDA out of memory")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
