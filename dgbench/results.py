@@ -322,6 +322,8 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
     """
     if not locked:
         locks.check_free(folder)
+    if folder.is_dir():
+        atomic.sweep(folder)  # a kill while the first file was written leaves a folder that can be trained in
     if (folder / "recipe.yaml").is_file():
         raise ResultError(f"{folder} holds a run already", f"go on with it: dgbench train --resume {folder}")
     if folder.exists() and (not folder.is_dir() or any(path.name not in locks.OURS for path in folder.iterdir())):

@@ -64,7 +64,7 @@ def train(
         run = results.find_run(resume, runs)
         locks.check_free(run)  # at once, before torch is imported
         begun = load_recipe(run / "recipe.yaml", check_method=False)
-        check_training(begun, root, scored=not no_eval, from_scratch=not any((run / "checkpoint").glob("step-*")))
+        check_training(begun, root, scored=not no_eval, from_scratch=not _has_checkpoint(run))
         recipe = load_recipe(run / "recipe.yaml")
         recipe_name = recipe.name
     else:
@@ -190,6 +190,11 @@ def predict(
     from dgbench.engine.predict import predict as segment
 
     render.show(segment(photos, folder, out, device=device), as_json=as_json)
+
+
+def _has_checkpoint(run: Path) -> bool:
+    # the names that mfuser.checkpoints writes, told without torch
+    return any(path.name.removeprefix("step-").isdecimal() for path in (run / "checkpoint").glob("step-*"))
 
 
 def _as_shipped(name: str) -> Recipe | None:

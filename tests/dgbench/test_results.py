@@ -470,6 +470,17 @@ def test_a_missing_run_names_those_there_are(tmp_path: Path) -> None:
         results.find_run(str(tmp_path), tmp_path)
 
 
+def test_a_folder_that_a_kill_left_before_the_first_file_can_be_trained_in(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".recipe.yaml.{dead.pid}.tmp").write_text("name: half a rec")
+    assert results.claim_run(tmp_path) == tmp_path
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f".recipe.yaml.{os.getpid()}.tmp").touch()  # of a process that is writing
+    with pytest.raises(ResultError, match="exists and is not empty"):
+        results.claim_run(tmp_path)
+
+
 def test_a_chosen_run_folder_must_be_new(tmp_path: Path) -> None:
     assert results.claim_run(tmp_path / "new").is_dir()
     run = started_run(tmp_path, "old")
