@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
 
 _LESS = "work on less at once: --set train.batch_size=2 eval.batch_size=1 train.workers=0, or smaller images"
 _SHARED = "give it more (docker: --shm-size=8g), or load in the training process: --set train.workers=0"
@@ -13,7 +14,7 @@ _SHARED = "give it more (docker: --shm-size=8g), or load in the training process
 def refusal(error: BaseException) -> tuple[str, str | None] | None:
     """Return message and hint if `error` is the machine's refusal, or was caused by a full disk; None if it is neither."""
     # a worker's exit code is in the first of the two errors that PyTorch raises of it
-    text = f"{error}\n{error.__cause__ or ''}" if isinstance(error, RuntimeError) else str(error)
+    text = "\n".join(_said(error)) if isinstance(error, RuntimeError) else str(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"`{_name(error.object)}` has bytes that are no UTF-8", "rename the file or folder: its name cannot be stored"
     if isinstance(error, RuntimeError | OSError) and _SHARED_MEMORY.search(text):
@@ -23,7 +24,7 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
     if (asked := _out_of_memory(error, text)) is not None:
         return f"out of memory{asked}", _LESS
     if isinstance(error, RuntimeError) and _KILLED.search(text):
-        return "a worker that loads images was killed, most often because memory was used up", _LESS
+        return "a worker that loads images was killed, most often because memory was used up", f"{_LESS}; see also ulimit -n"
     no_more = isinstance(error, BlockingIOError) and error.filename is None and error.errno == errno.EAGAIN
     if no_more or (isinstance(error, RuntimeError) and "can't start new thread" in text):
         return (
@@ -31,6 +32,13 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
             "end others, raise the limit (ulimit -u), or: --set train.workers=0",
         )
     return full_disk(error) or (_of_files(error) if isinstance(error, OSError) else None)
+
+
+def _said(error: BaseException | None) -> Iterator[str]:
+    """The texts of an error and of those that it came of."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 # 81 and 82 are the codes with which workers end (dgbench/ends.py)
