@@ -35,14 +35,17 @@ def held(recipe: Recipe, records: list[Record], shipped: Recipe | None = None) -
 
 
 def test_each_domain_is_within_or_outside_its_range(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{{target: streets-{name}, miou: {miou}, tolerance: 0.03, from: x}}"
+            for name, miou in (("game", 0.371), ("city", 0.256), ("adverse", 0.143))]  # fmt: skip
+    shipped = load_recipe(RECIPE, [f"expect=[{', '.join(rows)}]"])
     recipe = load_recipe(RECIPE, ["train.seed=3", "train.workers=2"])
-    found = held(recipe, scored(recipe, {"streets-game": 0.372, "streets-city": 0.286, "streets-adverse": 0.1131}))
+    found = held(recipe, scored(recipe, {"streets-game": 0.372, "streets-city": 0.286, "streets-adverse": 0.1131}), shipped)
     assert [(v.target, v.within) for v in found.verdicts] == [
         ("streets-game", True),
         ("streets-city", True),  # at the end of the range
         ("streets-adverse", True),
     ]
-    found = held(recipe, scored(recipe, {"streets-city": 0.287, "streets-adverse": 0.112}))
+    found = held(recipe, scored(recipe, {"streets-city": 0.287, "streets-adverse": 0.112}), shipped)
     assert [v.within for v in found.verdicts] == [False, False]
     render.show(found)
     lines = capsys.readouterr().out.splitlines()
@@ -115,7 +118,8 @@ def test_weights_and_seeds_are_in_no_recipe_hash_and_come_back(tmp_path: Path) -
     recipe = load_recipe(RECIPE, [f"expect=[{row}]"])
     assert recipe_hash(recipe) == recipe_hash(load_recipe(RECIPE))
     assert load_recipe(dump(recipe, tmp_path / "recipe.yaml")) == recipe
-    assert "seeds" not in dump(load_recipe(RECIPE), tmp_path / "plain.yaml").read_text()
+    plain = "{target: streets-city, miou: 0.4, tolerance: 0.02, from: x}"
+    assert "seeds" not in dump(load_recipe(RECIPE, [f"expect=[{plain}]"]), tmp_path / "plain.yaml").read_text()
 
 
 def test_a_training_records_the_weights_that_its_towers_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
