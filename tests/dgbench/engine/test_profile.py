@@ -346,8 +346,6 @@ def test_times_on_a_cpu(timed: Profile, tiny: Row) -> None:
         assert timing.ms.calls >= 3
         assert timing.images_per_second == pytest.approx(timing.batch / (timing.ms.median / 1e3))
         assert (timing.gib, timing.joules) == (None, None)
-    # two images take longer than one, and not ten times as long
-    assert 1 < row.timings[1].ms.median / row.timings[0].ms.median < 10
     assert (row.best, row.step, row.problem) == (None, None, "")
     assert row.cost == tiny.cost
     assert row.components == tiny.components
