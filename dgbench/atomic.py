@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from dgbench.temporaries import runs
+
 
 def write(path: Path, data: bytes | str) -> Path:
     """Replace `path` by `data` in one step, surviving a crash or a power cut at any moment.
@@ -47,18 +49,8 @@ def sweep(folder: Path) -> None:
         return
     for path in folder.glob(".*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
-        if found and not path.is_dir() and not _lives(int(found[1])):
+        if found and not path.is_dir() and not runs(int(found[1])):
             path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -47,14 +47,15 @@ def _host() -> str:
 
 def _left(path: Path, host: str | None, pid: int) -> bool:
     if os.name == "posix" and host in (None, _host()):
-        return not _runs(pid)
+        return not runs(pid)
     try:
         return time.time() - path.lstat().st_mtime > _OLD
     except OSError:
         return False
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

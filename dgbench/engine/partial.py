@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mfuser
-from dgbench import atomic, locks, matrices, results, untrusted
+from dgbench import atomic, locks, matrices, results, temporaries, untrusted
 from dgbench.errors import ResultError
 
 _EVERY = 5.0  # seconds between two writes; more if one takes long: writing takes at most 2 % of the time
@@ -179,7 +178,7 @@ def _of_training(name: str) -> bool:
 def _temporaries(run: Path) -> list[tuple[Path, re.Match[str]]]:
     """The unfinished files of processes that are not running here."""
     found = [(path, _TEMPORARY.fullmatch(path.name)) for path in run.glob(".*.tmp")]
-    return [(path, parts) for path, parts in found if parts is not None and not _alive(int(parts["pid"]))]
+    return [(path, parts) for path, parts in found if parts is not None and not temporaries.runs(int(parts["pid"]))]
 
 
 def _remove_temporaries(run: Path, ours: Callable[[str], bool]) -> None:
@@ -242,16 +241,6 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 @cache

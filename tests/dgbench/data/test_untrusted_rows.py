@@ -41,15 +41,15 @@ def converted(folder: Path, into: Path, wish: HubWish | None = None):
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with files of the names that rows state."""
-    (tmp_path / "work/rgb").mkdir(parents=True)
+    (tmp_path / "desk/rgb").mkdir(parents=True)
     for name in ("0001.png", "rgb/rgb_0000.png", "rgb/ss_0000.png", "secret.png"):
-        (tmp_path / "work" / name).write_bytes(png(99))
-    monkeypatch.chdir(tmp_path / "work")
+        (tmp_path / "desk" / name).write_bytes(png(99))
+    monkeypatch.chdir(tmp_path / "desk")
     monkeypatch.setenv("DGBENCH_DATA", str(tmp_path / "data"))
     return tmp_path
 
 
-@pytest.mark.parametrize("path", ["0001.png", "{here}/work/secret.png", "/etc/passwd", "https://example.invalid/a.png", None])
+@pytest.mark.parametrize("path", ["0001.png", "{here}/desk/secret.png", "/etc/passwd", "https://example.invalid/a.png", None])
 def test_a_row_is_its_bytes_whatever_path_it_states(path: str | None, here: Path):
     path = path and path.replace("{here}", str(here))
     stated = [{"bytes": png(7, "RGB"), "path": path}]
@@ -89,7 +89,7 @@ def test_a_stored_row_without_bytes_is_refused_and_its_path_left_alone(decoded: 
 
     image = datasets.Image(decode=decoded)
     features = datasets.Features({"id": datasets.Value("string"), "image": image, "label": image})
-    stated = {"path": str(here / "work/secret.png"), "bytes": None}
+    stated = {"path": str(here / "desk/secret.png"), "bytes": None}
     made = datasets.Dataset.from_dict({"id": ["val/000000"], "image": [stated], "label": [stated]}, features=features)
     table = made.data.table  # `save_to_disk` would put the file's bytes in
     made.save_to_disk(here / "data/mine/hub/val")
