@@ -27,7 +27,7 @@ def train(recipe: str, fuser: str, seed: int, runs: Path, more: Sequence[str]) -
     run = runs / f"{fuser}-seed{seed}"
     settings = ("--set", f"method.fuser={fuser}", f"train.seed={seed}", *more)
     started = (run / "recipe.yaml").is_file()
-    scored = {record.target for record in query(run) if record.kind == "eval"}
+    scored = {record.target for record in (query(run) if started else ()) if record.kind == "eval"}
     if started and scored.issuperset(load_recipe(run / "recipe.yaml").data.targets):
         return
     command = ["--resume", str(run)] if started else [recipe, "--out", str(run), *settings]

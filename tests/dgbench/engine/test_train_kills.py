@@ -8,6 +8,7 @@ from pathlib import Path
 
 import kills
 import pytest
+import torch
 
 from dgbench import results
 from dgbench.engine import checkpoints
@@ -25,9 +26,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
 def whole(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     os.environ["DGBENCH_CACHE"] = str(cache)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a fork: the same bits need as many
     run = tmp_path_factory.mktemp("runs") / "whole"
     train(load_recipe("streets/source-only", SETTINGS), run, progress=Silent(), device="cpu")
     yield run
+    torch.set_num_threads(threads)
     del os.environ["DGBENCH_CACHE"]
 
 
