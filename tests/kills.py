@@ -180,6 +180,17 @@ def kill_after(action: Callable[[], object], seconds: float, how: signal.Signals
     return _ended(child)
 
 
+def duration(action: Callable[[], object]) -> float:
+    """Run `action` to its end in a fork, and return how many seconds that takes on this machine.
+
+    Raises: AssertionError if it fails.
+    """
+    begun = time.monotonic()
+    status = kill_after(action, 120)
+    assert status == 0, f"the action ended with {status}"
+    return time.monotonic() - begun
+
+
 def _fork(run: Callable[[], int]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the fork takes none of them along
