@@ -2,13 +2,13 @@
 
     python benchmarks/counts.py
 
-About a minute. To be run, and its file committed, after an edit of a source that decides counts (`dgbench.engine.counted`).
+About a minute. To be run, and its file committed, after an edit of a source that decides counts (`dgbench.cost.counted`).
 """
 
 from __future__ import annotations
 
-from dgbench.engine.counted import SHIPPED, Subject, ship
-from dgbench.engine.profile import subjects
+from dgbench.cost.counted import SHIPPED, Subject, ship
+from dgbench.cost.profile import subjects
 from dgbench.recipe import recipe_names
 
 

@@ -36,10 +36,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgbench import results
+from dgbench.cost.cases import DTYPES, Case, block_case, deform_case, scan_case
+from dgbench.cost.kernels import candidates, machine
+from dgbench.cost.timing import median_ms, nvidia_smi
 from dgbench.engine.device import device_name, pick_device
-from dgbench.engine.timing import median_ms, nvidia_smi
-from dgbench.kernel_cases import DTYPES, Case, block_case, deform_case, scan_case
-from dgbench.kernels import candidates, machine
 from mfuser.fusion import MVFuser
 from mfuser.ops import compiled, dispatch
 

@@ -33,8 +33,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench import results
-from dgbench.data import streets
+from dgbench import results, streets
 from dgbench.data.dataset import SegDataset
 from dgbench.data.images import FORMATS, Part, decode
 from dgbench.data.labels import CLASSES, IGNORE, palette

@@ -23,7 +23,7 @@ def methods() -> list[str]:
 
 def towers(*roles: str) -> list[str]:
     """Towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
-    from mfuser.weights import WEIGHTS, role
+    from mfuser.towers.weights import WEIGHTS, role
 
     return [name for name in WEIGHTS if role(name) in (*roles, "both")]
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from dgbench.data import domains
 from dgbench.data.index import require
-from dgbench.data.sources import source
+from dgbench.download.sources import source
 from dgbench.errors import DataError, DgbenchError, RecipeError
 
 if TYPE_CHECKING:
     from dgbench.data.domain import Domain
     from dgbench.recipe import Recipe
-    from mfuser.weights import HubFile
+    from mfuser.towers.weights import HubFile
 
 Wanted = tuple[str, str, str]  # "source" or "target", a domain's name as its user wrote it, split
 _TOWERS = ("vfm", "vlm", "backbone")  # options of methods that name a tower
@@ -31,7 +31,7 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
         recipe: may be one whose method was not checked.
         scored: source and targets are scored afterwards.    from_scratch: the towers' weights are needed.
     """
-    from mfuser.weights import WEIGHTS
+    from mfuser.towers.weights import WEIGHTS
 
     options = recipe.method.options
     towers = [name for key in _TOWERS if isinstance(name := options.get(key), str)]
@@ -119,7 +119,7 @@ def _holds_anything(row: Domain, base: Path) -> bool:
 
 def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, list[HubFile]]:
     """The files of each tower that are not here."""
-    from mfuser.weights import TOKENIZERS, WEIGHTS, files
+    from mfuser.towers.weights import TOKENIZERS, WEIGHTS, files
 
     missing = {}
     for tower in dict.fromkeys(towers):

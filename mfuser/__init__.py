@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mfuser.methods import build, options
     from mfuser.methods import names as method_names
     from mfuser.segmentor import Batch, Segmentor
-    from mfuser.weights import WeightsNotFound
+    from mfuser.towers.weights import WeightsNotFound
 
 _HOMES = {
     "Batch": "mfuser.segmentor:Batch",
     "LoadReport": "mfuser.checkpoints:LoadReport",
     "Segmentor": "mfuser.segmentor:Segmentor",
-    "WeightsNotFound": "mfuser.weights:WeightsNotFound",
+    "WeightsNotFound": "mfuser.towers.weights:WeightsNotFound",
     "build": "mfuser.methods:build",
     "load": "mfuser.checkpoints:load",
     "load_authors_checkpoint": "mfuser.checkpoints:load_authors_checkpoint",

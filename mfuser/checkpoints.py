@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from mfuser import manifest, methods
 from mfuser.keys import AUTHORS_MARKS, authors, is_dead
 from mfuser.methods import build
-from mfuser.pretrained import unfilled
 from mfuser.segmentor import Segmentor
+from mfuser.towers.loading import unfilled
 
 FORMAT = 1
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"

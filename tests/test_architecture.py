@@ -71,7 +71,7 @@ def offences(room: str | tuple[str, ...], *forbidden: str, but: tuple[str, ...] 
 
 def test_the_walk_sees_imports() -> None:
     assert "yaml" in IMPORTS["dgbench.yaml_text"]
-    assert "dgbench.errors" in IMPORTS["dgbench.recipe"]
+    assert "dgbench.errors" in IMPORTS["dgbench.recipe.load"]
     assert not within("mfusers", "mfuser")
 
 
@@ -96,7 +96,7 @@ def test_lower_rooms_of_mfuser_do_not_reach_up() -> None:
     assert not offences("mfuser.deformable", "mfuser.fusion", "mfuser.segmentor", "mfuser.decoder", "mfuser.methods")
     assert not offences("mfuser.fusion", "mfuser.segmentor", "mfuser.decoder", "mfuser.methods")
     assert not offences(("mfuser.ops", "mfuser.ssm", "mfuser.deformable", "mfuser.fusion"), "timm", "open_clip")
-    assert not offences(("mfuser.segmentor", "mfuser.decoder", "mfuser.encoders", "mfuser.text"), "mfuser.methods")
+    assert not offences(("mfuser.segmentor", "mfuser.decoder", "mfuser.towers.vit", "mfuser.towers.text"), "mfuser.methods")
 
 
 def test_methods_do_not_import_each_other() -> None:
@@ -107,23 +107,24 @@ def test_methods_do_not_import_each_other() -> None:
 
 def test_results_and_recipes_need_neither_torch_nor_models() -> None:
     light = (
-        "dgbench.recipe", "dgbench.recipe_files", "dgbench.yaml_text", "dgbench.protocol", "dgbench.results",
-        "dgbench.report", "dgbench.metrics", "dgbench.errors",
-        "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.spec", "dgbench.data.domain", "dgbench.data.domains",
-        "dgbench.data.labels", "dgbench.data.custom", "dgbench.data.hub_sets", "dgbench.data.index", "dgbench.data.verify",
-        "dgbench.data.listing", "dgbench.download", "dgbench.data.sources", "dgbench.data.orders", "dgbench.data.given",
-        "dgbench.data.acquire", "dgbench.data.transfer", "dgbench.data.csdownload", "dgbench.data.hub_files",
-        "dgbench.needs", "dgbench.names", "dgbench.engine.device",
-        "dgbench.data.hub_rows", "dgbench.data.stage", "dgbench.data.archives", "dgbench.data.volumes",
-        "dgbench.untrusted", "dgbench.bounds", "dgbench.matrices",
-        "dgbench.method_options", "dgbench.locks",
+        "dgbench.recipe", "dgbench.yaml_text", "dgbench.protocol", "dgbench.results", "dgbench.report", "dgbench.metrics",
+        "dgbench.errors", "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.spec", "dgbench.download",
+        "dgbench.data.domain", "dgbench.data.domains", "dgbench.data.labels", "dgbench.data.custom", "dgbench.data.hub_sets",
+        "dgbench.data.index", "dgbench.data.verify", "dgbench.data.listing", "dgbench.needs", "dgbench.names",
+        "dgbench.engine.device", "dgbench.untrusted", "dgbench.bounds", "dgbench.matrices", "dgbench.locks",
     )  # fmt: skip
     assert not offences(light, *HEAVY)
 
 
+def test_reading_data_needs_no_downloads_and_streets_no_data() -> None:
+    assert not offences("dgbench.data", "dgbench.download")
+    used = {name for module in MODULES if within(module, "dgbench.streets") for name in IMPORTS[module]}
+    assert not {name for name in used if within(name, "dgbench") and not within(name, "dgbench.streets", "dgbench.errors")}
+
+
 def test_archives_are_unpacked_without_anything_of_ours_but_errors() -> None:
-    allowed = {"dgbench.errors", "dgbench.data.volumes", "dgbench.data.tars"}
-    for module in ("dgbench.data.volumes", "dgbench.data.tars", "dgbench.data.archives"):
+    allowed = {"dgbench.errors", "dgbench.download.volumes", "dgbench.download.tars"}
+    for module in ("dgbench.download.volumes", "dgbench.download.tars", "dgbench.download.archives"):
         strangers = {name for name in IMPORTS[module] - allowed if name.partition(".")[0] not in sys.stdlib_module_names}
         assert not strangers
 
@@ -150,7 +151,8 @@ def test_each_heavy_helper_stays_in_its_room() -> None:
     both = ("dgbench", "mfuser")
     assert not offences(both, "rich", but=("dgbench.render",))
     assert not offences(both, "yaml", but=("dgbench.yaml_text", "dgbench.report"))
-    assert not offences(both, "accelerate", "fvcore", but=("dgbench.engine",))
+    assert not offences(both, "accelerate", but=("dgbench.engine",))
+    assert not offences(both, "fvcore", but=("dgbench.cost",))
     assert not offences(both, "datasets", "huggingface_hub", "matplotlib", "pandas", "pynvml")
 
 
@@ -178,8 +180,8 @@ def anywhere(*packages: str) -> set[str]:
 
 def test_what_draws_writes_tables_and_asks_the_gpu_is_imported_in_one_place_each() -> None:
     assert anywhere("matplotlib") == {"dgbench.render.pictures"}
-    assert anywhere("pynvml") == {"dgbench.engine.timing"}
-    assert anywhere("fvcore") == {"dgbench.engine.count"}
+    assert anywhere("pynvml") == {"dgbench.cost.timing"}
+    assert anywhere("fvcore") == {"dgbench.cost.count"}
     assert anywhere("pandas") == {"dgbench.render.texts"}
 
 
@@ -194,12 +196,19 @@ def test_sockets_are_opened_in_named_places() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom) and callers & {alias.name for alias in node.names}
     }
-    assert named == {"mfuser.hub", "dgbench.data.transfer", "dgbench.data.hub_files", "dgbench.data.csdownload"}
+    assert named == {
+        "mfuser.towers.hub",
+        "dgbench.download.transfer",
+        "dgbench.download.hub_files",
+        "dgbench.download.csdownload",
+    }
 
 
 def test_data_and_results_do_not_reach_into_the_engine() -> None:
     below = (
         "dgbench.data",
+        "dgbench.download",
+        "dgbench.streets",
         "dgbench.recipe",
         "dgbench.results",
         "dgbench.metrics",
@@ -244,8 +253,8 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
         "dgbench.report.ablation",
         "dgbench.render",
         "mfuser",
-        "mfuser.hub",
-        "mfuser.weights",
+        "mfuser.towers.hub",
+        "mfuser.towers.weights",
     ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:

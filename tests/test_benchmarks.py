@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgbench import kernels
+from dgbench.cost import kernels
 from mfuser.ops import dispatch, ms_deform_attn, selective_scan
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernels.py"

@@ -426,7 +426,7 @@ class ForeignError(ValueError):
         self.message, self.hint = "weights are missing", "get them there"
 
 
-ForeignError.__module__ = "mfuser.encoders"
+ForeignError.__module__ = "mfuser.towers.vit"
 
 
 def chained() -> BaseException:

@@ -20,12 +20,12 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
-from mfuser.encoders import VisionEncoder
-from mfuser.hub import download, models
 from mfuser.keys import published
-from mfuser.pretrained import load_tower
-from mfuser.text import TEXTS
-from mfuser.weights import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, require
+from mfuser.towers.hub import download, models
+from mfuser.towers.loading import load_tower
+from mfuser.towers.text import TEXTS
+from mfuser.towers.vit import VisionEncoder
+from mfuser.towers.weights import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, require
 
 ROOT = Path(__file__).parents[1]
 DINO = WEIGHTS["dinov2_l"]

@@ -27,7 +27,7 @@ from dgbench import cli
 from dgbench.data.domain import UNFINISHED
 from dgbench.data.domains import lookup
 from dgbench.data.index import find
-from dgbench.data.stage import MANIFEST, Stage, read_manifest
+from dgbench.download.stage import MANIFEST, Stage, read_manifest
 from dgbench.errors import DataError
 
 ROOT = Path(__file__).parents[1]

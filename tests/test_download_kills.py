@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dgbench import cli
 from dgbench.data.domain import UNFINISHED
-from dgbench.data.stage import MANIFEST
+from dgbench.download.stage import MANIFEST
 
 ARCHIVE = "dark-zurich/Dark_Zurich_val_anon.zip"
 

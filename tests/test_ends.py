@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from dgbench.data import streets
+from dgbench import streets
 from dgbench.data.dataset import SegDataset
 from dgbench.data.workers import worker_init
 from dgbench.progress import Silent

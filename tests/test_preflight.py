@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from dgbench import cli, names
 from dgbench.recipe import dump, load_recipe
-from mfuser.encoders import ENCODERS
 from mfuser.methods import names as method_names
 from mfuser.ops import dispatch
-from mfuser.text import TEXTS
+from mfuser.towers.text import TEXTS
+from mfuser.towers.vit import ENCODERS
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,8 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dgbench import cli, render, results
-from dgbench.engine.fusion_costs import FusionProfile, profile_fusion
-from dgbench.engine.tradeoff import Panel, Point, Tradeoff
+from dgbench.cost.fusion import FusionProfile, profile_fusion
+from dgbench.cost.tradeoff import Panel, Point, Tradeoff
 from dgbench.progress import Silent
 from dgbench.recipe import dump, load_recipe
 

@@ -17,7 +17,7 @@ from loopback_hub import serving
 from PIL import Image
 
 from dgbench import results
-from mfuser.weights import files
+from mfuser.towers.weights import files
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model

@@ -324,7 +324,7 @@ def test_capitals_do_not_matter_where_a_name_is_looked_up(tmp_path: Path) -> Non
 
 
 def test_capitals_do_not_matter_to_profile() -> None:
-    from dgbench.engine.profile import subjects
+    from dgbench.cost.profile import subjects
 
     assert subjects(["MFuser"], vlm="Tiny", vfm="TINY") == subjects(["mfuser"], vlm="tiny", vfm="tiny")
 
@@ -359,8 +359,8 @@ def test_option_names_are_those_of_the_methods_options() -> None:
 
     import mfuser
     from mfuser.methods import option_names
-    from mfuser.text import TEXTS
-    from mfuser.towers import ENCODERS, LANGUAGE
+    from mfuser.towers.table import ENCODERS, LANGUAGE
+    from mfuser.towers.text import TEXTS
 
     for method in mfuser.method_names():
         assert option_names(method) == [field.name for field in dataclasses.fields(mfuser.options(method))]

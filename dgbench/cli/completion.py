@@ -22,7 +22,7 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def downloads(ctx: typer.Context, incomplete: str) -> list[str]:
-    from mfuser.weights import WEIGHTS
+    from mfuser.towers.weights import WEIGHTS
 
     fetched = [name for name, file in WEIGHTS.items() if file is not None and name.startswith(incomplete)]
     return [*domains(ctx, incomplete), *fetched]

@@ -55,9 +55,9 @@ def download(
     quiet: QuietOpt = False,
 ) -> None:
     """Fetch domains and towers: show what is needed, then transfer, check and unpack it; again to go on after a stop."""
-    from dgbench import download as downloads
     from dgbench import render
-    from dgbench.data.hub_rows import wish_of
+    from dgbench.download import command as downloads
+    from dgbench.download.hub_rows import wish_of
 
     if hub is None and (columns or name_as):
         raise typer.BadParameter("describes a repository: give it with --hub", ctx=ctx, param_hint="'--columns', '--as'")
@@ -95,7 +95,7 @@ def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) 
     """The command for its user to type again."""
     import shlex
 
-    from dgbench.data.addresses import without_secrets
+    from dgbench.download.addresses import without_secrets
 
     words = ["dgbench", command, *names]
     for flag, value in options.items():
@@ -108,6 +108,6 @@ def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) 
 def models(as_json: JsonOpt = False) -> None:
     """List the towers: role, weights, licence, and whether they are on this disk."""
     from dgbench import render
-    from mfuser.hub import models as towers
+    from mfuser.towers.hub import models as towers
 
     render.show(towers(), as_json=as_json)

@@ -17,7 +17,7 @@ group = typer.Typer(cls=Program, help="List the operators' backends, build the C
 def kernels_list(as_json: JsonOpt = False) -> None:
     """List each operator's backends: whether they run here, which one runs by default, where the kernels' library lies."""
     from dgbench import render
-    from dgbench.kernels import listing
+    from dgbench.cost.kernels import listing
 
     render.show(listing(), as_json=as_json)
 
@@ -39,7 +39,7 @@ def kernels_build(
 ) -> None:
     """Compile the CUDA kernels ahead of time; needs nvcc, but no GPU when --arch names one."""
     from dgbench import render
-    from dgbench.kernels import build
+    from dgbench.cost.kernels import build
 
     try:
         built = build(architectures or (), render.progress(quiet=quiet))
@@ -82,7 +82,7 @@ def kernels_bench(
     from dgbench.names import check_backends
 
     check_backends(ops or (), backends or ())
-    from dgbench.kernels import bench
+    from dgbench.cost.kernels import bench
 
     if shape is not None and set(ops or ()) - {"selective_scan"}:
         raise typer.BadParameter("is the selective scan's: give it without --op", ctx=ctx, param_hint="'--shape'")

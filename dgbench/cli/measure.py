@@ -27,7 +27,7 @@ class Format(StrEnum):
 
 
 class Rule(StrEnum):
-    """The conventions of `dgbench.engine.costs`; a command's values are known before anything of the engine is imported."""
+    """The conventions of `dgbench.cost.conventions`; a command's values are known before anything of the engine is imported."""
 
     MAC = "mac"
     FLOP = "flop"
@@ -101,7 +101,7 @@ def profile(
             )
         if batch is not None and len(batch) > 1:
             raise typer.BadParameter("takes one number with --fusion", ctx=ctx, param_hint="'--batch'")
-        from dgbench.engine.fusion_costs import profile_fusion
+        from dgbench.cost.fusion import profile_fusion
 
         layers = profile_fusion(
             progress, vfm=vfm, vlm=vlm, size=crop, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
@@ -111,8 +111,8 @@ def profile(
         if plot is not None:
             render.note(f"plot: {render.draw_fusion(layers, plot)}")
         return
-    from dgbench.engine.profile import profile as measure
-    from dgbench.engine.profile import subjects
+    from dgbench.cost.profile import profile as measure
+    from dgbench.cost.profile import subjects
 
     kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=crop)
@@ -122,7 +122,7 @@ def profile(
     )  # fmt: skip
     render.show(found, form=form)
     if plot is not None:
-        from dgbench.engine.tradeoff import tradeoff
+        from dgbench.cost.tradeoff import tradeoff
 
         points = tradeoff(kept, progress, convention=convention, size=crop)
         render.note(f"plot: {render.draw_tradeoff(points, plot)}")

@@ -91,7 +91,7 @@ class Domain:
     def revision(self) -> str:
         """What pins the data that a score was computed on; part of the protocol hash."""
         if self.procedural:
-            from dgbench.data.streets import VERSION
+            from dgbench.streets import VERSION
 
             return f"streets-v{VERSION}"
         return f"user-{self.digest}" if self.digest else "official"

@@ -1,6 +1,6 @@
 """The table of domains: what each is, where its files lie on disk, and how its labels are to be read.
 
-Adding a domain is adding a row. `streets-*` are rendered by `dgbench.data.streets` and need no files; every other row
+Adding a domain is adding a row. `streets-*` are rendered by `dgbench.streets` and need no files; every other row
 describes folders below a data root, as published and as people have rearranged them, all read in place. Domains that a user
 declares (`dgbench.data.custom`) are rows like these once they are loaded.
 """

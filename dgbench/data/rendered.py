@@ -146,7 +146,7 @@ class Rendered:
         return len(indices)
 
     def _render(self, index: int) -> tuple[Pixels, Pixels]:
-        from dgbench.data import streets
+        from dgbench import streets
 
         image, label = streets.render(self.domain, self.split, index, self.size)
         self._folder().mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ from dgbench.report.expected import WEIGHTS
 from dgbench.resources import usable_cores
 from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.weights import hub_file
+from mfuser.towers.weights import hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

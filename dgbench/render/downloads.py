@@ -9,9 +9,9 @@ from dgbench.render.numbers import byte_size
 from dgbench.render.table import ABSENT, Cell, Table, Tables
 
 if TYPE_CHECKING:
-    from dgbench.data.orders import Plan
-    from dgbench.download import Stored
-    from mfuser.hub import Fetched, Model
+    from dgbench.download.command import Stored
+    from dgbench.download.orders import Plan
+    from mfuser.towers.hub import Fetched, Model
 
 
 def _models(models: Sequence[Model]) -> list[Table]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dgbench.render.table import ABSENT, Cell, Table, Tables
 
 if TYPE_CHECKING:
-    from dgbench.kernels import Bench, Built, KernelList, TimedCase
+    from dgbench.cost.kernels import Bench, Built, KernelList, TimedCase
 
 
 def _kernel_list(found: KernelList) -> list[Table]:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from dgbench.engine.fusion_costs import FusionProfile
-    from dgbench.engine.tradeoff import Panel, Tradeoff
+    from dgbench.cost.fusion import FusionProfile
+    from dgbench.cost.tradeoff import Panel, Tradeoff
 
 # colours that the colour-blind can tell apart (Okabe and Ito, 2008), and markers for print without colour
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dgbench.render.table import ABSENT, Cell, Table, Tables
 
 if TYPE_CHECKING:
-    from dgbench.engine.fusion_costs import FusionProfile, FusionRow
-    from dgbench.engine.profile import Profile, Row, Timing
-    from dgbench.engine.timing import Hardware, Times
+    from dgbench.cost.fusion import FusionProfile, FusionRow
+    from dgbench.cost.profile import Profile, Row, Timing
+    from dgbench.cost.timing import Hardware, Times
 
 # what a convention's numbers mean, without the engine that makes them
 _SAYS = {

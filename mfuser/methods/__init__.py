@@ -64,7 +64,7 @@ def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: A
     model: Segmentor = made.build(made.Options(**given), pretrained=pretrained)
     model.method = name
     if filled:
-        from mfuser.pretrained import fill
+        from mfuser.towers.loading import fill
 
         fill(model)
     return model.eval()

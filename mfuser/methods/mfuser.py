@@ -9,7 +9,7 @@ The release has accidents, and its weights rely on them. The variant `sane` has 
 - MVFuser adds the bias of its steps twice and passes its gate through SiLU twice (`fusion.MVFuser`);
 - MTEnhancer's steps start at 0.69, not in 1e-3..1e-1 (`fusion.MTEnhancer`), and gamma as noise of std 1, not at 1e-4;
 - the pixel decoder's feed-forward width is 2048, not the configured 1024;
-- CLIP's class embedding is added twice, and its frozen blocks drop paths in training (`encoders.VisionEncoder`);
+- CLIP's class embedding is added twice, and its frozen blocks drop paths in training (`vit.VisionEncoder`);
 - weight decay on group and batch norms, on layer norms not called "norm", on A_log, D and the level encodings;
 - the alignment loss is divided by ignored pixels, too (`criterion.alignment_loss`);
 - SigLIP's context comes after the first word piece, and its text is read at a padding token (`text.TextEncoder`).
@@ -28,14 +28,14 @@ from torch.nn import functional as F
 from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, uniform
 from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
-from mfuser.encoders import VisionEncoder
 from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
-from mfuser.pretrained import load_tower, unfilled
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.text import TextEncoder, listed_ids, tokenize
-from mfuser.towers import ENCODERS, TIMM, tower
-from mfuser.weights import WeightsNotFound, require
+from mfuser.towers.loading import load_tower, unfilled
+from mfuser.towers.table import ENCODERS, TIMM, tower
+from mfuser.towers.text import TextEncoder, listed_ids, tokenize
+from mfuser.towers.vit import VisionEncoder
+from mfuser.towers.weights import WeightsNotFound, require
 
 TITLE = "MFuser"
 PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"
@@ -60,7 +60,7 @@ _SIZES = {"tiny": _TINY, "small": _SMALL}
 class Options:
     """What `build` takes. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.ENCODERS or `timm:<model>`
+    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.ENCODERS or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, siglip2, tiny or small
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
     variant: str = "release"  # or "sane", without the release's accidents; see the module's head

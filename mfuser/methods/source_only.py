@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.encoders import VisionEncoder
 from mfuser.labels import IGNORE, train_ids
-from mfuser.pretrained import load_tower
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers import ENCODERS
-from mfuser.weights import require
+from mfuser.towers.loading import load_tower
+from mfuser.towers.table import ENCODERS
+from mfuser.towers.vit import VisionEncoder
+from mfuser.towers.weights import require
 
 TITLE = "Source only"
 PAPER = ""
@@ -23,7 +23,7 @@ BACKBONES: tuple[dict[str, str], ...] = tuple({"backbone": name} for name in ENC
 class Options:
     """What `build` takes."""
 
-    backbone: str = "tiny"  # a row of mfuser.towers.ENCODERS, or `timm:<model>`
+    backbone: str = "tiny"  # a row of mfuser.towers.table.ENCODERS, or `timm:<model>`
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
 

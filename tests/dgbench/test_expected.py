@@ -127,7 +127,7 @@ def test_a_training_records_the_weights_that_its_towers_began_with(tmp_path: Pat
     import huggingface_hub.constants
 
     from dgbench.engine.train import _tower_weights
-    from mfuser.weights import WEIGHTS
+    from mfuser.towers.weights import WEIGHTS
 
     row = WEIGHTS["dinov2_l"]
     assert row is not None

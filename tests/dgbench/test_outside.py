@@ -17,7 +17,7 @@ from records import record
 
 from dgbench import render
 from dgbench.cli.program import _warn_on_stderr
-from dgbench.engine.tradeoff import Panel, Point, Tradeoff
+from dgbench.cost.tradeoff import Panel, Point, Tradeoff
 from dgbench.render import pictures, texts
 from dgbench.render.outside import visible, visible_json, visible_lines
 from dgbench.render.streams import writable

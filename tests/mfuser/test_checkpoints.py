@@ -15,7 +15,7 @@ import mfuser
 from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
 from mfuser.keys import authors, is_dead
 from mfuser.methods import build
-from mfuser.pretrained import unfilled
+from mfuser.towers.loading import unfilled
 
 TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}
 

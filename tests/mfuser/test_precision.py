@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import mfuser
-from mfuser.encoders import VisionEncoder
 from mfuser.segmentor import Batch
+from mfuser.towers.vit import VisionEncoder
 
 IDS = [[1] * 5] * 19
 # every method with towers of its own and with timm's rotary ones: EVA's fixed table, DINOv3's, and a table that is learned
@@ -98,7 +98,7 @@ def test_a_table_given_to_the_blocks_is_the_one_that_they_would_make(name):
     size = (56, 84) if "eva02" in name else (64, 96)
     tower = VisionEncoder(name, size).eval()
     if any(p.is_meta for p in tower.parameters()):
-        from mfuser.pretrained import fill
+        from mfuser.towers.loading import fill
 
         fill(tower)
     tokens, rope = tower.embed(torch.rand(1, 3, *size)), tower.rope()

@@ -11,9 +11,9 @@ from golden_files import VARIANTS, AuthorsWeights, description
 
 import mfuser
 from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
-from mfuser.encoders import VisionEncoder
-from mfuser.pretrained import fill, unfilled
 from mfuser.segmentor import Batch
+from mfuser.towers.loading import fill, unfilled
+from mfuser.towers.vit import VisionEncoder
 
 TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dgbench.data import streets
+from dgbench import streets
 from dgbench.data.dataset import SegDataset, read_image
 from dgbench.data.domains import lookup, names
 from dgbench.data.labels import CLASSES

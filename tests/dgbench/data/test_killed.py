@@ -12,7 +12,7 @@ import kills
 import numpy as np
 import pytest
 
-from dgbench.data import streets
+from dgbench import streets
 from dgbench.data.dataset import SegDataset
 from dgbench.data.export import export
 from dgbench.progress import Silent

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from dgbench.data import rendered, streets
+from dgbench import streets
+from dgbench.data import rendered
 from dgbench.data.dataset import SegDataset
 from dgbench.data.rendered import Rendered
 from dgbench.progress import Silent

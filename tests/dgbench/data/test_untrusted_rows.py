@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dgbench.data.dataset import SegDataset
-from dgbench.data.hub_files import Listed
-from dgbench.data.hub_rows import HubWish, convert, rows, wish_of
+from dgbench.download.hub_files import Listed
+from dgbench.download.hub_rows import HubWish, convert, rows, wish_of
 from dgbench.errors import DataError
 
 COLUMNS = {"image": "image", "label": "mask"}
@@ -152,7 +152,7 @@ def test_a_listing_cannot_name_files_outside_of_the_repository(monkeypatch: pyte
     from huggingface_hub import constants
     from loopback_hub import serving
 
-    from dgbench.data.hub_files import listing
+    from dgbench.download.hub_files import listing
 
     with serving({"datasets/someone/Set/../../../out.png": png(1)}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)

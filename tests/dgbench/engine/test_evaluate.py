@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 import mfuser
-from dgbench import metrics, results
-from dgbench.data import streets
+from dgbench import metrics, results, streets
 from dgbench.data.dataset import SegDataset
 from dgbench.data.labels import CLASSES
 from dgbench.engine import checkpoints

@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dgbench import atomic, results
-from dgbench.data import streets
+from dgbench import atomic, results, streets
 from dgbench.data.labels import CLASSES
 from dgbench.engine import checkpoints
 from dgbench.engine.evaluate import evaluate

@@ -1,0 +1,1 @@
+"""What models cost: counts, timings, profiles, and the benches of their kernels."""

@@ -1,0 +1,307 @@
+"""What one forward pass costs, counted operator by operator on shapes alone: no weights, no GPU, the same on any machine.
+
+fvcore counts, with a handle for every operator that costs something; torch's FlopCounterMode is the second opinion. Both
+must find the same number to the last digit, and an operator that neither knows is an error, not a zero.
+
+- A product is one multiply-accumulate (MAC) of a matrix product, a convolution or attention.
+- Sampling costs a MAC per neighbour and channel, and deformable attention one more for the weight.
+- The selective scan costs 9 B L D N + B L D floating-point operations, and B L D more with a gate (state-spaces/mamba,
+  issue 110, as VMamba counts it). It mixes multiplications and additions, so it is a column of its own.
+- Activations, norms, softmax, sums and copies cost nothing, as in the literature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dgbench.cost.conventions import CONVENTIONS, Cost, Counted
+from dgbench.cost.shapes import on_shapes
+from dgbench.errors import DgbenchError
+
+with warnings.catch_warnings():
+    # it scripts a function of its own as it is imported, which torch would have it leave
+    warnings.simplefilter("ignore", FutureWarning)
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, conv_flop_jit, linear_flop_jit
+
+
+class CountError(DgbenchError):
+    """A model cannot be counted: an operator is unknown, or the two counters differ."""
+
+
+def count(model: nn.Module, *inputs: Tensor) -> Counted:
+    """Count one forward pass in evaluation mode; each module is left in the mode that it was in.
+
+    Args:
+        model: with its parameters and buffers on the meta device.    inputs: on the meta device, too.
+
+    Raises: CountError naming an operator that is not counted, or both counters' numbers where they differ.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with _mha_in_parts():
+            found = _by_fvcore(model, inputs)
+            second = _by_torch(model, inputs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    first = CONVENTIONS["flop"].total(found.total)
+    if first != second:
+        raise CountError(
+            f"{type(model).__name__}: fvcore counts {first:,} FLOP and torch {second:,}",
+            "an operator is counted by one of them alone (both tables are in dgbench/cost/count.py), or the model computes "
+            "what it does not return",
+        )
+    return found
+
+
+# ---- what each operator costs
+
+_Sizes = tuple[int, ...]
+_MAC, _SAMPLING, _SCAN, _SKIP = "products", "sampling", "scan", "skip"
+# labels that our handles give to fvcore: operator and kind; fvcore's own handles count products
+_KIND = {
+    "interpolation": _SAMPLING, "grid sampling": _SAMPLING, "deformable attention": _SAMPLING, "scan": _SCAN, "scan skip": _SKIP,
+}  # fmt: skip
+
+
+def _attention(query: _Sizes, key: _Sizes, value: _Sizes) -> int:
+    """Products of (B, H, Lq, D) with (B, H, Lk, D) and of their scores with (B, H, Lk, Dv)."""
+    return _product(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _matmul(first: _Sizes, second: _Sizes) -> int:
+    """Products of `torch.matmul`: vectors, and batches that are repeated where the other has more; fvcore's knows neither."""
+    rows = first[-2:-1]  # none of a vector
+    columns = second[-1:] if len(second) > 1 else ()
+    batch = torch.broadcast_shapes(first[:-2], second[:-2])
+    return _product((*batch, *rows, first[-1], *columns))
+
+
+def _scan(u: _Sizes, A: _Sizes, gated: bool) -> tuple[int, int]:
+    """FLOP of a scan in all, and of its skip."""
+    tokens = _product(u)
+    return 9 * tokens * A[1] + tokens + gated * tokens, tokens
+
+
+def _deformable(value: _Sizes, weights: _Sizes) -> int:
+    """Four neighbours and a weight for each sampled channel."""
+    return 5 * _product(weights) * value[3]
+
+
+def _einsum(equation: str, operands: list[_Sizes]) -> int:
+    """Products of one or two operands; fvcore's own handle reads them off a text of four digits."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    labels = terms.split(",")
+    if len(operands) > 2 or "." in equation or not result:
+        raise CountError(f"einsum `{equation}` is not counted", "write it as products of two operands, with their result")
+    if len(operands) == 1:
+        return 0  # a sum
+    sizes = {label: size for term, shape in zip(labels, operands, strict=True) for label, size in zip(term, shape, strict=True)}
+    # what only one operand has is summed before
+    return _product(tuple(size for label, size in sizes.items() if label in result or all(label in term for term in labels)))
+
+
+# neighbours of a sampled place, by the operator's name
+_NEIGHBOURS = {
+    "upsample_nearest1d": 0, "upsample_nearest2d": 0, "_upsample_nearest_exact2d": 0, "upsample_linear1d": 2,
+    "upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16, "_upsample_bicubic2d_aa": 16,
+    "upsample_trilinear3d": 8,
+}  # fmt: skip
+_GRID_NEIGHBOURS = (4, 0, 16)  # of grid_sampler's modes: bilinear, nearest, bicubic
+
+
+def _unknown(where: str, operators: Iterable[str]) -> CountError:
+    listed = ", ".join(f"`{operator}`" for operator in sorted(operators))
+    return CountError(
+        f"{where}: nobody knows what {listed} costs",
+        "give it a handle and a formula in dgbench/cost/count.py, or list it there if it costs nothing",
+    )
+
+
+def _product(sizes: _Sizes) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def _costs_nothing(operator: str) -> bool:
+    """Whether an operator of ATen works element by element, only moves data, or is one of `_FREE`."""
+    space, _, name = operator.partition("::")
+    if space != "aten":
+        return False
+    if name.strip("_") in _FREE or name.removesuffix("_") in _FREE:
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in overload.tags or overload.is_view for overload in overloads)
+
+
+# no multiply-accumulate in any paper's count
+_FREE = frozenset((
+    # norms, softmax, pooling
+    "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "native_batch_norm", "rms_norm",
+    "fused_rms_norm", "cudnn_batch_norm", "native_batch_norm_legit_no_training", "instance_norm", "softmax", "log_softmax",
+    "safe_softmax", "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d",
+    # reductions
+    "sum", "mean", "prod", "amax", "amin", "max", "min", "all", "any", "argmax", "argmin", "std", "var", "var_mean", "cumsum",
+    "norm", "linalg_vector_norm", "sort", "topk", "nonzero",
+    # lookups and copies
+    "cat", "stack", "clone", "copy", "to", "to_copy", "contiguous", "repeat", "repeat_interleave", "roll", "flip", "tile",
+    "index", "unsafe_index", "index_select", "index_put", "gather", "scatter", "embedding", "one_hot", "where", "masked_fill",
+    "pad", "constant_pad_nd", "reflection_pad2d", "unsafe_view", "alias", "detach", "dropout", "tril", "triu", "pixel_shuffle",
+    # factories, and arithmetic that no tag calls elementwise
+    "fill", "zero", "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros",
+    "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "linspace", "scalar_tensor", "lift_fresh", "meshgrid",
+    "floor_divide", "iand", "ior",
+))  # fmt: skip
+
+
+# ---- fvcore
+
+
+def _by_fvcore(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
+    with on_shapes():
+        analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.tracer_warnings("none").clear_op_handles().set_op_handle(**_HANDLES)
+        table = analysis.by_module_and_operator()
+    if unknown := {operator for operator in analysis.unsupported_ops() if not _costs_nothing(operator)}:
+        owners = [name for name in table if unknown & analysis.unsupported_ops(name).keys()]
+        raise _unknown(max(owners, key=len) or type(model).__name__, unknown)
+    by_operator: dict[str, Cost] = {}
+    for operator, number in table[""].items():
+        kind = "scan" if operator == "scan skip" else operator
+        by_operator[kind] = by_operator.get(kind, Cost()) + _cost({operator: number})
+    return Counted(_cost(table[""]), {name: _cost(own) for name, own in table.items() if any(own.values())}, by_operator)
+
+
+def _cost(by_operator: Mapping[str, float]) -> Cost:
+    parts: Counter[str] = Counter()
+    for operator, number in by_operator.items():
+        parts[_KIND.get(operator, _MAC)] += round(number)
+    # fvcore adds up all labels: the skip was taken out of the scan
+    return Cost(parts[_MAC], parts[_SAMPLING], parts[_SCAN] + parts[_SKIP], parts[_SKIP])
+
+
+def _shape(value: Any) -> _Sizes:
+    """Of a tensor of TorchScript's graph."""
+    sizes = value.type().sizes()
+    if sizes is None:
+        raise CountError(f"`{value.debugName()}` has no shape in the trace", "count with inputs on the meta device")
+    return tuple(sizes)
+
+
+def _is_none(value: Any) -> bool:
+    return bool(value.type().kind() == "NoneType" or value.node().mustBeNone())
+
+
+def _sampled(name: str, neighbours: int) -> Callable[[Any, Any], Counter[str]]:
+    return lambda _inputs, outputs: Counter({name: neighbours * _product(_shape(outputs[0]))})
+
+
+_HANDLES: dict[str, Any] = {
+    "aten::addmm": addmm_flop_jit,
+    "aten::bmm": bmm_flop_jit,
+    "aten::mm": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
+    "aten::matmul": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
+    "aten::linear": linear_flop_jit,
+    "aten::einsum": lambda inputs, _: Counter(einsum=_einsum(inputs[0].toIValue(), [*map(_shape, inputs[1].node().inputs())])),
+    "aten::_convolution": conv_flop_jit,
+    "aten::scaled_dot_product_attention": lambda inputs, _: Counter(attention=_attention(*map(_shape, inputs[:3]))),
+    "aten::grid_sampler": lambda inputs, outputs: Counter(
+        {"grid sampling": _GRID_NEIGHBOURS[inputs[2].toIValue()] * _product(_shape(outputs[0]))}
+    ),
+    **{f"aten::{name}": _sampled("interpolation", neighbours) for name, neighbours in _NEIGHBOURS.items()},
+    "mfuser::selective_scan": lambda inputs, _: _scan_label(
+        *_scan(_shape(inputs[0]), _shape(inputs[2]), not _is_none(inputs[6]))
+    ),
+    "mfuser::ms_deform_attn": lambda inputs, _: Counter(
+        {"deformable attention": _deformable(_shape(inputs[0]), _shape(inputs[3]))}
+    ),
+}
+
+
+def _scan_label(total: int, skip: int) -> Counter[str]:
+    return Counter({"scan": total - skip, "scan skip": skip})
+
+
+# ---- torch
+
+
+def _by_torch(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """FLOP as torch counts them."""
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    # below the counter, which takes composite operators apart
+    with torch.no_grad(), _Watch(counter.flop_registry) as watch, counter:
+        model(*inputs)
+    if watch.unknown:
+        raise _unknown(type(model).__name__, watch.unknown)
+    return int(counter.get_total_flops())
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator that reaches the device."""
+
+    def __init__(self, counted: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self.counted = counted
+        self.unknown: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func._overloadpacket
+        if packet not in self.counted and func not in self.counted and not _costs_nothing(func._schema.name):
+            self.unknown.add(func._schema.name)
+        return func(*args, **kwargs or {})
+
+
+def _resized(neighbours: int) -> Callable[..., int]:
+    return lambda *_args, out_shape, **_options: 2 * neighbours * _product(out_shape)
+
+
+def _scan_formula(u: _Sizes, delta: _Sizes, A: _Sizes, B: _Sizes, C: _Sizes, D: _Sizes | None, z: _Sizes | None,
+                  *_rest: Any, **_options: Any) -> int:  # fmt: skip
+    return _scan(u, A, z is not None)[0]
+
+
+def _grid_formula(_input: _Sizes, _grid: _Sizes, mode: int, *_rest: Any, out_shape: _Sizes, **_options: Any) -> int:
+    return 2 * _GRID_NEIGHBOURS[mode] * _product(out_shape)
+
+
+def _formulas() -> dict[Any, Any]:
+    aten = torch.ops.aten
+    import mfuser.ops.ms_deform_attn
+    import mfuser.ops.selective_scan  # noqa: F401  they register the operators
+
+    return {
+        **{getattr(aten, name): _resized(neighbours) for name, neighbours in _NEIGHBOURS.items()},
+        aten.grid_sampler_2d: _grid_formula,
+        torch.ops.mfuser.selective_scan: _scan_formula,
+        torch.ops.mfuser.ms_deform_attn: lambda value, _shapes, _places, weights, *_, **__: 2 * _deformable(value, weights),
+    }
+
+
+_FORMULAS = _formulas()
+
+
+@contextmanager
+def _mha_in_parts() -> Iterator[None]:
+    """Within, nn.MultiheadAttention runs as its parts: its fused path is one operator that no counter looks into."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,399 @@
+"""What models cost: parameters and operations, counted without weights, and on a device times, memory and energy.
+
+Counts are of one image in evaluation mode and do not depend on the machine (`count`); those known already are looked up
+(`counted`). Times are of random weights, which
+cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mfuser
+from dgbench import results
+from dgbench.cost.conventions import CONVENTIONS, Convention, Cost
+from dgbench.cost.counted import ITSELF, Subject, Tally, built, keep, known, made_now
+from dgbench.cost.timing import Call, Hardware, Times, hardware, joules, samples, times
+from dgbench.engine.device import peak_gib, pick_device
+from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
+from dgbench.progress import Progress, Silent
+from dgbench.protocol import lookup as protocol
+from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
+from mfuser import ops
+from mfuser.inference import windows
+from mfuser.segmentor import Batch, Segmentor
+from mfuser.towers.table import ENCODERS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZE = (512, 512)  # (H, W) of the papers' crops
+_STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
+_MOST = 64  # images at a time that the search for the best batch tries
+_GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a model by its attribute's name; `(itself)` is what the model does and holds outside of its parts."""
+
+    name: str
+    parameters: int
+    trainable: int
+    cost: Cost
+    total: float  # as the profile's convention has it, in units of 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`batch` images at a time: milliseconds of a call, peak GiB of a GPU's memory, joules an image."""
+
+    batch: int
+    ms: Times
+    gib: float | None
+    joules: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """By the median."""
+        return 1e3 * self.batch / self.ms.median
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model."""
+
+    method: str
+    variant: str
+    recipe: str
+    size: tuple[int, int]
+    windows: int  # forward passes an image takes
+    parameters: int
+    trainable: int
+    cost: Cost  # of an image
+    total: float  # the cost as the profile's convention has it, in units of 1e9
+    gflop: float  # the scan included
+    components: tuple[Component, ...]
+    by_operator: dict[str, Cost]
+    by_module: dict[str, Cost] = field(repr=False)
+    timings: tuple[Timing, ...] = ()
+    best: Timing | None = None  # at the batch that most images a second pass at
+    step: Timing | None = None  # of training: forward, losses, backward, optimizer
+    backends: dict[str, str] = field(default_factory=dict)
+    problem: str = ""  # why times are missing
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `dgbench profile` shows."""
+
+    rows: tuple[Row, ...]
+    by_module: bool  # whether each model's parts are shown, too
+    convention: str
+    unit: str
+    dtype: str
+    compiled: bool
+    slide: tuple[int, int] | None  # (H, W) of whole images, scored by a sliding window
+    hardware: Hardware | None
+    unmeasured: str  # why nothing was timed
+    created: str
+    environment: dict[str, str]
+    commit: str | None
+    dirty: bool | None
+    counted_with: str = ""  # the packages that counts were made with where other ones are here
+
+
+def subjects(
+    names: Sequence[str] = (), *, vlm: str | None = None, vfm: str | None = None, settings: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> list[Subject]:  # fmt: skip
+    """Return the models that names and flags mean.
+
+    Args:
+        names: methods, which stand for all of their backbones, or recipes; by default all methods that have such towers.
+        vlm, vfm, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
+
+    Raises: RecipeError for what is unknown.
+    """
+    found: list[Subject] = []
+    names = [spelled(name, mfuser.method_names()) or name for name in names]
+    vlm, vfm = (name and (spelled(name, ENCODERS) or name) for name in (vlm, vfm))
+    for name in names or _with_towers([key for key, value in (("vlm", vlm), ("vfm", vfm)) if value]):
+        if name in mfuser.method_names():
+            found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
+            continue
+        if "/" not in name and not name.endswith((".yaml", ".yml")):
+            raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
+        towers = [f"method.{key}={value}" for key, value in (("vlm", vlm), ("vfm", vfm)) if value]
+        recipe = load_recipe(name, settings, flags=towers)
+        found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
+    return found
+
+
+def _with_towers(kinds: Sequence[str]) -> list[str]:
+    """The methods whose towers have these names."""
+    return [
+        name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
+    ]
+
+
+def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[str]) -> list[MethodSpec]:
+    rows = mfuser.methods.module(name).BACKBONES
+    if vlm is not None:
+        rows = [row for row in rows if row.get("vlm") == vlm] or [{"vlm": vlm}]
+    if vfm is not None:
+        # in place of the usual one: small towers are made for each other
+        usual = rows[0].get("vfm")
+        rows = [row for row in rows if row.get("vfm") == vfm] or [{**row, "vfm": vfm} for row in rows if row.get("vfm") == usual]
+    found: list[MethodSpec] = []
+    for row in rows:
+        method = load_method(name, row, settings)
+        if method not in found:  # settings may name the towers, too
+            found.append(method)
+    return found
+
+
+def profile(
+    chosen: Sequence[Subject], progress: Progress, *, convention: str = "mac", batches: Sequence[int] = (),
+    dtype: str | None = None, compiled: bool = False, device: str | None = None, slide: tuple[int, int] | None = None,
+    timed: bool = True, by_module: bool = False, passes: int = 3,
+) -> Profile:  # fmt: skip
+    """Count and time models.
+
+    Args:
+        convention: one of CONVENTIONS.
+        batches: images at a time; by default 1 and the number at which most pass a second.
+        dtype: one of DTYPES; by default bf16 on a GPU, fp32 on a CPU. Weights are fp32 under autocast.
+        compiled: through torch.compile.    device: to time on; by default a GPU, and nowhere without one.
+        slide: (H, W) of whole images to be scored by a window of the models' size.    timed: False only counts.
+        by_module: show the parts of each model.
+        passes: how often each model is built and measured, one after the other, on a GPU; a CPU does it once.
+
+    Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
+    """
+    on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
+    progress.start("counting", len(chosen), "models")
+    rows, elsewhere = [], ""
+    try:
+        for subject in chosen:
+            row, made_with = _counted(subject, convention, slide, progress)
+            rows.append(row)
+            elsewhere = elsewhere or made_with
+            progress.advance()
+        gpu = hardware(on) if on is not None else None
+        if on is not None and gpu is not None:
+            passes = passes if on.type == "cuda" else 1
+            progress.start(f"timing on {gpu.name}", passes * len(chosen), "visits")
+            taken = [_Taken() for _ in chosen]
+            for _ in range(passes):
+                for subject, found in zip(chosen, taken, strict=True):
+                    _visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled)
+                    progress.advance()
+            rows = [_with_times(row, found, batches) for row, found in zip(rows, taken, strict=True)]
+    finally:
+        progress.stop()
+    commit, dirty = results.commit()
+    return Profile(
+        tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
+        gpu, unmeasured, results.now_iso(),
+        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty, elsewhere,
+    )  # fmt: skip
+
+
+def settled(convention: str, dtype: str | None, device: str | None, *, timed: bool) -> tuple[torch.device | None, str, str]:
+    """Return the device to time on, the dtype's name, and without a device why nothing is timed.
+
+    Raises: DgbenchError for a name that is unknown, or a device that this machine lacks.
+    """
+    if convention not in CONVENTIONS:
+        raise DgbenchError(*unknown("convention", convention, CONVENTIONS))
+    if dtype is not None and dtype not in DTYPES:
+        raise DgbenchError(*unknown("dtype", dtype, DTYPES))
+    if not timed:
+        return None, dtype or "fp32", "only counts were asked for"
+    if device is None and not torch.cuda.is_available():
+        reason = "torch finds no usable CUDA GPU; --device cpu times on this machine's processor"
+        return None, dtype or "fp32", reason
+    on = pick_device(device)
+    return on, dtype or ("bf16" if on.type == "cuda" else "fp32"), ""
+
+
+# ---- counts
+
+
+def counted_total(subject: Subject, convention: str) -> float:
+    """Return the cost of one crop as the convention has it, in units of 1e9."""
+    return _counted(subject, convention, None, Silent())[0].total
+
+
+def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None, progress: Progress) -> tuple[Row, str]:
+    """The row, and the packages that its count was made with where they are other ones than those here."""
+    tally, rule, passes = known(subject), CONVENTIONS[convention], 1
+    fresh = tally is None
+    if tally is None:
+        tally = keep(subject, made_now(subject))
+    if slide is not None:
+        rows, columns = windows(slide, subject.size, protocol("unified").stride_of(subject.size))
+        passes = len(rows) * len(columns)
+    parts, counted = _components(tally, passes, rule), tally.counted
+    cost = counted.total * passes
+    row = Row(
+        method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
+        parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
+        total=rule.total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
+        by_operator={name: own * passes for name, own in counted.by_operator.items()},
+        by_module={name: own * passes for name, own in counted.by_module.items()},
+    )  # fmt: skip
+    if fresh:
+        # what takes seconds is told as it comes, before the table
+        size = f"{subject.size[0]}x{subject.size[1]}"
+        progress.note(f"counted {row.recipe or row.method} ({row.variant}) at {size}: {row.parameters / 1e6:,.2f} M parameters, "
+                      f"{row.total:,.2f} {rule.unit}")  # fmt: skip
+    return row, tally.elsewhere
+
+
+def _components(tally: Tally, passes: int, rule: Convention) -> tuple[Component, ...]:
+    """The model's direct parts that hold or cost anything, in their order."""
+    parts, rest = [], tally.counted.total
+    for part in tally.held:
+        if part.name == ITSELF:
+            cost = rest
+        else:
+            cost = tally.counted.by_module.get(part.name, Cost())
+            rest = Cost(*(a - b for a, b in zip(rest.parts, cost.parts, strict=True)))
+        if part.parameters or any(cost.parts) or part.name == ITSELF:
+            own = cost * passes
+            parts.append(Component(part.name, part.parameters, part.trainable, own, rule.total(own) / 1e9))
+    return tuple(parts)
+
+
+# ---- times
+
+_MODEL, _STEP = "model", "step"
+_What = tuple[str, int]  # the forward pass or a training step, and the images at a time
+
+
+@dataclass
+class _Taken:
+    """All that is measured of a model, over several passes: a process is fast or slow for seconds on end."""
+
+    ms: dict[_What, list[float]] = field(default_factory=dict)
+    gib: dict[_What, float] = field(default_factory=dict)
+    joules: dict[_What, float] = field(default_factory=dict)  # an image
+    best: int | None = None  # the batch that most images a second pass at
+    backends: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    def timing(self, what: _What) -> Timing | None:
+        """Sum up one thing's passes."""
+        ms = self.ms.get(what)
+        return Timing(what[1], Times.of(ms), self.gib.get(what), self.joules.get(what)) if ms else None
+
+    def measure(self, what: _What, call: Call, device: torch.device, *, energy: bool = False) -> None:
+        """Time a call once more."""
+        gpu = device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.ms[what] = self.ms.get(what, []) + samples({"": call}, device, at_most=0.25, flush=False)[""]
+        if gpu:
+            self.gib[what] = peak_gib(device)
+        if energy and what not in self.joules and (used := joules(call, device)) is not None:
+            self.joules[what] = used / what[1]
+
+
+def _visit(
+    taken: _Taken, subject: Subject, device: torch.device, dtype: torch.dtype, batches: Sequence[int],
+    slide: tuple[int, int] | None, *, compiled: bool,
+) -> None:  # fmt: skip
+    """Build a model, and measure it once."""
+    gpu = device.type == "cuda"
+    ran = ops.tally()
+    try:
+        with torch.device(device):
+            model = built(subject).to(device).eval()
+        model.check_backends()
+        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        ask = _Asked(forward, subject.size, slide, device, dtype)
+        for size in batches or (1,):
+            taken.measure((_MODEL, size), ask.batch(size), device, energy=bool(batches))
+        if gpu and not batches:
+            taken.best = taken.best or _best_batch(ask, device)
+            taken.measure((_MODEL, taken.best), ask.batch(taken.best), device, energy=True)
+        if gpu and slide is None:
+            taken.measure((_STEP, _STEP_BATCH), _step(model, subject.size, device, dtype), device)
+    except torch.OutOfMemoryError as error:
+        taken.problem = str(error).splitlines()[0]  # what was measured before stays
+    finally:
+        model = forward = ask = None  # type: ignore[assignment]
+        if gpu:
+            torch.cuda.empty_cache()
+    taken.backends |= ops.ran_since(ran)
+
+
+def _with_times(row: Row, taken: _Taken, batches: Sequence[int]) -> Row:
+    timings = tuple(timing for size in batches or (1,) if (timing := taken.timing((_MODEL, size))))
+    best = taken.timing((_MODEL, taken.best)) if taken.best else None
+    step = taken.timing((_STEP, _STEP_BATCH))
+    return dataclasses.replace(row, timings=timings, best=best, step=step, backends=taken.backends, problem=taken.problem)
+
+
+class _Asked:
+    """A model's forward pass over images of one size, at any batch."""
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], crop: tuple[int, int], slide: tuple[int, int] | None, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
+        self.stride = protocol("unified").stride_of(crop)
+
+    def batch(self, size: int) -> Call:
+        """A call with that many images."""
+        images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
+
+        def call() -> Tensor:
+            # not inference_mode: nn.MultiheadAttention's products under autocast are batched there, and far slower
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                if self.slide is None:
+                    return self.model(images)
+                return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
+
+        return call
+
+
+def _best_batch(ask: _Asked, device: torch.device) -> int:
+    """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
+    best, rate, worse, size = 1, 0.0, 0, 1
+    while size <= _MOST and worse < 2:
+        try:
+            tried = size / times(ask.batch(size), device, at_most=0.1, least=5, flush=False).median
+        except RuntimeError as error:  # out of memory is one, too
+            if not isinstance(error, torch.OutOfMemoryError) and "INT_MAX" not in str(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        worse = 0 if tried > _GAIN * rate else worse + 1
+        best, rate = (size, tried) if tried > _GAIN * rate else (best, rate)
+        size *= 2
+    return best
+
+
+def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
+    """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    model.train()
+    coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
+    batch = Batch(torch.rand(_STEP_BATCH, 3, *size, device=device), labels)
+    optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
+
+    def call() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = torch.stack(list(model.loss(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call

@@ -1,5 +1,0 @@
-"""Procedural driving scenes with pixel-exact labels of the 19 Cityscapes classes: domain shift without a download."""
-
-from dgbench.data.streets.render import VERSION, frequencies, render, styles
-
-__all__ = ["VERSION", "frequencies", "render", "styles"]

@@ -1,0 +1,1 @@
+"""Download weights and domains by name: plans, transfers, archives, sets from the Hub."""

@@ -1,0 +1,118 @@
+"""A method and its own options, as recipes state them: what can be told by names alone, then what the method itself says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict
+from dataclasses import Field as DataclassField
+from dataclasses import fields as dataclass_fields
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from dgbench.errors import spelled, suggest, unknown
+from dgbench.spec import Problem, problems_of, shown, strictly
+
+TOWERS = ("vfm", "vlm", "backbone", "tower")  # options that name one
+
+# set from `data.crop` and by the benchmark, never in a recipe's `method`
+_SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
+
+
+class MethodSpec(BaseModel):
+    """The method and its own options, checked against `mfuser.options(name)`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options, for `mfuser.build(name, **options, image_size=recipe.data.crop)`."""
+        return dict(self.model_extra or {})
+
+    @property
+    def variant(self) -> str:
+        """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
+        options = self.options
+        towers = " + ".join(str(options[key]) for key in TOWERS if options.get(key))
+        unusual = [options.get(key) for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
+                   if options.get(key) not in (None, usual)]  # fmt: skip
+        return ", ".join([towers, *map(str, unusual)]) if towers else ""
+
+
+def spell(content: dict[str, Any]) -> None:
+    """Write the names of a recipe's method and towers as they are known, in place: `EVA02` is `eva02`."""
+    from mfuser.methods import names
+    from mfuser.towers.table import ENCODERS
+
+    method = content.get("method")
+    if not isinstance(method, dict):
+        return
+    content["method"] = method = dict(method)
+    for key, known in (("name", names()), *((tower, list(ENCODERS)) for tower in TOWERS)):
+        if isinstance(method.get(key), str):
+            method[key] = spelled(method[key], known) or method[key]
+
+
+def check_names(content: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
+    from mfuser.methods import names, option_names
+    from mfuser.towers.table import ENCODERS, LANGUAGE, TIMM
+
+    method = content.get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        return []  # the recipe's own check says so
+    name = method["name"]
+    if name not in names():
+        message, hint = unknown("method", name, names())
+        return [Problem(("method", "name"), f"{message}, {hint}")]
+    problems = []
+    known = [key for key in option_names(name) if key not in _SET_ELSEWHERE]
+    for key, value in method.items():
+        if key in _SET_ELSEWHERE:
+            problems.append(Problem(("method", key), _SET_ELSEWHERE[key]))
+        elif key != "name" and key not in known:
+            close = suggest(str(key), known)
+            more = f"did you mean `{close}`?" if close else f"choose from {', '.join(sorted(known))}"
+            problems.append(Problem(("method", key), f"unknown key, {more}"))
+        elif key in TOWERS:
+            towers = sorted(LANGUAGE if key == "vlm" else ENCODERS)
+            if not isinstance(value, str):
+                problems.append(Problem(("method", key), f"expected the name of a tower, got {shown(value)}"))
+            elif value not in towers and (key == "vlm" or not value.startswith(TIMM)):
+                textless = value in ENCODERS or value.startswith(TIMM)
+                more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
+                close = suggest(value, towers)
+                also = f", or {TIMM}<model>" if key != "vlm" else ""
+                more += f", did you mean `{close}`?" if close else f"; choose from {', '.join(towers)}{also}"
+                problems.append(Problem(("method", key), more))
+    return problems
+
+
+def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """A method with every option written out, or what is wrong with those that are given. This imports the method and torch."""
+    import mfuser
+
+    name = method["name"]
+    options = mfuser.options(name)
+    hints = get_type_hints(options)
+    fields = (f for f in dataclass_fields(options) if f.name not in _SET_ELSEWHERE)
+    defaults: dict[str, Any] = {f.name: (strictly(hints[f.name]), _default(f)) for f in fields}
+    checked = create_model("Options", __config__=ConfigDict(extra="forbid"), **defaults)
+    try:
+        values = checked.model_validate({key: value for key, value in method.items() if key != "name"})
+    except ValidationError as error:
+        return {}, problems_of(error, checked, prefix=("method",))
+    try:
+        # the dataclass fills in what depends on other options; the run keeps the filled-in values
+        resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
+    except ValueError as error:
+        return {}, [Problem(("method",), str(error))]
+    return {"name": name, **{key: value for key, value in resolved.items() if key not in _SET_ELSEWHERE}}, []
+
+
+def _default(field: DataclassField[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is MISSING else field.default

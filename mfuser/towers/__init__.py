@@ -1,0 +1,1 @@
+"""The towers: one table of them, their modules, their published weights."""

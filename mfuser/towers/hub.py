@@ -1,0 +1,248 @@
+"""Published weights from the Hugging Face Hub: what there is, what is here, and fetching the rest.
+
+The only file of this package that opens a socket, and only in `download`. huggingface_hub moves the bytes, into its own
+cache, and takes up a cut transfer where it stopped (one that the user stops begins anew). Each file is then held against
+the size and the hash that the Hub states for it; one that differs is removed, so that the next try starts clean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mfuser.towers.weights import WEIGHTS, HubFile, WeightsNotFound, files, how_to_get, role
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
+Check = Literal["size and sha256", "size and git-sha1", "size"]
+
+# answers after which huggingface_hub asks again, a bounded number of times
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One tower: where its weights come from and whether they are here. From-scratch towers have no repository."""
+
+    name: str
+    role: Literal["vfm", "vlm", "both"]
+    repo: str | None
+    file: str | None
+    gigabytes: float | None
+    licence: str | None
+    path: str | None  # of the weights on this disk
+    missing: tuple[str, ...]  # files that are not here: the weights', the tokenizer's
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One file after `download`."""
+
+    name: str  # the tower's, as it was asked for
+    state: Literal["downloaded", "here", "nothing to fetch"]
+    repo: str | None = None
+    file: str | None = None
+    path: str | None = None
+    bytes: int | None = None
+    checked: Check | None = None  # against what the Hub states
+
+
+class DownloadError(WeightsNotFound):
+    """A file cannot be fetched from the Hub, or is not what the Hub says it is."""
+
+
+def models() -> list[Model]:
+    """Every tower, by its name in recipes and in `dgbench download`."""
+    found: list[Model] = []
+    for name, row in WEIGHTS.items():
+        if row is None:  # trained from scratch
+            found.append(Model(name, role(name), None, None, None, None, None, ()))
+            continue
+        missing = tuple(file.file for file in files(name) if file.where is None)
+        path = str(row.where) if row.where else None
+        found.append(Model(name, role(name), row.repo, row.file, row.gigabytes, row.licence, path, missing))
+    return found
+
+
+def check_token() -> None:
+    """See that the login, if there is one, can be sent.
+
+    Raises: DownloadError without a word of it.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise DownloadError("the token of the Hub holds characters that no token has",
+                            "unset HF_TOKEN, or set it again as https://huggingface.co/settings/tokens shows it, without quotes "
+                            "and blanks; or log in with: hf auth login")  # fmt: skip
+
+
+def without_secrets(text: str) -> str:
+    """A text with the addresses in it (HF_ENDPOINT's, a proxy's) shorn of name and password, and of what follows `?`."""
+    bare = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+    return re.sub(r"(://[^\s?#'\"`]*)\?[^\s#'\"`]*", r"\1?...", bare)
+
+
+def offline() -> str | None:
+    """The variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
+    from huggingface_hub import constants
+
+    if os.environ.get("DGBENCH_OFFLINE") == "1":
+        return "DGBENCH_OFFLINE=1"
+    return "HF_HUB_OFFLINE=1" if constants.HF_HUB_OFFLINE else None
+
+
+def download(towers: Sequence[str], tell: Callable[[str], None] | None = None) -> list[Fetched]:
+    """Fetch the towers' files into the Hub cache; what is there already is left alone.
+
+    Args:
+        towers: rows of WEIGHTS.    tell: is given one line before each transfer.
+
+    Raises: DownloadError if a file cannot be fetched or differs from what the Hub states; files fetched before it stay.
+    """
+    wanted = [(tower, file) for tower in dict.fromkeys(towers) for file in files(tower)]
+    missing = [(tower, file) for tower, file in wanted if file.where is None]
+    if missing and (switch := offline()):
+        listed = ", ".join(str(file) for _, file in missing)
+        raise DownloadError(f"{switch} forbids downloads; not on this machine: {listed}",
+                            how_to_get(dict.fromkeys(tower for tower, _ in missing)))  # fmt: skip
+    fetched = []
+    for tower in dict.fromkeys(towers):
+        for file in files(tower):
+            if path := file.where:
+                row = Fetched(tower, "here", file.repo, file.file, str(path), path.stat().st_size)
+            else:
+                row = _fetch(tower, file, tell or (lambda _: None))
+            fetched.append(row)
+        if not files(tower):
+            fetched.append(Fetched(tower, "nothing to fetch"))
+    return fetched
+
+
+def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    url = hf_hub_url(file.repo, file.file)
+    check_token()
+    tell(f"{tower}: {file}, licence {file.licence}")
+    try:
+        stated = None
+        try:
+            # asked once and not retried: where there is no network, that is known at once
+            stated = get_hf_file_metadata(url)
+            _check_space(file, stated)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _TRANSIENT:
+                raise
+        path = Path(hf_hub_download(file.repo, file.file))
+        stated = stated or get_hf_file_metadata(url)
+    # hf_xet, huggingface_hub's other way of moving bytes, raises RuntimeError
+    except (OSError, RuntimeError, transport_error()) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the file system's refusal names its file itself
+        raise _explained(tower, file, error) from error
+    return Fetched(tower, "downloaded", file.repo, file.file, str(path), path.stat().st_size, _check(tower, file, path, stated))
+
+
+def transport_error() -> type[Exception]:
+    """The error of the HTTP library beneath huggingface_hub, which is not the same one in all its versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception))
+
+
+def _check_space(file: HubFile, stated: HfFileMetadata) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if stated.size is not None and stated.size > free:
+        raise DownloadError(f"no room for {file.repo}/{file.file}: it has {stated.size:,} bytes, {HF_HUB_CACHE} {free:,} free",
+                            "free some space there, or point HF_HUB_CACHE at a larger disk")  # fmt: skip
+
+
+def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Check:
+    """Hold a file against what the Hub states; one that differs is removed."""
+    name, size, etag = f"{file.repo}/{file.file}", path.stat().st_size, stated.etag or ""
+    hint = f"it is removed; run again: dgbench download {tower}. If it happens twice, a proxy or a mirror changes files"
+    if stated.size is not None and size != stated.size:
+        _remove(path)
+        raise DownloadError(f"{name} has {size:,} bytes, the Hub states {stated.size:,}", hint)
+    # the Hub's etag is the sha256 of a large file, and git's object id of a small one
+    checked: Check
+    if re.fullmatch(r"[0-9a-f]{64}", etag):
+        checked, digest = "size and sha256", hashlib.sha256()
+    elif re.fullmatch(r"[0-9a-f]{40}", etag):
+        checked, digest = "size and git-sha1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    else:
+        return "size"
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    if (found := digest.hexdigest()) != etag:
+        _remove(path)
+        raise DownloadError(f"{name} is damaged: its {checked.split()[-1]} is {found}, the Hub states {etag}", hint)
+    return checked
+
+
+def _remove(path: Path) -> None:
+    # the cache's names are links to blobs: a blob that stayed would be taken for whole
+    while path.is_symlink():
+        target = path.parent / os.readlink(path)
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
+    """The error as a user can act on it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import FileMetadataError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    # huggingface_hub's own summary of what it met on the way
+    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    name, endpoint = f"{file.repo}/{file.file}", without_secrets(constants.ENDPOINT)
+    reason = without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
+    again = f"run again: dgbench download {tower}"
+    if isinstance(error, GatedRepoError):
+        return DownloadError(
+            f"{name} is gated: its owner asks you to accept the licence first",
+            f"accept it at {endpoint}/{file.repo}, log in with: hf auth login, and {again}",
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        says, hint = _ANSWERS.get(status, ("it answers otherwise", f"see https://status.huggingface.co, and {again}"))
+        return DownloadError(f"{endpoint} does not give out {name}: {says} ({status})", hint.format(again=again))
+    if isinstance(error, FileMetadataError):
+        return DownloadError(f"{endpoint} does not answer as a Hub does: {reason}", "check HF_ENDPOINT, and any proxy between")
+    if "Consistency check failed" in reason:
+        return DownloadError(f"{name} did not arrive whole: {reason.partition(': ')[2]}", f"it is removed; {again}")
+    if isinstance(error, transport_error()):
+        hint = f"check the network and HTTPS_PROXY; or, {how_to_get([tower])}"
+        return DownloadError(f"no connection to {endpoint} for {name}: {reason}", hint)
+    return DownloadError(f"{name} cannot be fetched: {reason}", again)
+
+
+# status -> what it means, what to do
+_ANSWERS = {
+    401: (
+        "it does not know you, or the repository is private or gone",
+        "log in with: hf auth login, or unset HF_TOKEN if it is old; then {again}",
+    ),
+    403: ("your login may not read it", "see what your token may do at https://huggingface.co/settings/tokens; then {again}"),
+    404: (
+        "it has no such file",
+        "with HF_ENDPOINT set, the mirror may lack it; else see whether a newer dgbench knows its place",
+    ),
+    429: ("too many requests", "log in with: hf auth login, or wait; then {again}"),
+}

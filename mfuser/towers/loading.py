@@ -1,0 +1,117 @@
+"""Towers' published weights: how they get into a model. Where they come from and are is `mfuser.towers.weights`.
+
+A large tower is built with its parameters on the meta device (`unfilled`): no memory, no random draws. It is then
+filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.keys import published
+from mfuser.towers.weights import WeightsNotFound
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Within, parameters of new modules are on the meta device; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        # timm derives buffers from learned rotary frequencies as it builds
+        if parameter is not None and name != "freqs":
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fill(model: nn.Module) -> None:
+    """Give values to the parameters that are still on the meta device: matrices N(0, 0.02), scales 1, biases 0."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                if value.dim() > 1:
+                    value.normal_(std=0.02)
+                else:
+                    value.fill_(1.0 if name in ("weight", "gamma") else 0.0)
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+
+
+def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Fill modules with a tower's published weights, resampled to the modules' grids as the authors' release does.
+
+    Args:
+        parts: our modules by role: `trunk` (timm's image tower), `head` (what follows it), `text` (open_clip's tower).
+    Returns: the file's scalars that no part holds, such as SigLIP's `logit_scale` and `logit_bias`.
+    Raises: WeightsNotFound for a damaged file, ValueError naming the tensor that is missing or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise WeightsNotFound(f"{file} is damaged: {error}", f"delete it and run: dgbench download {tower}") from None
+    for part, module in parts.items():
+        source_of = published(tower, part)
+        values = {}
+        for name, target in module.state_dict().items():
+            if part == "head" and "adapter" in name:
+                continue  # MFuser's own layers, which live there
+            source = source_of(name)
+            try:
+                value = source.read(state)
+            except KeyError as error:
+                raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
+            # towers with registers keep positions of their patches alone
+            prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+            embed: Any = getattr(module, "patch_embed", None)
+            grid = embed.grid_size if embed is not None else None
+            value = fitted(tower, name, value, target, prefix, grid)
+            if value.shape != target.shape:
+                raise ValueError(f"{file}: {source.keys[0]} is {tuple(value.shape)}, `{tower}` needs {tuple(target.shape)}")
+            values[name] = value.to(torch.float32).contiguous()
+        module.load_state_dict(values, strict=False, assign=True)
+    return {name: value for name, value in state.items() if value.numel() == 1}
+
+
+def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int,
+           grid: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+    """Resample a published tensor to our grid (None: a square), kernel or context length; without antialiasing, as released."""
+    mode = "bilinear" if tower in ("clip", "siglip", "siglip2") else "bicubic"
+    if name == "pos_embed":
+        side = round((target.shape[1] - prefix) ** 0.5)
+        return resampled_positions(value.reshape(-1, value.shape[-1]), grid or (side, side), prefix, mode)[None]
+    if name == "patch_embed.proj.weight" and value.shape[2:] != target.shape[2:]:
+        return F.interpolate(value.float(), target.shape[2:], mode=mode, align_corners=False)
+    if name == "positional_embedding":
+        return value[: len(target)]
+    return value.reshape(target.shape) if value.numel() == target.numel() else value
+
+
+def resampled_positions(table: Tensor, grid: tuple[int, int], prefix: int, mode: str) -> Tensor:
+    """Position table (prefix + s*s, C) of a square grid to (prefix + rows * columns, C); class rows are kept.
+
+    Raises: ValueError if the table is not a square's.
+    """
+    side = round((len(table) - prefix) ** 0.5)
+    if side**2 != len(table) - prefix:
+        raise ValueError(f"published positions are of a square grid; {len(table) - prefix} are no square")
+    if (side, side) == tuple(grid):
+        return table
+    cells = table[prefix:].float().T.reshape(1, -1, side, side)
+    cells = F.interpolate(cells, tuple(grid), mode=mode, align_corners=False)
+    return torch.cat([table[:prefix].float(), cells.flatten(2)[0].T])

@@ -1,0 +1,171 @@
+"""Text towers from open_clip with learnable context: class names to embeddings.
+
+The context rows go after the first token, as in the release: behind the start token where there is one, behind the
+first word piece of SigLIP, which has none. `sane` has them before SigLIP's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfuser.towers.loading import unfilled
+from mfuser.towers.weights import TOKENIZERS, WeightsNotFound, how_to_get
+
+CONTEXT_LENGTH = 5  # tokens per class name, start and end included
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """One row of TEXTS: open_clip's configuration of the tower, and how many context rows the release learns."""
+
+    open_clip: str | None  # configuration name; None: the tiny tower
+    contexts: int
+    tokenizer: str | None  # open_clip model whose tokenizer is used; None: a file of its own, see weights.TOKENIZERS
+    causal: bool = True
+    pad: int = 0  # what fills lines of a tokenizer from a file
+
+
+TEXTS: dict[str, TextTower] = {
+    "eva02": TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336"),
+    "clip": TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336"),
+    "siglip": TextTower("ViT-L-16-SigLIP-384", 5, None, causal=False, pad=1),
+    "siglip2": TextTower("ViT-L-16-SigLIP2-512", 5, None, causal=False),
+    "tiny": TextTower(None, 5, "ViT-B-16"),
+    "small": TextTower(None, 5, "ViT-B-16"),
+}
+_TINY: dict[str, Any] = {"width": 64, "heads": 2, "layers": 2}
+
+
+class TextEncoder(nn.Module):
+    """An open_clip text tower over (K, 5) token ids with `contexts` inserted.
+
+    Attributes: width of its tokens; dim of its embeddings; contexts, the number of learned rows it expects.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, name: str, token_ids: Tensor, *, dim: int | None = None, sane: bool = False) -> None:
+        """Build with random weights.
+
+        Args:
+            name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
+            dim: width of the embeddings of the tiny tower; the others have their own.
+            sane: a tower without a start token gets the context first, and is read at its last token that is no padding.
+        """
+        super().__init__()
+        from open_clip import get_model_config
+        from open_clip.model import CLIPTextCfg, _build_text_tower
+
+        if name not in TEXTS:
+            raise ValueError(f"unknown text tower `{name}`; choose from {', '.join(sorted(TEXTS))}")
+        row = TEXTS[name]
+        config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim or 64, "text_cfg": _TINY}
+        settings = dict(config["text_cfg"])
+        settings.pop("hf_tokenizer_name", None)
+        # the position table has the rows that are used, as in the release's checkpoints
+        settings["context_length"] = token_ids.shape[1] + row.contexts
+        if not row.causal:
+            settings["act_kwargs"] = {"approximate": "tanh"}
+        with unfilled() if row.open_clip else nullcontext():
+            self.tower: Any = _build_text_tower(
+                config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False)
+            )
+        words = int(settings["vocab_size"]) if "vocab_size" in settings else CLIPTextCfg().vocab_size
+        if token_ids.numel() and int(token_ids.max()) >= words:
+            raise ValueError(f"token_ids hold {int(token_ids.max())}, and `{name}` knows the words 0..{words - 1}")
+        self.name, self.causal, self.contexts = name, row.causal, row.contexts
+        self.start = 0 if sane and not row.causal else 1  # tokens before the context
+        self.pad = row.pad if sane and not row.causal else None
+        self.width: int = settings["width"]
+        self.dim: int = config["embed_dim"]
+        self.register_buffer("token_ids", token_ids.long(), persistent=False)
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """Class embeddings (K, dim), not normalised; contexts (1, n, width)."""
+        tower = self.tower
+        tokens = tower.token_embedding(self.token_ids)  # (K, 5, width)
+        rows = contexts.expand(len(tokens), -1, -1)
+        tokens = torch.cat([tokens[:, : self.start], rows, tokens[:, self.start :]], 1)
+        length = tokens.shape[1]
+        tokens = tokens + tower.positional_embedding[:length]
+        mask = tower.attn_mask[:length, :length] if self.causal else None
+        tokens = tower.ln_final(tower.transformer(tokens, attn_mask=mask))
+        if self.causal:
+            # CLIP's end token has the largest id; its row moved back by the context
+            end = self.token_ids.argmax(-1) + contexts.shape[1]
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), end]
+        elif self.pad is not None:
+            # SigLIP's end token and its padding share an id: the last word is read there
+            place = torch.arange(self.token_ids.shape[1], device=tokens.device)
+            last = ((self.token_ids != self.pad) * place).amax(-1) + contexts.shape[1]
+            pooled = tokens[torch.arange(len(tokens), device=tokens.device), last]
+        else:
+            pooled = tokens[:, -1]
+        projection = tower.text_projection
+        out: Tensor = projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
+        return out
+
+
+def listed_ids(token_ids: Any, classes: int) -> list[list[int]]:
+    """Token ids given as lists, a NumPy array or a tensor, as lists, which a model's description can hold.
+
+    Raises: TypeError for what are no integers, ValueError for another shape than (classes, 5) and for negative ids.
+    """
+    given = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else token_ids
+    expected = f"expected ({classes}, {CONTEXT_LENGTH}) integers: a line for each class"
+    try:
+        ids = np.asarray(given)
+    except ValueError:  # lines of different lengths
+        raise ValueError(f"token_ids are lines of different lengths, {expected}") from None
+    if ids.shape != (classes, CONTEXT_LENGTH):
+        raise ValueError(f"token_ids are {ids.shape}, {expected}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"token_ids are {ids.dtype}, {expected}")
+    if ids.min() < 0:
+        raise ValueError(f"token_ids hold {ids.min()}, and ids begin at 0")
+    return [[int(i) for i in line] for line in ids]
+
+
+def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
+    """Token ids (K, 5) of the class names, by the tower's own tokenizer.
+
+    CLIP's vocabulary comes with open_clip; SigLIP's is a file of the Hub, read from the local cache.
+
+    Raises: WeightsNotFound if that file is not on this machine, or not whole.
+    """
+    row = TEXTS[name]
+    if row.tokenizer is None:
+        return _from_file(name, classes)
+    from open_clip import get_tokenizer
+
+    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
+    return [[int(i) for i in line] for line in ids]
+
+
+def _from_file(name: str, classes: Sequence[str]) -> list[list[int]]:
+    # what open_clip does through `transformers`, with the library that does the work there
+    from open_clip.tokenizer import get_clean_fn
+    from tokenizers import Tokenizer
+
+    file = TOKENIZERS[name]
+    path = file.where
+    if path is None:
+        raise WeightsNotFound(
+            f"the tokenizer of `{name}` is not on this machine: {file}",
+            f"{how_to_get([name])}, or give the ids: token_ids=[[...], ...], ({len(classes)}, {CONTEXT_LENGTH})",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise WeightsNotFound(f"{path} is damaged: {error}", f"delete it and run: dgbench download {name}") from None
+    tokenizer.enable_truncation(CONTEXT_LENGTH)
+    tokenizer.enable_padding(length=CONTEXT_LENGTH, pad_id=TEXTS[name].pad)
+    clean = get_clean_fn("canonicalize")
+    return [list(line.ids) for line in tokenizer.encode_batch([clean(text) for text in classes])]

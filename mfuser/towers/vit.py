@@ -1,0 +1,191 @@
+"""Vision towers from timm, stepped block by block.
+
+One class serves all: DINOv2 and 3, EVA02-CLIP, CLIP and SigLIP at full size, tiny towers that train on a CPU, and by
+`timm:<model>` whatever else timm has of the same build. A tower is built for one grid; resampling of positions and patch
+kernels happens when weights are loaded, never in `forward`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.towers.loading import unfilled
+from mfuser.towers.table import ENCODERS, TIMM, Tower, tower
+
+__all__ = ["ENCODERS", "TIMM", "ConvStem", "ResidualBlock", "Tower", "VisionEncoder", "tower"]
+
+
+class ConvStem(nn.Module):
+    """Patch embedding by stride-2 convolutions with residual blocks instead of one large kernel.
+
+    From scratch and in few steps, convolutions learn what takes a patch projection and several transformer blocks far
+    longer (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021). Has the face of timm's PatchEmbed.
+    """
+
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96,
+                 **_: Any) -> None:  # fmt: skip
+        super().__init__()
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        halvings = patch_size.bit_length() - 1
+        widths = [in_chans, *(min(embed_dim, (3 * embed_dim) >> (halvings - i)) for i in range(halvings))]
+        layers: list[nn.Module] = []
+        for stage, (a, b) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+            # at half the image's size a block costs the most and sees the least
+            layers += [ResidualBlock(b)] if stage else []
+        self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip (He et al., CVPR 2016), (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True),
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.branch(x))
+
+
+class VisionEncoder(nn.Module):
+    """A timm tower whose blocks are called one at a time.
+
+    Attributes:
+        dim, depth: width and number of blocks.    grid: (rows, columns) of patch tokens.
+        prefix: class and register tokens, which come before the patches.    classes: class tokens among them, 0 or 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, image_size: tuple[int, int], *, patch: int | None = None, sane: bool = False,
+                 **options: Any) -> None:  # fmt: skip
+        """Build with random weights.
+
+        Args:
+            name: a row of ENCODERS, or `timm:<model>`.
+            image_size: (H, W) of the images; the grid is their number of whole patches.
+            patch: another patch size than the row's.    options: further arguments of timm's constructor.
+            sane: add the class embedding once, and no stochastic depth, where the release does otherwise (CLIP).
+
+        Raises: ValueError for an unknown name, a size without a patch, or a model that cannot be stepped block by block.
+        """
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+
+        row = tower(name)
+        self.name, self.patch = name, patch or row.patch
+        self.grid = (image_size[0] // self.patch, image_size[1] // self.patch)
+        covered = (self.grid[0] * self.patch, self.grid[1] * self.patch)
+        if 0 in self.grid:
+            raise ValueError(f"image size {tuple(image_size)} holds no whole patch of `{name}`, {self.patch}")
+        settings = {**row.options, **({"drop_path_rate": 0.0} if sane and "drop_path_rate" in row.options else {}), **options}
+        if row.timm is None:
+            if any(side % self.patch for side in image_size):
+                raise ValueError(f"image size {image_size} is not a multiple of the patch of `{name}`, {self.patch}")
+            self.trunk: Any = VisionTransformer(
+                img_size=covered, patch_size=self.patch, num_classes=0, embed_layer=ConvStem, **settings
+            )
+        else:
+            # large: its parameters stay on the meta device until they are loaded, or drawn by `loading.fill`
+            with unfilled():
+                self.trunk = _created(name, row.timm, img_size=covered, patch_size=self.patch, **settings)
+        self.dim: int = self.trunk.embed_dim
+        self.depth = len(self.trunk.blocks)
+        self.prefix: int = self.trunk.num_prefix_tokens
+        self.classes = int(self.trunk.cls_token is not None)
+        self.class_token_twice = row.class_token_twice and not sane
+        self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The tower's final norm; `finish` applies it."""
+        # models that classify by the mean of their tokens keep it behind the mean
+        norm: nn.Module = self.trunk.fc_norm if isinstance(self.trunk.norm, nn.Identity) else self.trunk.norm
+        return norm
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to the tokens that enter block 0, (B, prefix + rows * columns, dim)."""
+        # the convolution itself, not PatchEmbed: 512 is no multiple of 14, and the release leaves the rest unused
+        normalised = (images - self.mean) / self.std
+        kind = images.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):  # on shapes alone there is no autocast
+            # of a model in 16 bits or fp64, whatever the images have
+            normalised = normalised.to(next(self.trunk.patch_embed.proj.parameters()).dtype)
+        patches = self.trunk.patch_embed.proj(normalised)
+        if patches.shape[-2:] != self.grid:
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} give `{self.name}` a grid of {tuple(patches.shape[-2:])}; "
+                f"it was built for {self.grid}"
+            )
+        tokens = self.trunk._pos_embed(patches.flatten(2).transpose(1, 2))
+        if isinstance(tokens, tuple):  # EVA's class returns its rotary table, too, see `rope`
+            tokens = tokens[0]
+        if self.class_token_twice:
+            # the release adds it to the class position, too, when it loads CLIP
+            tokens = torch.cat([tokens[:, :1] + self.trunk.cls_token, tokens[:, 1:]], 1)
+        out: Tensor = self.trunk.norm_pre(tokens)
+        return out
+
+    def rope(self) -> Tensor | None:
+        """The rotary table of a pass, which goes into each `block`; None for a tower without.
+
+        The caller keeps it: a learned table has a graph, and what a module keeps of a pass is in every copy of it.
+        """
+        rope = getattr(self.trunk, "rope", None)
+        return None if rope is None else rope.get_embed()
+
+    def block(self, index: int, tokens: Tensor, rope: Tensor | None = None) -> Tensor:
+        """One transformer block, (B, L, dim) -> (B, L, dim).
+
+        Args:
+            rope: from `rope`, called once a pass; else it is called here, which takes a while where the table is learned.
+        """
+        block = self.trunk.blocks[index]
+        rope = self.rope() if rope is None else rope
+        if rope is None:
+            out: Tensor = block(tokens)
+        else:
+            # some models learn a table for each block
+            out = block(tokens, rope=rope[index] if self.trunk.rope_mixed else rope)
+        return out
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """The final norm."""
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def as_map(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, L, C), class and registers dropped, as a map (B, C, rows, columns)."""
+        return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+
+
+def _created(name: str, model: str, **settings: Any) -> Any:
+    """A model of timm's for one grid, without a head.
+
+    Raises: ValueError for a model of a plain family that is not plain itself.
+    """
+    import timm
+    from timm.layers import PatchEmbed
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    # DINOv3 would take any grid and lay its tokens out otherwise
+    trunk = timm.create_model(model, pretrained=False, num_classes=0, dynamic_img_size=False, **settings)
+    plain = any(type(trunk).forward_features is known.forward_features for known in (VisionTransformer, Eva))
+    if not plain or type(trunk.patch_embed) is not PatchEmbed:
+        raise ValueError(f"`{name}` is a {type(trunk).__name__} that cannot be stepped block by block")
+    # its pooling is never asked: parameters without a gradient
+    trunk.attn_pool = None
+    return trunk

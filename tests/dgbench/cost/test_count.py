@@ -1,0 +1,441 @@
+"""Counts against formulas written by hand, the numbers of papers, and operators that nobody knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mfuser
+from dgbench.cost.count import CONVENTIONS, Cost, CountError, count
+from mfuser.decoder.mask_decoder import MaskDecoder
+from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.fusion import FUSERS, MTEnhancer, MVFuser, Site
+from mfuser.ops import ms_deform_attn, selective_scan
+
+
+class Calls(nn.Module):
+    """A function of the inputs and of modules as a model."""
+
+    def __init__(self, function: Callable[..., Any], *parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs, *self.parts)
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def counted(function: Callable[..., Any], *inputs: Tensor, parts: tuple[nn.Module, ...] = ()) -> Cost:
+    return count(Calls(function, *parts).to("meta"), *inputs).total
+
+
+def only(module: nn.Module, *shape: int) -> Cost:
+    return counted(lambda x, m: m(x), meta(*shape), parts=(module,))
+
+
+# ---- operators, by hand
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "products"),
+    [
+        (nn.Linear(8, 5), (8,), 8 * 5),
+        (nn.Linear(8, 5, bias=False), (2, 3, 4, 8), 24 * 8 * 5),
+        (nn.Conv1d(6, 6, 3, padding=1, groups=6, bias=False), (2, 6, 10), 2 * 10 * 6 * 3),
+        (nn.Conv1d(6, 4, 5), (2, 6, 10), 2 * 6 * 4 * 6 * 5),  # six places are left of ten
+        (nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 11, 12), 2 * (6 * 6) * 8 * 6 * 9),
+        (nn.Conv2d(6, 8, (3, 4), padding="same", dilation=2), (2, 6, 10, 12), 2 * (10 * 12) * 8 * 6 * 12),
+        (nn.Conv2d(6, 8, 3, padding="valid"), (2, 6, 10, 12), 2 * (8 * 10) * 8 * 6 * 9),
+        (nn.Conv2d(6, 8, 3, groups=2), (1, 6, 5, 5), (3 * 3) * 8 * 3 * 9),
+        (nn.Conv3d(2, 3, 3), (1, 2, 4, 5, 6), (2 * 3 * 4) * 3 * 2 * 27),
+        # a transposed convolution multiplies every input place with the whole kernel
+        (nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1), (2, 6, 10), 2 * 10 * 6 * 8 * 3),
+        (nn.ConvTranspose2d(6, 8, 2, 2), (1, 6, 5, 7), (5 * 7) * 6 * 8 * 4),
+        (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 6, 5, 7), 2 * (5 * 7) * 3 * 8 * 9),
+        (nn.Sequential(nn.LayerNorm(8), nn.GELU(), nn.Softmax(-1), nn.Dropout(), nn.RMSNorm(8)), (3, 8), 0),
+        (nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.MaxPool2d(2), nn.ReLU()), (1, 8, 4, 4), 0),
+        # q, k, v and output, and two products of nine tokens with nine, although torch would fuse them all
+        (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (2, 9, 16), 2 * (9 * 16 * (4 * 16 + 2 * 32) + 2 * 9 * 9 * 16)),
+    ],
+)  # fmt: skip
+def test_modules_cost_what_their_sizes_say(module: nn.Module, shape: tuple[int, ...], products: int) -> None:
+    assert only(module, *shape) == Cost(products)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "products"),
+    [
+        ("ab,bc->ac", [(3, 5), (5, 7)], 3 * 5 * 7),
+        ("bkd,bdhw->bkhw", [(2, 19, 256), (2, 256, 36, 35)], 2 * 19 * 256 * 36 * 35),
+        ("bqk,bqhw->bkhw", [(2, 19, 20), (2, 19, 144, 144)], 2 * 19 * 20 * 144 * 144),
+        ("b l d, b k d -> b k l", [(2, 1296, 768), (2, 19, 768)], 2 * 1296 * 19 * 768),
+        ("abx,bc->ac", [(3, 5, 9), (5, 7)], 3 * 5 * 7),  # x is summed before
+        ("bd,bd->b", [(4, 1000), (4, 1000)], 4 * 1000),
+        ("ab->ba", [(3, 5)], 0),
+        ("ab->a", [(3, 5)], 0),
+    ],
+)
+def test_einsum_is_exact(equation: str, shapes: list[tuple[int, ...]], products: int) -> None:
+    assert counted(lambda *x: torch.einsum(equation, *x), *(meta(*shape) for shape in shapes)) == Cost(products)
+
+
+def test_matrix_products_are_exact_also_where_they_are_repeated() -> None:
+    assert counted(torch.matmul, meta(3, 5), meta(5, 7)) == Cost(3 * 5 * 7)
+    assert counted(torch.bmm, meta(4, 3, 5), meta(4, 5, 7)) == Cost(4 * 3 * 5 * 7)
+    assert counted(torch.matmul, meta(4, 3, 5), meta(5, 7)) == Cost(4 * 3 * 5 * 7)
+    assert counted(torch.matmul, meta(5, 1, 3, 8), meta(2, 8, 4)) == Cost(5 * 2 * 3 * 8 * 4)
+    assert counted(torch.addmm, meta(7), meta(3, 5), meta(5, 7)) == Cost(3 * 5 * 7)
+
+
+def test_attention_is_two_products_of_tokens_with_tokens() -> None:
+    batch, heads, queries, keys, dim, out = 2, 4, 9, 7, 16, 24
+    expected = Cost(batch * heads * queries * keys * (dim + out))
+    shapes = (meta(batch, heads, queries, dim), meta(batch, heads, keys, dim), meta(batch, heads, keys, out))
+    assert counted(F.scaled_dot_product_attention, *shapes) == expected
+    assert counted(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *shapes) == expected
+    masked = counted(
+        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask), *shapes, meta(batch, heads, queries, keys)
+    )
+    assert masked == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "size", "neighbours"),
+    [("nearest", (2, 3, 5, 6), (7, 9), 0), ("linear", (2, 3, 5), (9,), 2), ("bilinear", (2, 3, 5, 6), (7, 9), 4),
+     ("bicubic", (2, 3, 5, 6), (7, 9), 16), ("trilinear", (2, 3, 5, 5, 5), (7, 8, 9), 8)],
+)  # fmt: skip
+def test_interpolation_costs_its_neighbours(mode: str, shape: tuple[int, ...], size: tuple[int, ...], neighbours: int) -> None:
+    out = torch.Size((2, 3, *size)).numel()
+    assert counted(lambda x: F.interpolate(x, size, mode=mode), meta(*shape)) == Cost(sampling=neighbours * out)
+
+
+@pytest.mark.parametrize(("mode", "neighbours"), [("nearest", 0), ("bilinear", 4), ("bicubic", 16)])
+def test_grid_sampling_costs_its_neighbours(mode: str, neighbours: int) -> None:
+    cost = counted(lambda x, grid: F.grid_sample(x, grid, mode=mode, align_corners=False), meta(2, 3, 5, 6), meta(2, 4, 7, 2))
+    assert cost == Cost(sampling=neighbours * 2 * 3 * 4 * 7)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_scan_is_a_number_of_its_own(gated: bool, skip: bool) -> None:
+    batch, length, dim, state = 2, 30, 12, 16
+    wide, narrow = meta(batch, length, dim), meta(batch, length, state)
+
+    def scan(u: Tensor, B: Tensor) -> Tensor:
+        return selective_scan(
+            u, u, torch.empty(dim, state, device="meta"), B, B, torch.empty(dim, device="meta") if skip else None,
+            z=u if gated else None, delta_softplus=True, backend="torch",
+        )  # fmt: skip
+
+    cost = counted(scan, wide, narrow)
+    tokens = batch * length * dim
+    assert (cost.products, cost.sampling) == (0, 0)
+    # 9 B L D N + B L D, as mamba's issue 110 and VMamba have it, and one B L D more with a gate
+    assert cost.scan == 9 * tokens * state + tokens + gated * tokens
+    assert cost.skip == tokens
+    assert CONVENTIONS["mac"].total(cost) == 0
+    assert CONVENTIONS["flop"].total(cost) == cost.scan
+
+
+def test_deformable_attention_is_four_neighbours_and_a_weight_of_each_sampled_channel() -> None:
+    batch, heads, width, queries, points = 2, 8, 32, 50, 4
+    sizes = [(8, 10), (4, 5), (2, 2)]
+    value = meta(batch, sum(h * w for h, w in sizes), heads, width)
+    places = meta(batch, queries, heads, len(sizes), points, 2)
+    weights = meta(batch, queries, heads, len(sizes), points)
+    cost = counted(lambda v, p, w: ms_deform_attn(v, sizes, p, w, backend="torch"), value, places, weights)
+    assert cost == Cost(sampling=(4 + 1) * batch * queries * heads * len(sizes) * points * width)
+
+
+# ---- known models
+
+
+def vit_block(tokens: int, width: int, hidden: int) -> int:
+    return tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_vit_b_16_costs_what_the_literature_says(fused: bool) -> None:
+    model = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    found = count(model.to("meta"), meta(1, 3, 224, 224))
+    by_hand = 196 * 768 * 3 * 16**2 + 12 * vit_block(197, 768, 3072)
+    assert found.total == Cost(by_hand)
+    assert found.total.products / 1e9 == pytest.approx(17.563, abs=5e-4)
+    # without the products of attention, as many tools count it
+    products = 12 * 2 * 197**2 * 768
+    assert (found.total.products - products) / 1e9 == pytest.approx(16.848, abs=5e-4)
+    assert found.by_module["blocks.3.mlp"] == Cost(2 * 197 * 768 * 3072)
+    assert found.by_module["blocks.3"] == found.by_module["blocks.11"] == Cost(vit_block(197, 768, 3072))
+    assert sum((cost for cost in found.by_operator.values()), Cost()) == found.total
+
+
+def test_multihead_attention_is_counted_although_torch_would_fuse_it() -> None:
+    attention = nn.MultiheadAttention(1024, 16, batch_first=True).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    cost = counted(lambda x, a: a(x, x, x, need_weights=False)[0], meta(1, 2594, 1024), parts=(attention,))
+    assert cost == Cost(4 * 2594 * 1024**2 + 2 * 2594**2 * 1024)
+    assert before == torch.backends.mha.get_fastpath_enabled() == True  # noqa: E712  both are what torch starts with
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_setting_of_the_fused_path_is_put_back_also_after_an_error(enabled: bool) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        only(nn.Linear(3, 3), 3)
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+        with pytest.raises(CountError):
+            counted(torch.cdist, meta(3, 4), meta(3, 4))
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+        with pytest.raises(ZeroDivisionError):
+            counted(lambda x: x / (1 // 0), meta(3))
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_the_large_tower_of_source_only() -> None:
+    with torch.device("meta"):
+        model = mfuser.build("source-only", backbone="dinov2_l", image_size=(512, 512), pretrained=False, filled=False)
+    found = count(model.to("meta"), meta(1, 3, 512, 512))
+    patches = 36 * 36  # 512 holds 36 patches of 14
+    tower = patches * 1024 * 3 * 14**2 + 24 * vit_block(patches + 1, 1024, 4096)
+    assert found.by_module["encoder"] == Cost(tower)
+    assert found.by_module["head"] == Cost(patches * 1024 * 19)
+    assert found.total == Cost(tower + patches * 1024 * 19, 4 * 19 * 512**2)
+
+
+def mvfuser_cost(dim: int, tokens: int, state: int = 16) -> Cost:
+    """The specification's section 5 and 14: linear layers, two depthwise convolutions, a scan of half the channels."""
+    half, rank = dim // 2, -(-dim // 16)
+    a_token = dim * dim + 2 * 3 * half + half * (rank + 2 * state) + rank * half + half * dim
+    inner = tokens * half
+    return Cost(tokens * a_token, 0, 9 * inner * state + inner, inner)
+
+
+def test_mvfuser_is_1_657_856_products_a_token_and_its_scan() -> None:
+    cost = count(MVFuser(1024, backend="torch").to("meta"), meta(1, 1297, 1024), meta(1, 1297, 1024)).total
+    assert cost == mvfuser_cost(1024, 2594)
+    assert cost.products == 1_657_856 * 2594
+    # the table of the specification, in G: linear layers and convolutions, and with the skip
+    assert f"{4 * cost.products / 1e9:.3f}" == "17.202"
+    assert f"{CONVENTIONS['paper'].total(cost) / 1e9:.3f}" == "17.207"
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"),
+    [
+        ("mvfuser", mvfuser_cost(1024, 2594)),
+        # projections and convolutions are shared; the other direction brings steps, B and C of its own
+        ("mvfuser_bidir", mvfuser_cost(1024, 2594) + Cost(
+            2594 * (512 * 96 + 64 * 512), 0, 9 * 2594 * 512 * 16 + 2594 * 512, 2594 * 512)),
+        ("selfattn_concat", Cost(4 * 2594 * 1024**2 + 2 * 2594**2 * 1024)),
+        ("selfattn_separate", Cost(2 * (4 * 1297 * 1024**2 + 2 * 1297**2 * 1024))),
+        ("bi_deform_attn", Cost(2592 * 3264 * 1024, 5 * 2592 * 8 * 2 * 4 * 128)),
+    ],
+)  # fmt: skip
+def test_every_fuser(name: str, by_hand: Cost) -> None:
+    fuser = FUSERS[name](Site(1024, (36, 36), (1, 1), backend="torch"))
+    assert count(fuser.to("meta"), meta(1, 1297, 1024), meta(1, 1297, 1024)).total == by_hand
+
+
+def test_the_text_enhancer() -> None:
+    classes, image, text, dim = 19, 1297, 768, 256
+    found = count(MTEnhancer(text, backend="torch").to("meta"), meta(1, classes, text), meta(1, image, text)).total
+    outside = (image + classes) * text * dim + classes * dim * text
+    inside = 4 * classes * dim**2 + 2 * classes**2 * dim + 2 * classes * dim * 4 * dim
+    assert found == Cost(outside + inside) + mvfuser_cost(dim, classes + image + classes)
+
+
+def pixel_decoder_cost(g: int, text: int, channels: int = 2048, dim: int = 256, layers: int = 6) -> Cost:
+    """The specification's section 10, for maps of g/2, g, 2g and 4g."""
+    tokens, finest, classes = (g // 2) ** 2 + g**2 + (2 * g) ** 2, (4 * g) ** 2, 19
+    samples = 8 * 3 * 4  # heads, scales, points
+    deformable = tokens * dim * (2 * dim + 3 * samples)
+    texts = 2 * tokens * dim**2 + 2 * classes * dim**2 + 2 * tokens * classes * dim
+    layer = deformable + texts + 2 * tokens * dim * 2048
+    convolutions = tokens * channels * dim + finest * (channels * dim + 9 * dim**2 + dim**2)
+    sampling = layers * 5 * tokens * samples * (dim // 8) + 4 * dim * finest
+    return Cost(convolutions + classes * text * dim + layers * layer, sampling)
+
+
+def test_the_pixel_decoder() -> None:
+    maps = [meta(1, 2048, side, side) for side in (64, 32, 16, 8)]
+    decoder = PixelDecoder(2048, 768, backend="torch").to("meta")
+    found = counted(lambda text, d: d(maps, text), meta(1, 19, 768), parts=(decoder,))
+    assert found == pixel_decoder_cost(16, 768)
+
+
+def mask_decoder_cost(g: int, text: int, dim: int = 256, layers: int = 9, *, last: bool) -> Cost:
+    """The specification's section 10: layers take the maps of g/2, g and 2g in turn, and all outputs share one head."""
+    classes, finest = 19, (4 * g) ** 2
+    maps = [(g // 2) ** 2, g**2, (2 * g) ** 2]
+    products, sampling = classes * (text * dim + dim * dim), 0
+    for i in range(layers):
+        keys = maps[i % 3]
+        cross = 2 * classes * dim**2 + 2 * keys * dim**2 + 2 * classes * keys * dim
+        itself = 4 * classes * dim**2 + 2 * classes**2 * dim
+        products += cross + itself + 2 * classes * dim * 2048
+        sampling += 4 * classes * keys
+    heads = (layers + 1) * (3 * classes * dim**2 + classes * dim * finest)
+    return Cost(products + heads + (1 if last else layers + 1) * classes * dim * 20, sampling)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_the_mask_decoder(last: bool) -> None:
+    maps = [meta(1, 256, side, side) for side in (8, 16, 32)]
+    decoder = MaskDecoder(768).to("meta")
+    found = counted(
+        lambda text, pixels, d: d(maps, pixels, text, last=last), meta(1, 19, 768), meta(1, 256, 64, 64), parts=(decoder,)
+    )
+    assert found == mask_decoder_cost(16, 768, last=last)
+
+
+# ---- what cannot be counted
+
+
+@torch.library.custom_op("dgbench_tests::mystery", mutates_args=())
+def mystery(x: Tensor) -> Tensor:
+    return x @ x
+
+
+@mystery.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.inner = nn.Sequential(nn.ReLU(), Calls(mystery))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))
+
+
+def test_an_operator_that_nobody_knows_is_named_with_its_module() -> None:
+    with pytest.raises(CountError, match="inner.1: nobody knows what `dgbench_tests::mystery` costs") as error:
+        count(Deep().to("meta"), meta(4, 4))
+    assert "dgbench/cost/count.py" in error.value.hint
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return 2 * x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def test_an_autograd_function_is_not_a_silent_zero() -> None:
+    with pytest.raises(CountError, match="Doubled"):
+        counted(Doubled.apply, meta(4, 4), meta(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "named"),
+    [
+        (torch.mv, [(3, 4), (4,)], "aten::mv"),
+        (torch.matmul, [(3, 4), (4,)], "aten::mv"),
+        (torch.matmul, [(4,), (4,)], "aten::dot"),
+        (torch.baddbmm, [(2, 3, 5), (2, 3, 4), (2, 4, 5)], "aten::baddbmm"),
+        (torch.outer, [(3,), (4,)], "aten::outer"),
+        (torch.cdist, [(3, 4), (3, 4)], "aten::cdist"),
+        (torch.linalg.inv, [(4, 4)], "aten::linalg_inv"),
+        (lambda x: torch.fft.rfft(x).abs(), [(3, 8)], "aten::fft_rfft"),
+        (lambda x: F.unfold(x, 3), [(1, 3, 8, 8)], "aten::im2col"),
+        (torch.tensordot, [(3, 4, 5), (4, 5, 6)], "aten::tensordot"),
+        (lambda a, b: torch.einsum("...ab,bc->...ac", a, b), [(2, 3, 4), (4, 5)], "...ab,bc->...ac"),
+        (lambda a, b, c: torch.einsum("ab,bc,cd->ad", a, b, c), [(2, 3), (3, 4), (4, 5)], "ab,bc,cd->ad"),
+    ],
+)  # fmt: skip
+def test_what_has_no_formula_is_an_error_and_not_a_zero(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]], named: str
+) -> None:
+    # beside something that is counted, which must not hide it
+    with pytest.raises(CountError) as error:
+        counted(lambda *x: (function(*x[:-1]), x[-1] @ x[-1]), *(meta(*shape) for shape in shapes), meta(2, 2))
+    assert f"`{named}`" in error.value.message
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(8, 5), nn.GRUCell(8, 5), nn.Bilinear(4, 5, 6)])
+def test_layers_without_a_formula_are_errors(module: nn.Module) -> None:
+    shapes = [(3, 4), (3, 5)] if isinstance(module, nn.Bilinear) else [(3, 8)]
+    with pytest.raises(CountError, match="parts.0: nobody knows what `aten::"):
+        counted(lambda *x: x[-1](*x[:-1]), *(meta(*shape) for shape in shapes), parts=(module,))
+
+
+def test_what_is_computed_and_not_returned_is_an_error_with_both_numbers() -> None:
+    def wasteful(x: Tensor, used: nn.Module, unused: nn.Module) -> Tensor:
+        unused(x)
+        return used(x)
+
+    # twice a product: 2 * 3 * 8 * 5, and 2 * 3 * 8 * 100 more
+    with pytest.raises(CountError, match="Calls: fvcore counts 240 FLOP and torch 5,040") as error:
+        counted(wasteful, meta(3, 8), parts=(nn.Linear(8, 5), nn.Linear(8, 100)))
+    assert "does not return" in error.value.hint
+
+
+# ---- conventions
+
+
+def test_conventions_by_hand() -> None:
+    cost = Cost(products=1000, sampling=30, scan=50, skip=7)
+    totals = {name: convention.total(cost) for name, convention in CONVENTIONS.items()}
+    assert totals == {"mac": 1030, "flop": 2 * 1030 + 50, "paper": 2 * 2 * (1000 + 7)}
+    assert (cost + cost) == cost * 2 == Cost(2000, 60, 100, 14)
+
+
+# ---- what counts do not depend on
+
+
+def test_counting_is_of_evaluation_also_for_a_model_in_training() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.extra = nn.Linear(4, 4), nn.Linear(4, 400)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (self.main(x), self.extra(x)) if self.training else (self.main(x),)
+
+    assert count(Auxiliary().to("meta"), meta(1, 4)).total == Cost(16)
+
+
+def test_counting_leaves_no_mode_behind() -> None:
+    only(nn.Linear(3, 3), 3)
+    grown = nn.Linear(3, 3)
+    out = grown(torch.ones(2, 3))
+    assert out.requires_grad
+    assert not torch.jit.is_tracing()
+    assert torch.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item() == 9
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_model_is_left_in_the_modes_that_it_was_in(known):
+    frozen, trained = nn.Sequential(nn.Linear(4, 4), nn.Dropout()), nn.Linear(4, 4)
+    model = Calls(lambda x, a, b: b(a(x)) if known else torch.linalg.inv(b(a(x))), frozen, trained).to("meta").train()
+    frozen.eval()
+    before = [module.training for module in model.modules()]
+    if known:
+        count(model, meta(4, 4))
+    else:
+        with pytest.raises(CountError):
+            count(model, meta(4, 4))
+    assert [module.training for module in model.modules()] == before
+    assert True in before
+    assert False in before
