@@ -7,11 +7,14 @@ must find the same number to the last digit, and an operator that neither knows 
 - Sampling costs a MAC per neighbour and channel, and deformable attention one more for the weight.
 - The selective scan costs 9 B L D N + B L D floating-point operations, and B L D more with a gate (state-spaces/mamba,
   issue 110, as VMamba counts it). It mixes multiplications and additions, so it is a column of its own.
-- Activations, norms, softmax, sums and copies cost nothing, as in the literature.
+- A Fourier transform of N complex numbers costs 5 N log2 N floating-point operations (FFTW's convention for every N; N of all
+  transformed dimensions), one between N real numbers and their half spectrum half of that; two operations are a product.
+- Activations, norms (instance norm included), softmax, pooling, sums and copies cost nothing, as in the literature.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,6 +115,12 @@ def _einsum(equation: str, operands: list[_Sizes]) -> int:
     return _product(tuple(size for label, size in sizes.items() if label in result or all(label in term for term in labels)))
 
 
+def _fourier(sizes: _Sizes, dims: Iterable[int], *, real: bool) -> int:
+    """Products of a transform over `dims` of as many numbers as `sizes` has, of the spectrum as a whole where it is halved."""
+    length = _product(tuple(sizes[dim] for dim in dims))
+    return round((1.25 if real else 2.5) * _product(sizes) * math.log2(length)) if length > 1 else 0
+
+
 # neighbours of a sampled place, by the operator's name
 _NEIGHBOURS = {
     "upsample_nearest1d": 0, "upsample_nearest2d": 0, "_upsample_nearest_exact2d": 0, "upsample_linear1d": 2,
@@ -124,7 +133,7 @@ _GRID_NEIGHBOURS = (4, 0, 16)  # of grid_sampler's modes: bilinear, nearest, bic
 def _unknown(where: str, operators: Iterable[str]) -> CountError:
     listed = ", ".join(f"`{operator}`" for operator in sorted(operators))
     return CountError(
-        f"{where}: nobody knows what {listed} costs",
+        f"{where}: not counted: {listed}",
         "give it a handle and a formula in dgbench/cost/count.py, or list it there if it costs nothing",
     )
 
@@ -155,14 +164,17 @@ _FREE = frozenset((
     # norms, softmax, pooling
     "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "native_batch_norm", "rms_norm",
     "fused_rms_norm", "cudnn_batch_norm", "native_batch_norm_legit_no_training", "instance_norm", "softmax", "log_softmax",
-    "safe_softmax", "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d",
+    "safe_softmax", "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+    "native_batch_norm_legit", "native_batch_norm_legit_functional",
     # reductions
     "sum", "mean", "prod", "amax", "amin", "max", "min", "all", "any", "argmax", "argmin", "std", "var", "var_mean", "cumsum",
     "norm", "linalg_vector_norm", "sort", "topk", "nonzero",
     # lookups and copies
     "cat", "stack", "clone", "copy", "to", "to_copy", "contiguous", "repeat", "repeat_interleave", "roll", "flip", "tile",
     "index", "unsafe_index", "index_select", "index_put", "gather", "scatter", "embedding", "one_hot", "where", "masked_fill",
-    "pad", "constant_pad_nd", "reflection_pad2d", "unsafe_view", "alias", "detach", "dropout", "tril", "triu", "pixel_shuffle",
+    "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d",
+    "fft_fftshift", "fft_ifftshift", "complex", "randperm", "unsafe_view", "alias", "detach", "dropout", "tril", "triu",
+    "pixel_shuffle",
     # factories, and arithmetic that no tag calls elementwise
     "fill", "zero", "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros",
     "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "linspace", "scalar_tensor", "lift_fresh", "meshgrid",
@@ -212,7 +224,39 @@ def _sampled(name: str, neighbours: int) -> Callable[[Any, Any], Counter[str]]:
     return lambda _inputs, outputs: Counter({name: neighbours * _product(_shape(outputs[0]))})
 
 
+def _given(value: Any) -> Any:
+    """A constant of TorchScript's graph: a number, None, or a list of such."""
+    node = value.node()
+    return [item.toIValue() for item in node.inputs()] if node.kind() == "prim::ListConstruct" else value.toIValue()
+
+
+def _transformed(name: str) -> Callable[[Any, Any], Counter[str]]:
+    """Handle of `torch.fft.<name>(input, n or s, dim, norm)`."""
+    real = name.startswith(("rfft", "irfft"))
+
+    def handle(inputs: Any, outputs: Any) -> Counter[str]:
+        sizes = list(_shape(outputs[0]))
+        lengths, dims = _given(inputs[1]), _given(inputs[2])
+        lengths = lengths if lengths is None or isinstance(lengths, list) else [lengths]
+        if dims is None:
+            dims = range(-len(lengths or sizes), 0)
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        if name.startswith("rfft"):
+            # the output is halved: it has not the length
+            sizes = list(_shape(inputs[0]))
+            for dim, length in zip(dims, lengths or [], strict=lengths is not None):
+                if length is None:
+                    raise CountError(f"the length of a `{name}` is computed", "give it as a number, or pad the input before")
+                sizes[dim] = length
+        return Counter({"fourier transform": _fourier(tuple(sizes), dims, real=real)})
+
+    return handle
+
+
+_TRANSFORMS = ("fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2", "fftn", "ifftn", "rfftn", "irfftn")
+
 _HANDLES: dict[str, Any] = {
+    **{f"aten::fft_{name}": _transformed(name) for name in _TRANSFORMS},
     "aten::addmm": addmm_flop_jit,
     "aten::bmm": bmm_flop_jit,
     "aten::mm": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
@@ -280,6 +324,10 @@ def _grid_formula(_input: _Sizes, _grid: _Sizes, mode: int, *_rest: Any, out_sha
     return 2 * _GRID_NEIGHBOURS[mode] * _product(out_shape)
 
 
+def _r2c_formula(real: _Sizes, dims: list[int], _norm: int, onesided: bool, **_options: Any) -> int:
+    return 2 * _fourier(real, dims, real=onesided)
+
+
 def _formulas() -> dict[Any, Any]:
     aten = torch.ops.aten
     import mfuser.ops.ms_deform_attn
@@ -288,6 +336,9 @@ def _formulas() -> dict[Any, Any]:
     return {
         **{getattr(aten, name): _resized(neighbours) for name, neighbours in _NEIGHBOURS.items()},
         aten.grid_sampler_2d: _grid_formula,
+        aten._fft_c2c: lambda sizes, dims, *_, **__: 2 * _fourier(sizes, dims, real=False),
+        aten._fft_r2c: _r2c_formula,
+        aten._fft_c2r: lambda _half, dims, *_, out_shape, **__: 2 * _fourier(out_shape, dims, real=True),
         torch.ops.mfuser.selective_scan: _scan_formula,
         torch.ops.mfuser.ms_deform_attn: lambda value, _shapes, _places, weights, *_, **__: 2 * _deformable(value, weights),
     }

@@ -1,8 +1,9 @@
 """Counts that are known already: those that ship with the package, and those that were made on this machine before.
 
 A count is a fact of the code that builds a model and of the rules that count it, not of the machine; making one takes
-seconds. So each is kept under a key of all the sources that decide it (`sources`): after any edit there, nothing that was
-kept is found, and the model is counted again. Counts made here are kept with the versions of the packages that take part, too.
+seconds. So each is kept under a key of all the sources that decide it (`sources`): after an edit of a method, nothing of it that
+was kept is found, and after one of what methods share, nothing at all; the model is counted again. Counts made here are kept
+with the versions of the packages that take part, too.
 Those that ship are not: which torch runs changes no shape, and a release of timm's or open_clip's that changed one would no
 longer load the published weights. Where those two are other versions here, that is said beside the numbers.
 
@@ -32,6 +33,7 @@ from dgbench.cost.conventions import Cost, Counted
 from dgbench.data.domains import cache_root
 from dgbench.errors import RecipeError
 from dgbench.recipe import MethodSpec
+from mfuser.methods import file as method_file
 from mfuser.segmentor import Segmentor
 
 SHIPPED = Path(__file__).with_name("counts.json.gz")
@@ -78,7 +80,8 @@ def made_now(subject: Subject) -> Tally:
     # the kernels' own name: they would not take tensors without data; what is computed is the same
     model = built(subject, filled=False, backend="torch").to("meta")
     counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
-    held = [_held(name, module.parameters()) for name, module in model.named_children()]
+    # what training alone needs, a teacher or a memory bank, is no part of the model
+    held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
     return Tally((*held, _held(ITSELF, model.parameters(recurse=False))), counted)
 
 
@@ -107,16 +110,26 @@ def built(subject: Subject, *, filled: bool = True, **forced: Any) -> Segmentor:
 
 
 @functools.cache
-def sources(models: Path = Path(mfuser.__file__).parent, engine: Path = Path(__file__).parent) -> str:
-    """The hash of all that decides a count: how models are built, and the rules that count them."""
-    # a backend computes what its operator's rule counts
-    files = [path.relative_to(models) for path in models.rglob("*.py") if not path.name.endswith("_backend.py")]
+def sources(method: str, models: Path = Path(mfuser.__file__).parent, rules: Path = Path(__file__).parent) -> str:
+    """The hash of all that decides a method's counts: its file, what methods are built of, and the rules that count them."""
+    its_file = method_file(method)
+    inside = models / "methods" / its_file.name
+    files = [path for path in models.rglob("*.py") if _is_shared(path.relative_to(models))]
+    named = [(path.relative_to(models).as_posix(), path) for path in files]
+    named += [("method", inside if inside.exists() else its_file)]
+    named += [(f"rules/{name}", rules / f"{name}.py") for name in _RULES]
     digest = hashlib.sha256()
-    for folder, names in ((models, sorted(files)), (engine, [Path(f"{name}.py") for name in _RULES])):
-        for name in names:
-            content = (folder / name).read_bytes()
-            digest.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
+    for name, path in sorted(named):
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether a file of the models' package can decide what another method costs: a backend computes what its operator's rule
+    counts, and no method imports another."""
+    its_own = path.parent.as_posix() == "methods" and path.name != "__init__.py"
+    return not its_own and not path.name.endswith("_backend.py")
 
 
 def key(subject: Subject) -> str:
@@ -140,8 +153,8 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 def known(subject: Subject) -> Tally | None:
     """The count that ships, or that was kept here; None if there is none of these very sources."""
-    shipped = _shipped(SHIPPED)
-    if (row := shipped.get("rows", {}).get(key(subject))) is not None and shipped["sources"] == sources():
+    shipped, method = _shipped(SHIPPED), subject.method.name
+    if (row := shipped.get("rows", {}).get(key(subject))) is not None and shipped["sources"].get(method) == sources(method):
         made, here = shipped["made with"], _versions(_TOWERS)
         return _read(row, ", ".join(f"{name} {made[name]}" for name in _TOWERS) if made != here else "")
     try:
@@ -167,7 +180,11 @@ def ship(subjects: Iterable[Subject], path: Path = SHIPPED) -> Path:
     """Count models, and write the file that ships: the same bytes for the same counts."""
     unlike = {key(subject): subject for subject in subjects}
     rows = {name: _written(made_now(subject)) for name, subject in unlike.items()}
-    content = {"sources": sources(), "made with": _versions(_TOWERS), "rows": rows}
+    content = {
+        "sources": {name: sources(name) for name in sorted({s.method.name for s in unlike.values()})},
+        "made with": _versions(_TOWERS),
+        "rows": rows,
+    }
     return atomic.write(path, gzip.compress(json.dumps(content, indent=0).encode(), mtime=0))
 
 
@@ -180,7 +197,7 @@ def _shipped(path: Path) -> dict[str, Any]:
 
 
 def _kept_at(subject: Subject) -> Path:
-    text = json.dumps([sources(), _versions(_PACKAGES), key(subject)])
+    text = json.dumps([sources(subject.method.name), _versions(_PACKAGES), key(subject)])
     return cache_root() / "counts" / f"{_digest(text)[:32]}.json"
 
 

@@ -19,6 +19,17 @@ def names() -> list[str]:
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
 
 
+def file(name: str) -> Path:
+    """The source file of a method, in any folder of this package's path.
+
+    Raises: ValueError listing the methods there are.
+    """
+    if name not in names():
+        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
+    found = (Path(folder, f"{name.replace('-', '_')}.py") for folder in __path__)
+    return next(path for path in found if path.is_file())
+
+
 def module(name: str) -> ModuleType:
     """The module of a method.
 
@@ -40,9 +51,7 @@ def option_names(name: str) -> list[str]:
 
     Raises: ValueError listing the methods there are.
     """
-    if name not in names():
-        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
-    source = Path(__path__[0], f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    source = file(name).read_text(encoding="utf-8")
     fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
     return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 

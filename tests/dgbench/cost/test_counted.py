@@ -40,7 +40,9 @@ def floor(size: tuple[int, int] = (64, 64)) -> Subject:
 
 def test_the_shipped_counts_are_of_the_sources_as_they_are_now() -> None:
     content = json.loads(gzip.decompress(SHIPPED.read_bytes()))
-    assert content["sources"] == sources(), f"a source that decides counts was edited: run {ANEW}"
+    assert content["sources"] == {name: sources(name) for name in mfuser.method_names()}, (
+        f"a source that decides counts was edited: run {ANEW}"
+    )
     assert SHIPPED.stat().st_size < 200_000
 
 
@@ -66,25 +68,41 @@ def test_what_ships_is_what_counting_finds(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "edited",
-    ["models/fusion.py", "models/methods/mfuser.py", "models/decoder/pixel_decoder.py", "models/ops/selective_scan/__init__.py",
-     "models/new.py", "engine/count.py", "engine/conventions.py", "engine/shapes.py", "engine/counted.py"],
-)  # fmt: skip
-def test_an_edit_of_a_source_leaves_no_count_known(edited: str, tmp_path: Path) -> None:
-    for name, folder in (("models", Path(mfuser.__file__).parent), ("engine", SHIPPED.parent)):
+    ("edited", "methods"),
+    [
+        ("models/fusion.py", "all"),
+        ("models/decoder/pixel_decoder.py", "all"),
+        ("models/ops/selective_scan/__init__.py", "all"),
+        ("models/methods/__init__.py", "all"),
+        ("models/new.py", "all"),
+        *((f"rules/{name}.py", "all") for name in ("count", "conventions", "shapes", "counted")),
+        ("models/methods/mfuser.py", "mfuser"),
+        ("models/methods/source_only.py", "source-only"),
+        ("models/methods/new.py", "none"),
+        ("models/ops/selective_scan/triton_backend.py", "none"),
+    ],
+)
+def test_an_edit_leaves_no_count_known_of_the_methods_that_it_can_change(edited: str, methods: str, tmp_path: Path) -> None:
+    for name, folder in (("models", Path(mfuser.__file__).parent), ("rules", SHIPPED.parent)):
         shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.gz", "cuda"))
-    assert sources(tmp_path / "models", tmp_path / "engine") == sources()
+
+    def found() -> dict[str, str]:
+        sources.cache_clear()
+        return {name: sources(name, tmp_path / "models", tmp_path / "rules") for name in ("mfuser", "source-only")}
+
+    before = found()
+    assert before == {name: sources(name) for name in before}
     with (tmp_path / edited).open("a") as file:
         file.write("# more\n")
-    sources.cache_clear()
-    assert sources(tmp_path / "models", tmp_path / "engine") != sources()
+    now = found()
+    assert {name for name in now if now[name] != before[name]} == {name for name in now if methods in ("all", name)}
 
 
 def test_counts_of_other_sources_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ship([floor()], tmp_path / "own.gz")
     monkeypatch.setattr(counted, "SHIPPED", own)
     assert known(floor()) is not None
-    content = json.loads(gzip.decompress(own.read_bytes())) | {"sources": "0" * 64}
+    content = json.loads(gzip.decompress(own.read_bytes())) | {"sources": {"source-only": "0" * 64}}
     old = tmp_path / "old.gz"
     old.write_bytes(gzip.compress(json.dumps(content).encode()))
     monkeypatch.setattr(counted, "SHIPPED", old)
