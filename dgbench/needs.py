@@ -33,6 +33,10 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
     """
     from mfuser.towers.weights import WEIGHTS
 
+    if from_scratch and (init := recipe.train.init) is not None:
+        if not Path(init).is_dir():
+            raise RecipeError(f"train.init: no folder {init}", "give a run folder (runs/...), or one that mfuser.save wrote")
+        from_scratch = False  # of towers it takes no published weights
     options = recipe.method.options
     towers = [name for key in _TOWERS if isinstance(name := options.get(key), str)]
     if any(name not in WEIGHTS and not name.startswith("timm:") for name in towers):

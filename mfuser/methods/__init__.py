@@ -42,7 +42,8 @@ def option_names(name: str) -> list[str]:
     """
     if name not in names():
         raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
-    source = Path(__path__[0], f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    file = f"{name.replace('-', '_')}.py"
+    source = next(path for folder in __path__ if (path := Path(folder, file)).is_file()).read_text(encoding="utf-8")
     fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
     return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
