@@ -32,10 +32,11 @@ from dgbench.engine.stops import Stops
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
-from dgbench.report.expected import WEIGHTS
+from dgbench.report.expected import WEIGHTS as _WEIGHTS_OF
 from mfuser import ops
+from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.weights import hub_file
+from mfuser.towers.weights import WEIGHTS, hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -246,8 +247,9 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
     """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
-    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str)}
-    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    own = backbone_names(recipe.method.name) - WEIGHTS.keys()  # trunks that no table of towers has
+    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
+    return {f"{_WEIGHTS_OF}{key}": row.sha256() for key, row in rows.items() if row is not None}
 
 
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:

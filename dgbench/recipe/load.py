@@ -116,7 +116,7 @@ def recipe_hash(recipe: Recipe) -> str:
     if declared := content["data"].pop("domains"):
         content["data"]["declared"] = {name: recipe.data.domains[name].digest() for name in declared}
     for section, names in _LATER.items():
-        usual = getattr(recipe, section).model_fields
+        usual = type(getattr(recipe, section)).model_fields
         for name in names:
             if getattr(getattr(recipe, section), name) == usual[name].get_default(call_default_factory=True):
                 del content[section][name]
