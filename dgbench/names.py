@@ -18,7 +18,9 @@ _TIMM = "timm:"  # before the name of a model of timm's, which timm alone can ch
 
 def methods() -> list[str]:
     """Every method's public name."""
-    return sorted(path.stem.replace("_", "-") for path in (_MODELS / "methods").glob("[!_]*.py"))
+    from mfuser.methods import names
+
+    return names()
 
 
 def towers(*roles: str) -> list[str]:

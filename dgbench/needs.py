@@ -31,10 +31,17 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
         recipe: may be one whose method was not checked.
         scored: source and targets are scored afterwards.    from_scratch: the towers' weights are needed.
     """
+    from mfuser.methods import backbone_names, names
     from mfuser.towers.weights import WEIGHTS
 
+    if from_scratch and (init := recipe.train.init) is not None:
+        if not Path(init).is_dir():
+            raise RecipeError(f"train.init: no folder {init}", "give a run folder (runs/...), or one that mfuser.save wrote")
+        from_scratch = False  # of towers it takes no published weights
     options = recipe.method.options
-    towers = [name for key in _TOWERS if isinstance(name := options.get(key), str)]
+    # trunks of a method's own are no files
+    own = backbone_names(recipe.method.name) - WEIGHTS.keys() if recipe.method.name in names() else set()
+    towers = [name for key in _TOWERS if isinstance(name := options.get(key), str) and name not in own]
     if any(name not in WEIGHTS and not name.startswith("timm:") for name in towers):
         return  # a wrong name is told before anyone fetches gigabytes for it
     wanted = [("source", recipe.data.source, recipe.data.source_split)]

@@ -42,7 +42,7 @@ def save(model: Segmentor, folder: Path | str) -> Path:
         written.
     """
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.model_state().items()}
     _refuse_unfinite(state, f"the model `{model.method}` is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     # of files that are about to be replaced
@@ -94,16 +94,7 @@ def load(folder: Path | str) -> Segmentor:
     if not (folder / _DESCRIPTION).is_file() and (complete := steps(folder)):
         folder = complete[-1]
     method, options, classes = _described(folder)
-    path = folder / _WEIGHTS
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no weights: there is no {_WEIGHTS}")
-    if not manifest.check(folder, _WEIGHTS):
-        _log.warning("%s has no %s, as of older versions: damage to its files cannot be told", folder, manifest.NAME)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    _refuse_unfinite(state, str(path))
+    path, state = folder / _WEIGHTS, _weights(folder)
     try:
         # random weights would be drawn only to be overwritten; the caller's generator is left as it was
         with torch.random.fork_rng(devices=[]), unfilled():
@@ -117,6 +108,37 @@ def load(folder: Path | str) -> Segmentor:
     _check(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def load_weights(model: Segmentor, folder: Path | str) -> None:
+    """Give a model the weights of one that was saved, of the same method and with tensors of the same names and shapes.
+
+    Args:
+        folder: one that `save` wrote.
+
+    Raises: ValueError as `load`, and naming the other method or the tensors that do not fit; nothing is changed then.
+    """
+    folder = Path(folder)
+    method, _, _ = _described(folder)
+    if method != model.method:
+        raise ValueError(f"{folder} holds a model of `{method}`, not of `{model.method}`")
+    state = _weights(folder)
+    _check(model, state, folder / _WEIGHTS)
+    model.load_state_dict(state)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no weights: there is no {_WEIGHTS}")
+    if not manifest.check(folder, _WEIGHTS):
+        _log.warning("%s has no %s, as of older versions: damage to its files cannot be told", folder, manifest.NAME)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    _refuse_unfinite(state, str(path))
+    return state
 
 
 def _described(folder: Path) -> tuple[str, dict[str, Any], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,14 @@ from torch.nn import functional as F
 from mfuser.segmentor import check_images
 
 
-def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *,
-          windows_at_once: int = 16) -> Tensor:  # fmt: skip
+def slide(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    crop: tuple[int, int],
+    stride: tuple[int, int],
+    *,
+    windows_at_once: int = 16,
+) -> Tensor:
     """Scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 where the model's are): no graph is kept.
 
     Windows start at multiples of the stride; the last one of a row or column is shifted back to the border. Images
@@ -23,7 +30,8 @@ def slide(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
     Args:
         model: a Segmentor, or what maps windows (B, 3, *crop) to scores (B, K, *crop) otherwise.
         images: (B, 3, H, W) in [0, 1], which is looked at once a call.    crop, stride: (H, W) of the window and its step.
-        windows_at_once: how many windows go through the model together; changes memory, not the result.
+        windows_at_once: how many windows go through the model together; changes memory, not the result: to a model that
+            declares `mixes_batch` they are shown one at a time.
 
     Raises:
         TypeError: images that are not floating point.
@@ -56,6 +64,7 @@ def bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
     Yields: the first row (or column) of a band, and its scores: tensors of inference mode, the bands one behind the other.
     """
     along, across = axis - 2, 3 - axis
+    windows_at_once = 1 if mixes_batch(model) else windows_at_once
     sides = (images.shape[2], images.shape[3])
     missing = [max(0, window - side) for window, side in zip(crop, sides, strict=True)]
     padded = F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
@@ -91,6 +100,13 @@ def bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, in
             if begin + windows_at_once >= len(places):
                 ready.append((top, finished(crop[along])))
         yield from ready
+
+
+def mixes_batch(model: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a model, or what `functools.partial` makes of one, declares that it mixes the images of a batch."""
+    if isinstance(model, partial):
+        return any(mixes_batch(argument) for argument in (model.func, *model.args))
+    return bool(getattr(model, "mixes_batch", False))
 
 
 def _window(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,22 @@ from mfuser.ops import resolve
 from mfuser.ops.dispatch import watched
 
 CITYSCAPES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain"),
+    *("sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A stream of further training images that a method declares; a recipe says under `data.extra` where they lie.
+
+    A step brings as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
+    `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore.
+    """
+
+    name: str
+    size: Literal["crop"] | tuple[int, int] = "crop"  # (H, W), or that of the training crop
+    labels: bool = False
 
 
 @dataclass
@@ -22,12 +36,27 @@ class Batch:
     """Training images and their labels.
 
     images: (B, 3, H, W) in [0, 1].    labels: (B, H, W) train ids of any integer type, 255 = ignore.
-    extra: further inputs that a method declares to need.
+    extra: the streams that the method declares, see `Extra`.
+    step: which step this is, from 0, of `steps`.
     """
 
     images: Tensor
     labels: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    steps: int = 1
+
+
+class TrainingData(Protocol):
+    """The training images, as `before_step` may ask for them."""
+
+    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
+        """Yield every training image once, in an order that `seed` decides: the same batches on every process.
+
+        Args:
+            augmented: as in training; otherwise crops of the training size at the images' own scale.
+        """
+        ...
 
 
 # how far bicubic resizing takes a photograph beyond 0 and 1; images of 0..255, of -1..1 and normalised ones go farther
@@ -59,6 +88,9 @@ def check_images(images: Tensor, *, values: bool = True) -> None:
         )
 
 
+_TRAINING_ONLY = "training_only."
+
+
 class Segmentor(nn.Module):
     """Base of all methods.
 
@@ -66,6 +98,12 @@ class Segmentor(nn.Module):
         method: the name it is built by.    options: JSON-able arguments that rebuild its structure, no network needed.
         classes: names of the K classes.    image_size: (H, W) that `forward` takes.
         ops: the operators of `mfuser.ops` that it runs.    backend: who runs them, "auto" or a name.
+        extras: streams of images that a training step needs besides its batch.
+        any_size: `forward` takes every (H, W) whose sides are multiples of `size_step`; otherwise `image_size` alone.
+        mixes_batch: scores of an image depend on the others of its batch: inference shows the model one at a time.
+        eval_parts: dotted names of submodules that stay in evaluation mode, which `train` leaves so.
+        training_only: teachers, memory banks, dictionaries: what `enter_training` makes. They are not in the model file and
+            not counted; their parameters and buffers are kept for resuming beside the optimizer.
     """
 
     method: str
@@ -74,6 +112,12 @@ class Segmentor(nn.Module):
     image_size: tuple[int, int]
     ops: tuple[str, ...] = ()
     backend: str = "auto"
+    extras: tuple[Extra, ...] = ()
+    any_size: bool = False
+    size_step: int = 1
+    mixes_batch: bool = False
+    eval_parts: tuple[str, ...] = ()
+    training_only: nn.ModuleDict
     # parameters whose names hold one of these get no weight decay
     no_decay: tuple[str, ...] = ("norm",)
     # nor do the parameters of these modules, whatever they are called
@@ -93,6 +137,53 @@ class Segmentor(nn.Module):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is what is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def enter_training(self) -> None:
+        """Make `training_only` of the model as it is built or loaded, before the first step of a training or of its rest.
+
+        A resumed training does it again, and then takes the tensors of its checkpoint.
+        """
+
+    def before_step(self, step: int, steps: int, data: TrainingData) -> None:
+        """Do what the method does to itself before a step: mine styles, move a teacher. By default nothing.
+
+        What it changes must be parameters or buffers, of the model or of `training_only`: those are what a resumed training
+        begins with. The generators are seeded by the step, the same on every process.
+        """
+
+    def train(self, mode: bool = True) -> Segmentor:
+        """Set training mode, but for `eval_parts`."""
+        super().train(mode)
+        for name in self.eval_parts:
+            if not name.startswith(_TRAINING_ONLY) or "training_only" in self._modules:
+                self.get_submodule(name).eval()
+        return self
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the tensors that evaluation needs, by name: what the model file holds."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_TRAINING_ONLY)}
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Return the tensors of `training_only`, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TRAINING_ONLY)}
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Replace the tensors of `training_only`, where buffers may have grown since it was made.
+
+        Raises: ValueError naming what is missing, unknown, or of another shape.
+        """
+        own = self.training_state()
+        if missing := sorted(own.keys() - state.keys()) + sorted(state.keys() - own.keys()):
+            raise ValueError(f"it does not hold what `{self.method}` trains with: {', '.join(missing[:3])}")
+        buffers = dict(self.named_buffers())
+        for name, value in state.items():
+            module, _, leaf = name.rpartition(".")
+            if value.shape == own[name].shape:
+                own[name].copy_(value)
+            elif name in buffers:
+                setattr(self.get_submodule(module), leaf, value.to(own[name].device))
+            else:
+                raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
 
     def check_backends(self) -> None:
         """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
@@ -116,12 +207,18 @@ class Segmentor(nn.Module):
         return [*groups, {"params": rest, "lr": lr, "weight_decay": 0.0}] if rest else groups
 
     def check_size(self, images: Tensor) -> None:
-        """Raise ValueError unless the images have the size that the model was built for, and as `check_images` does.
+        """Raise ValueError unless the images have a size that the model takes, and as `check_images` does.
 
         On a GPU values are not looked at: that would hold up every window and every step. `mfuser.slide` looks once a call.
         """
         check_images(images, values=images.device.type == "cpu")
-        if tuple(images.shape[-2:]) != tuple(self.image_size):
+        if self.any_size:
+            if any(side % self.size_step or not side for side in images.shape[-2:]):
+                raise ValueError(
+                    f"`{self.method}` takes images whose sides are multiples of {self.size_step}, got "
+                    f"{tuple(images.shape[-2:])} (H, W); pad or resize them, or use mfuser.slide"
+                )
+        elif tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(
                 f"`{self.method}` was built for images of {tuple(self.image_size)} (H, W), got "
                 f"{tuple(images.shape[-2:])}; use mfuser.slide for larger ones, or build with "

@@ -180,6 +180,31 @@ def kill_after(action: Callable[[], object], seconds: float, how: signal.Signals
     return _ended(child)
 
 
+def kill_when(action: Callable[[], object], ready: Callable[[], bool], seconds: float = 120) -> int:
+    """Run `action` in a fork, end it by SIGKILL as soon as `ready` says so, and return its exit status, negative for a signal.
+
+    Raises: AssertionError if that has not come after so many seconds.
+    """
+
+    def run() -> int:
+        action()
+        return 0
+
+    child = _fork(run)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if ready():
+            os.kill(child, signal.SIGKILL)
+            return _ended(child)
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    _ended(child)
+    raise AssertionError(f"the moment of the kill had not come after {seconds} s")
+
+
 def duration(action: Callable[[], object]) -> float:
     """Run `action` to its end in a fork, and return how many seconds that takes on this machine.
 

@@ -383,10 +383,13 @@ def _best_batch(ask: _Asked, device: torch.device) -> int:
 
 def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
     """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
-    model.train()
-    coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
-    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
-    batch = Batch(torch.rand(_STEP_BATCH, 3, *size, device=device), labels)
+    model.enter_training()
+    model.to(device).train()
+    extra = {}
+    for stream in model.extras:
+        images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
+        extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})
+    batch = Batch(*_noise(model, size, device), extra)
     optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
 
     def call() -> None:
@@ -397,3 +400,9 @@ def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: 
         optimizer.zero_grad(set_to_none=True)
 
     return call
+
+
+def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
+    return torch.rand(_STEP_BATCH, 3, *size, device=device), labels

@@ -1,7 +1,8 @@
 """Training checkpoints of a run: written whole or not at all, newest complete one found again.
 
 `run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs),
-`optimizer.pt` (AdamW's moments, tensors only, for resuming), `source.json` (what was trained on) and `training.json` (how).
+`optimizer.pt` (the optimizer's moments, tensors only) and `training.safetensors` (what a method trains with and does not
+score with: teachers, memory banks) for resuming, `source.json` (what was trained on) and `training.json` (how).
 `manifest.json`, written last, says what these files are; each is compared with it whenever it is read. A checkpoint is
 written to a hidden folder beside it and renamed when every byte is on disk, so whatever carries the final name is complete.
 """
@@ -13,13 +14,15 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import safetensors.torch
 import torch
 
 import mfuser
+import mfuser.checkpoints
 from dgbench import atomic, results, untrusted
 from dgbench.engine.device import memory_refused
 from dgbench.errors import CheckpointError, ResultError
@@ -32,6 +35,7 @@ _PARTIAL = ".partial-"
 _SEEN = "source.json"
 _MADE = "training.json"
 _MOMENTS = "optimizer.pt"
+_TRAINING = "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class Made:
     dirty: bool | None
     log_bytes: int | None  # of `log.jsonl` at this step; None: not known
     log_sha256: str | None
+    init: str | None = None  # SHA-256 of the weights that `train.init` began with
+    streams: dict[str, str] = field(default_factory=dict)  # which images each of `data.extra` holds: `Stream.digest`
 
 
 def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None,
@@ -81,9 +87,26 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
     for name, content in ((_SEEN, seen), (_MADE, made)):
         if content is not None:
             atomic.write(partial / name, json.dumps(asdict(content)) + "\n")
-    moments = partial / _MOMENTS
+    _write_moments(optimizer, partial / _MOMENTS)
+    state = model.training_state().items()
+    training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
+    if training:
+        # in Python's hands and not safetensors': a full disk is then told as for every other file
+        atomic.write(partial / _TRAINING, safetensors.torch.save(training))
+    there = {_MOMENTS: True, _TRAINING: bool(training), _SEEN: seen is not None, _MADE: made is not None}
+    manifest.seal(partial, [name for name, is_there in there.items() if is_there])
+    if final.exists():  # the same step again, after a resume from an earlier one
+        _remove(final)
+    os.replace(partial, final)
+    # before an older one is removed, this one must have its name on the disk
+    atomic.sync_folder(folder)
+    prune(run, keep)
+    return final
+
+
+def _write_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
     try:
-        with moments.open("wb") as file:
+        with path.open("wb") as file:
             torch.save(optimizer.state_dict(), file)
             file.flush()
             os.fsync(file.fileno())
@@ -92,15 +115,7 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(cause.errno, cause.strerror, str(moments)) from error
-    manifest.seal(partial, [_MOMENTS, *(name for name, content in ((_SEEN, seen), (_MADE, made)) if content is not None)])
-    if final.exists():  # the same step again, after a resume from an earlier one
-        _remove(final)
-    os.replace(partial, final)
-    # before an older one is removed, this one must have its name on the disk
-    atomic.sync_folder(folder)
-    prune(run, keep)
-    return final
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def prune(run: Path, keep: int = 1) -> None:
@@ -271,8 +286,51 @@ def sha256(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def begin_with(model: Segmentor, path: Path) -> str:
+    """Give a model the weights of a run or model folder, to begin a training with; return their SHA-256.
+
+    Raises: CheckpointError when there is no such folder, its files are damaged, or it is another method's or has tensors
+        that do not fit, which are named.
+    """
+    folder = init_folder(path)
+    try:
+        mfuser.checkpoints.load_weights(model, folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"train.init: {folder} cannot be begun with: {error}", "give a model of the same method, options and crop"
+        ) from error
+    return sha256(folder)
+
+
+def init_folder(path: Path) -> Path:
+    """The model folder that `train.init` means.
+
+    Raises: CheckpointError when there is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"train.init: no folder {path}", "give a run folder (runs/...), or one that mfuser.save wrote")
+    try:
+        return folder_of(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init: {error.message}", error.hint) from None
+
+
+def load_training(model: Segmentor, folder: Path) -> None:
+    """Restore what a method trains with beside the model: `training_only`, as `enter_training` made it.
+
+    Raises: CheckpointError if the file is missing, damaged or of another model.
+    """
+    path = folder / _TRAINING
+    _check(folder, _TRAINING)
+    try:
+        state = safetensors.torch.load_file(path) if path.exists() else {}
+        model.load_training_state(state)
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be resumed from: {error}", _advice(folder)) from error
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Restore AdamW's moments. Tensors only: nothing in the file is executed.
+    """Restore the optimizer's moments. Tensors only: nothing in the file is executed.
 
     Raises: CheckpointError if the file is missing, damaged or of another model.
     """

@@ -127,11 +127,13 @@ def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
         model.check_size(images)
     except ValueError:
         (height, width), (rows, columns) = images.shape[-2:], model.image_size
+        takes = f"takes multiples of {model.size_step}" if model.any_size else f"was built for {rows}x{columns}"
         raise DataError(
-            f"protocol `{rules.name}` shows whole images, here {height}x{width} (H x W), but `{model.method}` was "
-            f"built for {rows}x{columns}",
+            f"protocol `{rules.name}` shows whole images, here {height}x{width} (H x W), but `{model.method}` {takes}",
             "score it under a protocol that slides a window: `dgbench protocols` lists them",
         ) from None
+    if model.mixes_batch:
+        return torch.cat([ask(image) for image in images.split(1)])
     return ask(images)
 
 

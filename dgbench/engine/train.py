@@ -8,39 +8,35 @@ that it is in.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import mfuser
 from dgbench import atomic, results
 from dgbench.data.dataset import SegDataset
-from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
-from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
-from dgbench.data.workers import worker_init
-from dgbench.engine import checkpoints
+from dgbench.data.extra import streams
+from dgbench.data.sampling import class_counts
+from dgbench.engine import batches, checkpoints
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
+from dgbench.engine.log import Log
+from dgbench.engine.optim import optimizer_of
 from dgbench.engine.stops import Stops
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
-from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
-from dgbench.report.expected import WEIGHTS
-from dgbench.resources import usable_cores
+from dgbench.recipe import Recipe, dump, recipe_hash
+from dgbench.report.expected import WEIGHTS as _WEIGHTS_OF
 from mfuser import ops
+from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.weights import hub_file
+from mfuser.towers.weights import WEIGHTS, hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,8 +51,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return self.model.loss(Batch(images, labels))
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.model.loss(batch)
 
 
 def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None,
@@ -71,36 +67,43 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     spec = recipe.train
     accelerator = accelerator_on(pick_device(device), spec.precision)
     main = accelerator.is_main_process
-    dataset = _source(recipe, root)
     found = checkpoints.newest(run) if resume else None
+    if spec.init is not None and not found:
+        checkpoints.init_folder(Path(spec.init))  # before any time is spent
+    dataset = _source(recipe, root)
     _check_resumable(recipe, run) if resume else None
     seen = _seen(dataset, run, found[0] if found else None)
     before = checkpoints.made_how(found[0]) if found else None
-    model = _model(recipe, found[0] if found else None, spec.seed)
+    model, init = _model(recipe, found[0] if found else None, before)
     model.check_backends()
+    extra = streams(model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root)
+    digests = {stream.name: stream.digest() for stream in extra}
+    _check_streams(run, digests, before)
+    optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
     commit, dirty = results.commit()
     environment = results.environment(device_name(accelerator.device), torch.get_num_threads())
-    about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty}
+    about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty, "init": init, "streams": digests}
     start = found[1] if found else 0
     log = None
     if main:
         run.mkdir(parents=True, exist_ok=True)
         dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
-        log = _Log(run / "log.jsonl", start, before)
+        log = Log(run / "log.jsonl", start, before)
         checkpoints.clean(run)
         atomic.sweep(run)
         _warn_of_changes(before, environment, accelerator)
         dataset.prepare(progress)
+        for stream in extra:
+            stream.prepare(progress)
         if recipe.data.rare_class_sampling is not None:
             class_counts(dataset, progress)  # once; the other processes find them
     accelerator.wait_for_everyone()
 
-    loader = _loader(recipe, dataset, start, accelerator, progress)
-    groups = model.groups(recipe.optim.lr, recipe.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optim.lr, weight_decay=recipe.optim.weight_decay, fused=True)
-    peak = [group["lr"] for group in optimizer.param_groups]
+    place = batches.Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    loader = batches.of_steps(recipe, dataset, extra, start, place, progress)
+    data = batches.Images(recipe, dataset, extra, place)
     if accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # convolutions like it: a step takes a tenth less on a CPU; checkpoints are written in the usual order all the same
@@ -131,15 +134,18 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     finished = saved = start
     with Stops() as stops:
         try:
-            for step, (images, labels) in enumerate(loader, start):
+            for step, samples in enumerate(loader, start):
                 stops.busy = True
-                # one seed a step and process: the state of no generator has to be saved to resume exactly
+                # one seed a step, and a process: the state of no generator has to be saved to resume exactly
+                set_seed(_mix(spec.seed, step))
+                model.before_step(step, spec.steps, data)
+                if not model.training:
+                    model.train()
                 set_seed(_mix(spec.seed, step, accelerator.process_index))
-                factor = schedule(step, spec.steps, recipe.optim)
-                for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                    group["lr"] = lr * factor
-                images, labels = to_model(images, labels, accelerator.device)
-                terms: dict[str, Tensor] = loss_of(images, labels)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate.at(step, spec.steps, recipe.optim)
+                batch = batches.batch_of(samples, accelerator.device, step, spec.steps)
+                terms: dict[str, Tensor] = loss_of(batch)
                 loss = torch.stack(list(terms.values())).sum()
                 accelerator.backward(loss)
                 if spec.clip_norm is not None:
@@ -147,7 +153,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-                images_seen += len(images) * accelerator.num_processes
+                images_seen += len(batch.images) * accelerator.num_processes
                 done = step + 1
                 checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
                 if main and (done % spec.log_every == 0 or checkpoint_due):
@@ -157,10 +163,11 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
                             f"the loss became {value} at step {done}",
                             "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
                         )
-                    rate = images_seen / (time.perf_counter() - since)
+                    speed = images_seen / (time.perf_counter() - since)
                     assert log is not None
-                    log.write(done, {"loss": value, "lr": peak[0] * factor} | {k: v.item() for k, v in terms.items()})
-                    progress.advance(0, loss=value, images_per_second=rate)
+                    lr = optimizer.param_groups[0]["lr"]
+                    log.write(done, {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()})
+                    progress.advance(0, loss=value, images_per_second=speed)
                 if main:
                     progress.advance(1)
                 if main and checkpoint_due:
@@ -211,7 +218,7 @@ def _record(recipe: Recipe, run: Path, dataset: SegDataset, seen: checkpoints.Se
         backends=made.backends, environment=made.environment, commit=made.commit, dirty=made.dirty,
         extra={
             "loss": made.loss, "resumed_at_step": float(made.began), "peak_gib": made.peak_gib,
-            "images_per_second": trained / made.seconds if made.seconds else None, **_tower_weights(recipe),
+            "images_per_second": trained / made.seconds if made.seconds else None, **_began_with(recipe, made),
         },
     )  # fmt: skip
     return results.write(record, run) if write else record
@@ -232,23 +239,17 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
         )  # fmt: skip
 
 
+def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
+    """sha256 of the weights that a training began with: of `train.init` as `init`, or of its towers."""
+    return _tower_weights(recipe) if recipe.train.init is None else {"init": made.init}
+
+
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
     """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
-    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str)}
-    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
-
-
-def schedule(step: int, steps: int, optim: OptimSpec) -> float:
-    """Factor on the peak learning rate: linear warm-up, then poly decay to min_lr (MFuser's, mmengine's conventions).
-
-    Warm-up rises from `warmup_ratio` at step 0 to 1 at `warmup_steps`; the poly part runs over the steps after it.
-    """
-    if step < optim.warmup_steps:
-        return optim.warmup_ratio + (1 - optim.warmup_ratio) * step / optim.warmup_steps
-    floor = optim.min_lr / optim.lr
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return float((1 - floor) * (1 - progress) ** optim.power + floor)
+    own = backbone_names(recipe.method.name) - WEIGHTS.keys()  # trunks that no table of towers has
+    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
+    return {f"{_WEIGHTS_OF}{key}": row.sha256() for key, row in rows.items() if row is not None}
 
 
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:
@@ -257,7 +258,7 @@ def _source(recipe: Recipe, root: Path | None) -> SegDataset:
         return SegDataset(data.source, data.source_split, root=root, size=data.size, limit=data.train_images)
     except DataError as missing:
         try:
-            _model(recipe, None, recipe.train.seed)
+            _model(recipe, None, None)
         except mfuser.WeightsNotFound as weights:
             # everything that has to be fetched, at once
             hints = "\n".join(filter(None, (weights.hint, missing.hint)))
@@ -282,16 +283,39 @@ def _seen(dataset: SegDataset, run: Path, checkpoint: Path | None) -> checkpoint
     return before
 
 
-def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
-    if checkpoint is not None:
-        return checkpoints.load_for(recipe, checkpoint)
+def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tuple[Segmentor, str | None]:
+    """The model as the training, or its rest, begins with it, and the SHA-256 of the weights that `train.init` gave."""
+    seed, init = recipe.train.seed, before.init if before else None
     set_seed(seed)
-    try:
-        return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
-    except mfuser.WeightsNotFound:
-        raise
-    except ValueError as error:  # towers that do not fit each other, or the crop
-        raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
+    if checkpoint is not None:
+        model = checkpoints.load_for(recipe, checkpoint)
+    else:
+        published = recipe.train.init is None
+        try:
+            model = mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=published)
+        except mfuser.WeightsNotFound:
+            raise
+        except ValueError as error:  # towers that do not fit each other, or the crop
+            raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
+        if recipe.train.init is not None:
+            init = checkpoints.begin_with(model, Path(recipe.train.init))
+    set_seed(seed)
+    model.enter_training()
+    if checkpoint is not None:
+        checkpoints.load_training(model, checkpoint)
+    for parameter in model.parameters():
+        # steps are smaller than what 16 bits can tell apart; frozen parameters stay as they are
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return model, init
+
+
+def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
+    """Raise a CheckpointError if a training was begun with other images in its streams."""
+    for name, digest in (before.streams if before else {}).items():
+        if now[name] != digest:
+            raise CheckpointError(f"{run} was begun with other images in data.extra.{name}",
+                                  "put back the files it was begun with, or start a new run")  # fmt: skip
 
 
 def _check_resumable(recipe: Recipe, run: Path) -> None:
@@ -304,87 +328,6 @@ def _check_resumable(recipe: Recipe, run: Path) -> None:
         raise CheckpointError(
             f"the recipe differs from the one {run} was started with", "resume without --set, or start a new run"
         )
-
-
-def _loader(recipe: Recipe, dataset: SegDataset, start: int, accelerator: Accelerator,
-            progress: Progress) -> DataLoader[tuple[Tensor, Tensor]]:  # fmt: skip
-    data, spec = recipe.data, recipe.train
-    sampler: UniformSampler | RareClassSampler
-    if data.rare_class_sampling is None:
-        sampler = UniformSampler(len(dataset), spec.seed)
-    else:
-        counts = class_counts(dataset, progress)
-        if not counts.any():
-            raise DataError(f"no pixel of `{dataset.domain.name}` {dataset.split} has one of the 19 classes: all are ignored",
-                            f"see which values its labels hold: dgbench data verify {dataset.domain.name}")  # fmt: skip
-        sampler = RareClassSampler(counts, data.rare_class_sampling, spec.seed, dataset.size)
-    augmentation = Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
-    per_process, rest = divmod(spec.batch_size, accelerator.num_processes)
-    if rest:
-        raise RecipeError(
-            f"train.batch_size {spec.batch_size} cannot be divided among {accelerator.num_processes} processes",
-            "set train.batch_size to a multiple of the number of processes",
-        )
-    batches = StepBatches(start, spec.steps, per_process, accelerator.process_index, accelerator.num_processes)
-    view = TrainView(dataset, sampler, augmentation, spec.seed)
-    workers = min(spec.workers, usable_cores())  # more would only wait; samples do not depend on who makes them
-    return DataLoader(
-        view,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=False,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=worker_init,
-    )
-
-
-class _Log:
-    """`log.jsonl`: a line of losses every few steps; a resumed run first drops the lines it is going to repeat.
-
-    Raises: CheckpointError if it is not the one of which the checkpoint says the digest.
-    """
-
-    def __init__(self, path: Path, start: int, before: Made | None) -> None:
-        self.path, self.loss = path, before.loss if before else None
-        content = path.read_bytes() if start and path.is_file() else b""
-        if start and not path.is_file():
-            _logger.warning("%s is not there: the losses of the steps before %d are lost", path, start)
-        elif before is not None and before.log_bytes is not None:
-            content = content[: before.log_bytes]
-            if hashlib.sha256(content).hexdigest() != before.log_sha256:
-                raise CheckpointError(f"{path} is damaged: it is not the log that was written until step {start}",
-                                      "restore it, or remove it to go on without the losses so far")  # fmt: skip
-        else:
-            lines = list(_lines_until(start, content))
-            content = b"".join(lines)
-            self.loss = json.loads(lines[-1]).get("loss") if lines else None
-        self._digest, self._size = hashlib.sha256(content), len(content)
-        atomic.write(path, content)
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        line = (json.dumps({"step": step, **values}) + "\n").encode()
-        with self.path.open("ab") as file:
-            file.write(line)
-        self.loss = values["loss"]
-        self._digest.update(line)
-        self._size += len(line)
-
-    def sealed(self) -> tuple[int, str]:
-        """Size and SHA-256 of what was written so far, which is on the disk then."""
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
-        return self._size, self._digest.hexdigest()
-
-
-def _lines_until(step: int, content: bytes) -> Iterator[bytes]:
-    """The lines of a log of an older version, of which no digest is known."""
-    for line in content.splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                yield line.removesuffix(b"\n") + b"\n"
-        except (ValueError, KeyError, TypeError):  # the line that a kill cut short
-            continue
 
 
 def _mix(*numbers: int) -> int:

@@ -77,6 +77,8 @@ class DataSpec(Spec):
     rare_class_sampling: Annotated[Number, Field(gt=0)] | None = None  # temperature; null: uniform
     flip: Annotated[Number, Field(ge=0, le=1)] = 0.5
     photometric: Flag = True
+    # further images that a method asks for, by stream: a folder, or a domain
+    extra: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +96,8 @@ class DataSpec(Spec):
 
         if self.source in self.targets:
             return f"`{self.source}` is both source and target; targets must be unseen"
+        if leaked := [name for name, place in self.extra.items() if place in self.targets]:
+            return f"extra: `{leaked[0]}` is `{self.extra[leaked[0]]}`, one of the targets; targets must be unseen"
         if repeated := [name for i, name in enumerate(self.targets) if name in self.targets[:i]]:
             return f"`{repeated[0]}` is given twice in targets"
         for name, split in ((self.source, self.source_split), *((target, "val") for target in self.targets)):

@@ -101,14 +101,25 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
     return MethodSpec.model_validate(content["method"])
 
 
+# keys that came after recipes had hashes: left at its default, such a key leaves them as they were
+_LATER = {
+    "data": ("source_split", "extra"),
+    "train": ("init",),
+    "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "groups"),
+}
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """Return 12 hex digits of what determines the experiment: everything but the name and the expected results."""
     content = recipe.model_dump(mode="json", exclude={"expect", "name"})
     # of a declaration counts what fixes pixels and labels; what a recipe does not use leaves its hash as it was
     if declared := content["data"].pop("domains"):
         content["data"]["declared"] = {name: recipe.data.domains[name].digest() for name in declared}
-    if recipe.data.source_split == "train":
-        del content["data"]["source_split"]
+    for section, names in _LATER.items():
+        usual = type(getattr(recipe, section)).model_fields
+        for name in names:
+            if getattr(getattr(recipe, section), name) == usual[name].get_default(call_default_factory=True):
+                del content[section][name]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -57,7 +57,7 @@ def spell(content: dict[str, Any]) -> None:
 
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
-    from mfuser.methods import names, option_names
+    from mfuser.methods import backbone_names, names, option_names
     from mfuser.towers.table import ENCODERS, LANGUAGE, TIMM
 
     method = content.get("method")
@@ -80,7 +80,7 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
             towers = sorted(LANGUAGE if key == "vlm" else ENCODERS)
             if not isinstance(value, str):
                 problems.append(Problem(("method", key), f"expected the name of a tower, got {shown(value)}"))
-            elif value not in towers and (key == "vlm" or not value.startswith(TIMM)):
+            elif value not in (*towers, *backbone_names(name)) and (key == "vlm" or not value.startswith(TIMM)):
                 textless = value in ENCODERS or value.startswith(TIMM)
                 more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
                 close = suggest(value, towers)

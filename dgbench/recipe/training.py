@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dgbench.spec import Count, Number, Spec, Whole
+from dgbench.spec import Count, Flag, Number, Spec, Whole, own
 
 
 class TrainSpec(Spec):
@@ -20,14 +20,44 @@ class TrainSpec(Spec):
     log_every: Count = 10
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
+    init: Annotated[str, Field(min_length=1)] | None = None  # a run or saved model to begin with; null: published towers
+
+
+class GroupSpec(Spec):
+    """What the parameters below a key path have of their own; null: as all others."""
+
+    lr_factor: Annotated[Number, Field(ge=0)] = 1.0  # on `lr`
+    weight_decay: Annotated[Number, Field(ge=0)] | None = None
+    min_lr: Annotated[Number, Field(ge=0)] | None = None
+
+
+Share = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class OptimSpec(Spec):
-    """AdamW with linear warm-up and poly decay."""
+    """AdamW or SGD, with linear warm-up and then poly decay or a constant learning rate."""
 
     lr: Annotated[Number, Field(gt=0)]
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
     warmup_steps: Annotated[Whole, Field(ge=0)] = 0
     warmup_ratio: Annotated[Number, Field(ge=0, le=1)] = 1.0e-6  # of lr at step 0
     power: Annotated[Number, Field(gt=0)] = 0.9
-    min_lr: Annotated[Number, Field(ge=0)] = 0.0
+    min_lr: Annotated[Number, Field(ge=0)] = 0.0  # absolute, of every group, as mmengine has it
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)  # AdamW's
+    momentum: Share = 0.9  # SGD's
+    nesterov: Flag = False  # SGD's
+    schedule: Literal["poly", "constant"] = "poly"
+    # by key path, `backbone` or `backbone.patch_embed`; of several that hold a parameter the longest counts
+    groups: dict[str, GroupSpec] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> OptimSpec:
+        usual = {name: OptimSpec.model_fields[name].default for name in ("betas", "momentum", "nesterov")}
+        for name in ("momentum", "nesterov") if self.optimizer == "adamw" else ("betas",):
+            if getattr(self, name) != usual[name]:
+                other = "sgd" if self.optimizer == "adamw" else "adamw"
+                raise own(f"{name} is not used by `{self.optimizer}`: set optimizer={other}, or leave {name} out")
+        if self.nesterov and not self.momentum:
+            raise own("nesterov needs a momentum above 0")
+        return self

@@ -51,9 +51,23 @@ def option_names(name: str) -> list[str]:
 
     Raises: ValueError listing the methods there are.
     """
-    source = file(name).read_text(encoding="utf-8")
-    fields = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Options")
-    return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    body = next(node.body for node in _parsed(name).body if isinstance(node, ast.ClassDef) and node.name == "Options")
+    return [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+
+
+def backbone_names(name: str) -> set[str]:
+    """The towers and trunks that a method's BACKBONES write out, read from its file: some have trunks of their own.
+
+    Raises: ValueError listing the methods there are.
+    """
+    rows = [node for node in _parsed(name).body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None]
+    values = [node.value for node in rows if "BACKBONES" in ast.unparse(node).partition("=")[0]]
+    written = [value for one in values for node in ast.walk(one) if isinstance(node, ast.Dict) for value in node.values]
+    return {value.value for value in written if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+
+
+def _parsed(name: str) -> ast.Module:
+    return ast.parse(file(name).read_text(encoding="utf-8"))
 
 
 def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:

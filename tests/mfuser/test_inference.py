@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,25 @@ def test_windows_are_averaged_as_in_a_plain_loop(size, stride, at_once):
     images = torch.rand(3, 3, *size)
     scores = mfuser.slide(Where(), images, (8, 8), stride, windows_at_once=at_once)
     torch.testing.assert_close(scores, by_hand(Where(), images, (8, 8), stride))
+
+
+class Mixed(Where):
+    """Scores that depend on the other images of a batch, as where their Fourier amplitudes are mixed."""
+
+    mixes_batch = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + images.mean()
+
+
+@pytest.mark.parametrize(
+    "through", [lambda model: model, lambda model: partial(Segmentor.__call__, model)], ids=["model", "partial"]
+)
+def test_a_model_that_mixes_images_of_a_batch_sees_windows_one_at_a_time(through):
+    images = torch.rand(2, 3, 13, 20)
+    alone = torch.cat([mfuser.slide(Mixed(), image, (8, 8), (5, 5), windows_at_once=1) for image in images.split(1)])
+    for at_once in (1, 3, 100):
+        assert torch.equal(mfuser.slide(through(Mixed()), images, (8, 8), (5, 5), windows_at_once=at_once), alone)
 
 
 def test_a_small_image_is_padded_and_cut_back():

@@ -17,7 +17,8 @@ import torch
 from dgbench import results
 from dgbench.engine import checkpoints
 from dgbench.engine.evaluate import evaluate
-from dgbench.engine.train import schedule, train
+from dgbench.engine.optim import Rate
+from dgbench.engine.train import train
 from dgbench.errors import CheckpointError, RecipeError
 from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
@@ -64,13 +65,13 @@ def test_the_schedule_is_torchs_linear_warm_up_then_poly():
         [5],
     )
     for step in range(20):
-        assert schedule(step, 20, optim) == pytest.approx(oracle_optimizer.param_groups[0]["lr"], rel=1e-6), step
+        assert Rate(1.0, 0.0).at(step, 20, optim) == pytest.approx(oracle_optimizer.param_groups[0]["lr"], rel=1e-6), step
         oracle_optimizer.step()
         oracle.step()
 
 
 def test_the_schedule_ends_at_min_lr():
-    assert schedule(100, 100, OptimSpec(lr=1e-2, min_lr=1e-4)) == pytest.approx(1e-2)
+    assert Rate(1e-2, 1e-4).at(100, 100, OptimSpec(lr=1e-2)) == pytest.approx(1e-4)
 
 
 @pytest.fixture

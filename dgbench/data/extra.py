@@ -1,0 +1,189 @@
+"""Streams of further training images that a method declares: style images, wild images, generated images with labels.
+
+A recipe names a folder or a domain for each under `data.extra`. Which image a place of a batch gets, and where it is cropped,
+depends on (seed, stream, position) alone, so that a resumed run sees the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dgbench.data.dataset import SegDataset, read_image
+from dgbench.data.decode import read_label
+from dgbench.data.domains import lookup
+from dgbench.data.images import SUFFIXES
+from dgbench.data.labels import named
+from dgbench.data.sampling import UniformSampler
+from dgbench.data.transforms import TrainView
+from dgbench.errors import DataError, RecipeError, suggest
+from dgbench.progress import Progress
+
+if TYPE_CHECKING:
+    from mfuser.segmentor import Extra
+
+Pixels = NDArray[np.uint8]
+_LABEL_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The images of one stream, and their labels if it has some."""
+
+    name: str
+    size: tuple[int, int]  # (H, W) to which they are cropped
+    labels: bool
+    source: SegDataset | Sequence[tuple[Path, Path | None]]  # a domain, or files of images and labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def digest(self) -> str:
+        """Return 16 hex digits that tell which images these are, by their names."""
+        if isinstance(self.source, SegDataset):
+            names = [self.source.domain.name, self.source.revision, *map(self.source.name, range(len(self)))]
+        else:
+            names = ["/".join(image.parts[-2:]) for image, _ in self.source]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+    def prepare(self, progress: Progress) -> None:
+        """Render what is to be rendered."""
+        if isinstance(self.source, SegDataset):
+            self.source.prepare(progress)
+
+    def crop(self, index: int, rng: np.random.Generator) -> tuple[Pixels, Pixels | None]:
+        """Return an image (H, W, 3) of the stream's size, and its label (H, W).
+
+        The image is resized so that its shorter side just covers the size, and cropped at random.
+
+        Raises: DataError naming the file that cannot be read, or the pair that does not fit.
+        """
+        image, label = self._read(index)
+        height, width = image.shape[:2]
+        scale = max(self.size[0] / height, self.size[1] / width)
+        whole = (max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale)))
+        if whole != (height, width):
+            image = np.asarray(cv2.resize(image, whole[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
+            label = label if label is None else np.asarray(cv2.resize(label, whole[::-1], interpolation=cv2.INTER_NEAREST))
+        top, left = (int(rng.integers(side - part + 1)) for side, part in zip(whole, self.size, strict=True))
+        place = slice(top, top + self.size[0]), slice(left, left + self.size[1])
+        return image[place], None if label is None else label[place]
+
+    def _read(self, index: int) -> tuple[Pixels, Pixels | None]:
+        if isinstance(self.source, SegDataset):
+            if self.labels:
+                sample = self.source[index]
+                return sample.image, sample.label
+            return self.source.image(index), None
+        path, label_path = self.source[index]
+        image = read_image(path)
+        if label_path is None:
+            return image, None
+        label = read_label(label_path, named("train-ids"))
+        if label.shape != image.shape[:2]:
+            raise DataError(
+                f"{path} is {image.shape[0]}x{image.shape[1]} (H x W), but its label {label_path} is "
+                f"{label.shape[0]}x{label.shape[1]}",
+                "the pair is damaged or mismatched: make it again, or move both files out of the folder",
+            )
+        return image, label
+
+
+def streams(
+    declared: Sequence[Extra], given: Mapping[str, str], method: str, crop: tuple[int, int], targets: Sequence[str],
+    root: Path | None = None,
+) -> list[Stream]:  # fmt: skip
+    """Return the streams that a method declares, from where the recipe says that they are.
+
+    Args:
+        given: a folder or a domain's name by stream.    crop: (H, W) of the training crop.
+        targets: domains that must stay unseen.
+
+    Raises: RecipeError for a stream that is not given, or given and not declared; DataError for a folder that is not there,
+        holds no image, or images without labels.
+    """
+    known = [extra.name for extra in declared]
+    if unknown := [name for name in given if name not in known]:
+        name = unknown[0]
+        near = suggest(name, known)
+        has = f"it has {', '.join(f'`{one}`' for one in known)}" if known else "it needs no further images"
+        raise RecipeError(f"data.extra: `{method}` has no stream `{name}` ({given[name]}): {has}",
+                          f"did you mean `{near}`?" if near else f"remove data.extra.{name}")  # fmt: skip
+    if missing := [extra for extra in declared if extra.name not in given]:
+        named_ = ", ".join(f"`{extra.name}`" for extra in missing)
+        what = "a folder with images/ and labels/" if missing[0].labels else "a folder of images"
+        raise RecipeError(f"`{method}` trains with further images, but data.extra does not say where {named_} are",
+                          f"--set data.extra.{missing[0].name}=PATH, {what}, or a domain's name")  # fmt: skip
+    return [_stream(extra, given[extra.name], method, crop, targets, root) for extra in declared]
+
+
+def _stream(extra: Extra, place: str, method: str, crop: tuple[int, int], targets: Sequence[str], root: Path | None) -> Stream:
+    size = crop if extra.size == "crop" else extra.size
+    what = f"data.extra.{extra.name} of `{method}`"
+    folder = Path(place)
+    if not folder.is_dir():
+        try:
+            row = lookup(place, root)
+        except DataError:
+            problem = "is not a folder" if folder.exists() else "is not there"
+            raise DataError(f"{what}: {place} {problem}", f"give a folder of {extra.name} images, or a domain's name") from None
+        if row.name in targets:
+            raise RecipeError(f"{what}: `{row.name}` is one of the targets, which must be unseen", "name another one")
+        return Stream(extra.name, size, extra.labels, SegDataset(row.name, "train", root=root))
+    if not extra.labels:
+        files = _files(folder, SUFFIXES)
+        if not files:
+            raise DataError(f"{what}: no image in {folder}", f"images end in {', '.join(SUFFIXES)}")
+        return Stream(extra.name, size, False, [(path, None) for path in files])
+    images, labels = folder / "images", folder / "labels"
+    for part in (images, labels):
+        if not part.is_dir():
+            raise DataError(f"{what}: {folder} has no folder {part.name}/", "it should hold images/ and labels/, of train ids")
+    by_stem = {path.relative_to(labels).with_suffix(""): path for path in _files(labels, _LABEL_SUFFIXES)}
+    pairs = [(path, by_stem.get(path.relative_to(images).with_suffix(""))) for path in _files(images, SUFFIXES)]
+    if not pairs:
+        raise DataError(f"{what}: no image in {images}", f"images end in {', '.join(SUFFIXES)}")
+    if alone := [path for path, label in pairs if label is None]:
+        raise DataError(f"{what}: {len(alone)} of {len(pairs)} images have no label in {labels}, the first is {alone[0]}",
+                        f"each needs a file of train ids of the same name, {alone[0].stem}.png")  # fmt: skip
+    return Stream(extra.name, size, True, pairs)
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files below a folder that end so, in an order that no file system decides."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
+    hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return sorted(set(found) - set(hidden), key=lambda path: path.relative_to(folder).as_posix())
+
+
+class WithExtras(torch.utils.data.Dataset[tuple[Tensor, Tensor, dict[str, Tensor]]]):
+    """Maps a position in the training stream to image, label and the streams' images and labels, all uint8."""
+
+    def __init__(self, view: TrainView, streams: Sequence[Stream], seed: int) -> None:
+        self.view, self.streams = view, streams
+        self._seeds = [_seed(seed, stream.name) for stream in streams]
+        self._samplers = [UniformSampler(len(stream), own) for stream, own in zip(streams, self._seeds, strict=True)]
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        extra = {}
+        for stream, seed, sampler in zip(self.streams, self._seeds, self._samplers, strict=True):
+            index, _ = sampler.draw(position)
+            image, label = stream.crop(index, np.random.default_rng([seed, 2, position]))
+            extra[stream.name] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            if label is not None:
+                extra[f"{stream.name}_labels"] = torch.from_numpy(np.ascontiguousarray(label))
+        return *self.view[position], extra
+
+
+def _seed(seed: int, name: str) -> int:
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])

@@ -1,0 +1,113 @@
+"""The batches of a training: those of its steps, and those that a method may ask for before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dgbench.data.dataset import SegDataset
+from dgbench.data.extra import Stream, WithExtras
+from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
+from dgbench.data.transforms import Augmentation, Sampler, StepBatches, TrainView, to_model
+from dgbench.data.workers import worker_init
+from dgbench.errors import DataError, RecipeError
+from dgbench.progress import Progress
+from dgbench.recipe import Recipe
+from dgbench.resources import usable_cores
+from mfuser.segmentor import Batch
+
+Samples = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of how many processes this is, and the device that it trains on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def of_steps(
+    recipe: Recipe, dataset: SegDataset, streams: Sequence[Stream], start: int, place: Place, progress: Progress
+) -> DataLoader[Samples]:
+    """Return the loader of the steps from `start` on.
+
+    Raises: DataError if no label holds a class; RecipeError if a batch cannot be divided among the processes.
+    """
+    data, spec = recipe.data, recipe.train
+    sampler: Sampler
+    if data.rare_class_sampling is None:
+        sampler = UniformSampler(len(dataset), spec.seed)
+    else:
+        counts = class_counts(dataset, progress)
+        if not counts.any():
+            raise DataError(
+                f"no pixel of `{dataset.domain.name}` {dataset.split} has one of the 19 classes: all are ignored",
+                f"see which values its labels hold: dgbench data verify {dataset.domain.name}",
+            )
+        sampler = RareClassSampler(counts, data.rare_class_sampling, spec.seed, dataset.size)
+    per_process, rest = divmod(spec.batch_size, place.world)
+    if rest:
+        raise RecipeError(
+            f"train.batch_size {spec.batch_size} cannot be divided among {place.world} processes",
+            "set train.batch_size to a multiple of the number of processes",
+        )
+    view = TrainView(dataset, sampler, augmentation(recipe), spec.seed)
+    positions = StepBatches(start, spec.steps, per_process, place.rank, place.world)
+    return _loader(recipe, WithExtras(view, streams, spec.seed), positions, place)
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    """Return what a training crop goes through."""
+    data = recipe.data
+    return Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
+
+
+def batch_of(samples: Samples, device: torch.device, step: int, steps: int) -> Batch:
+    """Return what a loader gave as a batch on a device: images in [0, 1], labels int64."""
+    images, labels, extra = samples
+    images, labels = to_model(images, labels, device)
+    moved = {}
+    for name, tensor in extra.items():
+        is_image = tensor.dim() == 4
+        moved[name] = to_model(tensor, labels, device)[0] if is_image else tensor.to(device, non_blocking=True).long()
+    return Batch(images, labels, moved, step, steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The training images, as a method's `before_step` may ask for them: `mfuser.segmentor.TrainingData`."""
+
+    recipe: Recipe
+    dataset: SegDataset
+    streams: Sequence[Stream]
+    place: Place
+
+    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
+        """Yield every training image once, in an order that `seed` decides: the same batches on every process.
+
+        Args:
+            augmented: as in training; otherwise crops of the training size at the images' own scale.
+        """
+        how = augmentation(self.recipe)
+        if not augmented:
+            how = replace(how, scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
+        count = len(self.dataset)
+        by = self.recipe.train.batch_size // self.place.world
+        view = TrainView(self.dataset, UniformSampler(count, seed), how, seed)
+        positions = [list(range(first, min(first + by, count))) for first in range(0, count, by)]
+        for number, samples in enumerate(_loader(self.recipe, WithExtras(view, self.streams, seed), positions, self.place)):
+            yield batch_of(samples, self.place.device, number, len(positions))
+
+
+def _loader(recipe: Recipe, view: WithExtras, positions: Iterable[list[int]], place: Place) -> DataLoader[Samples]:
+    workers = min(recipe.train.workers, usable_cores())  # more would only wait; samples do not depend on who makes them
+    return DataLoader(
+        view, batch_sampler=positions, num_workers=workers, pin_memory=place.device.type == "cuda", persistent_workers=False,
+        prefetch_factor=4 if workers else None, worker_init_fn=worker_init,
+    )  # fmt: skip
