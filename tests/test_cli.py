@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from dgbench import __version__, cli, results
 from dgbench.errors import DataError
 from dgbench.protocol import PROTOCOLS, lookup
+from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -136,7 +137,7 @@ def test_other_shells_complete_as_well() -> None:
 
 def test_what_is_completed_is_of_the_tests_own_folder() -> None:
     assert not list(Path.cwd().iterdir())
-    results.claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
+    claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
     assert completed("dgbench train --resume ") == ["latest", "runs/mine"]
 
 

@@ -56,12 +56,13 @@ def train(
     from dgbench import locks, render, results
     from dgbench.needs import check_training
     from dgbench.recipe import load_recipe, resolve
+    from dgbench.runs import claim_run, find_run, new_run
 
     if resume is not None:
         if any((vlm, vfm, source, targets, settings, out)) or seed is not None or name != "mfuser":
             problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
-        run = results.find_run(resume, runs)
+        run = find_run(resume, runs)
         locks.check_free(run)  # at once, before torch is imported
         begun = load_recipe(run / "recipe.yaml", check_method=False)
         check_training(begun, root, scored=not no_eval, from_scratch=not _has_checkpoint(run))
@@ -73,12 +74,12 @@ def train(
         light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names")
         check_training(light, root, scored=not no_eval)
         recipe = load_recipe(recipe_name, settings or (), flags=flags)
-        run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
+        run = claim_run(out) if out is not None else new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:
         with locks.training(run) as first:
             if first and out is not None:  # once more: a run of somebody else may have begun and ended here since
-                results.claim_run(out, locked=True)
+                claim_run(out, locked=True)
             from dgbench.engine.evaluate import evaluate
             from dgbench.engine.train import train as fit
 
@@ -215,7 +216,7 @@ def _stopped(stop: BaseException, advice: str) -> StoppedError:
 
 
 def _run_with_checkpoint(text: str, runs: Path) -> Path:
-    from dgbench.results import find_run
+    from dgbench.runs import find_run
 
     # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
     return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")

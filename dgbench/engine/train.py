@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import mfuser
-from dgbench import atomic, results
+from dgbench import atomic, results, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
@@ -33,6 +33,7 @@ from dgbench.engine import checkpoints
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.stops import Stops
+from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
@@ -80,8 +81,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     model.check_backends()
     ran = ops.tally()
 
-    commit, dirty = results.commit()
-    environment = results.environment(device_name(accelerator.device), torch.get_num_threads())
+    commit, dirty = code_commit()
+    environment = describe_environment(device_name(accelerator.device), torch.get_num_threads())
     about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty}
     start = found[1] if found else 0
     log = None
@@ -90,7 +91,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
         log = _Log(run / "log.jsonl", start, before)
         checkpoints.clean(run)
-        atomic.sweep(run)
+        temporaries.clear(run, shared=True)
         _warn_of_changes(before, environment, accelerator)
         dataset.prepare(progress)
         if recipe.data.rare_class_sampling is not None:
