@@ -236,7 +236,9 @@ def expected_tables(found: Expected) -> list[Table]:
 
 
 def expected_rows(found: Expected) -> list[FlatRow]:
-    """A row for each score that a range is known of."""
+    """A row for each score that a range is known of, or one that says why there is none."""
+    if found.reason:
+        return [{"recipe": found.recipe, "reason": found.reason}]
     return [
         flat_row(verdict, recipe=found.recipe, seeds=found.seeds, origin=found.origin) | {"within": verdict.within}
         for verdict in found.verdicts
