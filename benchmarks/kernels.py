@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgbench import results
 from dgbench.cost.cases import DTYPES, Case, block_case, deform_case, scan_case
 from dgbench.cost.kernels import candidates, machine
 from dgbench.cost.timing import median_ms, nvidia_smi
 from dgbench.engine.device import device_name, pick_device
+from dgbench.environment import code_commit
 from mfuser.fusion import MVFuser
 from mfuser.ops import compiled, dispatch
 
@@ -684,7 +684,7 @@ def sanitize(arguments: Sequence[str]) -> bool:
 
 def about(bench: Bench) -> dict[str, str]:
     """What the numbers depend on."""
-    commit, dirty = results.commit()
+    commit, dirty = code_commit()
     device, limits = bench.device, bench.limits
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

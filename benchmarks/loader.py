@@ -33,12 +33,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench import results, streets
+from dgbench import streets
 from dgbench.data.dataset import SegDataset
 from dgbench.data.images import FORMATS, Part, decode
 from dgbench.data.labels import CLASSES, IGNORE, palette
 from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
 from dgbench.data.transforms import Augmentation, Sampler, TrainView, to_model
+from dgbench.environment import code_commit
 from dgbench.progress import Silent
 
 HERE = Path(__file__).parent
@@ -284,7 +285,7 @@ def main() -> int:
                 print(f"{row.files}, {row.sampling}: {row.plain:.1f} and {row.ours:.1f} images/s", file=sys.stderr)
         decoding = floors(root, repeats)
         bytes_each = sum(path.stat().st_size for path in (root / "gta5/images").glob("*.png")) / files
-    commit, dirty = results.commit()
+    commit, dirty = code_commit()
     about = {
         "processor": processor(),
         "files": f"{files} of {size[1]}x{size[0]}, a PNG {bytes_each / 1e6:.1f} MB",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
-from dgbench.temporaries import runs
+from dgbench.temporaries import beside
 
 
 def write(path: Path, data: bytes | str) -> Path:
     """Replace `path` by `data` in one step, surviving a crash or a power cut at any moment.
 
-    The bytes go to a hidden file in the same folder (`.name.pid.tmp`, which no reader of ours looks at), are flushed to
-    the disk, and are then renamed over `path`.
+    The bytes go to a hidden file in the same folder (`temporaries.beside`, which no reader of ours looks at), are flushed
+    to the disk, and are then renamed over `path`.
 
     Raises: OSError naming `path` if the folder cannot be written or the disk is full; the old file is untouched then.
     """
@@ -23,7 +22,7 @@ def write(path: Path, data: bytes | str) -> Path:
         # /dev/stdout, /dev/null, a pipe: these are written to, never replaced
         path.write_bytes(content)
         return path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -38,19 +37,6 @@ def write(path: Path, data: bytes | str) -> Path:
         raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
     return path
-
-
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporaries that processes which are no more have left directly in `folder`; those of living ones stay."""
-    if os.name != "posix":  # elsewhere asking whether a process lives ends it
-        return
-    for path in folder.glob(".*.tmp"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found and not path.is_dir() and not runs(int(found[1])):
-            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,19 +12,17 @@ import json
 import logging
 import math
 import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dgbench import __version__, atomic, locks
-from dgbench.errors import ResultError, suggest
+from dgbench import atomic
+from dgbench.errors import ResultError
+from dgbench.runs import RUNS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +32,8 @@ if TYPE_CHECKING:
     from dgbench.matrices import Matrices
 
 SCHEMA = 2
-RUNS = "runs"  # the usual folder of runs, in the working folder
 _READS = (1, SCHEMA)  # what a schema lacks takes its default
-_CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
 _log = logging.getLogger(__name__)
-_STAMP = re.compile(r"^\d{8}T\d{6}Z")
 _RECORD_BYTES = 1 << 20
 
 
@@ -299,121 +294,6 @@ def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
                           "score both checkpoints again on the same images with `dgbench eval`") from None  # fmt: skip
 
 
-def new_run(root: Path | str, stem: str) -> Path:
-    """Create and return a run folder `<root>/<utc time>-<stem>`, never one that exists."""
-    base = f"{_stamp()}-{re.sub(r'[^A-Za-z0-9._-]+', '-', stem).strip('-')}"
-    Path(root).mkdir(parents=True, exist_ok=True)
-    for name in (base, *(f"{base}-{n}" for n in range(2, 100))):
-        try:
-            (Path(root) / name).mkdir()
-        except FileExistsError:
-            continue
-        return Path(root) / name
-    raise ResultError(f"100 runs named {base} exist in {root}", "remove some of them")
-
-
-def claim_run(folder: Path, *, locked: bool = False) -> Path:
-    """Create and return a run folder of the user's choice.
-
-    Args:
-        locked: this process holds the folder already.
-
-    Raises: ResultError if it holds anything already, or somebody trains in it.
-    """
-    if not locked:
-        locks.check_free(folder)
-    if folder.is_dir():
-        atomic.sweep(folder)  # a kill while the first file was written leaves a folder that can be trained in
-    if (folder / "recipe.yaml").is_file():
-        raise ResultError(f"{folder} holds a run already", f"go on with it: dgbench train --resume {folder}")
-    if folder.exists() and (not folder.is_dir() or any(path.name not in locks.OURS for path in folder.iterdir())):
-        raise ResultError(f"{folder} exists and is not empty", "choose a new folder for --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "recipe.yaml") -> Path:
-    """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
-
-    Args:
-        needs: what a folder must hold to count as a run; `latest` passes over those without it.
-
-    Raises: ResultError saying which runs exist.
-    """
-    runs = sorted((p.parent for p in Path(root).glob(f"*/{needs}")), key=_age)
-    if text == "latest":
-        if not runs:
-            raise ResultError(f"no run with {needs} in {root}", "train one: dgbench train streets/mfuser")
-        return runs[-1]
-    path = next((p for p in (Path(text), Path(root) / text) if p.exists()), None)
-    if path is None:
-        close = suggest(text, [run.name for run in runs])
-        latest = ", ".join(run.name for run in runs[-3:]) or "none yet"
-        raise ResultError(f"no run `{text}`", f"did you mean `{close}`?" if close else f"runs in {root}: {latest}")
-    folder = path.parent if path.is_file() else path
-    if not (folder / needs).exists():
-        what = "a run" if needs == "recipe.yaml" else f"a run with {needs}"
-        raise ResultError(f"{folder} is not {what}: it has no {needs}", "give a run folder, a record in one, or `latest`")
-    return folder
-
-
-def _age(run: Path) -> tuple[str, str]:
-    # the name tells the time even after a copy has changed the files' dates
-    if stamp := _STAMP.match(run.name):
-        return stamp[0], run.name
-    return _stamp(datetime.fromtimestamp(run.stat().st_mtime, UTC)), run.name
-
-
-def environment(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
-    """Return what a result may depend on besides code and recipe: versions, platform, device name, threads."""
-    found = {
-        "dgbench": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-    }
-    if threads is not None:
-        found["threads"] = str(threads)
-    for package in ("torch", "torchvision", "timm", "open_clip_torch", "accelerate", "numpy", "pillow", "triton"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def commit() -> tuple[str | None, bool | None]:
-    """Return the (git commit, dirty flag) of the dgbench code that runs; (None, None) when it cannot be known.
-
-    A checkout is asked only if it tracks this very file: an environment inside somebody's repository is not ours.
-    """
-    here = Path(__file__)
-    if _git("ls-files", "--error-unmatch", here.name, folder=here.parent) is not None:
-        sha, status = (
-            _git("rev-parse", "HEAD", folder=here.parent),
-            _git("status", "--porcelain", "--", *_CODE, folder=here.parent),
-        )
-        return sha, None if status is None else bool(status)
-    try:
-        direct = json.loads(metadata.distribution("dgbench").read_text("direct_url.json") or "{}")
-    except (metadata.PackageNotFoundError, ValueError):
-        return None, None
-    sha = direct.get("vcs_info", {}).get("commit_id")
-    return sha, False if sha else None
-
-
-def _git(*arguments: str, folder: Path) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def finite(value: Any) -> Any:
     """Return JSON-able data with NaN and infinities as None; JSON has no word for them."""
     if isinstance(value, float):
@@ -427,7 +307,3 @@ def finite(value: Any) -> Any:
     if type(value).__module__ == "numpy":
         return finite(value.item())
     return value
-
-
-def _stamp(now: datetime | None = None) -> str:
-    return (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")

@@ -20,11 +20,12 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
 
 
-def clear(folder: Path, *, of: str | None = None) -> None:
+def clear(folder: Path, *, of: str | None = None, shared: bool = False) -> None:
     """Remove files and folders in `folder` that processes which no longer run had under names of `beside`.
 
     Args:
         of: only those of the file or folder of this name.
+        shared: the folder may hold other hidden things: only files are removed, and only those whose name ends in `.tmp`.
     """
     try:
         names = os.listdir(folder)
@@ -34,8 +35,11 @@ def clear(folder: Path, *, of: str | None = None) -> None:
         found = _NAME.fullmatch(name)
         if found is None or of not in (None, found["of"]) or not _left(folder / name, found["host"], int(found["pid"])):
             continue
+        is_folder = (folder / name).is_dir() and not (folder / name).is_symlink()
+        if shared and (is_folder or not name.endswith(".tmp")):
+            continue
         with suppress(OSError):
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
+            if is_folder:
                 shutil.rmtree(folder / name)
             else:
                 (folder / name).unlink()

@@ -12,6 +12,7 @@ import pytest
 
 from dgbench import results
 from dgbench.recipe import dump, load_recipe
+from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -31,7 +32,7 @@ def test_a_run_that_was_scored_on_all_its_targets_is_kept(tmp_path: Path) -> Non
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     recipe = load_recipe("streets/smoke")
-    folder = results.claim_run(tmp_path / "mvfuser-seed0")
+    folder = claim_run(tmp_path / "mvfuser-seed0")
     dump(recipe, folder / "recipe.yaml")
     for record in model(0.5, 0.4, 0.4, 0.4, targets=tuple(recipe.data.targets)):
         results.write(record, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ from typer.testing import CliRunner, Result
 from dgbench import __version__, cli, results
 from dgbench.errors import DataError
 from dgbench.protocol import PROTOCOLS, lookup
+from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -136,7 +139,7 @@ def test_other_shells_complete_as_well() -> None:
 
 def test_what_is_completed_is_of_the_tests_own_folder() -> None:
     assert not list(Path.cwd().iterdir())
-    results.claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
+    claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
     assert completed("dgbench train --resume ") == ["latest", "runs/mine"]
 
 
@@ -265,8 +268,10 @@ def test_an_unknown_protocol_is_refused_before_a_run_is_looked_for(here: Path) -
 
 def test_eval_scores_under_the_protocol_that_is_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DGBENCH_CACHE", str(here / "cache"))
-    trained = run("train", "streets/smoke", "--no-eval", "--quiet", "--out", "runs/a", "--device", "cpu")
+    trained = run("train", "streets/smoke", "--no-eval", "--quiet", "--out", "runs/a", "--device", "cpu", "--format", "csv")
     assert trained.exit_code == 0, trained.output
+    (row,) = csv.DictReader(io.StringIO(trained.stdout))
+    assert (row["kind"], row["recipe"]) == ("train", "streets/smoke")
     done = run("eval", "runs/a", "--targets", "streets-city", "--protocol", "paper-half", "--quiet", "--device", "cpu")
     assert f"protocol paper-half ({lookup('paper-half').digest})" in done.stdout
     assert "run: " not in done.stderr

@@ -20,6 +20,7 @@ from dgbench.cost.fusion import FusionProfile, profile_fusion
 from dgbench.cost.tradeoff import Panel, Point, Tradeoff
 from dgbench.progress import Silent
 from dgbench.recipe import dump, load_recipe
+from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -197,7 +198,7 @@ def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_ru
 def runs_of(fuser: str, *scores: tuple[int, float]) -> None:
     """Run folders as `dgbench train` leaves them: a resolved recipe and records."""
     for seed, miou in scores:
-        folder = results.claim_run(Path("runs") / f"{fuser}-{seed}")
+        folder = claim_run(Path("runs") / f"{fuser}-{seed}")
         recipe = load_recipe(
             "streets/mfuser", [f"method.fuser={fuser}", f"train.seed={seed}", "data.targets=[streets-city,streets-world]"]
         )
@@ -272,7 +273,7 @@ def test_another_suffix_is_a_usage_error_before_anything_is_counted(name: str, h
 
 @pytest.mark.full
 def test_own_runs_references_and_published_rows_are_drawn(here: Path) -> None:
-    folder = results.claim_run(Path("runs") / "one")
+    folder = claim_run(Path("runs") / "one")
     recipe = load_recipe("streets/smoke")
     dump(recipe, folder / "recipe.yaml")
     targets = tuple(recipe.data.targets)

@@ -17,6 +17,7 @@ from loopback_hub import serving
 from PIL import Image
 
 from dgbench import results
+from dgbench.runs import claim_run
 from mfuser.towers.weights import files
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
@@ -98,7 +99,7 @@ def test_the_python_of_the_readme_runs() -> None:
 
 def test_the_python_of_the_docs_on_results_runs() -> None:
     for number, miou in enumerate((0.4, 0.6)):
-        folder = results.claim_run(Path("runs") / str(number))
+        folder = claim_run(Path("runs") / str(number))
         for record in model(0.5, miou, None):
             results.write(record, folder)
     (text,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), re.M | re.S)

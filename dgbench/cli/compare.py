@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import JsonOpt, RunsOpt, TargetsOpt
+from dgbench.cli.options import Format, FormatOpt, RunsOpt, TargetsOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -23,7 +23,7 @@ def leaderboard(
     every: Annotated[bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")] = False,
     no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
     runs: RunsOpt = Path("runs"),
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
 ) -> None:
     """Show own results by rank, reference results, and published numbers apart."""
     from dgbench import render, results
@@ -34,7 +34,7 @@ def leaderboard(
     columns = [lookup(name).name for name in targets] if targets else None
     only = lookup(source).name if source else None
     board = arrange(results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published)
-    render.show(board, as_json=as_json)
+    render.show(board, form)
 
 
 @panel.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench protocols paper-half")
@@ -42,10 +42,10 @@ def protocols(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="One of them; default: all.", autocompletion=completion.protocols)
     ] = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
 ) -> None:
     """Show what the protocols say, field by field: sizes, windows, label maps, classes."""
     from dgbench import render
     from dgbench.protocol import presets
 
-    render.show(presets(name), as_json=as_json)
+    render.show(presets(name), form)

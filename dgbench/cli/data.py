@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DomainArg, JsonOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt, listed
+from dgbench.cli.options import DomainArg, Format, FormatOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt, listed
 from dgbench.cli.program import Command, Program
 
 group = typer.Typer(
@@ -17,12 +17,12 @@ group = typer.Typer(
 
 
 @group.command("list", cls=Command, epilog="Example: dgbench data list")
-def data_list(root: RootOpt = None, as_json: JsonOpt = False) -> None:
+def data_list(root: RootOpt = None, form: FormatOpt = Format.TEXT) -> None:
     """List the domains and where each lies on this disk."""
     from dgbench import render
     from dgbench.data.listing import states
 
-    render.show(states(root), as_json=as_json)
+    render.show(states(root), form)
 
 
 @group.command("show", cls=Command, epilog="Example: dgbench data show streets-night --n 6 --out sheet.png")
@@ -33,7 +33,7 @@ def data_show(
     label_map: LabelMapOpt = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The picture to write.")] = Path("sheet.png"),
     root: RootOpt = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Write a contact sheet: images, label overlays, legend."""
@@ -41,7 +41,7 @@ def data_show(
     from dgbench.data.listing import sheet
 
     drawn = sheet(domain, split, out, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
-    render.show(drawn, as_json=as_json)
+    render.show(drawn, form)
 
 
 @group.command("stats", cls=Command, epilog="Example: dgbench data stats streets-game --n 200")
@@ -51,7 +51,7 @@ def data_stats(
     split: SplitOpt = None,
     label_map: LabelMapOpt = None,
     root: RootOpt = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Count how much of a domain each class makes up."""
@@ -59,7 +59,7 @@ def data_stats(
     from dgbench.data.listing import class_shares
 
     shares = class_shares(domain, split, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
-    render.show(shares, as_json=as_json)
+    render.show(shares, form)
 
 
 @group.command("verify", cls=Command, epilog="Example: dgbench data verify cityscapes bdd100k")
@@ -77,7 +77,7 @@ def data_verify(
         bool, typer.Option("--partial", help="More or fewer images than the complete split are all right.")
     ] = False,
     root: RootOpt = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Read every file: pairs, sizes, label values against the map, classes; exit 1 if something is wrong."""
@@ -87,7 +87,7 @@ def data_verify(
     progress = render.progress(quiet=quiet)
     wanted = [(name, split) for name in names for split in (splits or splits_to_verify(name, root))]
     reports = [verify(name, split, root, label_map=label_map, progress=progress) for name, split in wanted]
-    render.show(reports, as_json=as_json)
+    render.show(reports, form)
     if not all(report.ok and (partial or not (report.n_missing or report.n_extra)) for report in reports):
         raise typer.Exit(1)
 
@@ -107,7 +107,7 @@ def data_export(
     size: Annotated[tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Default: 256 512.")] = None,
     layout: Annotated[str | None, typer.Option(metavar="NAME", help="One of DOMAIN's layouts; default: as published.")] = None,
     label_map: Annotated[str | None, typer.Option(metavar="NAME", help="Of DOMAIN's label maps, not its own.")] = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Write rendered scenes as the files of a published set: its folders, names and label encoding."""
@@ -116,4 +116,4 @@ def data_export(
 
     done = export(streets, as_, out, n=n, splits=splits or (), size=size, layout=layout, label_map=label_map,
                   progress=render.progress(quiet=quiet))  # fmt: skip
-    render.show(done, as_json=as_json)
+    render.show(done, form)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import JsonOpt, QuietOpt, RootOpt, listed
+from dgbench.cli.options import Format, FormatOpt, QuietOpt, RootOpt, listed
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -51,7 +51,7 @@ def download(
     label_map: Annotated[str, typer.Option(metavar="NAME", help="With --hub: what the labels' values mean.")] = "train-ids",
     split: Annotated[str, typer.Option(metavar="NAME", help="With --hub: what to call a set of loose files.")] = "val",
     root: RootOpt = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Fetch domains and towers: show what is needed, then transfer, check and unpack it; again to go on after a stop."""
@@ -73,11 +73,11 @@ def download(
             show=render.tell if not quiet else lambda _plan: None,
         )  # fmt: skip
         if dry_run:
-            render.show(downloads.plan(names or (), options, wish), as_json=as_json)
+            render.show(downloads.plan(names or (), options, wish), form)
             return
         outcome = downloads.download(names or (), options, wish)
     if outcome.rows:
-        render.show(list(outcome.rows), as_json=as_json)
+        render.show(list(outcome.rows), form)
     for problem in outcome.problems:
         render.failure(problem.message, problem.hint)
     if outcome.problems:
@@ -105,9 +105,9 @@ def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) 
 
 
 @panel.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench models --json")
-def models(as_json: JsonOpt = False) -> None:
+def models(form: FormatOpt = Format.TEXT) -> None:
     """List the towers: role, weights, licence, and whether they are on this disk."""
     from dgbench import render
     from mfuser.towers.hub import models as towers
 
-    render.show(towers(), as_json=as_json)
+    render.show(towers(), form)

@@ -9,21 +9,11 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, JsonOpt, QuietOpt, RunsOpt
+from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RunsOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
 _PICTURES = (".png", ".svg", ".pdf")
-
-
-class Format(StrEnum):
-    """What a table is written as."""
-
-    TEXT = "text"
-    MARKDOWN = "markdown"
-    CSV = "csv"
-    LATEX = "latex"
-    JSON = "json"
 
 
 class Rule(StrEnum):
@@ -74,11 +64,10 @@ def profile(
         Path | None, typer.Option(metavar="PICTURE", help="Draw accuracy, or --fusion's tokens, against cost: .png, .svg, .pdf.")
     ] = None,
     count_only: Annotated[bool, typer.Option("--count-only", help="Time nothing.")] = False,
-    form: Annotated[Format, typer.Option("--format", metavar="NAME", help="text, markdown, csv, latex or json.")] = Format.TEXT,
     passes: Annotated[int, typer.Option(metavar="COUNT", min=1, help="How often all is built and timed again on a GPU.")] = 3,
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:  # fmt: skip
     """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
@@ -86,7 +75,6 @@ def profile(
     from dgbench.names import check_models
 
     progress = render.progress(quiet=quiet)
-    form = Format.JSON if as_json else form
     if plot is not None and plot.suffix.lower() not in _PICTURES:
         raise typer.BadParameter(f"{plot} must end in {', '.join(_PICTURES)}", ctx=ctx, param_hint="'--plot'")
     if size is not None and len(size) > 2:
@@ -107,7 +95,7 @@ def profile(
             progress, vfm=vfm, vlm=vlm, size=crop, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
             device=device, timed=not count_only, records=results.query(runs), passes=passes,
         )  # fmt: skip
-        render.show(layers, form=form)
+        render.show(layers, form)
         if plot is not None:
             render.note(f"plot: {render.draw_fusion(layers, plot)}")
         return
@@ -120,7 +108,7 @@ def profile(
         chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
         timed=not count_only, by_module=by_module, passes=passes,
     )  # fmt: skip
-    render.show(found, form=form)
+    render.show(found, form)
     if plot is not None:
         from dgbench.cost.tradeoff import tradeoff
 

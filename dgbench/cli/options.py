@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,17 @@ def _device(ctx: typer.Context, name: str | None) -> str | None:
     return check_device(name)
 
 
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+class Format(StrEnum):
+    """What a result is printed as; `Command` lets `--json` stand for `--format json`."""
+
+    TEXT = "text"
+    CSV = "csv"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+    JSON = "json"
+
+
+FormatOpt = Annotated[Format, typer.Option("--format", metavar="NAME", help="text, csv, markdown, latex or json.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[
     str | None,

@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
@@ -39,8 +40,30 @@ def _help_names(ctx: Context) -> list[str]:
     return list(ctx.help_option_names)
 
 
+@cache
+def _json_flag() -> AnyParameter:
+    """`--json` as Typer makes it of a function, which is the only way that it makes options."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def probe(as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False) -> None:
+        """Hold the option."""
+
+    return next(param for param in typer.main.get_command(app).params if "--json" in param.opts)
+
+
 class Command(TyperCommand):
-    """A command whose list-valued options take one or more values each, and may repeat."""
+    """A command whose list-valued options take one or more values each, and may repeat.
+
+    Where there is `--format`, `--json` is short for `--format json`.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for place, param in enumerate(self.params):
+            if "--format" in param.opts:
+                self.params.insert(place + 1, _json_flag())
+                break
 
     def get_params(self, ctx: Context) -> list[AnyParameter]:
         """Name no type behind flags."""
@@ -61,6 +84,10 @@ class Command(TyperCommand):
             _refuse_empty(args, ctx)
         lists = {name: p for p in self.params if isinstance(p, TyperOption) and p.multiple for name in p.opts}
         rest = super().parse_args(ctx, list(_one_flag_each(args, lists, ctx)))
+        if ctx.params.pop("as_json", False):
+            if ctx.params["form"] not in ("text", "json"):
+                raise typer.BadParameter("another format is given, too", ctx=ctx, param_hint="'--json'")
+            ctx.params["form"] = "json"
         if ctx.resilient_parsing:
             # completion goes back `nargs` words to see whose value it completes: here, as far as there is no other flag
             for option in lists.values():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, JsonOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
+from dgbench.cli.options import DeviceOpt, Format, FormatOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
 from dgbench.cli.program import Command
 from dgbench.errors import RecipeError, ResultError, StoppedError, Terminated
 
@@ -49,19 +49,20 @@ def train(
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Train on one domain, score on others, show the leaderboard."""
     from dgbench import locks, render, results
     from dgbench.needs import check_training
     from dgbench.recipe import load_recipe, resolve
+    from dgbench.runs import claim_run, find_run, new_run
 
     if resume is not None:
         if any((vlm, vfm, source, targets, settings, out)) or seed is not None or name != "mfuser":
             problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
-        run = results.find_run(resume, runs)
+        run = find_run(resume, runs)
         locks.check_free(run)  # at once, before torch is imported
         begun = load_recipe(run / "recipe.yaml", check_method=False)
         check_training(begun, root, scored=not no_eval, from_scratch=not _has_checkpoint(run))
@@ -73,12 +74,12 @@ def train(
         light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names")
         check_training(light, root, scored=not no_eval)
         recipe = load_recipe(recipe_name, settings or (), flags=flags)
-        run = results.claim_run(out) if out is not None else results.new_run(runs, recipe.name)
+        run = claim_run(out) if out is not None else new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:
         with locks.training(run) as first:
             if first and out is not None:  # once more: a run of somebody else may have begun and ended here since
-                results.claim_run(out, locked=True)
+                claim_run(out, locked=True)
             from dgbench.engine.evaluate import evaluate
             from dgbench.engine.train import train as fit
 
@@ -93,14 +94,15 @@ def train(
             run.rmdir()
     if no_eval:
         render.note(f"trained: {run}")
-        render.show([trained], as_json=True) if as_json else None
+        if form != Format.TEXT:
+            render.show([trained], form)
         return
     try:
         records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
     except (KeyboardInterrupt, Terminated) as stop:
         raise _stopped(stop, f"training is complete, score it with: dgbench eval {shlex.quote(str(run))}") from None
-    if as_json:
-        render.show([trained, *records], as_json=True)
+    if form in (Format.JSON, Format.CSV):
+        render.show([trained, *records], form)
         return
     from dgbench.report.expected import held_against, references
     from dgbench.report.leaderboard import leaderboard, of_run
@@ -108,10 +110,10 @@ def train(
     # with --out the run may lie elsewhere, and --runs nowhere yet
     others = results.query(runs) if runs.exists() else []
     known = {record.id: record for record in (*others, trained, *records)}
-    render.show(of_run(leaderboard(known.values(), references(), published=False, beside=True), run))
+    render.show(of_run(leaderboard(known.values(), references(), published=False, beside=True), run), form)
     if (expected := held_against(recipe, _as_shipped(recipe_name), [trained, *records])) is not None:
         render.write("")
-        render.show(expected)
+        render.show(expected, form)
     render.note(f"run: {run}")
 
 
@@ -129,7 +131,7 @@ def eval_(
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
@@ -166,7 +168,7 @@ def eval_(
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
         raise _stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
-    render.show(records, as_json=as_json)
+    render.show(records, form)
 
 
 @panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
@@ -180,7 +182,7 @@ def predict(
     ] = Path(),
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
 ) -> None:
     """Segment photographs and draw the classes over them."""
     from dgbench import render
@@ -189,7 +191,7 @@ def predict(
     folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
     from dgbench.engine.predict import predict as segment
 
-    render.show(segment(photos, folder, out, device=device), as_json=as_json)
+    render.show(segment(photos, folder, out, device=device), form)
 
 
 def _has_checkpoint(run: Path) -> bool:
@@ -215,7 +217,7 @@ def _stopped(stop: BaseException, advice: str) -> StoppedError:
 
 
 def _run_with_checkpoint(text: str, runs: Path) -> Path:
-    from dgbench.results import find_run
+    from dgbench.runs import find_run
 
     # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
     return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli.options import JsonOpt
+from dgbench.cli.options import Format, FormatOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -23,11 +23,11 @@ def convert(
     token_ids: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON with the 19x5 token ids, where there is no tokenizer.")
     ] = None,
-    as_json: JsonOpt = False,
+    form: FormatOpt = Format.TEXT,
 ) -> None:
     """Make a run of a checkpoint that the authors of MFuser published; no code of it is run."""
     from dgbench import render
     from dgbench.engine import convert as conversion
 
     ids = conversion.read_token_ids(token_ids) if token_ids else None
-    render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), as_json=as_json)
+    render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), form)

@@ -13,6 +13,7 @@ from dgbench import results
 from dgbench.cost.conventions import CONVENTIONS, Cost
 from dgbench.cost.profile import DTYPES, SIZE, settled
 from dgbench.cost.timing import Call, Hardware, Times, hardware, samples
+from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import RecipeError
 from dgbench.progress import Progress
 from dgbench.report.ablation import Accuracy, ablation, published
@@ -115,12 +116,12 @@ def profile_fusion(
             progress.advance()
     finally:
         progress.stop()
-    main, (commit, dirty) = points[size], results.commit()
+    main, (commit, dirty) = points[size], code_commit()
     return FusionProfile(
         vfm or "dinov2_l", vlm or "eva02", bench.dim, size, main.tokens, main.rows,
         tuple(points[each] for each in sorted(points)), convention, CONVENTIONS[convention].unit, batch, precision, gpu,
         unmeasured, ops.ran_since(ran), own.described, own.left_out, paper.cite if printed else "", results.now_iso(),
-        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
+        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from dgbench.cost.conventions import CONVENTIONS, Convention, Cost
 from dgbench.cost.counted import ITSELF, Subject, Tally, built, keep, known, made_now
 from dgbench.cost.timing import Call, Hardware, Times, hardware, joules, samples, times
 from dgbench.engine.device import peak_gib, pick_device
+from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
 from dgbench.progress import Progress, Silent
 from dgbench.protocol import lookup as protocol
@@ -195,11 +196,11 @@ def profile(
             rows = [_with_times(row, found, batches) for row, found in zip(rows, taken, strict=True)]
     finally:
         progress.stop()
-    commit, dirty = results.commit()
+    commit, dirty = code_commit()
     return Profile(
         tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
         gpu, unmeasured, results.now_iso(),
-        results.environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty, elsewhere,
+        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty, elsewhere,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
+from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
@@ -153,7 +154,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset
     dataset.prepare(progress)
     size = None if dataset.domain.procedural else recipe.data.size
     row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
-    hashed, environment = protocol.protocol_hash(rules, row), results.environment(device_name(device), torch.get_num_threads())
+    hashed, environment = protocol.protocol_hash(rules, row), describe_environment(device_name(device), torch.get_num_threads())
     about = {"checkpoint": found.sha, "target": dataset.domain.name, "split": dataset.split, "protocol": rules.digest}
     ids = [dataset.name(i) for i in range(len(dataset))]
     key = partial.key_of(
@@ -174,7 +175,7 @@ def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset
         _log.warning(f"{dataset.domain.name} {dataset.split}: mIoU is undefined: no labelled pixel in {len(ids)} images")
     elif few := metrics.rare(counts, classes=classes, absent=absent):
         _log.warning(rarely_seen(dataset.domain.name, dataset.split, few))
-    commit, dirty = results.commit()
+    commit, dirty = code_commit()
     record = results.Record(
         id=part.id, kind="eval", created=results.now_iso(), method=found.model.method,
         variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,

@@ -31,7 +31,7 @@ from dgbench.errors import ResultError
 _EVERY = 5.0  # seconds between two writes; more if one takes long: writing takes at most 2 % of the time
 _OLD = 3600.0  # seconds after which a file that somebody else may still be about to use is not used any more
 _ID = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{6}")
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.tmp")  # as dgbench.atomic names them
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[^./]*-)?(?P<pid>\d{1,9})\.tmp")  # as dgbench.temporaries names them
 _SECONDS = ("data", "model", "metric", "total")
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 import mfuser
-from dgbench import atomic, results
+from dgbench import atomic, results, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import streams
 from dgbench.data.sampling import class_counts
@@ -29,6 +29,7 @@ from dgbench.engine.device import accelerator_on, device_name, memory_refused, p
 from dgbench.engine.log import Log
 from dgbench.engine.optim import optimizer_of
 from dgbench.engine.stops import Stops
+from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
@@ -82,8 +83,8 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
-    commit, dirty = results.commit()
-    environment = results.environment(device_name(accelerator.device), torch.get_num_threads())
+    commit, dirty = code_commit()
+    environment = describe_environment(device_name(accelerator.device), torch.get_num_threads())
     about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty, "init": init, "streams": digests}
     start = found[1] if found else 0
     log = None
@@ -92,7 +93,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
         log = Log(run / "log.jsonl", start, before)
         checkpoints.clean(run)
-        atomic.sweep(run)
+        temporaries.clear(run, shared=True)
         _warn_of_changes(before, environment, accelerator)
         dataset.prepare(progress)
         for stream in extra:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.flat import FlatRow, flat_row, flatten
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.data.export import Exported
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from dgbench.data.verify import Report
 
 
-def _domain_states(states: Sequence[DomainState]) -> list[Table]:
+def domain_tables(states: Sequence[DomainState]) -> list[Table]:
     rows = []
     for state in states:
         counts = " / ".join(str(state.splits.get(split) or ABSENT) for split in ("train", "val"))
@@ -50,7 +51,7 @@ def _on_disk(state: DomainState) -> Cell:
 _LISTED = 20  # problems that are shown; JSON has all
 
 
-def _reports(reports: Sequence[Report]) -> list[Table]:
+def report_tables(reports: Sequence[Report]) -> list[Table]:
     return [table for report in reports for table in (_verdict(report), _found_values(report)) if table.rows]
 
 
@@ -101,7 +102,7 @@ def _found_values(report: Report) -> Table:
     return Table("", ("value", "meaning", "pixels", "images"), tuple(rows), keys=2, legend=tuple(legend))
 
 
-def _class_shares(shares: Sequence[ClassShare]) -> list[Table]:
+def class_tables(shares: Sequence[ClassShare]) -> list[Table]:
     rows = tuple((Cell(s.name), Cell(f"{100 * s.pixels:.2f}"), Cell(f"{100 * s.images:.0f}")) for s in shares)
     first = shares[0]
     title = f"{first.domain} {first.split}: classes over {first.n_images} images"
@@ -109,11 +110,11 @@ def _class_shares(shares: Sequence[ClassShare]) -> list[Table]:
     return [Table(title, ("class", "pixels", "images"), rows, legend=legend)]
 
 
-def _sheet(sheet: Sheet) -> list[Table]:
+def sheet_tables(sheet: Sheet) -> list[Table]:
     return [Table(f"{sheet.path}: {sheet.n_images} images of {sheet.domain} {sheet.split}", (), ())]
 
 
-def _exported(splits: Sequence[Exported]) -> list[Table]:
+def exported_tables(splits: Sequence[Exported]) -> list[Table]:
     rows = [
         (*map(Cell, (s.split, str(s.n_images), f"{s.size[0]}x{s.size[1]}", s.layout, s.label_map)),
          Cell(", ".join(f"{name} {pixels}" for name, pixels in s.ignored.items()) or ABSENT, "warn" if s.ignored else ""))
@@ -125,10 +126,16 @@ def _exported(splits: Sequence[Exported]) -> list[Table]:
     return [Table(title, header, tuple(rows), left=True, legend=legend)]
 
 
-TABLES: Tables = {
-    "DomainState": _domain_states,
-    "Report": _reports,
-    "ClassShare": _class_shares,
-    "Sheet": _sheet,
-    "Exported": _exported,
-}
+def report_rows(reports: Sequence[Report]) -> list[FlatRow]:
+    """A row for each domain and split: its counts, the pixels of each meaning, and the problems in words."""
+    rows = []
+    for report in reports:
+        pixels: dict[str, int] = {}
+        for value in report.values:
+            pixels[value.meaning] = pixels.get(value.meaning, 0) + value.pixels
+        problems = tuple(f"{problem.kind}: {problem.file}: {problem.detail}" for problem in report.problems)
+        row = flat_row(report, without=("problems", "values")) | {"ok": report.ok, "n_problems": len(problems)}
+        flatten("problems", problems, row)
+        flatten("pixels", pixels, row)
+        rows.append(row)
+    return rows

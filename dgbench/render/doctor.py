@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from dgbench.render.table import Cell, Table, Tables
+from dgbench.render.table import Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.doctor import Check
 
 
-def _checks(checks: Sequence[Check]) -> list[Table]:
+def check_tables(checks: Sequence[Check]) -> list[Table]:
     styles: dict[str, Literal["good", "warn", "bad", "dim"]] = {
         "ok": "good",
         "warn": "warn",
@@ -21,6 +21,3 @@ def _checks(checks: Sequence[Check]) -> list[Table]:
     rows = tuple((Cell(check.state, styles[check.state]), Cell(check.name), Cell(check.detail)) for check in checks)
     legend = tuple(f"hint ({check.name}): {check.hint}" for check in checks if check.hint)
     return [Table("", ("state", "check", "found"), rows, keys=2, left=True, legend=legend)]
-
-
-TABLES: Tables = {"Check": _checks}

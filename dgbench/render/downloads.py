@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.numbers import byte_size
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.download.command import Stored
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from mfuser.towers.hub import Fetched, Model
 
 
-def _models(models: Sequence[Model]) -> list[Table]:
+def model_tables(models: Sequence[Model]) -> list[Table]:
     rows = []
     for model in models:
         if model.repo is None:
@@ -37,7 +38,7 @@ def _models(models: Sequence[Model]) -> list[Table]:
     return [Table("", header, tuple(rows), left=True, legend=legend)]
 
 
-def _downloaded(rows: Sequence[Fetched | Stored]) -> list[Table]:
+def downloaded_tables(rows: Sequence[Fetched | Stored]) -> list[Table]:
     """Towers and domains, a table each."""
     towers = [row for row in rows if hasattr(row, "repo")]
     stored = [row for row in rows if not hasattr(row, "repo")]
@@ -64,7 +65,7 @@ def _stored(stored: Sequence[Stored]) -> list[Table]:
     return [Table("", ("domain", "files", "size", "state", "checked"), tuple(rows), left=True, legend=tuple(legend))]
 
 
-def _plan(plan: Plan) -> list[Table]:
+def plan_tables(plan: Plan) -> list[Table]:
     rows = []
     for need in plan.needs:
         what = {"here": "", "to link": ""}.get(need.state, f"{need.files:,}" if need.files else ABSENT)
@@ -81,4 +82,6 @@ def _plan(plan: Plan) -> list[Table]:
     return [Table("", ("name", "state", "files", "size", "licence"), tuple(rows), left=True, legend=tuple(legend))]
 
 
-TABLES: Tables = {"Model": _models, "Fetched": _downloaded, "Stored": _downloaded, "Plan": _plan}
+def plan_rows(plan: Plan) -> list[FlatRow]:
+    """A row for each domain and tower that was named."""
+    return flat_rows(plan.needs)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.flat import FlatRow, flat_row, flat_rows
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.cost.kernels import Bench, Built, KernelList, TimedCase
 
 
-def _kernel_list(found: KernelList) -> list[Table]:
+def kernel_tables(found: KernelList) -> list[Table]:
     rows = []
     for row in found.backends:
         picked = ", ".join(row.auto) or ("named only" if row.named_only else ABSENT)
@@ -37,13 +38,13 @@ def _kernel_list(found: KernelList) -> list[Table]:
     ]
 
 
-def _built(built: Built) -> list[Table]:
+def built_tables(built: Built) -> list[Table]:
     size = f"{built.bytes / 1e6:.1f} MB for {', '.join(built.architectures)}"
     how = f"compiled in {built.seconds:.0f} s" if built.new else "there already"
     return [Table(f"{built.path}: {size}, {how}", (), ())]
 
 
-def _bench(bench: Bench) -> list[Table]:
+def bench_tables(bench: Bench) -> list[Table]:
     return [_timed_case(case, bench.machine.name) for case in bench.cases]
 
 
@@ -66,4 +67,17 @@ def _milliseconds(*values: float) -> tuple[str, ...]:
     return tuple(f"{value:.3f}" if value < 10 else f"{value:.1f}" for value in values)
 
 
-TABLES: Tables = {"KernelList": _kernel_list, "Built": _built, "Bench": _bench}
+def kernel_rows(found: KernelList) -> list[FlatRow]:
+    """A row for each backend; the library is in JSON alone."""
+    return [row | {"device": found.device} for row in flat_rows(found.backends)]
+
+
+def bench_rows(bench: Bench) -> list[FlatRow]:
+    """A row for each backend that was timed on a case, and its floor."""
+    rows = []
+    for case in bench.cases:
+        about = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "machine": bench.machine.name}
+        rows += [flat_row(timing, **about) for timing in case.timings]
+        rows.append({**about, "backend": "floor", "forward_ms": case.floor_ms[0], "both_ms": case.floor_ms[1]})
+        rows += [{**about, "backend": name, "refused": reason} for name, reason in case.refused.items()]
+    return rows

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from dgbench.render.flat import FlatRow, flat_row, flatten
 from dgbench.render.numbers import percent
 from dgbench.render.protocols import with_hash
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.expected import Expected
@@ -19,7 +20,7 @@ PARTIAL = "~"  # behind a score: of other images than the published split's; beh
 _NAMED = 5  # rows that a line of the legend names
 
 
-def _leaderboard(board: Leaderboard) -> list[Table]:
+def leaderboard_tables(board: Leaderboard) -> list[Table]:
     tables: list[Table] = []
     titles: set[str] = set()
     names = _names(board.groups)
@@ -33,6 +34,34 @@ def _leaderboard(board: Leaderboard) -> list[Table]:
     if not tables:
         tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
     return tables + [_published(group) for group in board.published]
+
+
+def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
+    """A row for each model of each table: what it is and stands in, its scores and, of each, whether it is partial."""
+    return [
+        flat_row(
+            row,
+            without=("source_score", "scores", "mean", "settings"),
+            trained_on=group.source,
+            trained_on_rendered=group.source_rendered,
+            trained_on_part=row.partial_source,
+            protocol=group.protocol,
+            protocol_digest=group.protocol_digest,
+            targets_rendered=group.rendered,
+        )
+        | _flat_scores(row)
+        | {f"settings_{key}": str(value) for key, value in row.settings.items()}
+        for group in (*board.groups, *board.published)
+        for row in group.rows
+    ]
+
+
+def _flat_scores(row: Row) -> FlatRow:
+    values: FlatRow = {}
+    for name, score in {"source_val": row.source_score, **row.scores, "mean": row.mean}.items():
+        if score is not None:
+            flatten(name, score, values)
+    return values
 
 
 def _title(group: Group) -> str:
@@ -188,7 +217,7 @@ def _shared_prefix(targets: Sequence[str]) -> str:
     return "streets-" if targets and all(target.startswith("streets-") for target in targets) else ""
 
 
-def _expected(found: Expected) -> list[Table]:
+def expected_tables(found: Expected) -> list[Table]:
     if found.reason:
         return [Table(f"No expected range of recipe {found.recipe} for this run: {found.reason}", (), ())]
     rows = tuple(
@@ -206,4 +235,11 @@ def _expected(found: Expected) -> list[Table]:
     return [Table(title, ("domain", "mIoU", "expected range", ""), rows, legend=legend)]
 
 
-TABLES: Tables = {"Leaderboard": _leaderboard, "Expected": _expected}
+def expected_rows(found: Expected) -> list[FlatRow]:
+    """A row for each score that a range is known of, or one that says why there is none."""
+    if found.reason:
+        return [{"recipe": found.recipe, "reason": found.reason}]
+    return [
+        flat_row(verdict, recipe=found.recipe, seeds=found.seeds, origin=found.origin) | {"within": verdict.within}
+        for verdict in found.verdicts
+    ]

@@ -69,15 +69,39 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 def in_latex(text: str) -> str:
     """Return text that LaTeX sets as it stands."""
-    shown = "".join(_LATEX.get(letter, letter) for letter in visible(text))
+    shown = "".join(_LATEX.get(letter, letter) for letter in _DASHES.sub("-\0", visible(text))).replace("\0", "{}")
     # at a row's start these two would belong to the `\\` before
     return f"{{{shown[0]}}}{shown[1:]}" if shown[:1] in ("[", "*") else shown
 
 
-_LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-          "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "†": r"\textdagger{}", "…": r"\ldots{}",
-          "²": r"$^2$", "×": r"$\times$"}  # fmt: skip
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",  # else an opening quotation mark
+    "±": r"$\pm$",
+    "–": "--",
+    "—": "---",
+    "’": "'",
+    "·": r"\textperiodcentered{}",
+    "•": r"\textbullet{}",
+    "∞": r"$\infty$",
+    "†": r"\textdagger{}",
+    "…": r"\ldots{}",
+    "²": r"$^2$",
+    "×": r"$\times$",
+}
+_DASHES = re.compile(r"-(?=-)")  # two of them would be set as one long one: --json
 
 
 def in_csv(value: object) -> object:

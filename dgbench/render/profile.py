@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.flat import FlatRow, flat_row, flatten
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.cost.fusion import FusionProfile, FusionRow
@@ -23,7 +23,7 @@ _GFLOP = "GFLOP: of one image, two a multiply-accumulate, the scan included."
 _SCAN = "scan: 9 B L D N + B L D floating-point operations. Not counted: activations, norms, softmax, copies."
 
 
-def _profile(found: Profile) -> list[Table]:
+def profile_tables(found: Profile) -> list[Table]:
     tables = [_counts(found)]
     if any(row.timings or row.problem for row in found.rows):
         tables.append(_times(found))
@@ -158,7 +158,7 @@ def _machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[st
 # ---- fusion
 
 
-def _fusion(found: FusionProfile) -> list[Table]:
+def fusion_tables(found: FusionProfile) -> list[Table]:
     return [_fusers(found), *(_sweep(found) if len(found.sweep) > 1 else ())]
 
 
@@ -229,35 +229,16 @@ def _sweep(found: FusionProfile) -> list[Table]:
     return tables
 
 
-TABLES: Tables = {"Profile": _profile, "FusionProfile": _fusion}
-
-
 # ---- for other programs
 
 
-def flat(found: Profile | FusionProfile) -> list[dict[str, Any]]:
+def profile_rows(found: Profile | FusionProfile) -> list[FlatRow]:
     """A row for each model or fuser, with full numbers under names that say their units."""
     rows = []
     for row in found.rows:
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(row):
-            if field.name not in ("components", "by_operator", "by_module", "timings", "backends"):
-                _flatten(field.name, getattr(row, field.name), values)
+        values = flat_row(row, without=("components", "by_operator", "by_module", "timings", "backends"))
         for timing in getattr(row, "timings", ()):
-            _flatten(f"batch{timing.batch}", timing, values)
+            flatten(f"batch{timing.batch}", timing, values)
         values |= {"convention": found.convention, "dtype": found.dtype, "gpu": found.hardware.name if found.hardware else None}
         rows.append(values)
     return rows
-
-
-def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _flatten(f"{name}_{field.name}", getattr(value, field.name), into)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(f"{name}_{key}", item, into)
-    elif isinstance(value, tuple):
-        into[name] = "x".join(map(str, value))
-    else:
-        into[name] = value

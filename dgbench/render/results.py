@@ -1,44 +1,74 @@
-"""A typed result is shown: as the tables that belong to its class, or as JSON."""
+"""A typed result is shown: as the tables that are drawn of its class, as CSV, or as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
-from dgbench.render.table import Table, Tables, draw_rich, plain
+from dgbench.render.table import Table, draw_rich, plain
 from dgbench.render.terminal import may_draw, note, open_console, write
 from dgbench.render.texts import TEXTS, csv
 from dgbench.results import finite
 
-# by name, each file's own: looking up a class must not import the engine
-_TABLES: Tables = {
-    name: draw
-    for part in (leaderboard, protocols, runs, data, downloads, kernels, profile, doctor)
-    for name, draw in part.TABLES.items()
+
+class Renderer(NamedTuple):
+    """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
+
+    tables: Callable[[Any], list[Table]]
+    rows: Callable[[Any], list[FlatRow]] = flat_rows
+
+
+# by module and name of the class: looking one up must not import the engine
+RENDERERS: dict[str, Renderer] = {
+    "dgbench.cost.fusion.FusionProfile": Renderer(profile.fusion_tables, profile.profile_rows),
+    "dgbench.cost.kernels.Bench": Renderer(kernels.bench_tables, kernels.bench_rows),
+    "dgbench.cost.kernels.Built": Renderer(kernels.built_tables),
+    "dgbench.cost.kernels.KernelList": Renderer(kernels.kernel_tables, kernels.kernel_rows),
+    "dgbench.cost.profile.Profile": Renderer(profile.profile_tables, profile.profile_rows),
+    "dgbench.data.export.Exported": Renderer(data.exported_tables),
+    "dgbench.data.listing.ClassShare": Renderer(data.class_tables),
+    "dgbench.data.listing.DomainState": Renderer(data.domain_tables),
+    "dgbench.data.listing.Sheet": Renderer(data.sheet_tables),
+    "dgbench.data.verify.Report": Renderer(data.report_tables, data.report_rows),
+    "dgbench.doctor.Check": Renderer(doctor.check_tables),
+    "dgbench.download.command.Stored": Renderer(downloads.downloaded_tables),
+    "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
+    "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
+    "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
+    "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
+    "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
+    "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
+    "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
+    "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
+    "mfuser.towers.hub.Model": Renderer(downloads.model_tables),
 }
 
 
-def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
+def show(result: Any, form: str = "text") -> None:
     """Print a typed result, or a list of them, to stdout.
 
     Args:
-        form: "text", "markdown", "latex", "json", or, of a profile, "csv".
+        form: "text", "csv", "markdown", "latex" or "json".
     """
-    if as_json or form == "json":
+    if form == "json":
         readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
         write(visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
         return
-    first = result[0] if isinstance(result, Sequence) and result else result
-    tables = _TABLES[type(first).__name__](result) if first else [Table("nothing to show", (), ())]
+    nothing = not result
     if form == "csv":
-        write(csv(profile.flat(result)))
+        if rows := [] if nothing else _renderer(result).rows(result):
+            write(csv(rows))
+        else:
+            note("nothing to show")
         return
+    tables = [Table("nothing to show", (), ())] if nothing else _renderer(result).tables(result)
     if form in TEXTS:
         write("\n\n".join(TEXTS[form](table) for table in tables))
         return
@@ -56,8 +86,13 @@ def show(result: Any, *, as_json: bool = False, form: str = "text") -> None:
 
 def tell(result: object) -> None:
     """Print a typed result as text on stderr: what a command says before it does its work."""
-    for table in _TABLES[type(result).__name__](result):
+    for table in _renderer(result).tables(result):
         note(plain(table))
+
+
+def _renderer(result: Any) -> Renderer:
+    first = result[0] if isinstance(result, Sequence) else result
+    return RENDERERS[f"{type(first).__module__}.{type(first).__qualname__}"]
 
 
 def _plain_data(value: Any) -> Any:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dgbench.render.flat import FlatRow, flat_row
 from dgbench.render.numbers import duration
 from dgbench.render.protocols import with_hash
-from dgbench.render.table import ABSENT, Cell, Table, Tables
+from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.engine.convert import Converted
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dgbench.results import Record
 
 
-def _records(records: Sequence[Record]) -> list[Table]:
+def record_tables(records: Sequence[Record]) -> list[Table]:
     rows = []
     subsets = sorted({key for record in records for key in record.extra if key.startswith("miou")}, reverse=True)
     for record in records:
@@ -54,7 +55,7 @@ def _records(records: Sequence[Record]) -> list[Table]:
     return [Table(title, header, tuple(rows), legend=tuple(legend))]
 
 
-def _predictions(predictions: Sequence[Prediction]) -> list[Table]:
+def prediction_tables(predictions: Sequence[Prediction]) -> list[Table]:
     rows = []
     for prediction in predictions:
         top = list(prediction.shares.items())[:4]
@@ -63,7 +64,7 @@ def _predictions(predictions: Sequence[Prediction]) -> list[Table]:
     return [Table("", ("photo", "overlay", "largest classes"), tuple(rows), left=True)]
 
 
-def _converted(done: Converted) -> list[Table]:
+def converted_tables(done: Converted) -> list[Table]:
     legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
     legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
     return [
@@ -71,4 +72,15 @@ def _converted(done: Converted) -> list[Table]:
     ]
 
 
-TABLES: Tables = {"Record": _records, "Prediction": _predictions, "Converted": _converted}
+def record_rows(records: Sequence[Record]) -> list[FlatRow]:
+    """A row for each record, and whether it is of all the images that its split and its source have."""
+    from dgbench.data.labels import CLASSES
+
+    rows = []
+    for record in records:
+        names = [c.name for c in CLASSES] if len(record.iou) == len(CLASSES) else list(map(str, range(len(record.iou))))
+        row = flat_row(record, without=("iou", "interval", "confusion_sha256", "digest"))
+        row |= {"complete": record.complete, "source_complete": record.source_complete}
+        row |= {"interval_low": record.interval[0], "interval_high": record.interval[1]}
+        rows.append(row | {f"iou_{name}": value for name, value in zip(names, record.iou, strict=True)})
+    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dgbench.render.outside import visible
 
@@ -61,9 +61,6 @@ def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
     text = change(cell.text)
     return cell if text == cell.text else Cell(text, cell.style)
 
-
-# what draws the results of one kind, by the name of their class
-Tables = dict[str, Callable[[Any], list[Table]]]
 
 _STYLES = {"": "", "best": "bold", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
 

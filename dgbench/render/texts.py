@@ -1,50 +1,62 @@
-"""Tables as other programs read them: Markdown, LaTeX, CSV."""
+"""Tables as other programs read them: Markdown, LaTeX, CSV.
+
+Markdown and LaTeX show what the text shows, marks and rounding included; CSV has the plain values in full.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dgbench.render.outside import as_item, in_csv, in_latex, in_markdown
 from dgbench.render.table import Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 def markdown(table: Table) -> str:
     """Return a table of GitHub's Markdown between its title and legend."""
-    aligned = ["left" if i < table.keys or table.left else "right" for i in range(len(table.header))]
-    # numbers stay as they were rounded
-    frame = _frame(table, in_markdown)
-    body = [frame.to_markdown(index=False, disable_numparse=True, colalign=aligned)] if table.rows else []
+    body = []
+    if table.rows:
+        from tabulate import tabulate
+
+        header, *rows = _shown(table, in_markdown)
+        aligned = ["left" if left else "right" for left in _left(table)]
+        # numbers stay as they were rounded
+        body = [tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)]
     title = [f"**{in_markdown(table.title, inside_stars=True)}**"] if table.title else []
     legend = ["\n".join(f"- {as_item(in_markdown(line))}" for line in table.legend)] if table.legend else []
     return "\n\n".join([*title, *body, *legend])
 
 
 def latex(table: Table) -> str:
-    """Return a LaTeX table of the package booktabs, title and legend in its caption."""
-    columns = "".join("l" if i < table.keys or table.left else "r" for i in range(len(table.header)))
-    caption = in_latex(" ".join([f"{table.title}.", *table.legend]))
-    text: str = _frame(table, in_latex).to_latex(index=False, column_format=columns, caption=caption, position="t")
-    return text.rstrip()
+    """Return a LaTeX table of the package booktabs, title and legend in its caption; a paragraph if there are no rows."""
+    caption = in_latex(" ".join([*([f"{table.title}."] if table.title else []), *table.legend]))
+    if not table.rows:
+        return caption
+    columns = "".join("l" if left else "r" for left in _left(table))
+    header, *rows = (" & ".join(row) + r" \\" for row in _shown(table, in_latex))
+    lines = [r"\begin{table}[t]", *([rf"\caption{{{caption}}}"] if caption else []), rf"\begin{{tabular}}{{{columns}}}"]
+    return "\n".join([*lines, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
 def csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows of plain values; what a row does not have is empty."""
-    import pandas as pd
+    """Return rows of plain values under one header of all their columns; what a row does not have is empty."""
+    from csv import DictWriter
 
-    text: str = pd.DataFrame([{in_csv(key): in_csv(value) for key, value in row.items()} for row in rows]).to_csv(index=False)
-    return text.rstrip()
+    text = io.StringIO()
+    names = dict.fromkeys(str(in_csv(name)) for row in rows for name in row)
+    writer = DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({str(in_csv(name)): in_csv(value) for name, value in row.items()} for row in rows)
+    return text.getvalue().rstrip("\n")
 
 
 TEXTS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "latex": latex}
 
 
-def _frame(table: Table, shown: Callable[[str], str]) -> pd.DataFrame:
-    import pandas as pd
+def _left(table: Table) -> list[bool]:
+    return [i < table.keys or table.left for i in range(len(table.header))]
 
-    frame = pd.DataFrame([[shown(cell.text) for cell in row] for row in table.rows])
-    frame.columns = pd.Index([shown(title) for title in table.header])  # titles may repeat
-    return frame
+
+def _shown(table: Table, written: Callable[[str], str]) -> list[list[str]]:
+    return [list(map(written, table.header)), *([written(cell.text) for cell in row] for row in table.rows)]

@@ -14,6 +14,7 @@ from dgbench import results
 from dgbench.recipe import dump, load_recipe
 from dgbench.report.ablation import AVERAGE, Ablation, ablation, published
 from dgbench.report.leaderboard import load_published
+from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from records import record
@@ -34,7 +35,7 @@ class Runs:
     ) -> Path:  # fmt: skip
         """Add a run that was scored on targets, after all runs before."""
         number = next(self.numbers)
-        folder = results.claim_run(self.root / f"run{number}")
+        folder = claim_run(self.root / f"run{number}")
         own = [f"method.fuser={fuser}", f"train.seed={seed}", f"data.targets=[{','.join(TARGETS)}]", *settings]
         dump(load_recipe(recipe, own), folder / "recipe.yaml")
         # its source's own validation split is no unseen domain
@@ -175,7 +176,7 @@ def test_runs_without_a_fuser_or_a_readable_recipe_are_passed_over(runs: Runs) -
     (broken / "recipe.yaml").write_text("method: [")
     gone = runs.add("mvfuser", 2, 0.9, 0.9)
     (gone / "recipe.yaml").unlink()
-    floor = results.claim_run(runs.root / "floor")
+    floor = claim_run(runs.root / "floor")
     dump(load_recipe("streets/source-only", [f"data.targets=[{','.join(TARGETS)}]"]), floor / "recipe.yaml")
     for target in TARGETS:
         runs.score(floor, 0.9, target, method="source-only")

@@ -12,7 +12,7 @@ from records import model, record
 
 from dgbench import render, results
 from dgbench.recipe import dump, load_recipe, recipe_hash
-from dgbench.render.leaderboard import TABLES
+from dgbench.render.leaderboard import leaderboard_tables
 from dgbench.render.outside import visible
 from dgbench.render.table import Cell, Table, draw_rich
 from dgbench.report.expected import Reference
@@ -102,7 +102,7 @@ def ran(folder: Path, name: str, *overrides: str, score: float = 0.4, sequence: 
 
 
 def names(records: list[Record], *, every: bool = False) -> list[str]:
-    tables = TABLES["Leaderboard"](leaderboard(records, published=False, every=every))
+    tables = leaderboard_tables(leaderboard(records, published=False, every=every))
     return [row[1].text for table in tables for row in table.rows]
 
 
@@ -170,7 +170,7 @@ def test_a_reference_beside_its_own_run_takes_nothing_from_the_runs_name(capsys:
 
 
 def test_scores_are_keyed_by_target_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    render.show(leaderboard(model(0.5, 0.4, 0.3)), as_json=True)
+    render.show(leaderboard(model(0.5, 0.4, 0.3)), "json")
     board = json.loads(capsys.readouterr().out)
     scores = board["groups"][0]["rows"][0]["scores"]
     assert {target: score["miou"] for target, score in scores.items()} == {"streets-city": 0.4, "streets-world": 0.3}
@@ -202,7 +202,7 @@ def test_names_in_records_neither_move_the_cursor_nor_are_read_as_markup(capsys:
     board = leaderboard(records, published=False)
     assert "\x1b" not in shown(board, capsys)
     stream = io.StringIO()
-    for table in TABLES["Leaderboard"](board):
+    for table in leaderboard_tables(board):
         draw_rich(table, Console(file=stream, width=100))
     assert "[/bold]" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()

@@ -10,7 +10,7 @@ from calls import calls
 from records import model, record
 
 from dgbench.recipe import dump, load_recipe, recipe_hash
-from dgbench.render.leaderboard import TABLES
+from dgbench.render.leaderboard import leaderboard_tables
 from dgbench.report.expected import Reference
 from dgbench.report.leaderboard import leaderboard
 from dgbench.report.rows import Group
@@ -123,7 +123,7 @@ def test_the_work_grows_as_the_number_of_records() -> None:
         ]
 
         def arrange() -> None:
-            [table] = TABLES["Leaderboard"](leaderboard(records, published=False))
+            [table] = leaderboard_tables(leaderboard(records, published=False))
             assert len(table.rows) == n
 
         return calls(arrange)

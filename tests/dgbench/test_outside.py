@@ -156,7 +156,7 @@ def test_csv_has_no_formulas(formula: str) -> None:
 
 def test_json_is_the_same_json_without_controls(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a\x7f\x9b2J\u202e\u2028\ud800\U000e0041é"
-    render.show([record(method=text)], as_json=True)
+    render.show([record(method=text)], "json")
     printed = capsys.readouterr().out
     assert json.loads(printed)[0]["method"] == text
     assert all(character.isprintable() or character == "\n" for character in printed)
@@ -167,7 +167,7 @@ def test_json_is_the_same_json_without_controls(capsys: pytest.CaptureFixture[st
 def test_json_for_a_stream_of_ascii_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    render.show([record(method="é – ±")], as_json=True)
+    render.show([record(method="é – ±")], "json")
     assert json.loads(raw.getvalue())[0]["method"] == "é – ±"
 
 

@@ -118,11 +118,11 @@ def test_checks_keep_their_hints(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_is_json_with_null_for_what_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    render.show([record(miou=float("nan"), path=Path("x/record.json"))], as_json=True)
+    render.show([record(miou=float("nan"), path=Path("x/record.json"))], "json")
     [content] = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
     assert content["miou"] is None
     assert content["path"] == "x/record.json"
-    render.show(leaderboard(BOARD), as_json=True)
+    render.show(leaderboard(BOARD), "json")
     board = json.loads(capsys.readouterr().out)
     assert board["groups"][0]["rows"][0]["rank"] == 1
     assert board["published"][0]["protocol"] == "as published"

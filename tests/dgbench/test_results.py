@@ -7,10 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,14 +15,15 @@ import pytest
 from calls import calls
 from records import record
 
-from dgbench import atomic, results
+from dgbench import results
+from dgbench.environment import describe_environment
 from dgbench.errors import ResultError
 
 
 def test_a_record_comes_back_equal(tmp_path: Path) -> None:
     written = results.write(
         record(iou=(0.5, None), seconds={"data": 1.5}, backends={"selective_scan": "torch"}, commit="abc", dirty=True,
-               environment=results.environment("cpu", 2)), tmp_path,
+               environment=describe_environment("cpu", 2)), tmp_path,
     )  # fmt: skip
     assert written.path is not None
     back = results.read(written.path)
@@ -369,7 +366,7 @@ def test_a_record_behind_a_link_is_read(tmp_path: Path) -> None:
 def test_the_work_of_reading_grows_as_the_number_of_records(tmp_path: Path) -> None:
     def work(n: int) -> int:
         folder = tmp_path / f"{n}"
-        path = results.write(record(environment=results.environment("cpu", 2), seconds={"total": 1.0}), folder).path
+        path = results.write(record(environment=describe_environment("cpu", 2), seconds={"total": 1.0}), folder).path
         assert path is not None
         for number in range(1, n):
             shutil.copy(path, path.with_name(f"record-{number}.json"))
@@ -383,154 +380,8 @@ def test_the_work_of_reading_grows_as_the_number_of_records(tmp_path: Path) -> N
     assert work(400) < 6 * work(100)
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from dgbench import atomic
-size = 200_000
-for i in range(10**9):
-    atomic.write(Path(sys.argv[1]) / "record-x.json", bytes([65 + i % 26]) * size)
-"""
-
-
-def test_a_killed_writer_leaves_the_old_bytes_or_the_new(tmp_path: Path) -> None:
-    for _ in range(8):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
-        while not (tmp_path / "record-x.json").exists():
-            time.sleep(0.01)
-        time.sleep(0.03)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        content = (tmp_path / "record-x.json").read_bytes()
-        assert len(content) == 200_000
-        assert len(set(content)) == 1
-        visible = [path.name for path in tmp_path.glob("record-*")]
-        assert visible == ["record-x.json"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_names_the_file_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "record-x.json"
-    atomic.write(target, "old")
-    # the hidden file of this process is a way into a device that is always full
-    (tmp_path / f".record-x.json.{os.getpid()}.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        atomic.write(target, "new")
-    assert caught.value.filename == str(target)
-    assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["record-x.json"]
-
-
 def test_ids_sort_by_time() -> None:
     early = results.new_id(datetime(2026, 1, 2, 3, 4, 5, 6000, UTC))
     late = results.new_id(datetime(2026, 1, 2, 3, 4, 5, 7000, UTC))
     assert early.startswith("20260102T030405006Z-")
     assert early < late
-
-
-def started_run(root: Path, name: str, *, checkpoint: bool = False) -> Path:
-    run = root / name
-    (run / "checkpoint").mkdir(parents=True) if checkpoint else run.mkdir(parents=True)
-    (run / "recipe.yaml").write_text("name: x\n")
-    return run
-
-
-def test_new_runs_never_share_a_folder(tmp_path: Path) -> None:
-    first, second = results.new_run(tmp_path, "streets/mfuser"), results.new_run(tmp_path, "streets/mfuser")
-    assert first != second
-    assert first.name.endswith("-streets-mfuser")
-
-
-def test_latest_is_the_newest_run_that_will_do(tmp_path: Path) -> None:
-    older = started_run(tmp_path, "20260101T000000Z-a", checkpoint=True)
-    newer = started_run(tmp_path, "20260301T000000Z-b")
-    (tmp_path / "20260401T000000Z-empty").mkdir()
-    assert results.find_run("latest", tmp_path) == newer
-    assert results.find_run("latest", tmp_path, needs="checkpoint") == older
-    named = started_run(tmp_path, "mine")
-    assert results.find_run("latest", tmp_path) == named, "a name without a time counts from the folder's date"
-
-
-def test_a_run_is_found_by_folder_name_and_record(tmp_path: Path) -> None:
-    run = started_run(tmp_path, "20260101T000000Z-a")
-    path = results.write(record(), run).path
-    for text in (str(run), run.name, str(path)):
-        assert results.find_run(text, tmp_path) == run
-
-
-def test_a_missing_run_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ResultError, match="no run with recipe.yaml") as caught:
-        results.find_run("latest", tmp_path)
-    assert "dgbench train" in (caught.value.hint or "")
-    started_run(tmp_path, "20260101T000000Z-streets-mfuser")
-    with pytest.raises(ResultError, match="no run `20260101T000000Z-streets-mfusr`") as caught:
-        results.find_run("20260101T000000Z-streets-mfusr", tmp_path)
-    assert caught.value.hint == "did you mean `20260101T000000Z-streets-mfuser`?"
-    with pytest.raises(ResultError, match="is not a run: it has no recipe.yaml"):
-        results.find_run(str(tmp_path), tmp_path)
-
-
-def test_a_folder_that_a_kill_left_before_the_first_file_can_be_trained_in(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".recipe.yaml.{dead.pid}.tmp").write_text("name: half a rec")
-    assert results.claim_run(tmp_path) == tmp_path
-    assert not list(tmp_path.iterdir())
-    (tmp_path / f".recipe.yaml.{os.getpid()}.tmp").touch()  # of a process that is writing
-    with pytest.raises(ResultError, match="exists and is not empty"):
-        results.claim_run(tmp_path)
-
-
-def test_a_chosen_run_folder_must_be_new(tmp_path: Path) -> None:
-    assert results.claim_run(tmp_path / "new").is_dir()
-    run = started_run(tmp_path, "old")
-    with pytest.raises(ResultError, match="holds a run already") as caught:
-        results.claim_run(run)
-    assert caught.value.hint == f"go on with it: dgbench train --resume {run}"
-    with pytest.raises(ResultError, match="not empty"):
-        results.claim_run(tmp_path)
-
-
-def test_environment_names_versions_and_device() -> None:
-    found = results.environment("NVIDIA H200", 8)
-    assert found["device"] == "NVIDIA H200"
-    assert found["threads"] == "8"
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["numpy"] == np.__version__
-
-
-def test_commit_is_that_of_this_repository() -> None:
-    here = Path(__file__).parents[2]
-    git = subprocess.run(["git", "ls-files", "--error-unmatch", "dgbench/results.py"], cwd=here, capture_output=True, check=False)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    if git.returncode or head.returncode:
-        pytest.skip("not a checkout")
-    assert results.commit()[0] == head.stdout.strip()
-
-
-def test_commit_of_an_installed_copy_is_not_that_of_the_folder_around_it(tmp_path: Path) -> None:
-    """A copy of the package inside somebody's repository has no commit of ours."""
-    import shutil
-
-    source = Path(results.__file__).parent
-    shutil.copytree(source, tmp_path / "env" / "dgbench", ignore=shutil.ignore_patterns("__pycache__", "data", "engine"))
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path / "env"), "HOME": str(tmp_path)}
-    for command in (
-        ["init", "-q"],
-        ["-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"],
-    ):
-        subprocess.run(["git", *command], cwd=tmp_path, env=environment, check=True)
-    code = "from dgbench.results import commit, __file__ as f; print(commit(), f)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("(None, None)")
-    assert str(tmp_path) in done.stdout
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs a named pipe")
-def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE)
-    atomic.write(pipe, "through")
-    assert reader.communicate(timeout=20)[0] == b"through"
-    assert pipe.is_fifo()

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dgbench import atomic, results, streets
+from dgbench import results, streets, temporaries
 from dgbench.data.labels import CLASSES
 from dgbench.engine import checkpoints
 from dgbench.engine.evaluate import evaluate
@@ -30,6 +30,7 @@ from dgbench.engine.train import train
 from dgbench.errors import CheckpointError, DataError, DgbenchError, RecipeError, Terminated
 from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
+from dgbench.runs import claim_run
 from mfuser import manifest
 
 SETTINGS = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "data.val_images=2", "train.batch_size=2",
@@ -239,7 +240,7 @@ def test_what_dead_processes_left_in_a_run_is_removed_and_that_of_living_ones_is
     resume(run)
     assert not gone.exists()
     assert all(path.exists() for path in kept)
-    atomic.sweep(run / "no-such-folder")
+    temporaries.clear(run / "no-such-folder", shared=True)
 
 
 def test_a_training_killed_before_its_first_checkpoint_starts_anew_in_its_folder(run, whole):
@@ -251,7 +252,7 @@ def test_a_training_killed_before_its_first_checkpoint_starts_anew_in_its_folder
     assert record.checkpoint == checkpoints.sha256(step(whole))
     assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     with pytest.raises(DgbenchError) as error:
-        results.claim_run(run)
+        claim_run(run)
     assert "train --resume" in str(error.value.hint)
 
 

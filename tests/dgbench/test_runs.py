@@ -1,0 +1,78 @@
+"""Run folders are made, claimed and found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from records import record
+
+from dgbench import results
+from dgbench.errors import ResultError
+from dgbench.runs import claim_run, find_run, new_run
+
+
+def started_run(root: Path, name: str, *, checkpoint: bool = False) -> Path:
+    run = root / name
+    (run / "checkpoint").mkdir(parents=True) if checkpoint else run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: x\n")
+    return run
+
+
+def test_new_runs_never_share_a_folder(tmp_path: Path) -> None:
+    first, second = new_run(tmp_path, "streets/mfuser"), new_run(tmp_path, "streets/mfuser")
+    assert first != second
+    assert first.name.endswith("-streets-mfuser")
+
+
+def test_latest_is_the_newest_run_that_will_do(tmp_path: Path) -> None:
+    older = started_run(tmp_path, "20260101T000000Z-a", checkpoint=True)
+    newer = started_run(tmp_path, "20260301T000000Z-b")
+    (tmp_path / "20260401T000000Z-empty").mkdir()
+    assert find_run("latest", tmp_path) == newer
+    assert find_run("latest", tmp_path, needs="checkpoint") == older
+    named = started_run(tmp_path, "mine")
+    assert find_run("latest", tmp_path) == named, "a name without a time counts from the folder's date"
+
+
+def test_a_run_is_found_by_folder_name_and_record(tmp_path: Path) -> None:
+    run = started_run(tmp_path, "20260101T000000Z-a")
+    path = results.write(record(), run).path
+    for text in (str(run), run.name, str(path)):
+        assert find_run(text, tmp_path) == run
+
+
+def test_a_missing_run_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="no run with recipe.yaml") as caught:
+        find_run("latest", tmp_path)
+    assert "dgbench train" in (caught.value.hint or "")
+    started_run(tmp_path, "20260101T000000Z-streets-mfuser")
+    with pytest.raises(ResultError, match="no run `20260101T000000Z-streets-mfusr`") as caught:
+        find_run("20260101T000000Z-streets-mfusr", tmp_path)
+    assert caught.value.hint == "did you mean `20260101T000000Z-streets-mfuser`?"
+    with pytest.raises(ResultError, match="is not a run: it has no recipe.yaml"):
+        find_run(str(tmp_path), tmp_path)
+
+
+def test_a_folder_that_a_kill_left_before_the_first_file_can_be_trained_in(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".recipe.yaml.{dead.pid}.tmp").write_text("name: half a rec")
+    assert claim_run(tmp_path) == tmp_path
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f".recipe.yaml.{os.getpid()}.tmp").touch()  # of a process that is writing
+    with pytest.raises(ResultError, match="exists and is not empty"):
+        claim_run(tmp_path)
+
+
+def test_a_chosen_run_folder_must_be_new(tmp_path: Path) -> None:
+    assert claim_run(tmp_path / "new").is_dir()
+    run = started_run(tmp_path, "old")
+    with pytest.raises(ResultError, match="holds a run already") as caught:
+        claim_run(run)
+    assert caught.value.hint == f"go on with it: dgbench train --resume {run}"
+    with pytest.raises(ResultError, match="not empty"):
+        claim_run(tmp_path)
