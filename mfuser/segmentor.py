@@ -94,6 +94,13 @@ class Segmentor(nn.Module):
         """Named scalar terms, already weighted; their sum is what is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
+    def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
+        """Take what a tower's published file holds beside its parts, such as SigLIP's `logit_scale`; by default nothing.
+
+        Args:
+            option: the one that names the tower.
+        """
+
     def check_backends(self) -> None:
         """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
 

@@ -36,6 +36,7 @@ from dgbench.engine.stops import Stops
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import OptimSpec, Recipe, dump, recipe_hash
+from dgbench.recipe.files import settings_of
 from dgbench.report.expected import WEIGHTS
 from dgbench.resources import usable_cores
 from mfuser import ops
@@ -212,6 +213,7 @@ def _record(recipe: Recipe, run: Path, dataset: SegDataset, seen: checkpoints.Se
         extra={
             "loss": made.loss, "resumed_at_step": float(made.began), "peak_gib": made.peak_gib,
             "images_per_second": trained / made.seconds if made.seconds else None, **_tower_weights(recipe),
+            **_settings_of(recipe),
         },
     )  # fmt: skip
     return results.write(record, run) if write else record
@@ -237,6 +239,12 @@ def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str)}
     return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+
+
+def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
+    """The recipe that the settings were made for, where that is one with other towers."""
+    name = settings_of(recipe.name, recipe.method.options)
+    return {"settings_of": name} if name else {}
 
 
 def schedule(step: int, steps: int, optim: OptimSpec) -> float:
@@ -287,7 +295,7 @@ def _model(recipe: Recipe, checkpoint: Path | None, seed: int) -> Segmentor:
         return checkpoints.load_for(recipe, checkpoint)
     set_seed(seed)
     try:
-        return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=True)
+        return mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop)
     except mfuser.WeightsNotFound:
         raise
     except ValueError as error:  # towers that do not fit each other, or the crop
