@@ -25,9 +25,9 @@ def methods() -> list[str]:
 
 def towers(*roles: str) -> list[str]:
     """Towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
-    from mfuser.towers.weights import WEIGHTS, role
+    from mfuser.towers.table import TOWERS
 
-    return [name for name in WEIGHTS if role(name) in (*roles, "both")]
+    return [name for name, row in TOWERS.items() if row.role in (*roles, "both")]
 
 
 def backends() -> dict[str, list[str]]:
@@ -61,7 +61,7 @@ def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
             raise DgbenchError(*unknown("backend", name, every))
 
 
-def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None) -> None:
+def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None, backbone: str | None = None) -> None:
     """Raise a RecipeError for what is neither a method nor a recipe, and for towers that there are not, whatever the capitals."""
     from dgbench.recipe import recipe_names
 
@@ -72,10 +72,11 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
         if name.endswith((".yaml", ".yml")):
             raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
         raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
-    for kind, tower, known in (("vlm", vlm, towers("vlm")), ("vfm", vfm, towers("vfm", "vlm"))):
-        if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind == "vfm"):
+    any_tower = towers("vfm", "vlm")
+    for kind, tower, known in (("vlm", vlm, towers("vlm")), ("vfm", vfm, any_tower), ("backbone", backbone, any_tower)):
+        if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind != "vlm"):
             continue
-        hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind == "vfm" else "")
+        hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind != "vlm" else "")
         without = kind == "vlm" and tower.casefold() in towers("vfm")
         raise RecipeError(f"`{tower}` has no text tower" if without else f"{kind} `{tower}` is unknown", hint)
 

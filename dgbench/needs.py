@@ -14,14 +14,14 @@ from dgbench.data import domains
 from dgbench.data.index import require
 from dgbench.download.sources import source
 from dgbench.errors import DataError, DgbenchError, RecipeError
+from dgbench.recipe.method import TOWER_OPTIONS
 
 if TYPE_CHECKING:
     from dgbench.data.domain import Domain
     from dgbench.recipe import Recipe
-    from mfuser.towers.weights import HubFile
+    from mfuser.towers.table import HubFile
 
 Wanted = tuple[str, str, str]  # "source" or "target", a domain's name as its user wrote it, split
-_TOWERS = ("vfm", "vlm", "backbone")  # options of methods that name a tower
 
 
 def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = True, from_scratch: bool = True) -> None:
@@ -32,7 +32,7 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
         scored: source and targets are scored afterwards.    from_scratch: the towers' weights are needed.
     """
     from mfuser.methods import backbone_names, names
-    from mfuser.towers.weights import WEIGHTS
+    from mfuser.towers.table import TOWERS
 
     if from_scratch and (init := recipe.train.init) is not None:
         if not Path(init).is_dir():
@@ -40,17 +40,18 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
         from_scratch = False  # of towers it takes no published weights
     options = recipe.method.options
     # trunks of a method's own are no files
-    own = backbone_names(recipe.method.name) - WEIGHTS.keys() if recipe.method.name in names() else set()
-    towers = [name for key in _TOWERS if isinstance(name := options.get(key), str) and name not in own]
-    if any(name not in WEIGHTS and not name.startswith("timm:") for name in towers):
+    own = backbone_names(recipe.method.name) - TOWERS.keys() if recipe.method.name in names() else set()
+    towers = [name for key in TOWER_OPTIONS if isinstance(name := options.get(key), str) and name not in own]
+    if any(name not in TOWERS and not name.startswith("timm:") for name in towers):
         return  # a wrong name is told before anyone fetches gigabytes for it
     wanted = [("source", recipe.data.source, recipe.data.source_split)]
     wanted += scoring(recipe) if scored else []
     try:
         _check(wanted, towers if from_scratch else (), root, tokenized=bool(options.get("token_ids")))
     except DataError:
-        # published towers fit each other; of others nothing need be fetched before that is known, which takes torch
-        if len({WEIGHTS.get(name) is None for name in towers}) > 1 or any(name not in WEIGHTS for name in towers):
+        # towers of one size fit each other; of others nothing need be fetched before that is known, which takes torch
+        rows = [TOWERS.get(name) for name in towers]
+        if None in rows or len({(row.width, row.depth) for row in rows if row is not None}) > 1:
             _build(recipe)
         raise
 
@@ -75,7 +76,7 @@ def _build(recipe: Recipe) -> None:
     import mfuser
 
     try:
-        mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, filled=False)
+        mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop)
     except mfuser.WeightsNotFound:  # which is said of towers that fit
         return
     except ValueError as error:
@@ -126,17 +127,20 @@ def _holds_anything(row: Domain, base: Path) -> bool:
 
 def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, list[HubFile]]:
     """The files of each tower that are not here."""
-    from mfuser.towers.weights import TOKENIZERS, WEIGHTS, files
+    from mfuser.towers.table import TOWERS
+    from mfuser.towers.weights import files
 
     missing = {}
     for tower in dict.fromkeys(towers):
-        if tower not in WEIGHTS and not more:
+        if tower not in TOWERS and not more:
             continue  # timm's: where nothing else is missing, whatever builds the model says so, and need not ask timm twice
         try:
             lacking = [file for file in files(tower) if file.where is None]
         except ValueError:  # no model of timm's: the model's to tell
             continue
-        if lacking := [file for file in lacking if not tokenized or file is not TOKENIZERS.get(tower)]:
+        if tokenized and tower in TOWERS:
+            lacking = [file for file in lacking if file is TOWERS[tower].weights]
+        if lacking:
             missing[tower] = lacking
     return missing
 

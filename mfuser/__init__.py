@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mfuser.checkpoints import LoadReport, load, load_authors_checkpoint, save, to_authors_state_dict
+    from mfuser.authors import LoadReport, load_authors_checkpoint, to_authors_state_dict
+    from mfuser.checkpoints import load, save
     from mfuser.inference import slide
     from mfuser.methods import build, options
     from mfuser.methods import names as method_names
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "mfuser.segmentor:Batch",
-    "LoadReport": "mfuser.checkpoints:LoadReport",
+    "LoadReport": "mfuser.authors:LoadReport",
     "Segmentor": "mfuser.segmentor:Segmentor",
     "WeightsNotFound": "mfuser.towers.weights:WeightsNotFound",
     "build": "mfuser.methods:build",
     "load": "mfuser.checkpoints:load",
-    "load_authors_checkpoint": "mfuser.checkpoints:load_authors_checkpoint",
+    "load_authors_checkpoint": "mfuser.authors:load_authors_checkpoint",
     "method_names": "mfuser.methods:names",
     "options": "mfuser.methods:options",
     "save": "mfuser.checkpoints:save",
     "slide": "mfuser.inference:slide",
-    "to_authors_state_dict": "mfuser.checkpoints:to_authors_state_dict",
+    "to_authors_state_dict": "mfuser.authors:to_authors_state_dict",
 }
 __all__ = [
     "Batch",

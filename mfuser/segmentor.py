@@ -185,6 +185,13 @@ class Segmentor(nn.Module):
             else:
                 raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
 
+    def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
+        """Take what a tower's published file holds beside its parts, such as SigLIP's `logit_scale`; by default nothing.
+
+        Args:
+            option: the one that names the tower.
+        """
+
     def check_backends(self) -> None:
         """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
 

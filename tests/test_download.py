@@ -20,15 +20,14 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
-from mfuser.keys import published
 from mfuser.towers.hub import download, models
-from mfuser.towers.loading import load_tower
-from mfuser.towers.text import TEXTS
+from mfuser.towers.loading import load_tower, published
+from mfuser.towers.table import TOWERS, HubFile
 from mfuser.towers.vit import VisionEncoder
-from mfuser.towers.weights import TOKENIZERS, WEIGHTS, HubFile, WeightsNotFound, files, require
+from mfuser.towers.weights import WeightsNotFound, files, require
 
 ROOT = Path(__file__).parents[1]
-DINO = WEIGHTS["dinov2_l"]
+DINO = TOWERS["dinov2_l"].weights
 assert DINO is not None
 NAME = f"{DINO.repo}/{DINO.file}"
 CONTENT = bytes(range(256)) * 4000
@@ -37,7 +36,7 @@ SHA = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    rows = [row for tower in WEIGHTS for row in files(tower)]
+    rows = [row for tower in TOWERS for row in files(tower)]
     with serving({f"{row.repo}/{row.file}": CONTENT for row in rows}) as server:
         yield server
 
@@ -193,7 +192,7 @@ def test_a_file_of_the_published_size_is_downloaded_and_built_from(near: Hub, tm
     done = program("download", "dinov2_l", "--json", folder=tmp_path, endpoint=near.url)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["bytes"] > 1.2e9
-    model = mfuser.build("source-only", backbone="dinov2_l", image_size=(112, 112), pretrained=True)
+    model = mfuser.build("source-only", backbone="dinov2_l", image_size=(112, 112))
     for name, value in theirs.state_dict().items():
         if name != "pos_embed":
             assert torch.equal(model.encoder.trunk.state_dict()[name], value), name
@@ -208,18 +207,19 @@ def test_a_pair_of_towers_of_the_published_size_is_downloaded_and_built_from(vlm
     import timm
     from safetensors.torch import save
 
-    row, tower = WEIGHTS[vlm], TEXTS[vlm].open_clip
+    row, text = TOWERS[vlm].weights, TOWERS[vlm].text
     assert row is not None
+    assert text is not None
     near.files[NAME] = save(timm.create_model("vit_large_patch14_dinov2", num_classes=0).state_dict())
     # the file on the Hub is the state of open_clip's own model
-    state = open_clip.create_model(tower, pretrained=None, load_weights=False).state_dict()
+    state = open_clip.create_model(text.open_clip, pretrained=None, load_weights=False).state_dict()
     near.files[f"{row.repo}/{row.file}"] = save({name: value.contiguous() for name, value in state.items()})
     done = program("download", "dinov2_l", vlm, "--json", folder=tmp_path, endpoint=near.url)
     assert done.returncode == 0, done.stderr
     assert sum(part["bytes"] for part in json.loads(done.stdout)) > 2.8e9
     near.files.clear()
     variant = next(name for name, ours in VARIANTS.items() if ours == vlm)
-    model = mfuser.build("mfuser", vlm=vlm, token_ids=description(f"layout_{variant}")["tokens"], pretrained=True)
+    model = mfuser.build("mfuser", vlm=vlm, token_ids=description(f"layout_{variant}")["tokens"])
     for part, module in (("trunk", model.vlm.trunk), ("text", model.text.tower)):
         ours = module.state_dict()
         for name in [name for name in ours if ".11." in name or name.startswith("norm.")]:
@@ -374,7 +374,7 @@ def test_a_file_is_where_huggingface_hub_finds_it(near: Hub, tmp_path: Path) -> 
     from huggingface_hub import try_to_load_from_cache
 
     download(["siglip"])
-    for row in [*filter(None, WEIGHTS.values()), *TOKENIZERS.values()]:
+    for row in [file for tower in TOWERS.values() for file in tower.files]:
         theirs = try_to_load_from_cache(row.repo, row.file, cache_dir=tmp_path / "cache")
         assert row.where == (Path(theirs) if isinstance(theirs, str) else None)
     (row,) = files("siglip")[:1]
@@ -386,7 +386,7 @@ def test_a_file_is_where_huggingface_hub_finds_it(near: Hub, tmp_path: Path) -> 
 
 
 def test_every_published_tower_states_its_size_and_licence() -> None:
-    for row in [*filter(None, WEIGHTS.values()), *TOKENIZERS.values()]:
+    for row in [file for tower in TOWERS.values() for file in tower.files]:
         assert row.gigabytes > 0
         assert row.licence != HubFile("", "", 0).licence, row
     assert {row.name: row.role for row in models()}.items() >= {"dinov2_l": "vfm", "siglip": "vlm", "tiny": "both"}.items()

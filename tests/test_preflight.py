@@ -16,8 +16,7 @@ from dgbench import cli, names
 from dgbench.recipe import dump, load_recipe
 from mfuser.methods import names as method_names
 from mfuser.ops import dispatch
-from mfuser.towers.text import TEXTS
-from mfuser.towers.vit import ENCODERS
+from mfuser.towers.table import TOWERS, with_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,8 +173,8 @@ def test_nobody_is_sent_to_fetch_towers_that_do_not_fit(here: Path) -> None:
 
 def test_light_names_are_those_of_the_models() -> None:
     assert names.methods() == method_names()
-    assert set(names.towers("vfm", "vlm")) == set(ENCODERS)
-    assert set(names.towers("vlm")) == set(TEXTS)
+    assert set(names.towers("vfm", "vlm")) == set(TOWERS)
+    assert set(names.towers("vlm")) == set(with_text())
     assert (
         names.backends_as_written()
         == names.backends()
@@ -203,7 +202,7 @@ def test_light_names_are_those_of_the_models() -> None:
         ("train --dataset x", "--source NAME and --targets NAME..."),
         ("eval --dataset x", "--targets NAME..."),
         ("eval --data-root x", "--root FOLDER"),
-        ("train --backbone x", "--vfm NAME"),
+        ("train --encoder x", "--backbone NAME, or --vfm NAME and --vlm NAME"),
     ],
 )
 def test_options_of_other_programs_are_pointed_to_ours(typed: str, instead: str) -> None:

@@ -59,7 +59,7 @@ def test_a_shipped_recipes_model_builds_without_weights(name: str) -> None:
     if options.get("vlm") == "siglip":  # its tokenizer is on the Hub
         options["token_ids"] = [[1] * 5] * 19
     with unfilled():
-        model = mfuser.build(recipe.method.name, **options, pretrained=False, filled=False)
+        model = mfuser.build(recipe.method.name, **options, weights="meta")
     assert sum(p.numel() for p in model.parameters()) > 0
 
 
@@ -245,7 +245,7 @@ def test_finding_nothing_or_too_much_says_what_there_is() -> None:
     with pytest.raises(RecipeError, match="no recipe for `mfuser` --vlm blip") as caught:
         find("mfuser", "blip")
     assert "mfuser/eva02-gta (eva02, gta5)" in (caught.value.hint or "")
-    with pytest.raises(RecipeError, match="several recipes fit `mfuser`: mfuser/clip-gta, mfuser/eva02-gta"):
+    with pytest.raises(RecipeError, match="several recipes fit `mfuser`: mfuser/base-gta, mfuser/clip-gta, mfuser/eva02-gta"):
         find("mfuser", source="gta5")
 
 

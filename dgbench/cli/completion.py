@@ -22,9 +22,9 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def downloads(ctx: typer.Context, incomplete: str) -> list[str]:
-    from mfuser.towers.weights import WEIGHTS
+    from mfuser.towers.table import TOWERS
 
-    fetched = [name for name, file in WEIGHTS.items() if file is not None and name.startswith(incomplete)]
+    fetched = [name for name, row in TOWERS.items() if row.weights is not None and name.startswith(incomplete)]
     return [*domains(ctx, incomplete), *fetched]
 
 

@@ -37,6 +37,9 @@ def profile(
     vfm: Annotated[
         str | None, typer.Option(metavar="NAME", help="With this vision foundation tower.", autocompletion=completion.vfms)
     ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Methods with one tower, with this one.", autocompletion=completion.vfms)
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE...", help="Change recipe keys: method.fuser=selfattn_concat.",
@@ -80,10 +83,10 @@ def profile(
     if size is not None and len(size) > 2:
         raise typer.BadParameter("takes height and width, or one number for both", ctx=ctx, param_hint="'--size'")
     crop = (size[0], size[-1]) if size else None
-    check_models(names or (), vlm, vfm)
+    check_models(names or (), vlm, vfm, backbone)
     if fusion:
-        if given := [flag for flag, value in (("NAME", names), ("--set", settings), ("--slide", slide), ("--compile", compiled),
-                                              ("--by-module", by_module)) if value]:  # fmt: skip
+        others = {"NAME": names, "--backbone": backbone, "--set": settings, "--slide": slide, "--compile": compiled}
+        if given := [flag for flag, value in {**others, "--by-module": by_module}.items() if value]:
             raise typer.BadParameter(
                 f"compares layers, not models: give it without {', '.join(given)}", ctx=ctx, param_hint="'--fusion'"
             )
@@ -103,7 +106,7 @@ def profile(
     from dgbench.cost.profile import subjects
 
     kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
-    chosen = subjects(names or (), vlm=vlm, vfm=vfm, settings=settings or (), size=crop)
+    chosen = subjects(names or (), vlm=vlm, vfm=vfm, backbone=backbone, settings=settings or (), size=crop)
     found = measure(
         chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
         timed=not count_only, by_module=by_module, passes=passes,

@@ -26,7 +26,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("size", "image-size", "img-size", "imgsz", "resolution"), ("--size H W", "--set data.size=[H,W]")),
     **dict.fromkeys(("checkpoint-every", "save-every", "save-interval"), ("--set train.checkpoint_every=NUMBER",)),
     **dict.fromkeys(("fuser", "fusion-layer"), ("--set method.fuser=NAME",)),
-    **dict.fromkeys(("backbone", "encoder", "tower"), ("--vfm NAME, or of source-only: --set method.backbone=NAME",)),
+    **dict.fromkeys(("encoder", "tower"), ("--backbone NAME, or --vfm NAME and --vlm NAME",)),
     **dict.fromkeys(("backend",), ("--set method.backend=NAME",)),
     **dict.fromkeys(("gpu", "gpus", "gpu-id", "gpu-ids", "cuda", "devices"), ("--device cuda:NUMBER",)),
     **dict.fromkeys(("cpu", "no-cuda"), ("--device cpu",)),

@@ -65,6 +65,14 @@ VfmOpt = Annotated[
     typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.",
                  autocompletion=completion.vfms),
 ]  # fmt: skip
+BackboneOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Tower of a method with one: tiny, dinov2_b, clip_b, timm:<model>.",
+        autocompletion=completion.vfms,
+    ),
+]
 RootOpt = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
 ]

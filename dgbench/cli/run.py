@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, Format, FormatOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, TargetsOpt, VfmOpt, VlmOpt
+from dgbench.cli.options import (
+    BackboneOpt,
+    DeviceOpt,
+    Format,
+    FormatOpt,
+    ProtocolOpt,
+    QuietOpt,
+    RootOpt,
+    RunsOpt,
+    TargetsOpt,
+    VfmOpt,
+    VlmOpt,
+)
 from dgbench.cli.program import Command
 from dgbench.errors import RecipeError, ResultError, StoppedError, Terminated
 
@@ -28,6 +40,7 @@ def train(
     ] = "mfuser",
     vlm: VlmOpt = None,
     vfm: VfmOpt = None,
+    backbone: BackboneOpt = None,
     source: Annotated[
         str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=completion.domains)
     ] = None,
@@ -59,7 +72,7 @@ def train(
     from dgbench.runs import claim_run, find_run, new_run
 
     if resume is not None:
-        if any((vlm, vfm, source, targets, settings, out)) or seed is not None or name != "mfuser":
+        if any((vlm, vfm, backbone, source, targets, settings, out)) or seed is not None or name != "mfuser":
             problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
         run = find_run(resume, runs)
@@ -69,7 +82,7 @@ def train(
         recipe = load_recipe(run / "recipe.yaml")
         recipe_name = recipe.name
     else:
-        recipe_name, flags = resolve(name, vlm=vlm, vfm=vfm, source=source, targets=targets, seed=seed)
+        recipe_name, flags = resolve(name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed)
         # first what can be told without importing torch
         light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names")
         check_training(light, root, scored=not no_eval)
@@ -114,6 +127,8 @@ def train(
     if (expected := held_against(recipe, _as_shipped(recipe_name), [trained, *records])) is not None:
         render.write("")
         render.show(expected, form)
+    if other := trained.extra.get("settings_of"):
+        render.note(f"trained with the settings of {other}, which are for other towers: no recipe has these")
     render.note(f"run: {run}")
 
 

@@ -18,14 +18,14 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(metavar="AUTHORS.pth", help="A checkpoint of the authors' release.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The run folder to make.")],
     recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="What it was trained by; default: mfuser/<tower>-gta.")
+        str | None, typer.Option(metavar="RECIPE", help="What it was trained by; default: as the method says.")
     ] = None,
     token_ids: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON with the 19x5 token ids, where there is no tokenizer.")
     ] = None,
     form: FormatOpt = Format.TEXT,
 ) -> None:
-    """Make a run of a checkpoint that the authors of MFuser published; no code of it is run."""
+    """Make a run of a checkpoint that a method's authors published; no code of it is run."""
     from dgbench import render
     from dgbench.engine import convert as conversion
 

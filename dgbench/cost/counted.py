@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ def made_now(subject: Subject) -> Tally:
     from dgbench.cost.count import count
 
     # the kernels' own name: they would not take tensors without data; what is computed is the same
-    model = built(subject, filled=False, backend="torch").to("meta")
+    model = built(subject, weights="meta", backend="torch").to("meta")
     counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
     # what training alone needs, a teacher or a memory bank, is no part of the model
     held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
@@ -90,8 +90,8 @@ def _held(name: str, parameters: Iterable[nn.Parameter]) -> Held:
     return Held(name, sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
 
 
-def built(subject: Subject, *, filled: bool = True, **forced: Any) -> Segmentor:
-    """Build a model with random weights; `filled` as that of `mfuser.build`.
+def built(subject: Subject, *, weights: Literal["random", "meta"] = "random", **forced: Any) -> Segmentor:
+    """Build a model without published weights; `weights` as that of `mfuser.build`.
 
     Raises: RecipeError if its options do not fit each other or the size.
     """
@@ -101,7 +101,7 @@ def built(subject: Subject, *, filled: bool = True, **forced: Any) -> Segmentor:
         # which words they are costs nothing, and a tokenizer may be a download
         options["token_ids"] = [[0] * 5 for _ in Segmentor.classes]
     try:
-        return mfuser.build(subject.method.name, **options, image_size=subject.size, pretrained=False, filled=filled)
+        return mfuser.build(subject.method.name, **options, image_size=subject.size, weights=weights)
     except ValueError as error:
         raise RecipeError(f"`{subject.method.name}` cannot be built: {error}", "change --set method.* or --size") from error
 

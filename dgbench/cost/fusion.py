@@ -21,7 +21,8 @@ from dgbench.results import Record
 from mfuser import ops
 from mfuser.fusion import FUSERS, Fuser, Site
 from mfuser.towers.loading import unfilled
-from mfuser.towers.vit import VisionEncoder, tower
+from mfuser.towers.table import tower
+from mfuser.towers.vit import VisionEncoder
 
 SWEEP = ((512, 512), (768, 768), (1024, 1024), (1536, 1536), (2048, 2048))  # (H, W) of images
 _BATCH = 2  # images a GPU trains on at a time in the paper's recipes

@@ -8,7 +8,7 @@ cost what trained ones do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,7 @@ from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
 from mfuser import ops
 from mfuser.inference import windows
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.table import ENCODERS
+from mfuser.towers.table import TOWERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = (512, 512)  # (H, W) of the papers' crops
@@ -108,43 +108,45 @@ class Profile:
 
 
 def subjects(
-    names: Sequence[str] = (), *, vlm: str | None = None, vfm: str | None = None, settings: Sequence[str] = (),
-    size: tuple[int, int] | None = None,
+    names: Sequence[str] = (), *, vlm: str | None = None, vfm: str | None = None, backbone: str | None = None,
+    settings: Sequence[str] = (), size: tuple[int, int] | None = None,
 ) -> list[Subject]:  # fmt: skip
     """Return the models that names and flags mean.
 
     Args:
         names: methods, which stand for all of their backbones, or recipes; by default all methods that have such towers.
-        vlm, vfm, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
+        vlm, vfm, backbone, settings: as those of `dgbench train`.    size: (H, W); by default the recipe's crop, else 512 x 512.
 
     Raises: RecipeError for what is unknown.
     """
     found: list[Subject] = []
     names = [spelled(name, mfuser.method_names()) or name for name in names]
-    vlm, vfm = (name and (spelled(name, ENCODERS) or name) for name in (vlm, vfm))
-    for name in names or _with_towers([key for key, value in (("vlm", vlm), ("vfm", vfm)) if value]):
+    asked = {"vlm": vlm, "vfm": vfm, "backbone": backbone}
+    towers = {key: spelled(name, TOWERS) or name for key, name in asked.items() if name}
+    for name in names or _with_towers(towers):
         if name in mfuser.method_names():
-            found += [Subject(method, size or SIZE) for method in _backbones(name, vlm, vfm, settings)]
+            found += [Subject(method, size or SIZE) for method in _backbones(name, towers, settings)]
             continue
         if "/" not in name and not name.endswith((".yaml", ".yml")):
             raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
-        towers = [f"method.{key}={value}" for key, value in (("vlm", vlm), ("vfm", vfm)) if value]
-        recipe = load_recipe(name, settings, flags=towers)
+        recipe = load_recipe(name, settings, flags=[f"method.{key}={value}" for key, value in towers.items()])
         found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
     return found
 
 
-def _with_towers(kinds: Sequence[str]) -> list[str]:
+def _with_towers(kinds: Collection[str]) -> list[str]:
     """The methods whose towers have these names."""
     return [
         name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
     ]
 
 
-def _backbones(name: str, vlm: str | None, vfm: str | None, settings: Sequence[str]) -> list[MethodSpec]:
+def _backbones(name: str, towers: Mapping[str, str], settings: Sequence[str]) -> list[MethodSpec]:
     rows = mfuser.methods.module(name).BACKBONES
-    if vlm is not None:
-        rows = [row for row in rows if row.get("vlm") == vlm] or [{"vlm": vlm}]
+    for key in ("vlm", "backbone"):
+        if key in towers:
+            rows = [row for row in rows if row.get(key) == towers[key]] or [{key: towers[key]}]
+    vfm = towers.get("vfm")
     if vfm is not None:
         # in place of the usual one: small towers are made for each other
         usual = rows[0].get("vfm")

@@ -181,18 +181,19 @@ def _worked_out(
 
 
 def _tower(name: str, root: Path) -> str:
-    from mfuser.towers.weights import WEIGHTS, files
+    from mfuser.towers.table import TOWERS
+    from mfuser.towers.weights import files
 
-    if name in WEIGHTS:
+    if name in TOWERS:
         return name
     if not name.startswith("timm:"):
         if name in domains.names(root):
             raise DataError(f"`{name}` is a domain of your own: its declaration does not say where its files come from",
                             f"put them into {root}, or fetch a set of the Hub with --hub")  # fmt: skip
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
-        raise DgbenchError(*unknown("tower or domain", name, [*WEIGHTS, *known]))
+        raise DgbenchError(*unknown("tower or domain", name, [*TOWERS, *known]))
     # here and not above: importing towers takes seconds that others do not need
-    from mfuser.towers.vit import tower
+    from mfuser.towers.table import tower
 
     try:
         tower(name), files(name)
@@ -225,14 +226,13 @@ def _tower_needs(towers: Sequence[str]) -> list[Need]:
         return []
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from mfuser.towers.weights import WEIGHTS, files
+    from mfuser.towers.weights import files
 
     needs = []
     for name in towers:
         missing = [file for file in files(name) if file.where is None]
-        row = WEIGHTS.get(name)
         size = int(sum(file.gigabytes for file in missing) * 1e9)
-        licence = row.licence if row else next((file.licence for file in files(name)), "")
+        licence = next((file.licence for file in files(name)), "")
         needs.append(Need(name, "tower", "to fetch" if missing else "here", len(missing), size, licence, HF_HUB_CACHE, ""))
     return needs
 

@@ -21,19 +21,21 @@ class Converted:
     source: str
     run: str
     recipe: str
-    vlm: str
+    method: str
+    towers: str
     used: int  # tensors
     dead: tuple[str, ...]  # tensors that the authors' model holds and never reads
 
 
 def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequence[Sequence[int]] | None = None) -> Converted:
-    """Turn a checkpoint of the authors' MFuser into a run folder that `evaluate` and `predict` take.
+    """Turn a checkpoint that a method's authors published into a run folder that `evaluate` and `predict` take.
 
     Args:
-        recipe: what it was trained by; by default the tower's on GTA5.
+        recipe: what it was trained by; by default what the method says of such checkpoints.
         token_ids: (19, 5) ids of the class prompts; None asks the tower's tokenizer.
 
-    Raises: CheckpointError naming the file and what does not fit; WeightsNotFound for a missing tokenizer.
+    Raises: CheckpointError naming the file and what does not fit; WeightsNotFound for a missing tokenizer, or for the weights of
+        a frozen tower that the checkpoint leaves out.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and not empty", "name a new folder")
@@ -42,16 +44,26 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
     if recipe is not None:
         load_recipe(recipe, check_method=False)
     # here and not above: what is wrong so far need not wait for torch
-    from mfuser.checkpoints import authors_tower, load_authors_checkpoint, read_authors
+    from mfuser.authors import load_authors_checkpoint, read_authors, recognise
 
     try:
         state = read_authors(path)
-        vlm = authors_tower(state)
-        trained = load_recipe(recipe or f"mfuser/{vlm}-gta")
-        if trained.method.name != "mfuser" or trained.method.options["vlm"] != vlm:
-            raise CheckpointError(f"{path} is MFuser with `{vlm}`, which `{trained.name}` is not", "give another --recipe")
-        options = {**trained.method.options, **({"token_ids": [list(row) for row in token_ids]} if token_ids else {})}
-        model = mfuser.build("mfuser", **options, image_size=trained.data.crop, pretrained=False, filled=False)
+        kinds = recognise(state)
+        if recipe is None and len(kinds) > 1:
+            named = ", ".join(f"{method} with {release.named} ({release.recipe})" for method, release in kinds)
+            raise CheckpointError(f"{path} may be of {named}: it leaves out the towers that would tell", "name it by --recipe")
+        trained = load_recipe(recipe or kinds[0][1].recipe)
+        has = trained.method.options
+        release = next(
+            (r for m, r in kinds if m == trained.method.name and all(has.get(k) == v for k, v in r.options.items())), None
+        )
+        if release is None:
+            named = " or ".join(f"`{method}` with {kind.named}" for method, kind in kinds)
+            raise CheckpointError(f"{path} is {named}, which `{trained.name}` is not", "give another --recipe")
+        options = {**has, **({"token_ids": [list(row) for row in token_ids]} if token_ids else {})}
+        # of frozen towers that it leaves out, the published weights are below it
+        weights: mfuser.methods.Weights = "published" if release.absent else "meta"
+        model = mfuser.build(trained.method.name, weights=weights, **options, image_size=trained.data.crop)
         report = load_authors_checkpoint(model, state)
         # made beside the place and renamed whole: what carries the name is complete
         partial = out.with_name(f".{out.name}.partial")
@@ -64,7 +76,8 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
     trained = trained.model_copy(update={"name": f"{trained.name}-authors"})
     dump(trained, partial / "recipe.yaml")
     os.replace(partial, out)
-    return Converted(str(path), str(out), trained.name, vlm, len(report.used), report.dead)
+    about = (trained.method.name, release.named)
+    return Converted(str(path), str(out), trained.name, *about, len(report.used), report.dead)
 
 
 def read_token_ids(path: Path) -> list[list[int]]:

@@ -12,14 +12,14 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 import mfuser
-from dgbench import atomic, results, temporaries
+from dgbench import results, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import streams
 from dgbench.data.sampling import class_counts
@@ -33,11 +33,13 @@ from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
-from dgbench.report.expected import WEIGHTS as _WEIGHTS_OF
+from dgbench.recipe.files import settings_of
+from dgbench.report.expected import WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.weights import WEIGHTS, hub_file
+from mfuser.towers.table import TOWERS
+from mfuser.towers.weights import hub_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -220,6 +222,7 @@ def _record(recipe: Recipe, run: Path, dataset: SegDataset, seen: checkpoints.Se
         extra={
             "loss": made.loss, "resumed_at_step": float(made.began), "peak_gib": made.peak_gib,
             "images_per_second": trained / made.seconds if made.seconds else None, **_began_with(recipe, made),
+            **_settings_of(recipe),
         },
     )  # fmt: skip
     return results.write(record, run) if write else record
@@ -248,9 +251,15 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
     """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
-    own = backbone_names(recipe.method.name) - WEIGHTS.keys()  # trunks that no table of towers has
+    own = backbone_names(recipe.method.name) - TOWERS.keys()  # trunks that no table of towers has
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    return {f"{_WEIGHTS_OF}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+
+
+def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
+    """The recipe that the settings were made for, where that is one with other towers."""
+    name = settings_of(recipe.name, recipe.method.options)
+    return {"settings_of": name} if name else {}
 
 
 def _source(recipe: Recipe, root: Path | None) -> SegDataset:
@@ -291,9 +300,9 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
     if checkpoint is not None:
         model = checkpoints.load_for(recipe, checkpoint)
     else:
-        published = recipe.train.init is None
+        weights: Literal["published", "random"] = "published" if recipe.train.init is None else "random"
         try:
-            model = mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, pretrained=published)
+            model = mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop, weights=weights)
         except mfuser.WeightsNotFound:
             raise
         except ValueError as error:  # towers that do not fit each other, or the crop

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgbench.errors import RecipeError, spelled, unknown
+from dgbench.recipe.method import TOWER_OPTIONS
 from dgbench.resources import recipes_dir
 from dgbench.spec import Problem
 from dgbench.yaml_text import field_type, parse, value
@@ -20,8 +21,11 @@ RESOLVED = "recipe.yaml"  # of a run
 
 # keys that options of their own set
 FLAGS = {
-    "method.vlm": "--vlm", "method.vfm": "--vfm", "data.source": "--source", "data.targets": "--targets", "train.seed": "--seed",
-}  # fmt: skip
+    **{f"method.{kind}": f"--{kind}" for kind in ("vlm", "vfm", "backbone")},
+    "data.source": "--source",
+    "data.targets": "--targets",
+    "train.seed": "--seed",
+}
 _PLAIN = re.compile(r"[\w.@/+-]+(?::[\w.@/+-]+)?")  # needs no quotes where a text is expected
 
 
@@ -32,32 +36,41 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
 
 
-def find(method: str, vlm: str | None = None, source: str | None = None) -> str:
-    """Return the shipped recipe that trains `method`, with this vision-language tower and source if they are given.
+def find(
+    method: str, vlm: str | None = None, source: str | None = None, *, vfm: str | None = None, backbone: str | None = None
+) -> str:
+    """Return the shipped recipe that trains `method`, with these towers and this source where they are given.
 
-    Without either it is the method's recipe on procedural streets, which needs no download. A recipe named after the
+    Without any it is the method's recipe on procedural streets, which needs no download. A recipe named after the
     method comes first, then one on gta5.
 
     Raises: RecipeError if there is none, or several equally near.
     """
     source = _domain(source)
     method, mine = _of_method(method)
-    fitting = [(n, r) for n, r in mine if _same_tower(vlm, r["vlm"]) and source in (None, r["source"])]
+    towers = {"vlm": vlm, "vfm": vfm, "backbone": backbone}
+    fitting = [
+        (name, row)
+        for name, row in mine
+        if source in (None, row["source"]) and all(_same_tower(asked, row[kind]) for kind, asked in towers.items())
+    ]
     if not fitting:
-        flags = "".join(f" --{key} {given}" for key, given in (("vlm", vlm), ("source", source)) if given)
-        have = ", ".join(f"{name} ({row['vlm'] or '-'}, {row['source']})" for name, row in mine)
-        raise RecipeError(f"no recipe for `{method}`{flags}", f"recipes of this method (vlm, source): {have}")
-    ranked = sorted(fitting, key=lambda item: _distance(item[0], item[1], method))
-    best = [name for name, row in ranked if _distance(name, row, method) == _distance(*ranked[0], method)]
-    if len(best) > 1:
-        raise RecipeError(f"several recipes fit `{method}`: {', '.join(best)}", "name one of them, or add --vlm")
-    return best[0]
+        flags = "".join(f" --{key} {given}" for key, given in (*towers.items(), ("source", source)) if given)
+        have = ", ".join(f"{name} ({row['vlm'] or row['backbone'] or '-'}, {row['source']})" for name, row in mine)
+        raise RecipeError(f"no recipe for `{method}`{flags}", f"recipes of this method (tower, source): {have}")
+    return _first(method, fitting)
 
 
 def resolve(
-    name: str = "mfuser", *, vlm: str | None = None, vfm: str | None = None, source: str | None = None,
-    targets: Sequence[str] | None = None, seed: int | None = None,
-) -> tuple[str, list[str]]:  # fmt: skip
+    name: str = "mfuser",
+    *,
+    vlm: str | None = None,
+    vfm: str | None = None,
+    backbone: str | None = None,
+    source: str | None = None,
+    targets: Sequence[str] | None = None,
+    seed: int | None = None,
+) -> tuple[str, list[str]]:
     """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
 
     A method's name picks among its recipes by the flags; whatever the picked recipe does not already say is overridden. A
@@ -67,27 +80,31 @@ def resolve(
     """
     added = [setting("data.targets", list(targets))] if targets else []
     added += [setting("train.seed", seed)] if seed is not None else []
+    asked = {"vfm": vfm, "vlm": vlm, "backbone": backbone}
     if _is_recipe(name):
-        given = {"method.vfm": vfm, "method.vlm": vlm, "data.source": source}
-        return name, [*(setting(key, text) for key, text in given.items() if text), *added]
+        flags = {f"method.{kind}": text for kind, text in asked.items()} | {"data.source": source}
+        return name, [*(setting(key, text) for key, text in flags.items() if text), *added]
     method, rows = _of_method(name)
-    vlm, vfm = _tower("vlm", vlm, rows), _tower("vfm", vfm, rows)
-    nearest = _nearest(vlm, vfm, rows)
-    domain = _domain(source)
-    if nearest and any(_same_tower(nearest, row["vlm"]) and domain in (None, row["source"]) for _, row in rows):
-        found, domain = find(method, nearest, source), None
-    elif not nearest and domain and any(row["source"] == domain for _, row in rows):
-        found, domain = find(method, None, source), None
-    else:
-        # no recipe of this method trains on that source: take its usual one and change the source
-        found = find(method, nearest)
+    towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
+    near, domain = _nearest(towers, rows), _domain(source)
+    on_it = [(found, row) for found, row in near if row["source"] == domain]
+    # where no recipe of this method trains on that source: its usual one with the source changed
+    found = _first(method, on_it or near)
     has = _peek(found)
-    towers = {f"method.{kind}": text for kind, text in (("vfm", vfm), ("vlm", vlm)) if not _same_tower(text, has[kind])}
-    if towers:
-        told = " and ".join(f"{key}={text}" for key, text in towers.items())
+    changed = {f"method.{kind}": text for kind, text in towers.items() if not _same_tower(text, has[kind])}
+    if changed:
+        told = " and ".join(f"{key}={text}" for key, text in changed.items())
         logging.getLogger(__name__).warning(f"no recipe has these towers: this is {found} with {told}")
-    given = towers | ({"data.source": domain} if domain else {})
-    return found, [*(setting(key, text) for key, text in given.items() if text), *added]
+    given = changed | ({"data.source": domain} if domain and not on_it else {})
+    return found, [*(setting(key, text) for key, text in given.items()), *added]
+
+
+def settings_of(name: str, options: Mapping[str, Any]) -> str | None:
+    """The shipped recipe of this name, if its settings were made for other towers than a method's options name; else None."""
+    if name not in recipe_names():
+        return None
+    has = _peek(name)
+    return name if any(has[kind] and options.get(kind) not in (None, has[kind]) for kind in ("vfm", "vlm", "backbone")) else None
 
 
 def setting(key: str, content: Any) -> str:
@@ -120,56 +137,71 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     return known, [(name, row) for name, row in rows if row["method"] == known]
 
 
-def _tower(kind: str, name: str | None, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
+def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     """A tower as it is spelled.
 
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
-    from mfuser.towers.table import ENCODERS, LANGUAGE, TIMM
+    from mfuser.methods import option_names
+    from mfuser.towers.table import TIMM, TOWERS, with_text
 
-    if name is None:
-        return None
-    method = rows[0][1]["method"]
-    if not any(row[kind] for _, row in rows):
-        from mfuser.methods import option_names
-
-        keys = ", ".join(f"method.{key}" for key in option_names(method) if key in ("vfm", "vlm", "backbone", "tower"))
-        raise RecipeError(f"`{method}` has no {kind}, which --{kind} {name} would set", f"by --set it takes: {keys}")
-    known = LANGUAGE if kind == "vlm" else tuple(ENCODERS)
+    if kind not in option_names(method):
+        keys = ", ".join(f"method.{key}" for key in option_names(method) if key in TOWER_OPTIONS)
+        raise RecipeError(f"`{method}` has no {kind}, which --{kind} {name} would set", f"by --set it takes: {keys or 'none'}")
+    known = with_text() if kind == "vlm" else list(TOWERS)
     as_known = spelled(name, known)
     if as_known is not None:
         return as_known
-    if (kind == "vfm" and name.startswith(TIMM)) or (kind == "vlm" and any(_same_tower(name, row[kind]) for _, row in rows)):
+    if (kind != "vlm" and name.startswith(TIMM)) or (kind == "vlm" and any(_same_tower(name, row[kind]) for _, row in rows)):
         return name
-    if name in ENCODERS:
+    if name in TOWERS:
         choice = ", ".join(sorted(known))
         raise RecipeError(f"--vlm {name} has no text tower", f"choose from {choice}; other towers are for --vfm")
     message, hint = unknown("tower", name, known)
-    also = f", or {TIMM}<model>" if kind == "vfm" and hint.startswith("choose") else ""
+    also = f", or {TIMM}<model>" if kind != "vlm" and hint.startswith("choose") else ""
     raise RecipeError(f"--{kind}: {message}", hint + also)
 
 
-def _nearest(vlm: str | None, vfm: str | None, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str | None:
-    """The vision-language tower whose recipes serve these towers: its own, one of its family, or the usual of its size."""
-    from mfuser.towers.table import ENCODERS
-
-    def large(name: str) -> bool:
-        return name not in ENCODERS or ENCODERS[name].timm is not None
-
-    have = list(dict.fromkeys(row["vlm"] for _, row in rows))
-    if vlm is None:
-        if vfm is None:
-            return None
-        beside = [row["vlm"] for _, row in rows if row["vfm"] == vfm] or [name for name in have if large(name) == large(vfm)]
-        return _usual(beside)
-    if any(_same_tower(vlm, name) for name in have):
-        return vlm
-    alike = [name for name in have if name and vlm.startswith(name)]  # siglip2, siglip
-    return _usual(alike or [name for name in have if large(name) == large(vlm)])
+def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]]]) -> Sequence[tuple[str, dict[str, str]]]:
+    """The recipes that serve these towers: their own, else those of one family and size, of one size, or as much trained."""
+    near = list(rows)
+    for kind in ("vlm", "vfm", "backbone"):
+        if asked := towers.get(kind):
+            least = min(_remoteness(asked, row[kind]) for _, row in near)
+            near = [(name, row) for name, row in near if _remoteness(asked, row[kind]) == least]
+    vlms = [row["vlm"] for _, row in near]
+    if towers and len(set(vlms)) > 1:
+        usual = "eva02" if "eva02" in vlms else vlms[0]  # as MFuser's Options have it
+        near = [(name, row) for name, row in near if row["vlm"] == usual]
+    return near
 
 
-def _usual(towers: Sequence[str]) -> str | None:
-    return "eva02" if "eva02" in towers else towers[0] if towers else None  # as `mfuser.build` has it
+def _remoteness(asked: str, has: str) -> int:
+    """How far the settings for one tower are from those for another: 0 for the same tower."""
+    from mfuser.towers.table import TOWERS
+
+    if _same_tower(asked, has):
+        return 0
+    one, other = TOWERS.get(asked), TOWERS.get(has)
+    if one and other and (one.width, one.depth) == (other.width, other.depth):
+        families = [name.partition("_")[0] for name in (asked, has)]
+        return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
+    # trained from scratch, or from published weights, as those of timm are
+    scratch = [row is not None and row.timm is None for row in (one, other)]
+    return 3 if scratch[0] == scratch[1] else 4
+
+
+def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
+    """The recipe that a method's name stands for among these.
+
+    Raises: RecipeError for several that are equally near.
+    """
+    least = min(_distance(name, row, method) for name, row in rows)
+    best = sorted(name for name, row in rows if _distance(name, row, method) == least)
+    if len(best) > 1:
+        towers = " or ".join(f"--{kind}" for kind in ("vlm", "vfm", "backbone") if any(row[kind] for _, row in rows))
+        raise RecipeError(f"several recipes fit `{method}`: {', '.join(best)}", f"name one of them, or add {towers}")
+    return best[0]
 
 
 def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, bool, bool]:
@@ -177,8 +209,12 @@ def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, boo
 
 
 def _same_tower(asked: str | None, has: str) -> bool:
+    from mfuser.towers.table import TOWERS
+
+    if asked is None or asked == has or asked in TOWERS:
+        return asked in (None, has)
     # `eva02` and its full name `eva02_l_336` are one tower
-    return asked is None or asked == has or (bool(has) and asked.startswith(f"{has}_")) or has.startswith(f"{asked}_")
+    return (bool(has) and asked.startswith(f"{has}_")) or has.startswith(f"{asked}_")
 
 
 def _peek(name: str) -> dict[str, str]:
@@ -186,10 +222,8 @@ def _peek(name: str) -> dict[str, str]:
     content = with_parent(locate(name))
     method, data = content.get("method"), content.get("data")
     method, data = (part if isinstance(part, dict) else {} for part in (method, data))
-    return {
-        "method": str(method.get("name", "")), "vlm": str(method.get("vlm", "")), "vfm": str(method.get("vfm", "")),
-        "source": str(data.get("source", "")),
-    }  # fmt: skip
+    towers = {kind: str(method.get(kind, "")) for kind in ("vlm", "vfm", "backbone")}
+    return {"method": str(method.get("name", "")), "source": str(data.get("source", "")), **towers}
 
 
 def locate(name_or_path: str | Path) -> Path:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from dgbench.errors import spelled, suggest, unknown
 from dgbench.spec import Problem, problems_of, shown, strictly
 
-TOWERS = ("vfm", "vlm", "backbone", "tower")  # options that name one
+TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 _SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -35,7 +35,7 @@ class MethodSpec(BaseModel):
     def variant(self) -> str:
         """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
         options = self.options
-        towers = " + ".join(str(options[key]) for key in TOWERS if options.get(key))
+        towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
         unusual = [options.get(key) for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
                    if options.get(key) not in (None, usual)]  # fmt: skip
         return ", ".join([towers, *map(str, unusual)]) if towers else ""
@@ -44,13 +44,13 @@ class MethodSpec(BaseModel):
 def spell(content: dict[str, Any]) -> None:
     """Write the names of a recipe's method and towers as they are known, in place: `EVA02` is `eva02`."""
     from mfuser.methods import names
-    from mfuser.towers.table import ENCODERS
+    from mfuser.towers.table import TOWERS
 
     method = content.get("method")
     if not isinstance(method, dict):
         return
     content["method"] = method = dict(method)
-    for key, known in (("name", names()), *((tower, list(ENCODERS)) for tower in TOWERS)):
+    for key, known in (("name", names()), *((tower, list(TOWERS)) for tower in TOWER_OPTIONS)):
         if isinstance(method.get(key), str):
             method[key] = spelled(method[key], known) or method[key]
 
@@ -58,7 +58,7 @@ def spell(content: dict[str, Any]) -> None:
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
     from mfuser.methods import backbone_names, names, option_names
-    from mfuser.towers.table import ENCODERS, LANGUAGE, TIMM
+    from mfuser.towers.table import TIMM, TOWERS, with_text
 
     method = content.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
@@ -76,12 +76,12 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
             close = suggest(str(key), known)
             more = f"did you mean `{close}`?" if close else f"choose from {', '.join(sorted(known))}"
             problems.append(Problem(("method", key), f"unknown key, {more}"))
-        elif key in TOWERS:
-            towers = sorted(LANGUAGE if key == "vlm" else ENCODERS)
+        elif key in TOWER_OPTIONS:
+            towers = sorted(with_text() if key == "vlm" else TOWERS)
             if not isinstance(value, str):
                 problems.append(Problem(("method", key), f"expected the name of a tower, got {shown(value)}"))
             elif value not in (*towers, *backbone_names(name)) and (key == "vlm" or not value.startswith(TIMM)):
-                textless = value in ENCODERS or value.startswith(TIMM)
+                textless = value in TOWERS or value.startswith(TIMM)
                 more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
                 close = suggest(value, towers)
                 also = f", or {TIMM}<model>" if key != "vlm" else ""

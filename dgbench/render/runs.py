@@ -67,9 +67,8 @@ def prediction_tables(predictions: Sequence[Prediction]) -> list[Table]:
 def converted_tables(done: Converted) -> list[Table]:
     legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
     legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
-    return [
-        Table(f"{done.source}: MFuser with {done.vlm}, now the run {done.run} of {done.recipe}", (), (), legend=tuple(legend))
-    ]
+    title = f"{done.source}: {done.method} with {done.towers}, now the run {done.run} of {done.recipe}"
+    return [Table(title, (), (), legend=tuple(legend))]
 
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:

@@ -1,22 +1,42 @@
-"""The methods: a file each, named like the method; this door lists them without importing them."""
+"""The methods: a file each, named like the method; this door lists them without importing them, and builds them.
+
+A method's file has, all but `MODEL` and `RELEASES` as literals, which are read without importing it:
+- `TITLE` and `PAPER`; `FIDELITY`: "exact" where it follows the authors' code, "reconstructed" where there is none, "" where
+  there is no paper;
+- `BACKBONES`: the towers that it is tabulated with, as options, the last row tiny;
+- `TOWERS`: option that names a tower -> part of the tower (`trunk`, `head`, `text`) -> the module that its weights go to;
+- `Options`, a frozen dataclass that checks itself, and `MODEL`, a Segmentor that is built from them;
+- `RELEASES`, where the authors published checkpoints, see `mfuser.releases`.
+
+A file in a folder that is appended to `__path__` is a method like the others.
+"""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
+    from mfuser.releases import Release
     from mfuser.segmentor import Segmentor
+
+Weights = Literal["published", "random", "meta"]
 
 
 def names() -> list[str]:
     """Every method's public name; nothing is imported."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
+    return sorted({m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")})
+
+
+def _known(name: str) -> str:
+    if name not in names():
+        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
+    return name.replace("-", "_")
 
 
 def file(name: str) -> Path:
@@ -24,9 +44,7 @@ def file(name: str) -> Path:
 
     Raises: ValueError listing the methods there are.
     """
-    if name not in names():
-        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
-    found = (Path(folder, f"{name.replace('-', '_')}.py") for folder in __path__)
+    found = (Path(folder, f"{_known(name)}.py") for folder in __path__)
     return next(path for path in found if path.is_file())
 
 
@@ -35,9 +53,7 @@ def module(name: str) -> ModuleType:
 
     Raises: ValueError listing the methods there are.
     """
-    if name not in names():
-        raise ValueError(f"unknown method `{name}`; choose from {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return importlib.import_module(f"{__name__}.{_known(name)}")
 
 
 def options(name: str) -> type[Any]:
@@ -46,48 +62,116 @@ def options(name: str) -> type[Any]:
     return found
 
 
+def releases(name: str) -> tuple[Release, ...]:
+    """The authors' checkpoints of a method that are known here."""
+    return tuple(getattr(module(name), "RELEASES", ()))
+
+
+def _read(name: str) -> list[ast.stmt]:
+    """The statements of a method's file.
+
+    Raises: ValueError listing the methods there are.
+    """
+    return ast.parse(file(name).read_text(encoding="utf-8")).body
+
+
+def constants(name: str) -> dict[str, Any]:
+    """The literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
+
+    Raises: ValueError listing the methods there are, or naming a constant that is no literal.
+    """
+    found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}}
+    for node in _read(name):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and target.id in found and value is not None:
+            try:
+                found[target.id] = ast.literal_eval(value)
+            except ValueError:
+                raise ValueError(f"{target.id} of the method `{name}` is no literal; write its value out") from None
+    return found
+
+
+def towers(name: str) -> Mapping[str, Mapping[str, str]]:
+    """Which options of a method name towers, and where their parts are in the model; nothing is imported."""
+    found: Mapping[str, Mapping[str, str]] = constants(name)["TOWERS"]
+    return found
+
+
 def option_names(name: str) -> list[str]:
     """The fields of a method's Options, read from its file: a wrong key is told without importing torch.
 
     Raises: ValueError listing the methods there are.
     """
-    body = next(node.body for node in _parsed(name).body if isinstance(node, ast.ClassDef) and node.name == "Options")
-    return [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    fields = next(node.body for node in _read(name) if isinstance(node, ast.ClassDef) and node.name == "Options")
+    return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
 def backbone_names(name: str) -> set[str]:
-    """The towers and trunks that a method's BACKBONES write out, read from its file: some have trunks of their own.
+    """The towers and trunks of a method's BACKBONES, read from its file: some have trunks of their own.
 
     Raises: ValueError listing the methods there are.
     """
-    rows = [node for node in _parsed(name).body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None]
-    values = [node.value for node in rows if "BACKBONES" in ast.unparse(node).partition("=")[0]]
-    written = [value for one in values for node in ast.walk(one) if isinstance(node, ast.Dict) for value in node.values]
-    return {value.value for value in written if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+    return {value for row in constants(name)["BACKBONES"] for value in row.values()}
 
 
-def _parsed(name: str) -> ast.Module:
-    return ast.parse(file(name).read_text(encoding="utf-8"))
-
-
-def build(name: str, *, pretrained: bool = True, filled: bool = True, **given: Any) -> Segmentor:
+def build(name: str, *, weights: Weights = "published", **given: Any) -> Segmentor:
     """Build a method, in evaluation mode: a trainer calls `.train()`.
 
     Args:
-        name: one of `names()`.    pretrained: load the towers' published weights, where they have any.
-        filled: draw what is left of large towers; False leaves it on the meta device for a checkpoint to fill.
+        name: one of `names()`.
+        weights: "published" loads the towers' published weights, where they have any, and draws the rest; "random" draws all;
+            "meta" leaves all parameters without values on the meta device, for a checkpoint to fill.
         given: fields of the method's Options.
 
     Raises: ValueError for an unknown method or option; WeightsNotFound naming the files that are not on this machine.
     """
+    import dataclasses
+
+    if old := [word for word in ("pretrained", "filled") if word in given]:
+        raise TypeError(f'build() takes no `{old[0]}`; say weights="published", "random" (was pretrained=False) or "meta"')
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights `{weights}` are unknown; choose from {', '.join(get_args(Weights))}")
     made = module(name)
     known = {f.name for f in dataclasses.fields(made.Options)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{name}` has no option {', '.join(f'`{u}`' for u in unknown)}; it has {', '.join(sorted(known))}")
-    model: Segmentor = made.build(made.Options(**given), pretrained=pretrained)
-    model.method = name
-    if filled:
-        from mfuser.towers.loading import fill
 
+    from mfuser.segmentor import CITYSCAPES
+    from mfuser.towers.loading import fill, load_tower
+    from mfuser.towers.text import CONTEXT_LENGTH, tokenize
+    from mfuser.towers.weights import WeightsNotFound, require
+
+    chosen = made.Options(**given)
+    wordless = "token_ids" in known and chosen.token_ids is None
+    # before anything is built: a missing file should cost seconds, not minutes
+    try:
+        files = require([getattr(chosen, option) for option in made.TOWERS]) if weights == "published" else {}
+    except WeightsNotFound:
+        # of towers that do not fit each other, none need be downloaded
+        blank = {"token_ids": [[0] * CONTEXT_LENGTH for _ in CITYSCAPES]} if wordless else {}
+        _on_meta(made.MODEL, dataclasses.replace(chosen, **blank))
+        raise
+    if wordless:
+        # the ids travel with the model, so that loading it never asks for a tokenizer
+        spoken = next(getattr(chosen, option) for option, parts in made.TOWERS.items() if "text" in parts)
+        chosen = dataclasses.replace(chosen, token_ids=tokenize(spoken, CITYSCAPES))
+    model: Segmentor = _on_meta(made.MODEL, chosen) if weights == "meta" else made.MODEL(chosen)
+    model.method, model.options = name, dataclasses.asdict(chosen)
+    for option, parts in made.TOWERS.items():
+        if (tower := getattr(chosen, option)) in files:
+            modules = {part: model.get_submodule(path) for part, path in parts.items()}
+            model.take_scalars(option, load_tower(tower, files[tower], modules))
+    if weights != "meta":
         fill(model)
     return model.eval()
+
+
+def _on_meta(model: type[Segmentor], chosen: Any) -> Segmentor:
+    """A model whose parameters have no values; the caller's random numbers are left as they were."""
+    import torch
+
+    from mfuser.towers.loading import unfilled
+
+    with torch.random.fork_rng(devices=[]), unfilled():
+        return model(chosen)

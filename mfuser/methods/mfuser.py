@@ -18,7 +18,7 @@ The release has accidents, and its weights rely on them. The variant `sane` has 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,21 +30,36 @@ from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
+from mfuser.releases.mfuser import RELEASES
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.loading import load_tower, unfilled
-from mfuser.towers.table import ENCODERS, TIMM, tower
-from mfuser.towers.text import TextEncoder, listed_ids, tokenize
+from mfuser.towers.embedding import EMBEDDINGS
+from mfuser.towers.table import TIMM, tower, with_text
+from mfuser.towers.table import TOWERS as TABLE
+from mfuser.towers.text import TextEncoder, listed_ids
 from mfuser.towers.vit import VisionEncoder
-from mfuser.towers.weights import WeightsNotFound, require
+
+__all__ = ["BACKBONES", "FIDELITY", "MODEL", "PAPER", "RELEASES", "TITLE", "TOWERS", "MFuser", "Options"]
 
 TITLE = "MFuser"
 PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"
 
+FIDELITY = "exact"
 # what it is tabulated with: the options of each
-BACKBONES: tuple[dict[str, str], ...] = (
-    *({"vfm": "dinov2_l", "vlm": vlm} for vlm in ("eva02", "clip", "siglip", "siglip2")),
-    *({"vfm": size, "vlm": size} for size in ("small", "tiny")),
+BACKBONES = (
+    {"vfm": "dinov2_l", "vlm": "eva02"},
+    {"vfm": "dinov2_l", "vlm": "clip"},
+    {"vfm": "dinov2_l", "vlm": "siglip"},
+    {"vfm": "dinov2_l", "vlm": "siglip2"},
+    {"vfm": "dinov2_b", "vlm": "eva02_b"},
+    {"vfm": "dinov2_b", "vlm": "clip_b"},
+    {"vfm": "dinov2_b", "vlm": "siglip_b"},
+    {"vfm": "small", "vlm": "small"},
+    {"vfm": "tiny", "vlm": "tiny"},
 )
+TOWERS = {
+    "vfm": {"trunk": "vfm.trunk"},
+    "vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"},
+}
 
 # sizes by the vision-language tower; an option left at None takes them from here
 _FULL = {"decoder_dim": 256, "heads": 8, "pixel_layers": 6, "mask_layers": 9, "ffn_dim": 2048, "points": 4, "groups": 32,
@@ -58,10 +73,10 @@ _SIZES = {"tiny": _TINY, "small": _SMALL}
 
 @dataclass(frozen=True)
 class Options:
-    """What `build` takes. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
+    """What a model is built from. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.ENCODERS or `timm:<model>`
-    vlm: str = "eva02"  # vision-language tower: eva02, clip, siglip, siglip2, tiny or small
+    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.TOWERS or `timm:<model>`
+    vlm: str = "eva02"  # vision-language tower: a row of the table that has a text tower
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
     variant: str = "release"  # or "sane", without the release's accidents; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
@@ -89,13 +104,11 @@ class Options:
                 object.__setattr__(self, name, value)
         for kind in ("vfm", "vlm"):
             name = getattr(self, kind)
-            if name not in ENCODERS and not name.startswith(TIMM):
-                raise ValueError(
-                    f"{kind} `{name}` is unknown; choose from {', '.join(sorted(ENCODERS))}, or {TIMM}<model> for vfm"
-                )
-        if self.vlm not in _EMBEDDINGS:
+            if name not in TABLE and not name.startswith(TIMM):
+                raise ValueError(f"{kind} `{name}` is unknown; choose from {', '.join(sorted(TABLE))}, or {TIMM}<model> for vfm")
+        if self.vlm not in with_text():
             raise ValueError(
-                f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(_EMBEDDINGS))}; other towers are for vfm"
+                f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(with_text()))}; other towers are for vfm"
             )
         tower(self.vfm)  # timm knows the model
         if self.fuser not in FUSERS:
@@ -106,83 +119,13 @@ class Options:
             object.__setattr__(self, "token_ids", listed_ids(self.token_ids, len(Segmentor.classes)))
 
 
-def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
-    """The foundation tokens (B, L1, C) that go with each of the other tower's, (B, L2, C).
-
-    Class token goes with class token and patch with patch. Registers have no counterpart; the mean of the patches
-    stands in for a class token that only the other tower has.
-    """
-    if vfm.prefix == vlm.classes == vfm.classes:
-        return d
-    patches = d[:, vfm.prefix :]
-    if not vlm.classes:
-        return patches
-    return torch.cat([d[:, :1] if vfm.classes else patches.mean(1, keepdim=True), patches], 1)
-
-
-class SumEmbedding(nn.Module):
-    """EVA02's image embedding: both towers' normed tokens added, then the tower's linear head."""
-
-    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(vlm.dim, dim)
-
-    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, C) tokens of both towers -> global (B, 1, D) and visual (B, g*g, D)."""
-        embedded = self.head(vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d)))
-        return embedded[:, :1], embedded[:, 1:]
-
-
-class ProjectedEmbedding(nn.Module):
-    """CLIP's: the foundation tokens enter through a linear layer, before CLIP's own norm and projection."""
-
-    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
-        super().__init__()
-        self.adapter_proj3 = nn.Linear(vfm.dim, vlm.dim)
-        self.head = nn.Linear(vlm.dim, dim, bias=False)
-
-    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As SumEmbedding's; the foundation tower's final norm is not used."""
-        embedded = self.head(vlm.finish(v + self.adapter_proj3(counterparts(vfm, vlm, d))))
-        return embedded[:, :1], embedded[:, 1:]
-
-
-class PooledEmbedding(nn.Module):
-    """SigLIP's: its attention-pooling head, asked once by its probe and once by every token."""
-
-    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
-        super().__init__()
-        if dim != vlm.dim:
-            raise ValueError(f"text dim {dim} differs from the tower's width {vlm.dim}; the pooling head keeps the width")
-        self.probe = nn.Parameter(torch.randn(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
-
-    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As SumEmbedding's."""
-        tokens = vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d))
-        return self._pool(self.probe.expand(len(tokens), -1, -1), tokens), self._pool(tokens, tokens)
-
-    def _pool(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        attended, _ = self.attention(queries, tokens, tokens, need_weights=False)
-        out: Tensor = attended + self.mlp(self.norm(attended))
-        return out
-
-
-_EMBEDDINGS: dict[str, Any] = {
-    "eva02": SumEmbedding, "clip": ProjectedEmbedding, "siglip": PooledEmbedding, "siglip2": PooledEmbedding,
-    "tiny": SumEmbedding, "small": SumEmbedding,
-}  # fmt: skip
-
-
 def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
     """Foundation and vision-language tower.
 
     Raises: ValueError for two that cannot be fused block by block.
     """
     # one grid for both towers: the vision-language tower's patch size decides
-    patch = options.patch or ENCODERS[options.vlm].patch
+    patch = options.patch or TABLE[options.vlm].patch
     vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
     vlm = VisionEncoder(options.vlm, options.image_size, patch=patch, sane=options.variant == "sane")
     if vfm.depth != vlm.depth:
@@ -202,7 +145,8 @@ class MFuser(Segmentor):
         o: Any = options
         self.image_size = o.image_size
         self.sane = sane = o.variant == "sane"
-        self.no_decay = ("norm",) if o.vlm == "clip" else ("norm", "level_embed", "query_embed")
+        kind = tower(o.vlm).text.embedding  # type: ignore[union-attr]
+        self.no_decay = ("norm",) if kind == "projected" else ("norm", "level_embed", "query_embed")
         if sane:
             self.no_decay = ("norm", "level_embed", "level_encoding", "query_embed", "A_log", ".D")
             self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -215,7 +159,7 @@ class MFuser(Segmentor):
         )
         self.adapters = nn.ModuleList(FUSERS[o.fuser](site) for _ in range(depth))
         # the release wraps CLIP's fusion alone in linear layers
-        wrapped = depth if o.vlm == "clip" else 0
+        wrapped = depth if kind == "projected" else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
         self.adapter_proj2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
 
@@ -224,7 +168,7 @@ class MFuser(Segmentor):
         self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.text.contexts, self.text.width)))
         # the release means 1e-4 and then overwrites it with a truncated normal of std 1
         self.gamma = nn.Parameter(torch.full((width,), 1e-4) if sane else nn.init.trunc_normal_(torch.empty(width)))
-        self.embedding: nn.Module = _EMBEDDINGS[o.vlm](self.vfm, self.vlm, width)
+        self.embedding: nn.Module = EMBEDDINGS[kind](self.vfm, self.vlm, width)
         self.context_decoder = MTEnhancer(
             width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, dropout=o.dropout, backend=o.backend, sane=sane
         )
@@ -311,6 +255,12 @@ class MFuser(Segmentor):
         global_, visual = self.embedding(self.vfm, self.vlm, d, v)
         return features, global_, visual
 
+    def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
+        """Take SigLIP's own scale and bias of the score map; the others' maps use 1 / 0.07."""
+        if option == "vlm" and "logit_bias" in scalars:
+            self.logit_scale.copy_(scalars["logit_scale"].exp().reshape(()))
+            self.logit_bias.copy_(scalars["logit_bias"].reshape(()))
+
     def texts(self, global_: Tensor, visual: Tensor) -> Tensor:
         """Class embeddings (B, K, D), refined by the image."""
         text = self.text(self.contexts).expand(len(visual), -1, -1)
@@ -318,30 +268,4 @@ class MFuser(Segmentor):
         return refined
 
 
-def build(options: Options, *, pretrained: bool) -> Segmentor:
-    """Build the model; see `Options`.
-
-    Raises: WeightsNotFound naming the files that are missing when `pretrained`.
-    """
-    # before anything is built: a missing file should cost seconds, not minutes
-    try:
-        files = require([options.vfm, options.vlm]) if pretrained else {}
-    except WeightsNotFound:
-        # of two towers that do not fit, neither need be downloaded
-        with torch.random.fork_rng(devices=[]), unfilled():
-            _towers(options)
-        raise
-    # the ids travel with the model, so that loading it never asks for a tokenizer
-    if options.token_ids is None:
-        options = replace(options, token_ids=tokenize(options.vlm, Segmentor.classes))
-    model = MFuser(options)
-    model.options = asdict(options)
-    if options.vfm in files:
-        load_tower(options.vfm, files[options.vfm], {"trunk": model.vfm.trunk})
-    if options.vlm in files:
-        parts = {"trunk": model.vlm.trunk, "head": model.embedding, "text": model.text.tower}
-        scalars = load_tower(options.vlm, files[options.vlm], parts)
-        if "logit_bias" in scalars:  # SigLIP was trained with its own; the others' score maps use 1 / 0.07
-            model.logit_scale.copy_(scalars["logit_scale"].exp().reshape(()))
-            model.logit_bias.copy_(scalars["logit_bias"].reshape(()))
-    return model
+MODEL = MFuser

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.labels import IGNORE, train_ids
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.loading import load_tower
-from mfuser.towers.table import ENCODERS
 from mfuser.towers.vit import VisionEncoder
-from mfuser.towers.weights import require
 
 TITLE = "Source only"
 PAPER = ""
-BACKBONES: tuple[dict[str, str], ...] = tuple({"backbone": name} for name in ENCODERS)
+FIDELITY = ""
+BACKBONES = (
+    {"backbone": "dinov2_s"},
+    {"backbone": "dinov2_b"},
+    {"backbone": "dinov2_l"},
+    {"backbone": "dinov2_l_reg4"},
+    {"backbone": "dinov3_s"},
+    {"backbone": "dinov3_b"},
+    {"backbone": "dinov3_l"},
+    {"backbone": "eva02"},
+    {"backbone": "clip"},
+    {"backbone": "siglip"},
+    {"backbone": "siglip2"},
+    {"backbone": "small"},
+    {"backbone": "tiny"},
+)
+TOWERS = {"backbone": {"trunk": "encoder.trunk"}}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `build` takes."""
+    """What a model is built from."""
 
-    backbone: str = "tiny"  # a row of mfuser.towers.table.ENCODERS, or `timm:<model>`
+    backbone: str = "tiny"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
 
@@ -61,14 +74,4 @@ class SourceOnly(Segmentor):
         return logits
 
 
-def build(options: Options, *, pretrained: bool) -> Segmentor:
-    """Build the model; see `Options`.
-
-    Raises: WeightsNotFound naming the file that is missing when `pretrained`.
-    """
-    files = require([options.backbone]) if pretrained else {}
-    model = SourceOnly(options)
-    model.options = asdict(options)
-    for tower, path in files.items():
-        load_tower(tower, path, {"trunk": model.encoder.trunk})
-    return model
+MODEL = SourceOnly

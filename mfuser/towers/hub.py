@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mfuser.towers.weights import WEIGHTS, HubFile, WeightsNotFound, files, how_to_get, role
+from mfuser.towers.table import TOWERS, HubFile
+from mfuser.towers.weights import WeightsNotFound, files, how_to_get
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -61,13 +62,13 @@ class DownloadError(WeightsNotFound):
 def models() -> list[Model]:
     """Every tower, by its name in recipes and in `dgbench download`."""
     found: list[Model] = []
-    for name, row in WEIGHTS.items():
-        if row is None:  # trained from scratch
-            found.append(Model(name, role(name), None, None, None, None, None, ()))
+    for name, row in TOWERS.items():
+        if (file := row.weights) is None:  # trained from scratch
+            found.append(Model(name, row.role, None, None, None, None, None, ()))
             continue
-        missing = tuple(file.file for file in files(name) if file.where is None)
-        path = str(row.where) if row.where else None
-        found.append(Model(name, role(name), row.repo, row.file, row.gigabytes, row.licence, path, missing))
+        missing = tuple(part.file for part in row.files if part.where is None)
+        path = str(where) if (where := file.where) else None
+        found.append(Model(name, row.role, file.repo, file.file, file.gigabytes, file.licence, path, missing))
     return found
 
 
@@ -104,7 +105,7 @@ def download(towers: Sequence[str], tell: Callable[[str], None] | None = None) -
     """Fetch the towers' files into the Hub cache; what is there already is left alone.
 
     Args:
-        towers: rows of WEIGHTS.    tell: is given one line before each transfer.
+        towers: rows of TOWERS, or `timm:<model>`.    tell: is given one line before each transfer.
 
     Raises: DownloadError if a file cannot be fetched or differs from what the Hub states; files fetched before it stay.
     """

@@ -6,7 +6,7 @@ filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.keys import published
+from mfuser.keys import Source, renamed
+from mfuser.towers.key_rules import TIMM_FILE
+from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound
 
 
@@ -50,6 +52,13 @@ def fill(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
 
 
+def published(tower: str, part: str) -> Callable[[str], Source]:
+    """Return the map from our names in a part of a tower (`trunk`, `head`, `text`) to those of its file on the Hub."""
+    # a model by its name in timm has timm's own names
+    rules = (TOWERS[tower].keys if tower in TOWERS else TIMM_FILE)[part]
+    return lambda name: renamed(name, rules)
+
+
 def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Fill modules with a tower's published weights, resampled to the modules' grids as the authors' release does.
 
@@ -66,32 +75,43 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
     except (SafetensorError, OSError) as error:
         raise WeightsNotFound(f"{file} is damaged: {error}", f"delete it and run: dgbench download {tower}") from None
     for part, module in parts.items():
-        source_of = published(tower, part)
-        values = {}
-        for name, target in module.state_dict().items():
-            if part == "head" and "adapter" in name:
-                continue  # MFuser's own layers, which live there
-            source = source_of(name)
-            try:
-                value = source.read(state)
-            except KeyError as error:
-                raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
-            # towers with registers keep positions of their patches alone
-            prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
-            embed: Any = getattr(module, "patch_embed", None)
-            grid = embed.grid_size if embed is not None else None
-            value = fitted(tower, name, value, target, prefix, grid)
-            if value.shape != target.shape:
-                raise ValueError(f"{file}: {source.keys[0]} is {tuple(value.shape)}, `{tower}` needs {tuple(target.shape)}")
-            values[name] = value.to(torch.float32).contiguous()
+        values, _ = taken(tower, part, module, state, file)
         module.load_state_dict(values, strict=False, assign=True)
     return {name: value for name, value in state.items() if value.numel() == 1}
 
 
-def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int,
-           grid: tuple[int, int] | None = None) -> Tensor:  # fmt: skip
+def taken(
+    tower: str, part: str, module: nn.Module, state: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of a part of a tower from its published file, and the file's names that they come from.
+
+    Raises: ValueError naming the tensor that is missing or does not fit.
+    """
+    source_of = published(tower, part)
+    values, used = {}, set()
+    for name, target in module.state_dict().items():
+        if part == "head" and "adapter" in name:
+            continue  # MFuser's own layers, which live there
+        source = source_of(name)
+        try:
+            value = source.read(state)
+        except KeyError as error:
+            raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
+        # towers with registers keep positions of their patches alone
+        prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
+        embed: Any = getattr(module, "patch_embed", None)
+        grid = embed.grid_size if embed is not None else None
+        value = fitted(tower, name, value, target, prefix, grid)
+        if value.shape != target.shape:
+            raise ValueError(f"{file}: {source.keys[0]} is {tuple(value.shape)}, `{tower}` needs {tuple(target.shape)}")
+        values[name] = value.to(torch.float32).contiguous()
+        used |= set(source.keys)
+    return values, used
+
+
+def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int, grid: tuple[int, int] | None = None) -> Tensor:
     """Resample a published tensor to our grid (None: a square), kernel or context length; without antialiasing, as released."""
-    mode = "bilinear" if tower in ("clip", "siglip", "siglip2") else "bicubic"
+    mode = TOWERS[tower].resample if tower in TOWERS else "bicubic"
     if name == "pos_embed":
         side = round((target.shape[1] - prefix) ** 0.5)
         return resampled_positions(value.reshape(-1, value.shape[-1]), grid or (side, side), prefix, mode)[None]

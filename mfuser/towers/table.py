@@ -1,11 +1,18 @@
-"""The table of vision towers: names, how timm builds them, what their images look like. Nothing heavy is imported for it."""
+"""The table of towers: a row says how a tower is built, where its weights are, how their file names its tensors, and what
+text tower it has. Nothing heavy is imported for it.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from mfuser.towers.key_rules import EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -13,49 +20,324 @@ _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
-class Tower:
-    """One row of ENCODERS: how timm builds it and what its images look like."""
+class HubFile:
+    """One file on the Hugging Face Hub."""
 
-    timm: str | None  # model name; None: built from `options` alone
+    repo: str
+    file: str
+    gigabytes: float  # about: what the Hub states is what a download is held against
+    licence: str = "see its page"
+
+    @property
+    def size(self) -> str:
+        """About how large it is, as `1.7 GB`."""
+        return f"{self.gigabytes:g} GB" if self.gigabytes >= 0.1 else f"{1000 * self.gigabytes:.2g} MB"
+
+    @property
+    def where(self) -> Path | None:
+        """The file in the local Hub cache, or None."""
+        # as huggingface_hub documents its cache; its own function imports an HTTP client, which takes longer than all the rest
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folder = Path(HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
+        try:
+            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        path = folder / "snapshots" / commit / self.file
+        return path if path.exists() else None
+
+    def sha256(self) -> str | None:
+        """64 hex digits of the file in the local Hub cache, read as a whole; None if it is not there."""
+        if (path := self.where) is None:
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.file} ({self.size})"
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The text tower beside an image tower, and how their outputs are brought together."""
+
+    open_clip: str | None  # configuration name; None: the tiny tower
+    contexts: int  # context rows that the release learns
+    tokenizer: str | HubFile  # open_clip's model whose tokenizer is used, or a vocabulary that open_clip does not bring along
+    embedding: Literal["sum", "projected", "pooled"]  # a row of mfuser.towers.embedding.EMBEDDINGS
+    causal: bool = True
+    pad: int = 0  # what fills lines of a tokenizer from a file
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One row of TOWERS."""
+
+    timm: str | None  # model name; None: built from `options` alone, and trained from scratch
     patch: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    options: dict[str, Any] = field(default_factory=dict)
-    class_token_twice: bool = False  # the class embedding is also part of the class position, see `embed`
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
+    width: int = 0
+    depth: int = 0  # blocks
+    weights: HubFile | None = None
+    keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
+    dead: tuple[str, ...] = ()  # patterns of tensors of that file that nothing reads
+    text: TextTower | None = None
+    resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
+    class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
+
+    @property
+    def role(self) -> Literal["vfm", "vlm", "both"]:
+        """What it serves as: foundation tower, vision-language tower, or, trained from scratch, either."""
+        return "both" if self.timm is None else "vlm" if self.text else "vfm"
+
+    @property
+    def files(self) -> list[HubFile]:
+        """The files that it is loaded from: weights, and the tokenizer's vocabulary where that is a file of its own."""
+        tokenizer = self.text.tokenizer if self.text else None
+        return [file for file in (self.weights, tokenizer) if isinstance(file, HubFile)]
 
 
-# those that have a text tower, too, and can stand for `vlm`
-LANGUAGE = ("eva02", "clip", "siglip", "siglip2", "tiny", "small")
+def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> HubFile:
+    return HubFile(f"timm/{model}", "model.safetensors", gigabytes, licence)
 
-ENCODERS: dict[str, Tower] = {
-    "dinov2_l": Tower("vit_large_patch14_dinov2", 14, *_IMAGENET),
-    "dinov2_l_reg4": Tower("vit_large_patch14_reg4_dinov2", 14, *_IMAGENET),
+
+def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
+    return HubFile(f"timm/{model}", "open_clip_model.safetensors", gigabytes, licence)
+
+
+_SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0")
+# its pooling head is asked in a way of our own, see PooledEmbedding
+_SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
+_TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+_SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
+_SCALARS = (r"^logit_scale$", r"^logit_bias$")  # of the contrastive loss, read by name
+
+TOWERS: dict[str, Tower] = {
+    "dinov2_s": Tower(
+        "vit_small_patch14_dinov2",
+        14,
+        *_IMAGENET,
+        width=384,
+        depth=12,
+        weights=_timm_file("vit_small_patch14_dinov2.lvd142m", 0.088),
+        dead=(r"^mask_token$",),
+    ),
+    "dinov2_b": Tower(
+        "vit_base_patch14_dinov2",
+        14,
+        *_IMAGENET,
+        width=768,
+        depth=12,
+        weights=_timm_file("vit_base_patch14_dinov2.lvd142m", 0.35),
+        dead=(r"^mask_token$",),
+    ),
+    "dinov2_l": Tower(
+        "vit_large_patch14_dinov2",
+        14,
+        *_IMAGENET,
+        width=1024,
+        depth=24,
+        weights=_timm_file("vit_large_patch14_dinov2.lvd142m", 1.2),
+        dead=(r"^mask_token$",),
+    ),
+    "dinov2_l_reg4": Tower(
+        "vit_large_patch14_reg4_dinov2",
+        14,
+        *_IMAGENET,
+        width=1024,
+        depth=24,
+        weights=_timm_file("vit_large_patch14_reg4_dinov2.lvd142m", 1.2),
+        dead=(r"^mask_token$",),
+    ),
     # rotary positions alone, a class token and four registers
-    "dinov3_l": Tower("vit_large_patch16_dinov3", 16, *_IMAGENET),
-    "eva02": Tower("eva02_large_patch14_clip_336", 14, *_CLIP),
+    "dinov3_s": Tower(
+        "vit_small_patch16_dinov3",
+        16,
+        *_IMAGENET,
+        width=384,
+        depth=12,
+        weights=_timm_file("vit_small_patch16_dinov3.lvd1689m", 0.086, "DINOv3"),
+    ),
+    "dinov3_b": Tower(
+        "vit_base_patch16_dinov3",
+        16,
+        *_IMAGENET,
+        width=768,
+        depth=12,
+        weights=_timm_file("vit_base_patch16_dinov3.lvd1689m", 0.34, "DINOv3"),
+    ),
+    "dinov3_l": Tower(
+        "vit_large_patch16_dinov3",
+        16,
+        *_IMAGENET,
+        width=1024,
+        depth=24,
+        weights=_timm_file("vit_large_patch16_dinov3.lvd1689m", 1.2, "DINOv3"),
+    ),
+    # Rein's: trained on masked images, and fed as DINOv2 is. Rein reads the authors' own resampling of these weights from
+    # patches of 14 to 16 pixels; here that is done when they are loaded
+    "eva02_l_mim": Tower(
+        "eva02_large_patch14_224",
+        16,
+        *_IMAGENET,
+        width=1024,
+        depth=24,
+        weights=_timm_file("eva02_large_patch14_224.mim_m38m", 1.2, "MIT"),
+    ),
+    # VLTSeg's: the image tower of EVA02-CLIP at 224, without the norm before the projection of the attention, which its
+    # code has not, and fed with ImageNet's mean and deviation
+    "eva02_l_224": Tower(
+        "eva02_large_patch14_clip_224",
+        14,
+        *_IMAGENET,
+        {"scale_attn_inner": False},
+        width=1024,
+        depth=24,
+        weights=_clip_file("eva02_large_patch14_clip_224.merged2b_s4b_b131k", 1.7),
+        keys={"trunk": EVA_CLIP_FILE["trunk"]},
+        dead=(r"^visual\.trunk\.blocks\.\d+\.attn\.norm\.", r"^visual\.trunk\.head\.", r"^text\.", *_SCALARS),
+    ),
+    "eva02_b": Tower(
+        "eva02_base_patch16_clip_224",
+        16,
+        *_CLIP,
+        width=768,
+        depth=12,
+        weights=_clip_file("eva02_base_patch16_clip_224.merged2b_s8b_b131k", 0.6),
+        keys=EVA_CLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower("EVA02-B-16", 8, "EVA02-B-16", "sum"),
+    ),
+    "eva02": Tower(
+        "eva02_large_patch14_clip_336",
+        14,
+        *_CLIP,
+        width=1024,
+        depth=24,
+        weights=_clip_file("eva02_large_patch14_clip_336.merged2b_s6b_b61k", 1.7),
+        keys=EVA_CLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336", "sum"),
+    ),
+    "clip_b": Tower(
+        "vit_base_patch16_clip_quickgelu_224",
+        16,
+        *_CLIP,
+        {"drop_path_rate": 0.1},
+        width=768,
+        depth=12,
+        weights=_clip_file("vit_base_patch16_clip_224.openai", 0.6),
+        keys=OPENAI_FILE,
+        dead=_SCALARS,
+        text=TextTower("ViT-B-16-quickgelu", 5, "ViT-B-16", "projected"),
+        resample="bilinear",
+        class_token_twice=True,
+    ),
     # the release adapts CLIP's 14-pixel patches to 16, and DINOv2's with them
-    "clip": Tower("vit_large_patch14_clip_quickgelu_336", 16, *_CLIP, {"drop_path_rate": 0.1}, class_token_twice=True),
-    # its pooling head is asked in a way of our own, see methods/mfuser.py
-    "siglip": Tower("vit_large_patch16_siglip_384", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
-    "siglip2": Tower("vit_large_patch16_siglip_512", 16, *_HALF, {"act_layer": "gelu_tanh", "global_pool": ""}),
+    "clip": Tower(
+        "vit_large_patch14_clip_quickgelu_336",
+        16,
+        *_CLIP,
+        {"drop_path_rate": 0.1},
+        width=1024,
+        depth=24,
+        weights=_clip_file("vit_large_patch14_clip_336.openai", 1.7),
+        keys=OPENAI_FILE,
+        dead=_SCALARS,
+        text=TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336", "projected"),
+        resample="bilinear",
+        class_token_twice=True,
+    ),
+    "siglip_b": Tower(
+        "vit_base_patch16_siglip_512",
+        16,
+        *_HALF,
+        _SIGLIP,
+        width=768,
+        depth=12,
+        weights=_clip_file("ViT-B-16-SigLIP-512", 0.82, "Apache-2.0"),
+        keys=SIGLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower("ViT-B-16-SigLIP-512", 5, _SIGLIP_WORDS, "pooled", causal=False, pad=1),
+        resample="bilinear",
+    ),
+    "siglip": Tower(
+        "vit_large_patch16_siglip_384",
+        16,
+        *_HALF,
+        _SIGLIP,
+        width=1024,
+        depth=24,
+        weights=_clip_file("ViT-L-16-SigLIP-384", 2.6, "Apache-2.0"),
+        keys=SIGLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower("ViT-L-16-SigLIP-384", 5, _SIGLIP_WORDS, "pooled", causal=False, pad=1),
+        resample="bilinear",
+    ),
+    "siglip2_b": Tower(
+        "vit_base_patch16_siglip_512",
+        16,
+        *_HALF,
+        _SIGLIP,
+        width=768,
+        depth=12,
+        weights=_clip_file("ViT-B-16-SigLIP2-512", 1.5, "Apache-2.0"),
+        keys=SIGLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower(
+            "ViT-B-16-SigLIP2-512",
+            5,
+            HubFile("timm/ViT-B-16-SigLIP2-512", "tokenizer.json", 0.034, "Apache-2.0"),
+            "pooled",
+            causal=False,
+        ),
+        resample="bilinear",
+    ),
+    "siglip2": Tower(
+        "vit_large_patch16_siglip_512",
+        16,
+        *_HALF,
+        _SIGLIP,
+        width=1024,
+        depth=24,
+        weights=_clip_file("ViT-L-16-SigLIP2-512", 3.5, "Apache-2.0"),
+        keys=SIGLIP_FILE,
+        dead=_SCALARS,
+        text=TextTower(
+            "ViT-L-16-SigLIP2-512",
+            5,
+            HubFile("timm/ViT-L-16-SigLIP2-512", "tokenizer.json", 0.034, "Apache-2.0"),
+            "pooled",
+            causal=False,
+        ),
+        resample="bilinear",
+    ),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
-    "tiny": Tower(None, 8, *_IMAGENET, {"embed_dim": 64, "depth": 3, "num_heads": 2}),
-    "small": Tower(None, 8, *_IMAGENET, {"embed_dim": 256, "depth": 8, "num_heads": 4}),
+    "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
+    "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
 }
 
 TIMM = "timm:"  # before the name of a model of timm's
 _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transformers
 
 
+def with_text() -> list[str]:
+    """The towers that have a text tower, too, and can stand for `vlm`."""
+    return [name for name, row in TOWERS.items() if row.text]
+
+
 def tower(name: str) -> Tower:
-    """The row of a tower: one of ENCODERS, or for `timm:<model>` what timm says of it.
+    """The row of a tower: one of TOWERS, or for `timm:<model>` what timm says of it.
 
     Raises: ValueError for a name that neither knows, and for a model that is no plain transformer.
     """
-    if name in ENCODERS:
-        return ENCODERS[name]
+    if name in TOWERS:
+        return TOWERS[name]
     if not name.startswith(TIMM):
-        raise ValueError(f"unknown vision tower `{name}`; choose from {', '.join(sorted(ENCODERS))}, or {TIMM}<model>")
+        raise ValueError(f"unknown vision tower `{name}`; choose from {', '.join(sorted(TOWERS))}, or {TIMM}<model>")
     import timm
 
     model = name.removeprefix(TIMM)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,30 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mfuser.towers.loading import unfilled
-from mfuser.towers.weights import TOKENIZERS, WeightsNotFound, how_to_get
+from mfuser.towers.table import TOWERS, HubFile, TextTower, with_text
+from mfuser.towers.weights import WeightsNotFound, how_to_get
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
 
 
-@dataclass(frozen=True)
-class TextTower:
-    """One row of TEXTS: open_clip's configuration of the tower, and how many context rows the release learns."""
-
-    open_clip: str | None  # configuration name; None: the tiny tower
-    contexts: int
-    tokenizer: str | None  # open_clip model whose tokenizer is used; None: a file of its own, see weights.TOKENIZERS
-    causal: bool = True
-    pad: int = 0  # what fills lines of a tokenizer from a file
-
-
-TEXTS: dict[str, TextTower] = {
-    "eva02": TextTower("EVA02-L-14-336", 8, "EVA02-L-14-336"),
-    "clip": TextTower("ViT-L-14-336-quickgelu", 5, "ViT-L-14-336"),
-    "siglip": TextTower("ViT-L-16-SigLIP-384", 5, None, causal=False, pad=1),
-    "siglip2": TextTower("ViT-L-16-SigLIP2-512", 5, None, causal=False),
-    "tiny": TextTower(None, 5, "ViT-B-16"),
-    "small": TextTower(None, 5, "ViT-B-16"),
-}
 _TINY: dict[str, Any] = {"width": 64, "heads": 2, "layers": 2}
 
 
@@ -55,7 +36,7 @@ class TextEncoder(nn.Module):
         """Build with random weights.
 
         Args:
-            name: a row of TEXTS.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
+            name: a row of TOWERS with a text tower.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
             dim: width of the embeddings of the tiny tower; the others have their own.
             sane: a tower without a start token gets the context first, and is read at its last token that is no padding.
         """
@@ -63,9 +44,7 @@ class TextEncoder(nn.Module):
         from open_clip import get_model_config
         from open_clip.model import CLIPTextCfg, _build_text_tower
 
-        if name not in TEXTS:
-            raise ValueError(f"unknown text tower `{name}`; choose from {', '.join(sorted(TEXTS))}")
-        row = TEXTS[name]
+        row = _text_tower(name)
         config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim or 64, "text_cfg": _TINY}
         settings = dict(config["text_cfg"])
         settings.pop("hf_tokenizer_name", None)
@@ -113,6 +92,13 @@ class TextEncoder(nn.Module):
         return out
 
 
+def _text_tower(name: str) -> TextTower:
+    row = TOWERS[name].text if name in TOWERS else None
+    if row is None:
+        raise ValueError(f"unknown text tower `{name}`; choose from {', '.join(sorted(with_text()))}")
+    return row
+
+
 def listed_ids(token_ids: Any, classes: int) -> list[list[int]]:
     """Token ids given as lists, a NumPy array or a tensor, as lists, which a model's description can hold.
 
@@ -140,21 +126,20 @@ def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
 
     Raises: WeightsNotFound if that file is not on this machine, or not whole.
     """
-    row = TEXTS[name]
-    if row.tokenizer is None:
-        return _from_file(name, classes)
+    row = _text_tower(name)
+    if isinstance(row.tokenizer, HubFile):
+        return _from_file(name, row.tokenizer, row.pad, classes)
     from open_clip import get_tokenizer
 
     ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
     return [[int(i) for i in line] for line in ids]
 
 
-def _from_file(name: str, classes: Sequence[str]) -> list[list[int]]:
+def _from_file(name: str, file: HubFile, pad: int, classes: Sequence[str]) -> list[list[int]]:
     # what open_clip does through `transformers`, with the library that does the work there
     from open_clip.tokenizer import get_clean_fn
     from tokenizers import Tokenizer
 
-    file = TOKENIZERS[name]
     path = file.where
     if path is None:
         raise WeightsNotFound(
@@ -166,6 +151,6 @@ def _from_file(name: str, classes: Sequence[str]) -> list[list[int]]:
     except Exception as error:  # the library raises nothing narrower
         raise WeightsNotFound(f"{path} is damaged: {error}", f"delete it and run: dgbench download {name}") from None
     tokenizer.enable_truncation(CONTEXT_LENGTH)
-    tokenizer.enable_padding(length=CONTEXT_LENGTH, pad_id=TEXTS[name].pad)
+    tokenizer.enable_padding(length=CONTEXT_LENGTH, pad_id=pad)
     clean = get_clean_fn("canonicalize")
     return [list(line.ids) for line in tokenizer.encode_batch([clean(text) for text in classes])]

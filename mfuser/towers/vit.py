@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.towers.loading import unfilled
-from mfuser.towers.table import ENCODERS, TIMM, Tower, tower
-
-__all__ = ["ENCODERS", "TIMM", "ConvStem", "ResidualBlock", "Tower", "VisionEncoder", "tower"]
+from mfuser.towers.table import tower
 
 
 class ConvStem(nn.Module):
@@ -73,7 +71,7 @@ class VisionEncoder(nn.Module):
         """Build with random weights.
 
         Args:
-            name: a row of ENCODERS, or `timm:<model>`.
+            name: a row of TOWERS, or `timm:<model>`.
             image_size: (H, W) of the images; the grid is their number of whole patches.
             patch: another patch size than the row's.    options: further arguments of timm's constructor.
             sane: add the class embedding once, and no stochastic depth, where the release does otherwise (CLIP).

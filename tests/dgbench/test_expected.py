@@ -127,9 +127,9 @@ def test_a_training_records_the_weights_that_its_towers_began_with(tmp_path: Pat
     import huggingface_hub.constants
 
     from dgbench.engine.train import _tower_weights
-    from mfuser.towers.weights import WEIGHTS
+    from mfuser.towers.table import TOWERS
 
-    row = WEIGHTS["dinov2_l"]
+    row = TOWERS["dinov2_l"].weights
     assert row is not None
     repo = tmp_path / f"models--{row.repo.replace('/', '--')}"
     (repo / "snapshots" / "abc").mkdir(parents=True)

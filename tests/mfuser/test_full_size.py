@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
+from mfuser.authors import load_authors_checkpoint, release_of, sources_of, to_authors_state_dict
 from mfuser.decoder.criterion import alignment_loss
 from mfuser.decoder.mask_decoder import class_scores
 from mfuser.inference import slide
-from mfuser.keys import authors
 from mfuser.methods import build
 
 FULL = pytest.mark.full
@@ -79,9 +78,7 @@ def recorded(model) -> Iterator[dict[str, Tensor]]:
 @pytest.fixture(scope="module", params=[pytest.param("clip", marks=FULL), "eva", pytest.param("siglip", marks=FULL)])
 def loaded(request):
     layout = description(f"layout_{request.param}")
-    model = build(
-        "mfuser", vlm=VARIANTS[request.param], vfm="dinov2_l", token_ids=layout["tokens"], pretrained=False, filled=False
-    ).eval()
+    model = build("mfuser", vlm=VARIANTS[request.param], vfm="dinov2_l", token_ids=layout["tokens"], weights="meta").eval()
     report = load_authors_checkpoint(model, AuthorsWeights(request.param))
     if request.param == "siglip":  # the release keeps them outside its checkpoints; the goldens were recorded with these
         model.logit_scale.fill_(math.exp(3))
@@ -221,7 +218,7 @@ def test_gradients_of_every_trained_parameter_equal_the_authors(loaded, monkeypa
     names = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grad is not None for grad in names.values())
     theirs = {}
-    for name, source in authors(VARIANTS[variant], names).items():
+    for name, source in sources_of(model, release_of(model), names).items():
         theirs |= source.write(names[name])
     assert set(theirs) == set(expected["l2"]) - set(expected["no_gradient"])
     norms, samples = {}, {}

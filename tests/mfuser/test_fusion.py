@@ -264,7 +264,7 @@ def test_bi_deformable_attention_knows_where_the_towers_patches_begin(vfm, vlm):
     with unfilled():
         model = mfuser.build(
             "mfuser", vfm=vfm, vlm=vlm, fuser="bi_deform_attn", image_size=(64, 96), token_ids=[[1] * 5] * 19,
-            pretrained=False, filled=False,
+            weights="meta",
         )  # fmt: skip
     model.to("meta").eval()
     # the towers' tokens fit, or it would raise
@@ -284,7 +284,7 @@ def test_tokens_that_do_not_fit_the_grid_are_refused():
 
 @pytest.mark.parametrize("name", sorted(FUSERS))
 def test_a_model_trains_with_every_fuser_and_travels(name, tmp_path):
-    model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(32, 64), fuser=name, pretrained=False).train()
+    model = mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=(32, 64), fuser=name, weights="random").train()
     optimizer = torch.optim.AdamW(model.groups(2e-3, 0.01))
     batch = mfuser.Batch(torch.rand(2, 3, 32, 64), torch.zeros(2, 32, 64, dtype=torch.long))
     values = []

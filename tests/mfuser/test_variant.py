@@ -10,7 +10,7 @@ import torch
 from golden_files import VARIANTS, AuthorsWeights, description
 
 import mfuser
-from mfuser.checkpoints import load_authors_checkpoint, to_authors_state_dict
+from mfuser.authors import load_authors_checkpoint, to_authors_state_dict
 from mfuser.segmentor import Batch
 from mfuser.towers.loading import fill, unfilled
 from mfuser.towers.vit import VisionEncoder
@@ -22,7 +22,7 @@ def full(variant: str, vlm: str = "eva02") -> mfuser.Segmentor:
     released = next(v for v, name in VARIANTS.items() if name == vlm)
     ids = description(f"layout_{released}")["tokens"]
     with unfilled():
-        return mfuser.build("mfuser", vlm=vlm, variant=variant, token_ids=ids, pretrained=False, filled=False)
+        return mfuser.build("mfuser", vlm=vlm, variant=variant, token_ids=ids, weights="meta")
 
 
 def batch() -> Batch:
@@ -151,11 +151,11 @@ def test_a_checkpoint_from_before_there_were_variants_is_the_releases(tmp_path):
 def test_the_authors_weights_are_refused():
     model = full("sane")
     with pytest.raises(
-        ValueError, match="trained with the release's accidents, which the variant `sane` has not; build .*release"
+        ValueError, match="those of variant `release`, not of `sane`, which leaves out known bugs .*; build .*release"
     ):
         load_authors_checkpoint(model, AuthorsWeights("eva"))
     assert all(p.is_meta for p in model.parameters())
-    with pytest.raises(ValueError, match="release's accidents"):
+    with pytest.raises(ValueError, match="not of `sane`"):
         to_authors_state_dict(model)
 
 

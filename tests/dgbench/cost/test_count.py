@@ -208,7 +208,7 @@ def test_the_setting_of_the_fused_path_is_put_back_also_after_an_error(enabled: 
 
 def test_the_large_tower_of_source_only() -> None:
     with torch.device("meta"):
-        model = mfuser.build("source-only", backbone="dinov2_l", image_size=(512, 512), pretrained=False, filled=False)
+        model = mfuser.build("source-only", backbone="dinov2_l", image_size=(512, 512), weights="meta")
     found = count(model.to("meta"), meta(1, 3, 512, 512))
     patches = 36 * 36  # 512 holds 36 patches of 14
     tower = patches * 1024 * 3 * 14**2 + 24 * vit_block(patches + 1, 1024, 4096)

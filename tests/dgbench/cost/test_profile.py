@@ -21,7 +21,7 @@ from dgbench.cost.fusion import FusionProfile, profile_fusion
 from dgbench.cost.profile import Profile, Row, profile, subjects
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.progress import Silent
-from mfuser.towers import weights
+from mfuser.towers import table, weights
 
 ROOT = Path(__file__).parents[3]
 FULL = {"eva": "eva02", "clip": "clip", "siglip": "siglip"}  # the specification's variants and our towers
@@ -212,9 +212,9 @@ def test_the_environments_backend_changes_no_count(tiny: Row, monkeypatch: pytes
 @pytest.mark.full
 def test_neither_weights_nor_tokenizers_are_needed() -> None:
     # a machine that has none: SigLIP's would have to be loaded
-    assert weights.TOKENIZERS["siglip"].where is None
+    assert table.TOWERS["siglip"].files[1].where is None
     with pytest.raises(weights.WeightsNotFound):
-        mfuser.build("mfuser", vlm="siglip", pretrained=False, filled=False)
+        mfuser.build("mfuser", vlm="siglip", weights="meta")
     (siglip,) = subjects(["mfuser"], vlm="siglip")
     assert sum(part.parameters for part in made_now(siglip).held) > 1e9
 

@@ -89,7 +89,7 @@ def test_counts_are_those_of_a_machine_without_a_gpu(found: Profile) -> None:
 def test_torch_counts_the_same_while_the_gpu_computes(dtype: torch.dtype) -> None:
     (subject,) = subjects(["source-only"], settings=["method.backbone=tiny"], size=SIZE)
     row = profile([subject], Silent(), timed=False).rows[0]
-    model = mfuser.build("source-only", backbone="tiny", image_size=SIZE, pretrained=False).cuda().eval()
+    model = mfuser.build("source-only", backbone="tiny", image_size=SIZE, weights="random").cuda().eval()
     images = torch.rand(3, 3, *SIZE, device="cuda")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32), counter:

@@ -18,7 +18,9 @@ from dgbench.engine import checkpoints
 from dgbench.engine.convert import convert, read_token_ids
 from dgbench.errors import CheckpointError
 from dgbench.recipe import load_recipe
-from mfuser.checkpoints import authors_tower, read_authors
+from mfuser.authors import read_authors, recognise
+
+MARKS = ("backbone.class_embedding", "backbone.adapter.0.A_log")
 
 
 class Hostile:
@@ -82,8 +84,8 @@ def test_a_truncated_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    ({"state_dict": {"backbone.layer1.weight": torch.rand(2)}}, "not an authors' checkpoint of MFuser: none of"),
-    ({"state_dict": {"backbone.class_embedding": torch.rand(2)}}, "tensors missing"),
+    ({"state_dict": {"backbone.layer1.weight": torch.rand(2)}}, "is not a checkpoint that the authors of `mfuser`"),
+    ({"state_dict": dict.fromkeys(MARKS, torch.rand(2))}, "tensors missing"),
     ({"epoch": 3}, "holds no `state_dict` of tensors"),
 ])  # fmt: skip
 def test_another_models_checkpoint_is_refused(tmp_path, content, reason):
@@ -109,7 +111,8 @@ def test_token_ids_of_another_form_are_refused(tmp_path, text):
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_the_tower_is_told_by_the_checkpoints_names(variant):
-    assert authors_tower(AuthorsWeights(variant)) == VARIANTS[variant]
+    ((method, release),) = recognise(AuthorsWeights(variant))
+    assert (method, dict(release.options)) == ("mfuser", {"vfm": "dinov2_l", "vlm": VARIANTS[variant]})
 
 
 @pytest.mark.full

@@ -37,7 +37,7 @@ def recipe(*settings: str, name: str = "streets/source-only") -> Recipe:
 
 def saved(folder: Path, size: int = 32, **options: object) -> Path:
     torch.manual_seed(5)
-    return mfuser.save(mfuser.build("source-only", backbone="tiny", image_size=(size, size), pretrained=False, **options), folder)
+    return mfuser.save(mfuser.build("source-only", backbone="tiny", image_size=(size, size), weights="random", **options), folder)
 
 
 def sha(folder: Path) -> str:

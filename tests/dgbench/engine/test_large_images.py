@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model() -> Segmentor:
     torch.manual_seed(0)
-    return mfuser.build("source-only", backbone="tiny", image_size=(64, 64), pretrained=False).eval()
+    return mfuser.build("source-only", backbone="tiny", image_size=(64, 64), weights="random").eval()
 
 
 class Colours(Segmentor):

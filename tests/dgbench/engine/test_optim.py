@@ -155,6 +155,6 @@ def test_keys_left_alone_leave_hashes_and_others_change_them() -> None:
 
 
 def test_every_method_takes_groups_by_the_names_of_its_parts() -> None:
-    model = mfuser.build("source-only", backbone="tiny", image_size=(32, 32), pretrained=False)
+    model = mfuser.build("source-only", backbone="tiny", image_size=(32, 32), weights="random")
     rows, _ = groups(model, spec(groups={"head": {"lr_factor": 10}}))
     assert sorted({row["lr"] for row in rows}) == [0.01, 0.1]

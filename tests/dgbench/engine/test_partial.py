@@ -204,7 +204,7 @@ def test_what_another_backend_scored_is_scored_again(tmp_path):
     small = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.val_images=3", "eval.batch_size=1", "train.workers=0"]
     recipe = load_recipe("streets/mfuser", small)
     dump(recipe, tmp_path / "recipe.yaml")
-    model = mfuser.build("mfuser", **recipe.method.options, image_size=recipe.data.crop, pretrained=False)
+    model = mfuser.build("mfuser", **recipe.method.options, image_size=recipe.data.crop, weights="random")
     mfuser.save(model, tmp_path / "checkpoint" / "step-000001")
     with pytest.raises(KeyboardInterrupt):
         scores(tmp_path, TARGETS[:1], progress=Stops(after=2))

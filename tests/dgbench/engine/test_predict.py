@@ -20,7 +20,7 @@ from dgbench.errors import DataError
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    mfuser.save(mfuser.build("source-only", backbone="tiny", image_size=(32, 32), pretrained=False).eval(), folder)
+    mfuser.save(mfuser.build("source-only", backbone="tiny", image_size=(32, 32), weights="random").eval(), folder)
     return folder
 
 

@@ -23,13 +23,13 @@ SIZE = (64, 64)
 @pytest.fixture(scope="module")
 def masked() -> Segmentor:
     torch.manual_seed(0)
-    return mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=SIZE, pretrained=False).eval()
+    return mfuser.build("mfuser", vfm="tiny", vlm="tiny", image_size=SIZE, weights="random").eval()
 
 
 @pytest.fixture(scope="module")
 def plain() -> Segmentor:
     torch.manual_seed(0)
-    return mfuser.build("source-only", backbone="tiny", image_size=SIZE, pretrained=False).eval()
+    return mfuser.build("source-only", backbone="tiny", image_size=SIZE, weights="random").eval()
 
 
 def images(height: int = 64, width: int = 64) -> Tensor:

@@ -7,9 +7,8 @@ from named_weights import named_tensor
 from safetensors.torch import save_file
 
 import mfuser
-from mfuser.keys import published
 from mfuser.methods import build
-from mfuser.towers.loading import fill, fitted, load_tower, unfilled
+from mfuser.towers.loading import fill, fitted, load_tower, published, unfilled
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import WeightsNotFound, files
 
@@ -76,8 +75,7 @@ def test_every_tensor_of_a_tower_is_in_open_clips_own_model(vlm):
     variant = next(v for v, name in VARIANTS.items() if vlm.startswith(name))
     with unfilled():
         model = build(
-            "mfuser", vlm=vlm, vfm="dinov2_l", token_ids=description(f"layout_{variant}")["tokens"], pretrained=False,
-            filled=False,
+            "mfuser", vlm=vlm, vfm="dinov2_l", token_ids=description(f"layout_{variant}")["tokens"], weights="meta",
         )  # fmt: skip
     resampled = ("pos_embed", "patch_embed.proj.weight", "positional_embedding")
     used = set()
@@ -126,7 +124,7 @@ def test_a_file_that_is_not_the_towers_is_named(tmp_path):
 def test_missing_weights_name_every_file_and_what_to_do(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsNotFound) as caught:
-        mfuser.build("mfuser", vlm=vlm, pretrained=True)
+        mfuser.build("mfuser", vlm=vlm)
     assert "timm/vit_large_patch14_dinov2.lvd142m/model.safetensors (1.2 GB)" in caught.value.message
     for row in files(vlm):
         assert f"{row.repo}/{row.file} ({row.size})" in caught.value.message
@@ -134,7 +132,7 @@ def test_missing_weights_name_every_file_and_what_to_do(vlm, tmp_path, monkeypat
 
 
 def test_tiny_towers_need_no_file():
-    mfuser.build("source-only", backbone="tiny", image_size=(64, 64), pretrained=True)
+    mfuser.build("source-only", backbone="tiny", image_size=(64, 64))
 
 
 def test_unfilled_parameters_take_no_memory_and_fill_gives_them_values():

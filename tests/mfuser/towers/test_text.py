@@ -13,9 +13,9 @@ from golden_files import VARIANTS, description
 import mfuser
 from mfuser.segmentor import CITYSCAPES
 from mfuser.towers.loading import fill
-from mfuser.towers.table import LANGUAGE
-from mfuser.towers.text import TEXTS, TextEncoder, tokenize
-from mfuser.towers.weights import TOKENIZERS, HubFile, WeightsNotFound
+from mfuser.towers.table import TOWERS, HubFile, with_text
+from mfuser.towers.text import TextEncoder, tokenize
+from mfuser.towers.weights import WeightsNotFound
 
 
 @pytest.mark.parametrize("variant", ["eva", "clip"])
@@ -45,13 +45,14 @@ def vocabulary(tmp_path, monkeypatch):
 
     file = tmp_path / "tokenizer.json"
     siglip_vocabulary(file)
-    monkeypatch.setattr(HubFile, "where", property(lambda row: file if row == TOKENIZERS["siglip"] else None))
+    monkeypatch.setattr(HubFile, "where", property(lambda row: file if row == TOWERS["siglip"].files[1] else None))
     return Tokenizer.from_file(str(file)).get_vocab()
 
 
 @pytest.mark.parametrize("pad", [1, 0])
 def test_siglips_lines_are_cleaned_ended_padded_and_cut(pad, vocabulary, monkeypatch):
-    monkeypatch.setitem(TEXTS, "siglip", replace(TEXTS["siglip"], pad=pad))
+    row = TOWERS["siglip"]
+    monkeypatch.setitem(TOWERS, "siglip", replace(row, text=replace(row.text, pad=pad)))
     a, road, side, walk, traffic, light = (vocabulary[p] for p in ("▁a", "▁road", "▁side", "walk", "▁traffic", "▁light"))
     assert tokenize("siglip", ["road", "sidewalk", "Traffic_LIGHT!", " A  road. ", "a road a road a road", ""]) == [
         [road, 1, pad, pad, pad],
@@ -66,15 +67,14 @@ def test_siglips_lines_are_cleaned_ended_padded_and_cut(pad, vocabulary, monkeyp
     assert not any(2 in line for line in ids)
 
 
-@pytest.mark.parametrize("name", sorted(TEXTS))
+@pytest.mark.parametrize("name", sorted(with_text()))
 def test_a_vocabulary_that_open_clip_looks_for_on_the_hub_is_a_file_of_ours(name):
     import open_clip
 
-    row = TEXTS[name]
+    row = TOWERS[name].text
     rule = open_clip.get_model_config(row.open_clip)["text_cfg"] if row.open_clip else {}
-    repo = TOKENIZERS[name].repo if name in TOKENIZERS else None
+    repo = row.tokenizer.repo if isinstance(row.tokenizer, HubFile) else None
     assert repo == rule.get("hf_tokenizer_name")
-    assert (repo is None) == (row.tokenizer is not None)
     assert repo is None or rule["tokenizer_kwargs"] == {"clean": "canonicalize"}
 
 
@@ -162,10 +162,6 @@ def test_sane_changes_no_tower_with_a_start_token():
     sane = TextEncoder("tiny", ids, dim=32, sane=True).eval()
     sane.load_state_dict(released.state_dict())
     assert torch.equal(released(context), sane(context))
-
-
-def test_the_towers_with_a_text_tower_are_those_that_are_listed_so():
-    assert set(LANGUAGE) == set(TEXTS)
 
 
 ONES = [[1] * 5] * 19

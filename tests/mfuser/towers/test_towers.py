@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from golden_files import description
 
 import mfuser
-from mfuser.checkpoints import load_authors_checkpoint
-from mfuser.methods.mfuser import PooledEmbedding, ProjectedEmbedding, SumEmbedding, counterparts
+from mfuser.authors import load_authors_checkpoint
 from mfuser.segmentor import Batch
-from mfuser.towers import vit
+from mfuser.towers.embedding import PooledEmbedding, ProjectedEmbedding, SumEmbedding, counterparts
 from mfuser.towers.loading import load_tower, unfilled
-from mfuser.towers.vit import ENCODERS, Tower, VisionEncoder
-from mfuser.towers.weights import WEIGHTS, HubFile, WeightsNotFound, files, hub_file
+from mfuser.towers.table import TOWERS, HubFile, Tower
+from mfuser.towers.vit import VisionEncoder
+from mfuser.towers.weights import WeightsNotFound, files, hub_file
 
 IDS = {"eva02": "eva", "clip": "clip", "siglip": "siglip", "siglip2": "siglip"}
 
@@ -22,7 +24,7 @@ def full(vlm: str, vfm: str, **options) -> mfuser.Segmentor:
     """A model at full size without memory for its weights; SigLIP2's vocabulary is larger, but the ids fit."""
     ids = description(f"layout_{IDS[vlm]}")["tokens"]
     with unfilled():
-        return mfuser.build("mfuser", vlm=vlm, vfm=vfm, token_ids=ids, pretrained=False, filled=False, **options)
+        return mfuser.build("mfuser", vlm=vlm, vfm=vfm, token_ids=ids, weights="meta", **options)
 
 
 @pytest.mark.parametrize("vlm", sorted(IDS))
@@ -38,7 +40,7 @@ def test_every_pair_of_large_towers_is_built(vfm, vlm):
 @pytest.mark.parametrize("vlm", sorted(IDS))
 def test_every_tower_is_built_for_other_sizes(vlm, size):
     model = full(vlm, "dinov3_l", image_size=size)
-    patch = ENCODERS[vlm].patch
+    patch = TOWERS[vlm].patch
     assert model.vfm.grid == model.vlm.grid == (size[0] // patch, size[1] // patch)
 
 
@@ -54,10 +56,10 @@ def test_towers_that_do_not_match_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match="`timm:vit_base_patch16_dinov3` has 12 blocks and `eva02` 24; they must be equal"):
         full("eva02", "timm:vit_base_patch16_dinov3")
     with pytest.raises(ValueError, match="`timm:vit_tiny_patch16_224` is 192 wide and `.*` 64; they must be equal"):
-        mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="twelve", token_ids=[[1] * 5] * 19, pretrained=False)
+        mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="twelve", token_ids=[[1] * 5] * 19, weights="random")
     # before anything is downloaded
     with pytest.raises(ValueError, match="has 12 blocks and `tiny` 3; they must be equal"):
-        mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="tiny", image_size=(64, 64), pretrained=True)
+        mfuser.build("mfuser", vfm="timm:vit_tiny_patch16_224", vlm="tiny", image_size=(64, 64))
 
 
 def test_a_model_of_timms_is_no_language_tower():
@@ -72,21 +74,18 @@ def test_a_model_of_timms_is_no_language_tower():
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
     """Tiny towers with every kind of prefix, and one of twelve blocks."""
-    tiny = ENCODERS["tiny"]
+    tiny = TOWERS["tiny"]
     kinds = {
         "registers": {"reg_tokens": 4},
         "bare": {"class_token": False, "global_pool": ""},
         "bare_registers": {"class_token": False, "reg_tokens": 4, "global_pool": ""},
     }
     for name, options in kinds.items():
-        monkeypatch.setitem(vit.ENCODERS, name, Tower(None, 8, tiny.mean, tiny.std, {**tiny.options, **options}))
-    monkeypatch.setitem(vit.ENCODERS, "twelve", Tower(None, 8, tiny.mean, tiny.std, {**tiny.options, "depth": 12}))
+        monkeypatch.setitem(TOWERS, name, Tower(None, 8, tiny.mean, tiny.std, {**tiny.options, **options}))
+    monkeypatch.setitem(TOWERS, "twelve", replace(tiny, options={**tiny.options, "depth": 12}, depth=12))
     from mfuser.methods import mfuser as method
-    from mfuser.towers import text
 
-    monkeypatch.setitem(method._EMBEDDINGS, "twelve", SumEmbedding)
     monkeypatch.setitem(method._SIZES, "twelve", method._TINY)
-    monkeypatch.setitem(text.TEXTS, "twelve", text.TEXTS["tiny"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_the_pooling_head_takes_every_prefix(vfm):
 
 @pytest.mark.parametrize("vfm", ["registers", "bare"])
 def test_mfuser_trains_with_a_tower_of_another_prefix(vfm):
-    model = mfuser.build("mfuser", vfm=vfm, vlm="tiny", image_size=(64, 64), pretrained=False).train()
+    model = mfuser.build("mfuser", vfm=vfm, vlm="tiny", image_size=(64, 64), weights="random").train()
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     torch.stack(list(model.loss(Batch(torch.rand(2, 3, 64, 64), labels)).values())).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -178,7 +177,7 @@ def test_a_model_of_timms_is_filled_from_its_file_and_its_positions_fitted(model
 
 
 def test_weights_of_every_tower_have_a_place():
-    assert set(WEIGHTS) >= {n for n, row in ENCODERS.items() if row.timm}
+    assert all((row.weights is None) == (row.timm is None) for row in TOWERS.values())
     assert [row.file for row in files("siglip2")] == ["open_clip_model.safetensors", "tokenizer.json"]
     # 303 M parameters of four bytes
     found = hub_file("timm:vit_large_patch16_dinov3.lvd1689m")
@@ -196,12 +195,12 @@ def test_weights_of_every_tower_have_a_place():
 def test_missing_weights_of_a_model_of_timms_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsNotFound, match="timm/vit_large_patch16_dinov3.lvd1689m/model.safetensors"):
-        mfuser.build("mfuser", vfm="timm:vit_large_patch16_dinov3", vlm="siglip2", pretrained=True)
+        mfuser.build("mfuser", vfm="timm:vit_large_patch16_dinov3", vlm="siglip2")
 
 
 def test_the_authors_released_none_of_the_other_pairs():
     weights = dict.fromkeys(description("layout_eva")["keys"], torch.zeros(1))
-    with pytest.raises(ValueError, match="not an authors' checkpoint of MFuser with `eva02`"):
+    with pytest.raises(ValueError, match=r"released no `mfuser` with dinov3_l \+ eva02; there are: dinov2_l \+ eva02, "):
         load_authors_checkpoint(full("eva02", "dinov3_l"), weights)
-    with pytest.raises(ValueError, match="the authors released no MFuser with `siglip2`"):
+    with pytest.raises(ValueError, match=r"the authors released no `mfuser` with dinov2_l \+ siglip2"):
         load_authors_checkpoint(full("siglip2", "dinov2_l"), weights)

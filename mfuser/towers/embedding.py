@@ -1,0 +1,78 @@
+"""How the last tokens of two towers become embeddings in the space of the text: one class a kind of text tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfuser.towers.vit import VisionEncoder
+
+
+def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
+    """The foundation tokens (B, L1, C) that go with each of the other tower's, (B, L2, C).
+
+    Class token goes with class token and patch with patch. Registers have no counterpart; the mean of the patches
+    stands in for a class token that only the other tower has.
+    """
+    if vfm.prefix == vlm.classes == vfm.classes:
+        return d
+    patches = d[:, vfm.prefix :]
+    if not vlm.classes:
+        return patches
+    return torch.cat([d[:, :1] if vfm.classes else patches.mean(1, keepdim=True), patches], 1)
+
+
+class SumEmbedding(nn.Module):
+    """EVA02's image embedding: both towers' normed tokens added, then the tower's linear head."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(vlm.dim, dim)
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) tokens of both towers -> global (B, 1, D) and visual (B, g*g, D)."""
+        embedded = self.head(vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d)))
+        return embedded[:, :1], embedded[:, 1:]
+
+
+class ProjectedEmbedding(nn.Module):
+    """CLIP's: the foundation tokens enter through a linear layer, before CLIP's own norm and projection."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        self.adapter_proj3 = nn.Linear(vfm.dim, vlm.dim)
+        self.head = nn.Linear(vlm.dim, dim, bias=False)
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As SumEmbedding's; the foundation tower's final norm is not used."""
+        embedded = self.head(vlm.finish(v + self.adapter_proj3(counterparts(vfm, vlm, d))))
+        return embedded[:, :1], embedded[:, 1:]
+
+
+class PooledEmbedding(nn.Module):
+    """SigLIP's: its attention-pooling head, asked once by its probe and once by every token."""
+
+    def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
+        super().__init__()
+        if dim != vlm.dim:
+            raise ValueError(f"text dim {dim} differs from the tower's width {vlm.dim}; the pooling head keeps the width")
+        self.probe = nn.Parameter(torch.randn(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
+
+    def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As SumEmbedding's."""
+        tokens = vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d))
+        return self._pool(self.probe.expand(len(tokens), -1, -1), tokens), self._pool(tokens, tokens)
+
+    def _pool(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        attended, _ = self.attention(queries, tokens, tokens, need_weights=False)
+        out: Tensor = attended + self.mlp(self.norm(attended))
+        return out
+
+
+# by the kind that the tower's row names, see `TextTower.embedding`
+EMBEDDINGS: dict[str, Any] = {"sum": SumEmbedding, "projected": ProjectedEmbedding, "pooled": PooledEmbedding}
