@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgbench import streets
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.images import FORMATS, Part, decode
 from dgbench.data.labels import CLASSES, IGNORE, palette
@@ -162,7 +163,7 @@ class Row:
 def compare(name: str, domain: str, root: Path, a: Augmentation, size: tuple[int, int], *, samples: int,
             repeats: int) -> Iterator[Row]:  # fmt: skip
     """Time both pipelines on one kind of files, in turns."""
-    dataset = SegDataset(domain, "train", root=root)
+    dataset = SegDataset(lookup(domain), "train", root=root)
     pairs = [(path, Path(str(path).replace(*swap))) for path, swap in _paths(root, domain)]
     counts = class_counts(dataset, Silent())
     samplers: dict[str, Sampler] = {
@@ -272,7 +273,7 @@ def main() -> int:
     cv2.setNumThreads(0)
     size, crop = ((132, 240), (64, 64)) if given.quick else (SIZE, CROP)
     files, repeats = (4, 1) if given.quick else (given.files, given.repeats)
-    a = Augmentation(crop, (0.5, 2.0), 0.75, 0.5, True)
+    a = Augmentation(crop, (0.5, 2.0), 0.75, 0.5)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

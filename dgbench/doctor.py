@@ -197,19 +197,20 @@ def _disk(name: str, folder: Path) -> Check:
 
 
 def _data(name: str, root: Path | None) -> Check:
-    from dgbench.data import domains
+    from dgbench.data.domains import DOMAINS
+    from dgbench.data.places import data_root
 
-    base = domains.data_root(root)
-    present = [domain for domain, row in domains.DOMAINS.items() if not row.procedural and row.root(base) is not None]
+    base = data_root(root)
+    present = [domain for domain, row in DOMAINS.items() if not row.procedural and row.root(base) is not None]
     detail = f"{base}: {', '.join(present) or 'no data sets'}" if base.is_dir() else f"{base} does not exist"
     hint = None if present else "the streets domains need none; for others point DGBENCH_DATA at the folder that holds them"
     return Check(name, "ok" if present else "info", detail, hint)
 
 
 def _cache(name: str) -> Check:
-    from dgbench.data import domains
+    from dgbench.data.places import cache_root
 
-    return _disk(name, domains.cache_root())
+    return _disk(name, cache_root())
 
 
 def _recipes() -> Check:

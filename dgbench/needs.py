@@ -10,18 +10,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgbench.data import domains
+from dgbench.data.domain import Domain
 from dgbench.data.index import require
+from dgbench.data.places import data_root
 from dgbench.download.sources import source
 from dgbench.errors import DataError, DgbenchError, RecipeError
 from dgbench.recipe.method import TOWER_OPTIONS
 
 if TYPE_CHECKING:
-    from dgbench.data.domain import Domain
     from dgbench.recipe import Recipe
     from mfuser.towers.table import HubFile
 
-Wanted = tuple[str, str, str]  # "source" or "target", a domain's name as its user wrote it, split
+Wanted = tuple[str, Domain, str]  # "source" or "target", a domain, split
 
 
 def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = True, from_scratch: bool = True) -> None:
@@ -44,8 +44,11 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
     towers = [name for key in TOWER_OPTIONS if isinstance(name := options.get(key), str) and name not in own]
     if any(name not in TOWERS and not name.startswith("timm:") for name in towers):
         return  # a wrong name is told before anyone fetches gigabytes for it
-    wanted = [("source", recipe.data.source, recipe.data.source_split)]
-    wanted += scoring(recipe) if scored else []
+    data = recipe.data
+    wanted: list[Wanted] = [
+        ("source", row, split) for row, split in zip(data.rows(data.sources, root), data.source_splits, strict=True)
+    ]
+    wanted += scoring(recipe, root) if scored else []
     try:
         _check(wanted, towers if from_scratch else (), root, tokenized=bool(options.get("token_ids")))
     except DataError:
@@ -65,10 +68,11 @@ def check_scoring(wanted: Sequence[Wanted], root: Path | None = None, no_run: Dg
     _check(wanted, (), root, no_run)
 
 
-def scoring(recipe: Recipe) -> list[Wanted]:
-    """What a run of this recipe is scored on where no targets are named: its own, and its source's validation split."""
-    own: list[Wanted] = [("target", name, "val") for name in recipe.data.targets]
-    return [("source", recipe.data.source, "val"), *own] if "val" in domains.lookup(recipe.data.source).splits else own
+def scoring(recipe: Recipe, root: Path | None = None) -> list[Wanted]:
+    """Return what a run is scored on where no targets are named: its recipe's, and the validation splits of its sources."""
+    data = recipe.data
+    sources: list[Wanted] = [("source", row, "val") for row in data.rows(data.sources, root) if "val" in row.splits]
+    return [*sources, *(("target", row, "val") for row in data.rows(data.targets, root))]
 
 
 def _build(recipe: Recipe) -> None:
@@ -106,9 +110,9 @@ def _domains(wanted: Iterable[Wanted], root: Path | None) -> tuple[dict[str, str
     """Those that are not here at all, each with its role, and what is wrong with others."""
     absent: dict[str, str] = {}
     odd: dict[str, DgbenchError] = {}
-    base = domains.data_root(root)
-    for role, name, split in wanted:
-        row = domains.lookup(name, root)
+    base = data_root(root)
+    for role, row, split in wanted:
+        name = row.name
         if row.procedural or name in absent or name in odd:
             continue
         try:
@@ -147,7 +151,7 @@ def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, 
 
 def _how_to_get(absent: Iterable[str], weights: Iterable[str], root: Path | None) -> str:
     command = f"run: dgbench download {' '.join([*weights, *absent])}"
-    places = [f"data is looked for in {domains.data_root(root)} (--root or DGBENCH_DATA name another folder)"] if absent else []
+    places = [f"data is looked for in {data_root(root)} (--root or DGBENCH_DATA name another folder)"] if absent else []
     if weights:
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dgbench.errors import RecipeError, spelled, unknown
 
 if TYPE_CHECKING:
-    from dgbench.data.domains import Domain
+    from dgbench.data.domain import Domain
 
 Size = tuple[int, int]  # (H, W)
 MapillaryMap = Literal["robustnet", "openseg", "wd2-policy"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench.data.domains import Domain, Layout
+from dgbench.data.domain import Domain, Layout
 from dgbench.data.index import label_of
 from dgbench.data.labels import CLASSES, LabelMap
 

@@ -179,6 +179,66 @@ def anywhere(*packages: str) -> set[str]:
     return found
 
 
+def every_import(path: Path) -> set[str]:
+    """The modules of ours that a file imports at any time, in its functions too; what only a type checker reads is left out."""
+    package = path.parent.relative_to(ROOT).parts
+    found = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        pending += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = [*package[: len(package) - node.level + 1], node.module or ""] if node.level else [node.module or ""]
+            base = ".".join(filter(None, parts))
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            # `from package import module` needs the module; what the package holds itself needs the package
+            found |= {name for name in inner if name in MODULES}
+            found |= {base} if any(name not in MODULES for name in inner) else set()
+    return found & MODULES.keys()
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that lead to each other (Tarjan's strongly connected components of more than one)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            found.extend([sorted(group)] if len(group) > 1 else [])
+
+    for node in sorted(graph):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_a_circle_is_seen() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a", "d"}}
+    assert circles(graph) == [["b", "c"]]
+    assert "dgbench.data.custom" in every_import(MODULES["dgbench.data.catalog"])  # in a function
+    assert "dgbench.recipe" not in every_import(MODULES["dgbench.data.sampling"])  # for a type checker alone
+
+
+def test_no_modules_import_each_other_not_even_in_functions() -> None:
+    assert circles({name: every_import(path) for name, path in MODULES.items()}) == []
+
+
 def test_what_draws_writes_tables_and_asks_the_gpu_is_imported_in_one_place_each() -> None:
     assert anywhere("matplotlib") == {"dgbench.render.pictures"}
     assert anywhere("pynvml") == {"dgbench.cost.timing"}

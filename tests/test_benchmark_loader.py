@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.sampling import UniformSampler
 from dgbench.data.transforms import Augmentation, TrainView
@@ -52,9 +53,9 @@ def test_a_quick_run_takes_every_path(
 
 def test_both_sides_make_the_same_kind_of_crops(script: ModuleType, tmp_path: Path) -> None:
     script.write_files(tmp_path, 3, (132, 240))
-    a = Augmentation((64, 64), (0.5, 2.0), 0.75, 0.5, True)
+    a = Augmentation((64, 64), (0.5, 2.0), 0.75, 0.5)
     for domain in ("gta5", "bdd100k"):
-        dataset = SegDataset(domain, "train", root=tmp_path)
+        dataset = SegDataset(lookup(domain), "train", root=tmp_path)
         pairs = [(path, Path(str(path).replace(*swap))) for path, swap in script._paths(tmp_path, domain)]
         plain = script.Plain(pairs, dataset.label_map.table, UniformSampler(3, 0), a)
         view = TrainView(dataset, UniformSampler(3, 0), a, 0)

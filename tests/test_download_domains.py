@@ -24,8 +24,8 @@ from small_sets import OFFICIAL, acdc, bdd100k, cityscapes, dark_zurich, gta5, l
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.catalog import lookup
 from dgbench.data.domain import UNFINISHED
-from dgbench.data.domains import lookup
 from dgbench.data.index import find
 from dgbench.download.stage import MANIFEST, Stage, read_manifest
 from dgbench.errors import DataError

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from dgbench import streets
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.workers import worker_init
 from dgbench.progress import Silent
@@ -59,7 +60,7 @@ def test_a_rendering_ends_within_five_seconds_with_all_its_processes(
         "import signal\nfrom dgbench import cli\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from dgbench.data import dataset\nfrom dgbench.progress import Silent\n"
         "@cli.app.command()\n"
-        "def render(): dataset.SegDataset('streets-city', 'train', size=(64, 128)).prepare(Silent(), workers=2)\n"
+        "def render(): dataset.SegDataset(lookup('streets-city'), 'train', size=(64, 128)).prepare(Silent(), workers=2)\n"
         "if __name__ == '__main__': cli.main()"
     )
     (tmp_path / "script.py").write_text(script)
@@ -79,7 +80,7 @@ def test_a_rendering_ends_within_five_seconds_with_all_its_processes(
         assert not list(cache.rglob(".*"))
 
     monkeypatch.setenv("DGBENCH_CACHE", str(cache))
-    data = SegDataset("streets-city", "train", size=(64, 128), limit=6)
+    data = SegDataset(lookup("streets-city"), "train", size=(64, 128), limit=6)
     data.prepare(Silent(), workers=1)
     assert not list(cache.rglob(".*"))
     for index in (0, 5):

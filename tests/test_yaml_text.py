@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dgbench.data import custom
-from dgbench.data.domains import lookup
+from dgbench.data.catalog import lookup
 from dgbench.data.labels import NAMES
 from dgbench.errors import DataError, DgbenchError, RecipeError
 from dgbench.recipe import dump, load_recipe, recipe_hash, recipe_names, resolve
@@ -22,7 +22,6 @@ SMOKE = "streets/smoke"
 
 @pytest.fixture(autouse=True)
 def _nothing_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(custom, "_DECLARED", {})
     monkeypatch.setenv("DGBENCH_DATA", str(tmp_path / "data"))
 
 
@@ -115,9 +114,9 @@ def test_a_label_map_with_leading_zeros_is_refused_and_not_octal(tmp_path: Path)
     path = declared(tmp_path, f"label_map:\n{rows}")
     assert yaml.safe_load(path.read_text())["label_map"][8] == "sky"  # what YAML 1.1 makes of `010: sky`
     with pytest.raises(DataError, match=r"mine\.yaml:3: `000` could be octal or decimal: write 0"):
-        custom.load(path)
+        custom.read(path)
     path.write_text(path.read_text().replace("  0", "  ").replace(" 0", " ").replace(" :", " 0:"))
-    assert custom.load(path).read_by().classes == {number: number for number in range(19)}
+    assert lookup(str(path)).read_by().classes == {number: number for number in range(19)}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_a_label_map_with_leading_zeros_is_refused_and_not_octal(tmp_path: Path)
 )
 def test_a_key_that_is_not_a_plain_number_is_refused(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        custom.load(declared(tmp_path, text))
+        custom.read(declared(tmp_path, text))
     assert told in caught.value.message
 
 
@@ -154,7 +153,7 @@ def test_a_map_in_a_recipe_of_json_keys_cannot_repeat_one() -> None:
 
 def test_a_label_may_be_called_like_a_truth_value_or_a_number(tmp_path: Path) -> None:
     path = declared(tmp_path, "encoding: polygons\nlabel_map: {on: road, 2024-05-01: car}\nignored: [no]\n")
-    assert custom.load(path).read_by().names == {"on": 0, "2024-05-01": 1, "no": 2}
+    assert lookup(str(path)).read_by().names == {"on": 0, "2024-05-01": 1, "no": 2}
 
 
 # ---- names
@@ -221,13 +220,15 @@ def test_texts_are_written_so_that_every_reader_has_them_back(content: list[str]
         ("train.steps=2024-05-01", "train.steps: expected an integer, got '2024-05-01'"),
         ("optim.lr=1_0.5", "optim.lr: expected a number, got the text '1_0.5': write 10.5"),
         ("data.flip=no", "data.flip: expected a number, got 'no'"),
-        ("data.photometric=1", "data.photometric: expected true or false, got 1"),
+        ("data.photometric=1", "data.photometric: expected mmsegmentation, robustnet, san-saw or self-supervised, "
+                               "or true or false, got 1"),
         ('name="\\ud800"', "name: '\\ud800' holds half a character (a lone surrogate)"),
         ("data.source=\udcff", "data.source: `\\udcff` is not a YAML value"),
         ("train.\udcff=1", "train: expected text, got 'steps"),
         ("data.crop=[1, 2, 3]", "data.crop: expected at most 2 values, got [1, 2, 3]"),
         ("expect=[3]", "expect[0]: expected `key: value` pairs, got 3"),
-        ("data.source=[a]", "data.source: expected text, got ['a']"),
+        ("data.source=[a]", "data.source: unknown domain `a`, choose from acdc"),
+        ("data.source=[[a]]", "data.source: expected the name of a domain, or a list of them, got [['a']]"),
     ],
 )
 def test_a_value_that_cannot_be_is_told_in_one_line(override: str, told: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import Format, FormatOpt, RunsOpt, TargetsOpt
+from dgbench.cli.options import Format, FormatOpt, RunsOpt, TargetsOpt, listed
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -18,7 +18,8 @@ panel = typer.Typer()
 def leaderboard(
     targets: TargetsOpt = None,
     source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only models trained on this.", autocompletion=completion.domains)
+        list[str] | None,
+        typer.Option(metavar="NAME...", help="Only models trained on this.", autocompletion=completion.domains, callback=listed),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")] = False,
     no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
@@ -27,12 +28,12 @@ def leaderboard(
 ) -> None:
     """Show own results by rank, reference results, and published numbers apart."""
     from dgbench import render, results
-    from dgbench.data.domains import lookup
+    from dgbench.data.catalog import joined, rows
     from dgbench.report.expected import references
     from dgbench.report.leaderboard import leaderboard as arrange
 
-    columns = [lookup(name).name for name in targets] if targets else None
-    only = lookup(source).name if source else None
+    columns = [row.name for row in rows(targets)] if targets else None
+    only = joined(row.name for row in rows(source)) if source else None
     board = arrange(results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published)
     render.show(board, form)
 

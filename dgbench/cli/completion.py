@@ -12,12 +12,13 @@ from dgbench.errors import DgbenchError
 
 
 def domains(ctx: typer.Context, incomplete: str) -> list[str]:
-    from dgbench.data.domains import DOMAINS, names
+    from dgbench.data.catalog import names
+    from dgbench.data.domains import DOMAINS
 
     given = ctx.params.get("targets") or ()
     known: Sequence[str] = tuple(DOMAINS)
     with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
-        known = names()
+        known = names(ctx.params.get("root"))
     return [name for name in known if name.startswith(incomplete) and name not in given]
 
 

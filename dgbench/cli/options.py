@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +17,6 @@ def listed(values: list[str] | None) -> list[str] | None:
         return None
     parts = [[value] if Path(value).exists() else value.split(",") for value in values]
     return [name for names in parts for part in names if (name := part.strip())] or values
-
-
-def _root(ctx: typer.Context, folder: Path | None) -> Path | None:
-    """Let --root stand for DGBENCH_DATA while the command runs: the declarations in it are found by name, too."""
-    if folder is not None and not ctx.resilient_parsing:
-        before = os.environ.get("DGBENCH_DATA")
-        os.environ["DGBENCH_DATA"] = os.path.abspath(folder)
-        ctx.call_on_close(lambda: os.environ.pop("DGBENCH_DATA") if before is None else os.environ.update(DGBENCH_DATA=before))
-    return folder
 
 
 def _device(ctx: typer.Context, name: str | None) -> str | None:
@@ -73,9 +63,7 @@ BackboneOpt = Annotated[
         autocompletion=completion.vfms,
     ),
 ]
-RootOpt = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.", callback=_root)
-]
+RootOpt = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data root; default: DGBENCH_DATA, else ./data.")]
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,

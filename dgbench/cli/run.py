@@ -22,6 +22,7 @@ from dgbench.cli.options import (
     TargetsOpt,
     VfmOpt,
     VlmOpt,
+    listed,
 )
 from dgbench.cli.program import Command
 from dgbench.errors import RecipeError, ResultError, StoppedError, Terminated
@@ -42,7 +43,8 @@ def train(
     vfm: VfmOpt = None,
     backbone: BackboneOpt = None,
     source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Domain to train on.", autocompletion=completion.domains)
+        list[str] | None,
+        typer.Option(metavar="NAME...", help="Domains to train on.", autocompletion=completion.domains, callback=listed),
     ] = None,
     targets: TargetsOpt = None,
     settings: Annotated[
@@ -77,16 +79,18 @@ def train(
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
         run = find_run(resume, runs)
         locks.check_free(run)  # at once, before torch is imported
-        begun = load_recipe(run / "recipe.yaml", check_method=False)
+        begun = load_recipe(run / "recipe.yaml", check_method=False, root=root)
         check_training(begun, root, scored=not no_eval, from_scratch=not _has_checkpoint(run))
-        recipe = load_recipe(run / "recipe.yaml")
+        recipe = load_recipe(run / "recipe.yaml", root=root)
         recipe_name = recipe.name
     else:
-        recipe_name, flags = resolve(name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed)
+        recipe_name, flags = resolve(
+            name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed, root=root
+        )
         # first what can be told without importing torch
-        light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names")
+        light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names", root=root)
         check_training(light, root, scored=not no_eval)
-        recipe = load_recipe(recipe_name, settings or (), flags=flags)
+        recipe = load_recipe(recipe_name, settings or (), flags=flags, root=root)
         run = claim_run(out) if out is not None else new_run(runs, recipe.name)
     progress = render.progress(quiet=quiet)
     try:
@@ -124,7 +128,7 @@ def train(
     others = results.query(runs) if runs.exists() else []
     known = {record.id: record for record in (*others, trained, *records)}
     render.show(of_run(leaderboard(known.values(), references(), published=False, beside=True), run), form)
-    if (expected := held_against(recipe, _as_shipped(recipe_name), [trained, *records])) is not None:
+    if (expected := held_against(recipe, _as_shipped(recipe_name, root), [trained, *records])) is not None:
         render.write("")
         render.show(expected, form)
     if other := trained.extra.get("settings_of"):
@@ -152,22 +156,21 @@ def eval_(
     """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
     from dgbench import protocol as protocols
     from dgbench import render
-    from dgbench.data.domains import lookup
+    from dgbench.data.catalog import rows
     from dgbench.needs import check_scoring, scoring
     from dgbench.recipe import load_recipe
 
     if run is not None and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
-    names = [lookup(name).name for name in targets] if targets else None
     rules = protocols.lookup(protocol).name if protocol else None
-    asked = [("target", name, "val") for name in targets or ()]
     try:
         folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
     except ResultError as error:
-        check_scoring(asked, root, error)
+        check_scoring([("target", row, "val") for row in rows(targets or (), root)], root, error)
         raise
-    recipe = load_recipe(folder / "recipe.yaml", check_method=False)
-    check_scoring(asked or scoring(recipe), root)
+    recipe = load_recipe(folder / "recipe.yaml", check_method=False, root=root)
+    asked = recipe.data.rows(targets, root) if targets else None
+    check_scoring([("target", row, "val") for row in asked] if asked else scoring(recipe, root), root)
     if run is None and checkpoint is None:
         render.note(f"run: {folder}")
     from dgbench.engine.evaluate import evaluate
@@ -175,10 +178,10 @@ def eval_(
     progress = render.progress(quiet=quiet)
     try:
         records = evaluate(
-            folder, names, progress=progress, device=device, include_source=names is None, root=root, protocol_name=rules
+            folder, asked, progress=progress, device=device, include_source=asked is None, root=root, protocol_name=rules
         )
     except (KeyboardInterrupt, Terminated) as stop:
-        given = {"--targets": names, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
+        given = {"--targets": targets, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
         words = [str(folder)]
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
@@ -214,11 +217,11 @@ def _has_checkpoint(run: Path) -> bool:
     return any(path.name.removeprefix("step-").isdecimal() for path in (run / "checkpoint").glob("step-*"))
 
 
-def _as_shipped(name: str) -> Recipe | None:
+def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     from dgbench.recipe import load_recipe
 
     with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
-        return load_recipe(name)
+        return load_recipe(name, root=root)
     return None
 
 

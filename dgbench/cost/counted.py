@@ -30,7 +30,7 @@ from torch import nn
 import mfuser
 from dgbench import atomic
 from dgbench.cost.conventions import Cost, Counted
-from dgbench.data.domains import cache_root
+from dgbench.data.places import cache_root
 from dgbench.errors import RecipeError
 from dgbench.recipe import MethodSpec
 from mfuser.methods import file as method_file

@@ -1,4 +1,4 @@
-"""Domains that a user declares: a small YAML file, or `data.domains` of a recipe; once loaded they are rows like any other.
+"""Domains that a user declares: a small YAML file, or `data.domains` of a recipe; once read they are rows like any other.
 
     title: My city
     folder: my-city                  # below the data root; default: the domain's name
@@ -28,7 +28,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from dgbench.data.domain import Domain, Layout, Role, Split, outside, replaced
+from dgbench.data.domains import built_in
 from dgbench.data.labels import IGNORE, LABEL_MAPS, NAMES, LabelMap
+from dgbench.data.places import data_root
 from dgbench.errors import DataError, suggest
 from dgbench.spec import Count, Spec, own, problems_of, shown
 from dgbench.yaml_text import parse
@@ -172,53 +174,40 @@ class Declared:
     origin: str
 
 
-_DECLARED: dict[str, Declared] = {}  # by recipes and by path, in this process
+def check(declared: Declared, root: Path | None = None, others: Mapping[str, UserDomain] | None = None) -> None:
+    """Raise a DataError unless a declaration's name can be one, and means the same wherever else it is declared.
 
+    A score must not depend on which of two declarations comes first.
 
-def load(path: Path) -> Domain:
-    """The domain that a YAML file declares; from now on it is found by its name.
-
-    Raises: DataError listing every problem of the file with its key path.
-    """
-    declared = read(path)
-    if _DECLARED.get(declared.name, declared).origin == declared.origin:
-        _DECLARED[declared.name] = declared
-        return build(declared.name, declared.spec)
-    return declare(declared)
-
-
-def declare(declared: Declared) -> Domain:
-    """Make a declaration known by its name.
-
-    Raises: DataError if the name cannot be one, or is declared to mean something else: a score must not depend on which
-        comes first.
+    Args:
+        root: data root in whose `domains/` others are.    others: those of a recipe, by name.
     """
     if problem := _unusable(declared.name):
         raise DataError(problem)
     if declared.spec.name not in (None, declared.name):
         raise DataError(f"`{declared.name}` has another `name`, `{declared.spec.name}`", "leave the inner one out")
-    found, twice = _discovered(None)
+    found, twice = _discovered(root)
     if declared.name in twice:
         raise twice[declared.name]
-    before = _DECLARED.get(declared.name) or found.get(declared.name)
-    if before is not None and before.spec.digest() != declared.spec.digest():
-        raise DataError(
-            f"`{declared.name}` is declared twice, differently: by {before.origin} and by {declared.origin}",
-            "give one of them another name: scores under one name must mean one thing",
-        )
-    kept = _DECLARED.setdefault(declared.name, before or declared)
-    return build(kept.name, kept.spec)
+    mine = (others or {}).get(declared.name)
+    for before in (Declared(declared.name, mine, "the recipe") if mine else None, found.get(declared.name)):
+        if before is not None and before.spec.digest() != declared.spec.digest():
+            raise DataError(
+                f"`{declared.name}` is declared twice, differently: by {before.origin} and by {declared.origin}",
+                "give one of them another name: scores under one name must mean one thing",
+            )
 
 
 def find(name: str, root: Path | None = None) -> Declared | None:
-    """The declaration of this name, if there is one.
+    """Return the declaration of this name, if there is one.
 
     Raises: DataError if the file called after it is wrong, or two files declare one name.
     """
-    if (known := _DECLARED.get(name) or discover(root).get(name)) is not None:
-        return known
-    if (error := _discovered(root)[1].get(name)) is not None:
-        raise error
+    found, twice = _discovered(root)
+    if name in twice:
+        raise twice[name]
+    if name in found:
+        return found[name]
     for path in _files(root):
         if path.stem == name:
             read(path)  # it says what is wrong with it, or that it has another name
@@ -260,8 +249,6 @@ def _warn(text: str) -> None:
 
 
 def _files(root: Path | None) -> list[Path]:
-    from dgbench.data.domains import data_root
-
     folder = data_root(root) / "domains"
     paths = sorted(folder.glob("*.y*ml")) if folder.is_dir() else []
     if given := os.environ.get("DGBENCH_DOMAINS"):
@@ -330,8 +317,6 @@ def _check_key(key: Key, info: ValidationInfo) -> None:
 
 
 def _unusable(name: str) -> str | None:
-    from dgbench.data.domains import built_in
-
     if not _NAME.fullmatch(name):
         return f"`{name}` is no name for a domain: small letters, digits, `-` and `_`"
     if built_in(name) is not None:

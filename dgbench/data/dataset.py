@@ -22,7 +22,8 @@ from PIL import Image
 
 from dgbench.data import files, pixels
 from dgbench.data.decode import read_label
-from dgbench.data.domains import RENDER_SIZE, lookup
+from dgbench.data.domain import Domain
+from dgbench.data.domains import RENDER_SIZE
 from dgbench.data.images import Part, UnsuitableError, decode, opened, orientation, upright
 from dgbench.data.index import Found, stem
 from dgbench.data.index import index as index_files
@@ -44,7 +45,7 @@ class SegDataset:
     """The samples of one split of a domain.
 
     Args:
-        domain: a name of `dgbench.data.domains`, with or without a severity.
+        domain: the row of a domain, as `dgbench.data.catalog.lookup` finds it.
         split: "train" or "val", or another that the domain has.
         root: data root for folder domains (default: DGBENCH_DATA or `./data`).
         size: (H, W). Rendered domains are rendered at it; images of folder domains are resized to it (bilinear with
@@ -62,9 +63,9 @@ class SegDataset:
         files of a wrong encoding are noticed before any time is spent.
     """
 
-    def __init__(self, domain: str, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
+    def __init__(self, domain: Domain, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
                  limit: int | None = None, label_map: str | None = None) -> None:  # fmt: skip
-        self.domain = lookup(domain, root)
+        self.domain = domain
         self.domain.require_split(split)
         self.split = split
         self.size = size if size or not self.domain.procedural else RENDER_SIZE
@@ -96,6 +97,15 @@ class SegDataset:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def parts(self) -> tuple[SegDataset, ...]:
+        """The datasets that it is made of: itself; see `dgbench.data.union`."""
+        return (self,)
+
+    def locate(self, index: int) -> tuple[SegDataset, int]:
+        """Return the dataset that holds an image, and the image's place in it."""
+        return self, index
 
     @property
     def exported(self) -> bool:

@@ -1,21 +1,15 @@
 """The table of domains: what each is, where its files lie on disk, and how its labels are to be read.
 
 Adding a domain is adding a row. `streets-*` are rendered by `dgbench.streets` and need no files; every other row
-describes folders below a data root, as published and as people have rearranged them, all read in place. Domains that a user
-declares (`dgbench.data.custom`) are rows like these once they are loaded.
+describes folders below a data root, as published and as people have rearranged them, all read in place. A name becomes a row,
+a user's own included, in `dgbench.data.catalog`.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from dgbench.data.domain import Domain, Layout, Split
-from dgbench.errors import DataError, spelled, unknown
-
-__all__ = ["DOMAINS", "RENDER_SIZE", "Domain", "Layout", "Split", "built_in", "cache_root", "data_root", "lookup", "names"]
 
 STREETS_SPLITS = {"train": 4000, "val": 100}
 RENDER_SIZE = (256, 512)  # (H, W) where nothing else is asked for
@@ -31,7 +25,7 @@ _STREETS = {
     "streets-world": "other cameras, left-hand traffic, other architecture",
 }
 
-_WITH_SEVERITY = ("streets-adverse", "streets-night", "streets-rain", "streets-fog", "streets-snow")
+WITH_SEVERITY = ("streets-adverse", "streets-night", "streets-rain", "streets-fog", "streets-snow")
 
 _NON_COMMERCIAL = "research, non-commercial"
 _SERVER = "its labels are withheld: predictions are scored by the benchmark's server"
@@ -270,101 +264,7 @@ _TABLE: tuple[Domain, ...] = (
 DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 
 
-def names(root: Path | None = None) -> tuple[str, ...]:
-    """Every domain's name, aliases left out; those that a user declared in a file, or fetched from a Hub, come last.
-
-    A declaration that is wrong is warned about and left out, and so is a name that is declared twice, differently.
-    """
-    return (*DOMAINS, *_declared(root))
-
-
 def built_in(name: str) -> Domain | None:
-    """The row of the table with this name or alias, in capitals or not."""
+    """Return the row of the table with this name or alias, in capitals or not."""
     name = name.lower()
     return DOMAINS.get(name) or next((d for d in DOMAINS.values() if name in d.aliases), None)
-
-
-def lookup(name: str, root: Path | None = None) -> Domain:
-    """The row of a name or an alias, in capitals or not, or of a YAML file; `streets-fog@0.6` sets a severity in 0..1.
-
-    Raises: DataError naming the nearest known domain, or what a severity may be, or what is wrong with a declaration.
-    """
-    if name.endswith((".yaml", ".yml")):
-        from dgbench.data.custom import load
-
-        return load(Path(name))
-    base, at, suffix = name.partition("@")
-    row = built_in(base)
-    if row is None:
-        from dgbench.data import custom, hub_sets
-
-        # declared names are small; folders of fetched sets are called as somebody called them
-        declared = custom.find(base, root) or custom.find(base.lower(), root)
-        fetched = spelled(base, hub_sets.names(data_root(root))) or base
-        row = custom.build(declared.name, declared.spec) if declared else hub_sets.domain(fetched, data_root(root))
-        if row is None:
-            known = [*names(root), *(a for d in DOMAINS.values() for a in d.aliases)]
-            raise DataError(*unknown("domain", base, known))
-    if not at:
-        return row
-    return _with_severity(row, suffix)
-
-
-def _declared(root: Path | None) -> tuple[str, ...]:
-    from dgbench.data import hub_sets
-
-    fetched = tuple(name for name in hub_sets.names(data_root(root)) if built_in(name) is None)
-    if "DGBENCH_DOMAINS" not in os.environ and not (data_root(root) / "domains").is_dir():
-        return fetched  # reading declarations takes pydantic, which completion need not wait for
-    from dgbench.data.custom import discover
-
-    return tuple(dict.fromkeys((*discover(root), *fetched)))
-
-
-def _with_severity(row: Domain, text: str) -> Domain:
-    if row.name not in _WITH_SEVERITY:
-        raise DataError(f"`{row.name}` has no severity", f"these do: {', '.join(_WITH_SEVERITY)}; for example `streets-fog@0.6`")
-    try:
-        severity = float(text)
-    except ValueError:
-        severity = -1.0
-    if not 0 <= severity <= 1:
-        raise DataError(f"severity `{text}` of `{row.name}` is not a number in 0..1", "for example `streets-fog@0.6`")
-    return replace(row, name=f"{row.name}@{severity:g}", severity=severity)
-
-
-def data_root(given: Path | None = None) -> Path:
-    """Where dataset folders lie: the argument, else DGBENCH_DATA, else `./data`.
-
-    Raises: DataError if the variable holds no absolute path.
-    """
-    return given or _named_by("DGBENCH_DATA") or Path("data")
-
-
-def cache_root() -> Path:
-    """Where rendered images and statistics are kept: DGBENCH_CACHE, else the user's cache folder; never below the current one.
-
-    Raises: DataError if the variable holds no absolute path, or the user has no home folder.
-    """
-    if path := _named_by("DGBENCH_CACHE"):
-        return path
-    # the XDG specification: anything but an absolute path is ignored
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if cache.is_absolute():
-        return cache / "dgbench"
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path()
-    if not home.is_absolute():
-        raise DataError("there is no home folder to keep a cache in", "set HOME, or DGBENCH_CACHE to a folder that is yours")
-    return home / ".cache" / "dgbench"
-
-
-def _named_by(variable: str) -> Path | None:
-    """The folder that a variable names, None where it is empty or not set; it means the same wherever a command is started."""
-    value = os.environ.get(variable)
-    if value and not os.path.isabs(value):
-        meant = os.path.abspath(os.path.expanduser(value))
-        raise DataError(f"{variable} is `{value}`, which is no absolute path", f"set it to {meant}, or unset it")
-    return Path(value) if value else None

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgbench import atomic, temporaries
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.decode import Stored
 from dgbench.data.domain import RENDERED, Domain, Layout
-from dgbench.data.domains import lookup
 from dgbench.data.index import label_of
 from dgbench.data.labels import IGNORE, NAMES, LabelMap, palette
 from dgbench.errors import DataError, unknown
@@ -105,7 +105,7 @@ def export(streets: str, domain: str, out: Path, *, n: int | None = None, splits
         for plan in plans:
             scenes = "val" if plan.split.endswith("val") else "train"
             available = source.splits[scenes].count or 0
-            dataset = SegDataset(source.name, scenes, size=size, limit=min(n or available, available))
+            dataset = SegDataset(source, scenes, size=size, limit=min(n or available, available))
             dataset.prepare(progress)
             progress.start(f"writing {row.name} {plan.split}", len(dataset), "images")
             try:

@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset, read_image
 from dgbench.data.decode import read_label
-from dgbench.data.domains import lookup
 from dgbench.data.images import SUFFIXES
 from dgbench.data.labels import named
 from dgbench.data.sampling import UniformSampler
@@ -30,6 +30,7 @@ from dgbench.errors import DataError, RecipeError, suggest
 from dgbench.progress import Progress
 
 if TYPE_CHECKING:
+    from dgbench.data.custom import UserDomain
     from mfuser.segmentor import Extra
 
 Pixels = NDArray[np.uint8]
@@ -101,13 +102,13 @@ class Stream:
 
 def streams(
     declared: Sequence[Extra], given: Mapping[str, str], method: str, crop: tuple[int, int], targets: Sequence[str],
-    root: Path | None = None,
+    root: Path | None = None, domains: Mapping[str, UserDomain] | None = None,
 ) -> list[Stream]:  # fmt: skip
     """Return the streams that a method declares, from where the recipe says that they are.
 
     Args:
         given: a folder or a domain's name by stream.    crop: (H, W) of the training crop.
-        targets: domains that must stay unseen.
+        targets: domains that must stay unseen.    domains: the recipe's own declarations.
 
     Raises: RecipeError for a stream that is not given, or given and not declared; DataError for a folder that is not there,
         holds no image, or images without labels.
@@ -124,22 +125,30 @@ def streams(
         what = "a folder with images/ and labels/" if missing[0].labels else "a folder of images"
         raise RecipeError(f"`{method}` trains with further images, but data.extra does not say where {named_} are",
                           f"--set data.extra.{missing[0].name}=PATH, {what}, or a domain's name")  # fmt: skip
-    return [_stream(extra, given[extra.name], method, crop, targets, root) for extra in declared]
+    return [_stream(extra, given[extra.name], method, crop, targets, root, domains) for extra in declared]
 
 
-def _stream(extra: Extra, place: str, method: str, crop: tuple[int, int], targets: Sequence[str], root: Path | None) -> Stream:
+def _stream(
+    extra: Extra,
+    place: str,
+    method: str,
+    crop: tuple[int, int],
+    targets: Sequence[str],
+    root: Path | None,
+    domains: Mapping[str, UserDomain] | None,
+) -> Stream:
     size = crop if extra.size == "crop" else extra.size
     what = f"data.extra.{extra.name} of `{method}`"
     folder = Path(place)
     if not folder.is_dir():
         try:
-            row = lookup(place, root)
+            row = lookup(place, root, domains)
         except DataError:
             problem = "is not a folder" if folder.exists() else "is not there"
             raise DataError(f"{what}: {place} {problem}", f"give a folder of {extra.name} images, or a domain's name") from None
         if row.name in targets:
             raise RecipeError(f"{what}: `{row.name}` is one of the targets, which must be unseen", "name another one")
-        return Stream(extra.name, size, extra.labels, SegDataset(row.name, "train", root=root))
+        return Stream(extra.name, size, extra.labels, SegDataset(row, "train", root=root))
     if not extra.labels:
         files = _files(folder, SUFFIXES)
         if not files:

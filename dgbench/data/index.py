@@ -18,8 +18,8 @@ from PIL import Image
 
 from dgbench.data import hub_sets
 from dgbench.data.domain import RENDERED, UNFINISHED, Domain, Layout, outside, replaced
-from dgbench.data.domains import data_root
 from dgbench.data.files import DAMAGED, content, opened
+from dgbench.data.places import data_root
 from dgbench.errors import DataError
 
 if TYPE_CHECKING:

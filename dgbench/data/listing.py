@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgbench.data import domains
+from dgbench.data import catalog
+from dgbench.data.places import data_root
 from dgbench.errors import DataError
 from dgbench.progress import Progress
 
@@ -67,11 +68,11 @@ class Sheet:
 
 def states(root: Path | None = None) -> list[DomainState]:
     """Return every domain, in the table's order, then those that the user declared."""
-    return [_state(domains.lookup(name, root), root) for name in domains.names(root)]
+    return [_state(catalog.lookup(name, root), root) for name in catalog.names(root)]
 
 
 def _state(domain: Domain, root: Path | None) -> DomainState:
-    folder = domain.root(domains.data_root(root))
+    folder = domain.root(data_root(root))
     here = {} if folder is None else {split: state for split in domain.splits if (state := _split_state(domain, split, root))}
     return DomainState(
         name=domain.name, title=domain.title, role=domain.role, size=domain.size, access=domain.access, licence=domain.licence,
@@ -93,7 +94,7 @@ def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | 
 
 def usual_split(name: str, root: Path | None = None) -> str:
     """The split that a command looks at when none is named: val if there is one."""
-    splits = domains.lookup(name, root).splits
+    splits = catalog.lookup(name, root).splits
     return "val" if "val" in splits else next(iter(splits))
 
 
@@ -115,7 +116,7 @@ def class_shares(
     from dgbench.data.sampling import class_counts
 
     split = split or usual_split(name, root)
-    dataset = SegDataset(name, split, root=root, limit=images, label_map=label_map)
+    dataset = SegDataset(catalog.lookup(name, root), split, root=root, limit=images, label_map=label_map)
     dataset.prepare(progress)
     counts = class_counts(dataset, progress)  # (n, K)
     total = max(int(counts.sum()), 1)
@@ -144,7 +145,7 @@ def sheet(
     from dgbench.data.sheet import contact_sheet, save_image
 
     split = split or usual_split(name, root)
-    dataset = SegDataset(name, split, root=root, label_map=label_map)
+    dataset = SegDataset(catalog.lookup(name, root), split, root=root, label_map=label_map)
     count = min(images, len(dataset))
     progress.start(f"drawing {dataset.domain.name} {split}", count, "images")
     samples = []

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dgbench import ends, temporaries
-from dgbench.data.domains import cache_root
+from dgbench.data.places import cache_root
 from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores

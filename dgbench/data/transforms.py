@@ -1,4 +1,4 @@
-"""The training view of a dataset: draw, random scale and crop with a class-share rule, flip, photometric distortion.
+"""The training view of a dataset: draw, random size and crop with a class-share rule, flip, photometric distortion.
 
 All randomness of a sample comes from a generator made of (seed, position), so a batch is the same whichever worker makes
 it and whenever training resumes.
@@ -18,25 +18,41 @@ from typing import Protocol
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dgbench.data.dataset import SegDataset
 from dgbench.data.images import Part
 from dgbench.data.labels import IGNORE
+from dgbench.data.photometric import PRESETS, Pixels
 from dgbench.data.resizing import resize_label
-from dgbench.data.sampling import Wanted
+from dgbench.data.sampling import Around, Wanted
+from dgbench.data.union import Union
 from dgbench.errors import DataError
 
 TRIES = 10  # of mmsegmentation for a class's share, and of DAFormer for a wanted class; what comes after them is taken
 # some of GTA5's labels have a few rows less than their images: what both have is used, as the papers' loaders do
 ODD = 16
 
-Pixels = NDArray[np.uint8]
+Scale = tuple[float, float]  # by which height and width are multiplied
 
 
 class Sampler(Protocol):
-    def draw(self, position: int) -> tuple[int, Wanted | None]: ...
+    def draw(self, position: int) -> tuple[int, Wanted | Around | None]: ...
+
+
+class Resize(Protocol):
+    """How the size of an image is drawn before it is cropped; `recipe.data.ResizeSpec` has the fields' meanings."""
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def short_edge(self) -> tuple[int, ...]: ...
+    @property
+    def sample(self) -> str: ...
+    @property
+    def long_edge(self) -> int | None: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +63,45 @@ class Augmentation:
     scale: tuple[float, float]
     cat_max_ratio: float
     flip: float
-    photometric: bool
+    photometric: str = "mmsegmentation"  # a key of `photometric.PRESETS`
+    resize: Resize | None = None  # None: by a ratio out of `scale`
 
 
 class TrainView(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Maps a position in the training stream to (image (3, H, W), label (H, W)), both uint8; `to_model` takes batches of it."""
 
-    def __init__(self, dataset: SegDataset, sampler: Sampler, augmentation: Augmentation, seed: int) -> None:
+    def __init__(self, dataset: SegDataset | Union, sampler: Sampler, augmentation: Augmentation, seed: int) -> None:
         self.dataset, self.sampler, self.augmentation, self.seed = dataset, sampler, augmentation, seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        index, wanted = self.sampler.draw(position)
+        drawn, wanted = self.sampler.draw(position)
+        dataset, index = self.dataset.locate(drawn)
         rng = np.random.default_rng([self.seed, 2, position])
         a = self.augmentation
-        window, size, label_crop = draw_window(self._label(index), a, rng, wanted)
-        crop = resized(self.dataset.image(index, window), size, a.crop)
+        label, stored = _label(dataset, index)
+        if isinstance(wanted, Around):
+            wanted = wanted.on(stored, label.shape)
+        window, size, label_crop = draw_window(label, a, rng, wanted)
+        crop = resized(dataset.image(index, window), size, a.crop)
         if rng.random() < a.flip:
             crop, label_crop = cv2.flip(crop, 1), cv2.flip(label_crop, 1)
-        if a.photometric:
-            crop = photometric(crop, rng)
+        crop = PRESETS[a.photometric](crop, rng)
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), torch.from_numpy(label_crop)
 
-    def _label(self, index: int) -> Pixels:
-        """The label on the image's grid."""
-        label, size = self.dataset.label(index), self.dataset.image_size(index)
-        if self.dataset.size is not None:  # the image comes at this size, the label as it is stored
-            return resize_label(label, size, by="opencv")
-        if any(abs(a - b) > ODD for a, b in zip(size, label.shape, strict=True)):
-            self.dataset.image(index)  # which says so, if EXIF turns it
-            raise DataError(
-                f"{self.dataset.name(index)} is {size[0]}x{size[1]} (H x W), but its label is {label.shape[0]}x{label.shape[1]}",
-                "the pair is damaged or mismatched: download it again, or move both files out of the folder",
-            )
-        return label[: size[0], : size[1]]
+
+def _label(dataset: SegDataset, index: int) -> tuple[Pixels, tuple[int, ...]]:
+    """Return the label on the image's grid, and the shape that it is stored in."""
+    label, size = dataset.label(index), dataset.image_size(index)
+    if dataset.size is not None:  # the image comes at this size, the label as it is stored
+        return resize_label(label, size, by="opencv"), label.shape
+    if any(abs(a - b) > ODD for a, b in zip(size, label.shape, strict=True)):
+        dataset.image(index)  # which says so, if EXIF turns it
+        raise DataError(
+            f"{dataset.name(index)} is {size[0]}x{size[1]} (H x W), but its label is {label.shape[0]}x{label.shape[1]}",
+            "the pair is damaged or mismatched: download it again, or move both files out of the folder",
+        )
+    label = label[: size[0], : size[1]]
+    return label, label.shape
 
 
 def to_model(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -90,23 +112,24 @@ def to_model(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tens
 
 
 def draw_window(label: Pixels, a: Augmentation, rng: np.random.Generator,
-                wanted: Wanted | None = None) -> tuple[Part, tuple[int, int], Pixels]:  # fmt: skip
-    """A window of random scale and place.
+                wanted: Wanted | Around | None = None) -> tuple[Part, tuple[int, int], Pixels]:  # fmt: skip
+    """Return a window of random scale and place.
 
     Of up to 10 places, the first is taken at which no class has more than `cat_max_ratio` of the labelled pixels. Where a
-    class is wanted (rare-class sampling), up to 10 windows are made so, until one holds enough of it after resizing.
+    class is wanted (rare-class sampling), up to 10 windows are made so, until one holds enough of it after resizing; where a
+    place is wanted (class-uniform sampling), every window holds it.
 
     Returns: the window; the (H, W) to which it is to be resized, less than the crop where the image ends before it; its
         label at the crop's size, padded with 255.
     """
     for _ in range(TRIES + 1):
-        scale = a.scale[0] + (a.scale[1] - a.scale[0]) * rng.random()
+        scale = _scale(label.shape, a, rng)
         for _ in range(TRIES + 1):
-            window, size = _place(label.shape, a.crop, scale, rng)
+            window, size = _place(label.shape, a.crop, scale, rng, wanted if isinstance(wanted, Around) else None)
             found = cv2.resize(window.of(label), size[::-1], interpolation=cv2.INTER_NEAREST)
             if _mixed(found, a.cat_max_ratio):
                 break
-        if wanted is None or np.count_nonzero(found == wanted.train_id) > wanted.pixels:
+        if not isinstance(wanted, Wanted) or np.count_nonzero(found == wanted.train_id) > wanted.pixels:
             break
     return window, size, _padded(found, a.crop, IGNORE)
 
@@ -119,17 +142,45 @@ def resized(image: Pixels, size: tuple[int, int], crop: tuple[int, int]) -> Pixe
     return _padded(cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR), crop, 0)
 
 
-def _place(shape: tuple[int, ...], crop: tuple[int, int], scale: float,
-           rng: np.random.Generator) -> tuple[Part, tuple[int, int]]:  # fmt: skip
-    height, width = (max(1, round(side / scale)) for side in crop)
-    top = int(rng.integers(max(0, shape[0] - height) + 1))
-    left = int(rng.integers(max(0, shape[1] - width) + 1))
+def _scale(shape: tuple[int, ...], a: Augmentation, rng: np.random.Generator) -> Scale:
+    """Draw by how much an image of (H, W) is resized."""
+    if a.resize is None or a.resize.mode == "ratio":
+        ratio = a.scale[0] + (a.scale[1] - a.scale[0]) * rng.random()
+        return ratio, ratio
+    height, width = shape[:2]
+    if a.resize.mode == "fixed":
+        assert a.resize.size is not None
+        return a.resize.size[0] / height, a.resize.size[1] / width
+    edges = a.resize.short_edge
+    edge = rng.integers(edges[0], edges[1] + 1) if a.resize.sample == "range" else edges[int(rng.integers(len(edges)))]
+    ratio = edge / min(height, width)
+    if a.resize.long_edge is not None:
+        ratio = min(ratio, a.resize.long_edge / max(height, width))
+    # whole pixels, rounded half up, as detectron2 and mmcv have it
+    return int(height * ratio + 0.5) / height, int(width * ratio + 0.5) / width
+
+
+def _place(shape: tuple[int, ...], crop: tuple[int, int], scale: Scale, rng: np.random.Generator,
+           around: Around | None = None) -> tuple[Part, tuple[int, int]]:  # fmt: skip
+    height, width = (max(1, round(side / by)) for side, by in zip(crop, scale, strict=True))
+    if around is None:
+        top = int(rng.integers(max(0, shape[0] - height) + 1))
+        left = int(rng.integers(max(0, shape[1] - width) + 1))
+    else:
+        top = _corner(around.y, height, shape[0], rng)
+        left = _corner(around.x, width, shape[1], rng)
     bottom, right = min(shape[0], top + height), min(shape[1], left + width)
     size = (
-        crop[0] if bottom - top == height else min(crop[0], max(1, round((bottom - top) * scale))),
-        crop[1] if right - left == width else min(crop[1], max(1, round((right - left) * scale))),
+        crop[0] if bottom - top == height else min(crop[0], max(1, round((bottom - top) * scale[0]))),
+        crop[1] if right - left == width else min(crop[1], max(1, round((right - left) * scale[1]))),
     )
     return Part(top, left, bottom, right), size
+
+
+def _corner(place: float, length: int, end: int, rng: np.random.Generator) -> int:
+    """Draw where a window of this length begins that holds `place`, and moved so that it does not reach beyond the image."""
+    pixel = int(place)
+    return min(max(0, int(rng.integers(pixel - length + 1, pixel + 1))), max(0, end - length))
 
 
 def _mixed(label: Pixels, cat_max_ratio: float) -> bool:
@@ -145,37 +196,6 @@ def _padded(pixels: Pixels, crop: tuple[int, int], value: int) -> Pixels:
     if below or right:
         return np.asarray(cv2.copyMakeBorder(pixels, 0, below, 0, right, cv2.BORDER_CONSTANT, value=(value,) * 3))
     return pixels
-
-
-def photometric(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """An RGB image (H, W, 3) with brightness, contrast, saturation and hue changed, each in half of the draws.
-
-    The ranges and the order are those of mmsegmentation's PhotoMetricDistortion, which all compared methods train with:
-    torchvision's transform of the same name shuffles colour channels as well, which none of them does.
-    """
-    if rng.random() < 0.5:
-        image = _affine(image, 1.0, rng.uniform(-32, 32))
-    contrast_first = rng.random() < 0.5
-    if contrast_first and rng.random() < 0.5:
-        image = _affine(image, rng.uniform(0.5, 1.5), 0.0)
-    saturate, turn = rng.random(2) < 0.5
-    if saturate or turn:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        if saturate:
-            hsv[..., 1] = _affine(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
-        if turn:  # OpenCV counts hue in steps of two degrees
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.integers(-18, 18)) % 180
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(np.uint8, copy=False)
-    if not contrast_first and rng.random() < 0.5:
-        image = _affine(image, rng.uniform(0.5, 1.5), 0.0)
-    return image
-
-
-def _affine(values: Pixels, gain: float, offset: float) -> Pixels:
-    """A look-up table: eight-bit values have no more than 256 results."""
-    table = np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
-    mapped: Pixels = cv2.LUT(values, table)
-    return mapped
 
 
 class StepBatches(torch.utils.data.Sampler[list[int]]):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgbench.data import native_stderr
-from dgbench.data.domains import lookup
+from dgbench.data.catalog import lookup
 from dgbench.data.index import Found, find, rows_of, stem
 from dgbench.data.labels import IGNORE, NAMES, LabelMap
 from dgbench.errors import DataError

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dgbench import atomic
-from dgbench.data import domains
+from dgbench.data import catalog
 from dgbench.download import archives, csdownload, given, hub_files, hub_rows, orders
 from dgbench.download.hub_rows import HubWish
 from dgbench.download.orders import Order
@@ -260,7 +260,7 @@ def _link(order: Order) -> None:
                         f"move it away; then it can point at {tree}")  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(tree, target_is_directory=True)
-    order.note, folder = orders.readable(domains.lookup(order.name), target.parent)
+    order.note, folder = orders.readable(catalog.lookup(order.name, target.parent), target.parent)
     if folder is None:
         target.unlink()
         raise DataError(f"{tree} does not hold `{order.name}` in a layout that is known",

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dgbench.data import domains
+from dgbench.data import catalog, domains
+from dgbench.data.places import data_root
 from dgbench.download import csdownload, given, orders
 from dgbench.download.acquire import Problem, Problems, Work, acquire, by_hand_hint, told
 from dgbench.download.addresses import check_mirror
@@ -86,7 +87,7 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
     for order, refusal in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
         order.note = refusal.message
     transfer.close()
-    return orders.plan(wanted, _tower_needs(towers), domains.data_root(options.root), options.jobs)
+    return orders.plan(wanted, _tower_needs(towers), data_root(options.root), options.jobs)
 
 
 def download(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Outcome:
@@ -101,7 +102,7 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     options = options or Options()
     problems = Problems()
     towers, wanted = _worked_out(names, options, wish, problems)
-    root = domains.data_root(options.root)
+    root = data_root(options.root)
     moving = [order for order in wanted if not order.here and (order.given or not order.by_hand)]
     again = f"run again: {options.command}"
     if forbidden := [order for order in moving if _forbidden(order)]:
@@ -151,13 +152,13 @@ def _worked_out(
     given.check(options.from_paths)
     if options.mirror is not None:
         check_mirror(options.mirror)
-    root = domains.data_root(options.root)
+    root = data_root(options.root)
     towers, rows = [], []
     for name in dict.fromkeys(names):
         if domains.built_in(name.partition("@")[0]) is None:
             towers.append(_tower(name, root))
             continue
-        row = domains.lookup(name)
+        row = catalog.lookup(name, root)
         if row.procedural:
             raise DataError(f"`{row.name}` is rendered here: there is nothing to download", f"dgbench data show {row.base}")
         rows.append(row)
@@ -187,7 +188,7 @@ def _tower(name: str, root: Path) -> str:
     if name in TOWERS:
         return name
     if not name.startswith("timm:"):
-        if name in domains.names(root):
+        if name in catalog.names(root):
             raise DataError(f"`{name}` is a domain of your own: its declaration does not say where its files come from",
                             f"put them into {root}, or fetch a set of the Hub with --hub")  # fmt: skip
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))

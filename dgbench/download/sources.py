@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from dgbench.data import domains
+from dgbench.data.domains import built_in
 
 Way = Literal["open", "csDownload", "browser", "hub"]
 
@@ -80,12 +80,9 @@ def matches(path: str, glob: str) -> bool:
 
 
 def source(name: str) -> Source | None:
-    """The source of a domain or alias; None where there is nothing to fetch (`streets-*`, domains of the user's own).
-
-    Raises: DataError for an unknown name, as `domains.lookup`.
-    """
-    row = domains.lookup(name)
-    return next((s for s in SOURCES.values() if row.name == s.domain or row.name in s.also), None)
+    """Return the source of a domain or alias; None where there is nothing to fetch (`streets-*`, domains of the user's own)."""
+    row = built_in(name)
+    return next((s for s in SOURCES.values() if row is not None and (row.name == s.domain or row.name in s.also)), None)
 
 
 def _each(glob: str) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, WithExtras
-from dgbench.data.sampling import RareClassSampler, UniformSampler, class_counts
-from dgbench.data.transforms import Augmentation, Sampler, StepBatches, TrainView, to_model
+from dgbench.data.sampling import UniformSampler, sampler_of
+from dgbench.data.transforms import Augmentation, StepBatches, TrainView, to_model
+from dgbench.data.union import Union
 from dgbench.data.workers import worker_init
-from dgbench.errors import DataError, RecipeError
+from dgbench.errors import RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe
 from dgbench.resources import usable_cores
@@ -33,24 +34,14 @@ class Place:
 
 
 def of_steps(
-    recipe: Recipe, dataset: SegDataset, streams: Sequence[Stream], start: int, place: Place, progress: Progress
+    recipe: Recipe, dataset: SegDataset | Union, streams: Sequence[Stream], start: int, place: Place, progress: Progress
 ) -> DataLoader[Samples]:
     """Return the loader of the steps from `start` on.
 
     Raises: DataError if no label holds a class; RecipeError if a batch cannot be divided among the processes.
     """
     data, spec = recipe.data, recipe.train
-    sampler: Sampler
-    if data.rare_class_sampling is None:
-        sampler = UniformSampler(len(dataset), spec.seed)
-    else:
-        counts = class_counts(dataset, progress)
-        if not counts.any():
-            raise DataError(
-                f"no pixel of `{dataset.domain.name}` {dataset.split} has one of the 19 classes: all are ignored",
-                f"see which values its labels hold: dgbench data verify {dataset.domain.name}",
-            )
-        sampler = RareClassSampler(counts, data.rare_class_sampling, spec.seed, dataset.size)
+    sampler = sampler_of(data, dataset, spec.seed, progress)
     per_process, rest = divmod(spec.batch_size, place.world)
     if rest:
         raise RecipeError(
@@ -65,7 +56,7 @@ def of_steps(
 def augmentation(recipe: Recipe) -> Augmentation:
     """Return what a training crop goes through."""
     data = recipe.data
-    return Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.photometric)
+    return Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.preset, data.resize)
 
 
 def batch_of(samples: Samples, device: torch.device, step: int, steps: int) -> Batch:
@@ -84,7 +75,7 @@ class Images:
     """The training images, as a method's `before_step` may ask for them: `mfuser.segmentor.TrainingData`."""
 
     recipe: Recipe
-    dataset: SegDataset
+    dataset: SegDataset | Union
     streams: Sequence[Stream]
     place: Place
 
@@ -96,7 +87,7 @@ class Images:
         """
         how = augmentation(self.recipe)
         if not augmented:
-            how = replace(how, scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
+            how = replace(how, scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric="none", resize=None)
         count = len(self.dataset)
         by = self.recipe.train.batch_size // self.place.world
         view = TrainView(self.dataset, UniformSampler(count, seed), how, seed)

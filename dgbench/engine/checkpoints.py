@@ -45,6 +45,14 @@ class Seen:
     images: int
     available: int  # images of the complete split; of a rendered source as many as were drawn
     rendered: bool  # an export of rendered scenes in the files of a published set
+    each: dict[str, tuple[int, int, bool]] | None = None  # of several sources, the same of each by name; None: it is one
+
+
+def told(seen: Seen, name: str) -> str:
+    """Say what was trained on, of a source of this name or of several."""
+    each = seen.each or {name: (seen.images, seen.available, seen.rendered)}
+    return " and ".join(f"{images} {'rendered ' * rendered}images of {available} of `{source}`"
+                        for source, (images, available, rendered) in each.items())  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +94,8 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
                               if newest(run) else "lower optim.lr, or set train.clip_norm=1.0") from None  # fmt: skip
     for name, content in ((_SEEN, seen), (_MADE, made)):
         if content is not None:
-            atomic.write(partial / name, json.dumps(asdict(content)) + "\n")
+            values = {key: value for key, value in asdict(content).items() if (key, value) != ("each", None)}
+            atomic.write(partial / name, json.dumps(values) + "\n")
     _write_moments(optimizer, partial / _MOMENTS)
     state = model.training_state().items()
     training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
@@ -173,15 +182,22 @@ def seen_by(folder: Path) -> Seen | None:
         return None
     except ValueError as error:
         raise CheckpointError(f"{path} {error}", _advice(folder)) from None
-    types = {name: type(value) for name, value in told.items()}
-    if types != {"images": int, "available": int, "rendered": bool} or not 0 < told["images"] < 10**12 > told["available"] > 0:
+    each = told.pop("each", None)
+    triples = [list(told.values())] if each is None else [list(told.values()), *each.values()] if isinstance(each, dict) else []
+    if list(told) != ["images", "available", "rendered"] or not triples or not all(map(_plausible, triples)):
         raise CheckpointError(f"{path} does not say what was trained on", _advice(folder))
-    return Seen(**told)
+    return Seen(**told, each=None if each is None else {str(name): tuple(one) for name, one in each.items()})
+
+
+def _plausible(triple: Any) -> bool:
+    if not isinstance(triple, list) or [type(value) for value in triple] != [int, int, bool]:
+        return False
+    return bool(0 < triple[0] < 10**12 > triple[1] > 0)
 
 
 def in_record(seen: Seen | None) -> dict[str, Any]:
     """The fields of a record that say what was trained on."""
-    return {} if seen is None else {f"source_{name}": value for name, value in asdict(seen).items()}
+    return {} if seen is None else {f"source_{name}": getattr(seen, name) for name in ("images", "available", "rendered")}
 
 
 def made_how(folder: Path) -> Made | None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dgbench import metrics, protocol, results
 from dgbench.data import labels
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import lookup
+from dgbench.data.domain import Domain
 from dgbench.data.resizing import as_tested
 from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
@@ -61,26 +61,27 @@ class _TestView(Dataset[_Item]):
         return _Item(index, tuple(torch.from_numpy(view.copy()) for view in views), torch.from_numpy(label.copy()))
 
 
-def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progress, device: str | None = None,
+def evaluate(run: Path, targets: Sequence[str | Domain] | None = None, *, progress: Progress, device: str | None = None,
              include_source: bool = False, root: Path | None = None,
              protocol_name: str | None = None) -> list[results.Record]:  # fmt: skip
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
 
     Args:
         run: a run folder; its recipe gives protocol, sizes and default targets.
-        targets: domain names; None takes the recipe's.
-        include_source: score the source's validation split too, first.
+        targets: domains, or their names; None takes the recipe's.
+        include_source: score the validation split of each source that has one, too, first.
         protocol_name: score under this protocol instead of the recipe's.
 
     Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can mend. Domains scored before
         an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
     """
     on = pick_device(device)  # refused before any time is spent
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    names = list(targets) if targets is not None else list(recipe.data.targets)
-    domains = [lookup(name, root).name for name in names]  # every name is checked before any time is spent
-    if include_source and "val" in lookup(recipe.data.source).splits:
-        domains = [recipe.data.source, *(d for d in domains if d != recipe.data.source)]
+    recipe = load_recipe(str(run / "recipe.yaml"), root=root)
+    # every name is checked before any time is spent
+    domains = list(recipe.data.rows(targets if targets is not None else recipe.data.targets, root))
+    if include_source:
+        own = [row for row in recipe.data.rows(recipe.data.sources, root) if "val" in row.splits]
+        domains = [*own, *(row for row in domains if row not in own)]
     if not domains:
         raise DataError("no target domain to score", "name some: --targets streets-city streets-world")
     rules = protocol.lookup(protocol_name or recipe.eval.protocol)
@@ -90,9 +91,9 @@ def evaluate(run: Path, targets: Sequence[str] | None = None, *, progress: Progr
             "val",
             root=root,
             # files are read as they are: what brings them to a size is the protocol's to choose
-            size=recipe.data.size if lookup(d, root).procedural else None,
+            size=recipe.data.size if d.procedural else None,
             limit=recipe.data.val_images,
-            label_map=protocol.label_map(rules, lookup(d, root)),
+            label_map=protocol.label_map(rules, d),
         )
         for d in domains
     ]

@@ -22,7 +22,8 @@ import mfuser
 from dgbench import results, temporaries
 from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import streams
-from dgbench.data.sampling import class_counts
+from dgbench.data.sampling import sampler_of
+from dgbench.data.union import Union, sources
 from dgbench.engine import batches, checkpoints
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
@@ -74,12 +75,13 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     if spec.init is not None and not found:
         checkpoints.init_folder(Path(spec.init))  # before any time is spent
     dataset = _source(recipe, root)
-    _check_resumable(recipe, run) if resume else None
+    _check_resumable(recipe, run, root) if resume else None
     seen = _seen(dataset, run, found[0] if found else None)
     before = checkpoints.made_how(found[0]) if found else None
     model, init = _model(recipe, found[0] if found else None, before)
     model.check_backends()
-    extra = streams(model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root)
+    data = recipe.data
+    extra = streams(model.extras, data.extra, model.method, data.crop, data.targets, root, data.domains)
     digests = {stream.name: stream.digest() for stream in extra}
     _check_streams(run, digests, before)
     optimizer, rates = optimizer_of(model, recipe.optim)
@@ -100,8 +102,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         dataset.prepare(progress)
         for stream in extra:
             stream.prepare(progress)
-        if recipe.data.rare_class_sampling is not None:
-            class_counts(dataset, progress)  # once; the other processes find them
+        sampler_of(recipe.data, dataset, spec.seed, progress)  # counts classes once; the other processes find them
     accelerator.wait_for_everyone()
 
     place = batches.Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
@@ -201,7 +202,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     return _record(recipe, run, dataset, seen, told, total if made else None, write=main)
 
 
-def _record(recipe: Recipe, run: Path, dataset: SegDataset, seen: checkpoints.Seen | None, made: Made,
+def _record(recipe: Recipe, run: Path, dataset: SegDataset | Union, seen: checkpoints.Seen | None, made: Made,
             total: float | None, *, write: bool) -> results.Record:  # fmt: skip
     """The record of a complete training; of a resumed one, seconds and speed are those of its last part.
 
@@ -262,10 +263,9 @@ def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
     return {"settings_of": name} if name else {}
 
 
-def _source(recipe: Recipe, root: Path | None) -> SegDataset:
-    data = recipe.data
+def _source(recipe: Recipe, root: Path | None) -> SegDataset | Union:
     try:
-        return SegDataset(data.source, data.source_split, root=root, size=data.size, limit=data.train_images)
+        return sources(recipe.data, root)
     except DataError as missing:
         try:
             _model(recipe, None, None)
@@ -276,19 +276,22 @@ def _source(recipe: Recipe, root: Path | None) -> SegDataset:
         raise
 
 
-def _seen(dataset: SegDataset, run: Path, checkpoint: Path | None) -> checkpoints.Seen | None:
+def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> checkpoints.Seen | None:
     """What is trained on; None for the rest of a training whose beginning did not say it.
 
     Raises: CheckpointError if the beginning saw other images.
     """
     # a rendered source has as many images as are asked for
-    now = checkpoints.Seen(len(dataset), len(dataset) if dataset.found is None else dataset.available, dataset.exported)
+    each = {part.domain.name: (len(part), len(part) if part.found is None else part.available, part.exported)
+            for part in dataset.parts}  # fmt: skip
+    images, available, rendered = zip(*each.values(), strict=True)
+    now = checkpoints.Seen(sum(images), sum(available), any(rendered), each if len(each) > 1 else None)
     if checkpoint is None:
         return now
     before = checkpoints.seen_by(checkpoint)
     if before not in (None, now):
-        was, is_now = (f"{s.images} {'rendered ' * s.rendered}images of {s.available}" for s in (before, now) if s is not None)
-        raise CheckpointError(f"{run} was begun on {was} of `{dataset.domain.name}`, now there are {is_now}",
+        was, is_now = (checkpoints.told(s, dataset.parts[0].domain.name) for s in (before, now) if s is not None)
+        raise CheckpointError(f"{run} was begun on {was}, now there are {is_now}",
                               "put back the files it was begun with, or start a new run")  # fmt: skip
     return before
 
@@ -328,13 +331,13 @@ def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
                                   "put back the files it was begun with, or start a new run")  # fmt: skip
 
 
-def _check_resumable(recipe: Recipe, run: Path) -> None:
+def _check_resumable(recipe: Recipe, run: Path, root: Path | None) -> None:
     from dgbench.recipe import load_recipe
 
     path = run / "recipe.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run} is not a run: it has no recipe.yaml", "see `ls runs`, or start a new run")
-    if recipe_hash(load_recipe(str(path))) != recipe_hash(recipe):
+    if recipe_hash(load_recipe(str(path), root=root)) != recipe_hash(recipe):
         raise CheckpointError(
             f"the recipe differs from the one {run} was started with", "resume without --set, or start a new run"
         )

@@ -37,7 +37,13 @@ def recipe_names() -> list[str]:
 
 
 def find(
-    method: str, vlm: str | None = None, source: str | None = None, *, vfm: str | None = None, backbone: str | None = None
+    method: str,
+    vlm: str | None = None,
+    source: str | Sequence[str] | None = None,
+    *,
+    vfm: str | None = None,
+    backbone: str | None = None,
+    root: Path | None = None,
 ) -> str:
     """Return the shipped recipe that trains `method`, with these towers and this source where they are given.
 
@@ -46,7 +52,7 @@ def find(
 
     Raises: RecipeError if there is none, or several equally near.
     """
-    source = _domain(source)
+    source = _domain(source, root)
     method, mine = _of_method(method)
     towers = {"vlm": vlm, "vfm": vfm, "backbone": backbone}
     fitting = [
@@ -67,9 +73,10 @@ def resolve(
     vlm: str | None = None,
     vfm: str | None = None,
     backbone: str | None = None,
-    source: str | None = None,
+    source: str | Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     seed: int | None = None,
+    root: Path | None = None,
 ) -> tuple[str, list[str]]:
     """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
 
@@ -78,6 +85,7 @@ def resolve(
 
     Raises: RecipeError for an unknown name or tower, or a method that has no such tower.
     """
+    source = source if source is None or isinstance(source, str) else "+".join(source)
     added = [setting("data.targets", list(targets))] if targets else []
     added += [setting("train.seed", seed)] if seed is not None else []
     asked = {"vfm": vfm, "vlm": vlm, "backbone": backbone}
@@ -86,7 +94,7 @@ def resolve(
         return name, [*(setting(key, text) for key, text in flags.items() if text), *added]
     method, rows = _of_method(name)
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
-    near, domain = _nearest(towers, rows), _domain(source)
+    near, domain = _nearest(towers, rows), _domain(source, root)
     on_it = [(found, row) for found, row in near if row["source"] == domain]
     # where no recipe of this method trains on that source: its usual one with the source changed
     found = _first(method, on_it or near)
@@ -95,7 +103,7 @@ def resolve(
     if changed:
         told = " and ".join(f"{key}={text}" for key, text in changed.items())
         logging.getLogger(__name__).warning(f"no recipe has these towers: this is {found} with {told}")
-    given = changed | ({"data.source": domain} if domain and not on_it else {})
+    given = changed | ({"data.source": source} if source and not on_it else {})
     return found, [*(setting(key, text) for key, text in given.items()), *added]
 
 
@@ -118,10 +126,14 @@ def _is_recipe(name: str) -> bool:
     return spelled(name, recipe_names()) is not None or "/" in name or Path(name).suffix in (".yaml", ".yml")
 
 
-def _domain(name: str | None) -> str | None:
-    from dgbench.data.domains import lookup
+def _domain(source: str | Sequence[str] | None, root: Path | None) -> str | None:
+    """Return the name under which a training on these domains is recorded."""
+    from dgbench.data.catalog import joined, rows
+    from dgbench.recipe.data import separate
 
-    return None if name is None else lookup(name).name
+    if source is None:
+        return None
+    return joined(row.name for row in rows(separate(source) if isinstance(source, str) else source, root))
 
 
 def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
@@ -223,7 +235,11 @@ def _peek(name: str) -> dict[str, str]:
     method, data = content.get("method"), content.get("data")
     method, data = (part if isinstance(part, dict) else {} for part in (method, data))
     towers = {kind: str(method.get(kind, "")) for kind in ("vlm", "vfm", "backbone")}
-    return {"method": str(method.get("name", "")), "source": str(data.get("source", "")), **towers}
+    return {"method": str(method.get("name", "")), "source": _listed(data.get("source", "")), **towers}
+
+
+def _listed(source: Any) -> str:
+    return "+".join(sorted(map(str, source))) if isinstance(source, list) else str(source)
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -306,7 +322,7 @@ def _check_seal(path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from dgbench.recipe import Recipe
+    from dgbench.recipe.model import Recipe
 
     if path.name == RESOLVED:  # copies under other names are there to be changed
         _check_seal(path)

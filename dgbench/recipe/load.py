@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from dgbench import atomic
 from dgbench.errors import RecipeError
 from dgbench.recipe import method as method_options
-from dgbench.recipe.data import DataSpec
+from dgbench.recipe.data import DataSpec, Known
 from dgbench.recipe.files import Given, is_shipped, locate, name_of, override, sealed, with_parent
 from dgbench.recipe.method import MethodSpec
 from dgbench.recipe.model import EvalSpec, Recipe
@@ -24,7 +24,7 @@ from dgbench.yaml_text import dumped
 
 def load_recipe(
     name_or_path: str | Path, overrides: Sequence[str] = (), *, flags: Sequence[str] = (),
-    check_method: bool | Literal["names"] = True,
+    check_method: bool | Literal["names"] = True, root: Path | None = None,
 ) -> Recipe:  # fmt: skip
     """Read, resolve and check a recipe.
 
@@ -34,6 +34,7 @@ def load_recipe(
         flags: such texts for which a command has options of their own, as `resolve` returns them; applied first.
         check_method: fill in and check the method's own options, which imports the method and torch. Whatever is wrong
             otherwise is told before that; `names` stops there.
+        root: data root in which domains are looked for that the recipe does not declare; default: DGBENCH_DATA or `./data`.
 
     Raises: RecipeError listing every problem with its key path.
     """
@@ -44,7 +45,7 @@ def load_recipe(
     method_options.spell(content)
     if check_method:
         problems += method_options.check_names(content)
-    recipe, found = _checked(content)
+    recipe, found = _checked(content, root)
     problems += found
     if check_method is True and recipe is not None and not problems:
         method, problems = method_options.filled_in(content["method"])
@@ -55,9 +56,9 @@ def load_recipe(
     return recipe
 
 
-def _checked(content: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _checked(content: Mapping[str, Any], root: Path | None) -> tuple[Recipe | None, list[Problem]]:
     try:
-        return Recipe.model_validate(content), []
+        return Recipe.model_validate(content, context=Known(root)), []
     except ValidationError as error:
         return None, problems_of(error, Recipe)
 
@@ -103,7 +104,7 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
 
 # keys that came after recipes had hashes: left at its default, such a key leaves them as they were
 _LATER = {
-    "data": ("source_split", "extra"),
+    "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
     "train": ("init",),
     "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "groups"),
 }

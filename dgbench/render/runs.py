@@ -27,7 +27,7 @@ def record_tables(records: Sequence[Record]) -> list[Table]:
         total = record.seconds.get("total")
         count = str(record.n_images) if record.complete else f"{record.n_images} of {record.n_available}"
         count += f" (+{record.n_extra} unknown)" if record.n_extra else ""
-        seen = " (source)" if record.target == record.source else ""
+        seen = " (source)" if record.target in record.source.split("+") else ""
         seen += " (rendered)" if record.rendered else ""
         over = [record.extra.get(key) for key in subsets]
         rows.append((Cell(record.target + seen), Cell(miou),

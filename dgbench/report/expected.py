@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dgbench import protocol as protocols
-from dgbench.data.domains import RENDER_SIZE, lookup
+from dgbench.data.domains import RENDER_SIZE
 from dgbench.report import settings
 from dgbench.results import Record
 
@@ -164,6 +164,6 @@ def _seeds(rows: Iterable[Expectation]) -> int | None:
 
 
 def _protocol_hash(recipe: Recipe, target: str) -> str:
-    rules, domain = protocols.lookup(recipe.eval.protocol), lookup(target)
+    rules, (domain,) = protocols.lookup(recipe.eval.protocol), recipe.data.rows([target])
     size = recipe.data.size or (RENDER_SIZE if domain.procedural else None)
     return protocols.protocol_hash(rules, protocols.domain_row(domain, "val", protocols.label_map(rules, domain), size))

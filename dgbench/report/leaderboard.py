@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dgbench.data.domains import names
+from dgbench.data.catalog import names
 from dgbench.report import settings
 from dgbench.report.columns import Order, Scored, tables
 from dgbench.report.expected import SOURCE, Measured, Reference, mismatch, weights_of
@@ -122,7 +122,9 @@ def _column(record: Record) -> str:
 def _models(records: Iterable[Record]) -> list[tuple[Measured, _Model]]:
     """Collect the newest record per column of every checkpoint, newest first, exports apart from published sets."""
     targets: dict[tuple[str, ...], dict[bool, dict[str, Record]]] = {}
-    for record in sorted((r for r in records if r.kind == "eval"), key=_age, reverse=True):
+    # of several sources, none's validation split is a target, and one column cannot hold them all
+    shown = (r for r in records if r.kind == "eval" and (r.target == r.source or r.target not in r.source.split("+")))
+    for record in sorted(shown, key=_age, reverse=True):
         trained = (record.source, record.protocol, record.protocol_digest, "rendered" if record.source_rendered else "")
         sets = targets.setdefault((*trained, record.method, record.variant, record.recipe_hash, record.checkpoint), {})
         column = _column(record)

@@ -5,45 +5,19 @@ The street runs along +z and bends by an offset in x that grows with the square 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dgbench.streets.atlas import TEX
 from dgbench.streets.blocks import block, skyline
 from dgbench.streets.buildings import tone
 from dgbench.streets.dice import Dice
 from dgbench.streets.furniture import bollards, lamp, pole, sign, signals, tree
 from dgbench.streets.mesh import GROUND, SNOWY, WORLD_UV, Scene
+from dgbench.streets.plan import Plan
 from dgbench.streets.style import Style
 from dgbench.streets.traffic import fill_street, people
 
 ROAD, SIDEWALK, TERRAIN, SKY = 0, 1, 9, 10
 FAR = 150.0
 LAID = WORLD_UV | GROUND
-
-
-@dataclass
-class Plan:
-    """Measures of one street: half width of the carriageway, lanes each way, side streets, strips by side."""
-
-    bend: float
-    hand: float  # +1: traffic keeps right
-    lanes: int
-    lane_width: float
-    half: float  # half width of the carriageway, parking included
-    parking: dict[float, bool]  # by side, -1 left and +1 right
-    verge: dict[float, float]
-    sidewalk: dict[float, float]
-    crossings: list[tuple[float, float]]  # (z of the near edge, width) of side streets
-    tram: bool
-
-    def shift(self, z: float) -> float:
-        """How far the street has bent to the right at z."""
-        ahead = max(z, 0.0)
-        return self.bend * ahead * ahead
-
-    def edge(self, side: float) -> float:
-        """x of the far edge of the sidewalk on a straight street."""
-        return side * (self.half + self.verge[side] + self.sidewalk[side])
 
 
 def _plan(dice: Dice, style: Style) -> Plan:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from dgbench.streets.atmosphere import falling, halos, light_night, paint_sky, veil, wet_road
 from dgbench.streets.camera import Pose, View
 from dgbench.streets.dice import Dice
-from dgbench.streets.layout import Plan, street
+from dgbench.streets.layout import street
 from dgbench.streets.look import Look, draw_look
 from dgbench.streets.mesh import Scene
+from dgbench.streets.plan import Plan
 from dgbench.streets.raster import paint, shadows
 from dgbench.streets.sensor import develop
 from dgbench.streets.shade import Pixels, Table, shade, table

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dgbench.streets.buildings import tone
 from dgbench.streets.dice import Dice
 from dgbench.streets.mesh import Colour, Light, Scene
 from dgbench.streets.people import machines, ridden, walkers
+from dgbench.streets.plan import Plan
 from dgbench.streets.style import Style
 from dgbench.streets.vehicles import buses, cars, tram_sections, trucks
-
-if TYPE_CHECKING:
-    from dgbench.streets.layout import Plan
 
 SKIN: tuple[Colour, ...] = (
     (0.62, 0.42, 0.32),

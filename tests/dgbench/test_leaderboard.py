@@ -170,11 +170,12 @@ def test_a_reference_scored_otherwise_gets_a_group_of_its_own() -> None:
 def test_shipped_references_hold_the_hashes_that_their_recipes_score_under(tmp_path: Path) -> None:
     """A run of the recipe and its reference belong together: both hash the same rules and rendered size."""
     from dgbench import protocol
+    from dgbench.data.catalog import lookup
     from dgbench.data.dataset import SegDataset
 
     shipped = {reference.recipe: reference for reference in references()}
     tiny, gpu = shipped["streets/mfuser"], shipped["streets/mfuser-gpu"]
-    dataset = SegDataset("streets-city", "val", size=(128, 256))
+    dataset = SegDataset(lookup("streets-city"), "val", size=(128, 256))
     row = protocol.domain_row(dataset.domain, "val", dataset.label_map.name, dataset.size)
     assert tiny.hashes["streets-city"] == protocol.protocol_hash(protocol.lookup("unified"), row)
     assert tiny.protocol_digest == protocol.lookup("unified").digest

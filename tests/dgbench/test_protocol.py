@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dgbench.data.domains import lookup as domain
+from dgbench.data.catalog import lookup as domain
 from dgbench.errors import RecipeError
 from dgbench.protocol import CLASS_SETS, PROTOCOLS, Protocol, label_map, lookup, presets, protocol_hash
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from dgbench import cli, protocol
 from dgbench.data import custom
+from dgbench.data.catalog import lookup, names, rows
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import lookup, names
 from dgbench.errors import DataError, RecipeError
 from dgbench.recipe import dump, load_recipe, recipe_hash
 
@@ -34,11 +34,6 @@ RECIPE = {
     "train": {"steps": 3, "batch_size": 2},
     "optim": {"lr": 1.0e-3},
 }
-
-
-@pytest.fixture(autouse=True)
-def _nothing_declared(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(custom, "_DECLARED", {})
 
 
 @pytest.fixture
@@ -72,14 +67,14 @@ def digest(**values: object) -> str:
 
 def listed(path: Path) -> list[str]:
     with pytest.raises(DataError) as caught:
-        custom.load(path)
+        custom.read(path)
     return [line.strip() for line in caught.value.message.splitlines()[1:]]
 
 
 def test_a_file_in_the_data_root_makes_a_domain(root: Path):
     written(root / "domains/mine.yaml", MINE)
     assert names()[-1] == "mine"
-    data = SegDataset("mine", "val")
+    data = SegDataset(lookup("mine"), "val")
     assert (len(data), data.available, data[0].name) == (2, 2, "val/photos/a.jpg")
     assert data[0].label[0, :4].tolist() == [255, 0, 13, 255]
     assert (data.domain.title, data.domain.role, data.policy) == ("My city", "both", "mine")
@@ -92,10 +87,11 @@ def test_what_the_environment_names_is_looked_into(root: Path, where: str, monke
     assert lookup("mine").title == "My city"
 
 
-def test_a_path_is_as_good_as_a_name_and_makes_the_name_known(root: Path):
+def test_a_path_is_as_good_as_a_name_and_is_forgotten_afterwards(root: Path):
     path = written(root / "somewhere/mine.yaml", MINE)
-    assert lookup(str(path)).name == "mine"
-    assert lookup("mine").title == "My city"
+    assert (lookup(str(path)).name, lookup(str(path)).title) == ("mine", "My city")
+    with pytest.raises(DataError, match="unknown domain `mine`"):
+        lookup("mine")
 
 
 def test_the_command_line_takes_it_by_path_and_from_the_root_that_is_given(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -118,12 +114,12 @@ def test_polygons_are_read_by_the_names_that_a_declaration_gives(root: Path):
         "splits": {"val": {"images": "*.jpg", "labels": {".jpg": ".json"}}}, "encoding": "polygons",
         "label_map": {"ground": "road", "hut": "building"}, "ignored": ["donkey"],
     })  # fmt: skip
-    assert np.array_equal(SegDataset("shapes", "val")[0].label, np.array([0, 2, 255], np.uint8)[values])
+    assert np.array_equal(SegDataset(lookup("shapes"), "val")[0].label, np.array([0, 2, 255], np.uint8)[values])
 
 
 def test_a_map_of_dgbenchs_is_taken_by_its_name(root: Path):
     written(root / "domains/mine.yaml", {k: v for k, v in MINE.items() if k != "ignored"} | {"label_map": "synthia-ids"})
-    assert SegDataset("mine", "val")[0].label[0, :4].tolist() == [255, 10, 2, 7]
+    assert SegDataset(lookup("mine"), "val")[0].label[0, :4].tolist() == [255, 10, 2, 7]
 
 
 def test_the_revision_is_the_hash_of_what_fixes_pixels_and_labels():
@@ -144,7 +140,7 @@ def test_the_protocol_hash_changes_with_the_declaration(root: Path):
     hashes = []
     for values in ({}, {"ignored": [0, 9, 10]}):
         written(root / "domains/mine.yaml", changed(**values))
-        data = SegDataset("mine", "val")
+        data = SegDataset(lookup("mine"), "val")
         rules = protocol.lookup("unified")
         row = protocol.domain_row(data.domain, "val", protocol.label_map(rules, data.domain), None, data.revision)
         hashes.append(protocol.protocol_hash(rules, row))
@@ -161,7 +157,8 @@ def recipe(path: Path, **data: object) -> Path:
 def test_a_recipe_declares_a_domain_of_its_own(root: Path):
     found = load_recipe(recipe(root / "r.yaml", domains={"mine": MINE}), check_method=False)
     assert found.data.targets == ("mine",)
-    assert SegDataset("mine", "val").found.pairs[0] == ("val/photos/a.jpg", "val/masks/a.png")
+    (row,) = found.data.rows(found.data.targets)
+    assert SegDataset(row, "val").found.pairs[0] == ("val/photos/a.jpg", "val/masks/a.png")
 
 
 def test_a_recipe_names_files_that_lie_beside_it(root: Path):
@@ -183,17 +180,46 @@ def test_a_resolved_recipe_holds_the_declarations_that_it_needs(root: Path):
     assert set(found.data.domains) == {"mine"}
     kept = dump(found, root / "run/recipe.yaml")
     declared.unlink()
-    custom._DECLARED.clear()
     again = load_recipe(kept, check_method=False)
     assert again == found
     assert recipe_hash(again) == recipe_hash(found)
-    assert SegDataset("mine", "val")[0].label[0, :4].tolist() == [255, 0, 13, 255]
+    (row,) = again.data.rows(["mine"])
+    assert SegDataset(row, "val")[0].label[0, :4].tolist() == [255, 0, 13, 255]
+
+
+def test_reading_a_recipe_leaves_nothing_behind(root: Path):
+    load_recipe(recipe(root / "r.yaml", domains={"mine": MINE}), check_method=False)
+    with pytest.raises(DataError, match="unknown domain `mine`"):
+        lookup("mine")
+    other = load_recipe(recipe(root / "r.yaml", domains={"mine": changed(ignored=[0])}), check_method=False)
+    assert other.data.domains["mine"].ignored == (0,)
+
+
+def test_a_file_may_not_differ_from_what_the_recipe_or_the_data_root_declares(root: Path):
+    found = load_recipe(recipe(root / "r.yaml", domains={"mine": MINE}), check_method=False)
+    path = written(root / "elsewhere/mine.yaml", changed(ignored=[0]))
+    with pytest.raises(DataError, match="`mine` is declared twice, differently: by the recipe and by .*elsewhere/mine.yaml"):
+        found.data.rows([str(path)])
+    other = written(root / "more/mine.yaml", MINE)
+    with pytest.raises(DataError, match="`mine` is declared twice, differently"):
+        rows([str(path), str(other)])
+    written(root / "domains/mine.yaml", MINE)
+    with pytest.raises(DataError, match="declared twice, differently: by .*domains/mine.yaml and by .*elsewhere/mine.yaml"):
+        lookup(str(path))
+
+
+def test_declarations_are_looked_for_in_the_root_that_is_given(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("DGBENCH_DATA")
+    written(root / "domains/mine.yaml", MINE)
+    path = recipe(root / "r.yaml")
+    assert load_recipe(path, check_method=False, root=root).data.targets == ("mine",)
+    with pytest.raises(RecipeError, match="unknown domain `mine`"):
+        load_recipe(path, check_method=False)
 
 
 def test_the_recipe_hash_changes_with_what_the_declaration_means(root: Path):
     def hashed(**values: object) -> str:
-        custom._DECLARED.clear()
-        return recipe_hash(load_recipe(recipe(root / "r.yaml", domains={"mine": changed(**values)}), check_method=False))
+            return recipe_hash(load_recipe(recipe(root / "r.yaml", domains={"mine": changed(**values)}), check_method=False))
 
     assert hashed() == hashed(title="Other", folder="elsewhere")
     assert hashed() != hashed(label_map={1: "road", 2: "truck"})
@@ -212,7 +238,6 @@ def test_one_name_cannot_mean_two_things(root: Path):
         load_recipe(recipe(root / "r.yaml", domains={"mine": changed(ignored=[0])}), check_method=False)
     assert load_recipe(recipe(root / "r.yaml", domains={"mine": changed(title="Other")}), check_method=False)
     written(root / "domains/b.yaml", changed(ignored=[0]) | {"name": "mine"})
-    custom._DECLARED.clear()
     with pytest.raises(DataError, match="`mine` is declared twice, differently"):
         lookup("mine")
 
@@ -293,7 +318,7 @@ def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path
 def test_a_file_that_declares_nothing_is_refused(name: str, text: str, message: str, tmp_path: Path):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
-        custom.load(tmp_path / name)
+        custom.read(tmp_path / name)
 
 
 def test_a_declaration_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -307,7 +332,7 @@ def test_a_declaration_that_is_not_there_is_named(tmp_path: Path, monkeypatch: p
 def test_a_folder_that_is_not_there_is_named(root: Path):
     written(root / "domains/mine.yaml", changed(folder="gone"))
     with pytest.raises(DataError, match=r"`mine` is not on this disk: no folder .*gone") as error:
-        SegDataset("mine", "val")
+        SegDataset(lookup("mine"), "val")
     assert "its declaration says `folder`" in str(error.value.hint)
 
 
@@ -317,7 +342,7 @@ def test_a_file_that_is_wrong_stops_only_what_needs_it(root: Path, caplog: pytes
     written(root / "domains/wrong.yaml", changed(encodin="ids"))
     custom._warn.cache_clear()
     assert names()[-1] == "mine"
-    assert len(SegDataset("mine", "val")) == 2
+    assert len(SegDataset(lookup("mine"), "val")) == 2
     warned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("left out: ")]
     assert len(warned) == 2  # once each
     assert "broken.yaml:1: not valid YAML" in warned[0]
@@ -332,10 +357,10 @@ def test_a_file_that_is_wrong_stops_only_what_needs_it(root: Path, caplog: pytes
 def test_a_file_whose_name_leads_its_label_out_of_the_folder_is_refused(root: Path):
     splits = {"val": {"images": "*/photos/*.jpg", "labels": {"q": "", "photos/": "masks/", ".jpg": ".png"}}}
     written(root / "domains/mine.yaml", changed(splits=splits))
-    assert len(SegDataset("mine", "val")) == 4
+    assert len(SegDataset(lookup("mine"), "val")) == 4
     write_image(root / "photos-of-mine/q../photos/a.jpg", 0)
     with pytest.raises(DataError, match=r"the label of q../photos/a.jpg would be ../masks/a.png, which is not below"):
-        SegDataset("mine", "val")
+        SegDataset(lookup("mine"), "val")
 
 
 def test_a_name_that_is_declared_twice_stops_those_alone_who_ask_for_it(root: Path, caplog: pytest.LogCaptureFixture):

@@ -17,8 +17,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dgbench import cli, temporaries
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import DOMAINS, Domain, Layout
+from dgbench.data.domain import Domain, Layout
+from dgbench.data.domains import DOMAINS
 from dgbench.data.export import export
 from dgbench.data.labels import IGNORE, LABEL_MAPS, NAMES
 from dgbench.data.verify import verify
@@ -55,8 +57,8 @@ def run(*arguments: str | Path) -> Result:
 
 def same(root: Path, domain: str, split: str, lacks: set[str] = frozenset(), label_map: str | None = None) -> SegDataset:
     """Compare a split with what was rendered, pixel by pixel."""
-    read = SegDataset(domain, split, root=root, label_map=label_map)
-    scenes = SegDataset(STREETS, "val" if split.endswith("val") else "train", size=SIZE, limit=len(read))
+    read = SegDataset(lookup(domain), split, root=root, label_map=label_map)
+    scenes = SegDataset(lookup(STREETS), "val" if split.endswith("val") else "train", size=SIZE, limit=len(read))
     for got, rendered in zip(read, scenes, strict=True):
         expected = np.where(np.isin(rendered.label, [NAMES.index(name) for name in lacks]), IGNORE, rendered.label)
         assert np.array_equal(got.label, expected)
@@ -128,7 +130,7 @@ def test_labels_are_encoded_as_the_published_ones_are(tmp_path: Path) -> None:
             assert file.mode == "L"
     pixels = cv2.imread(str(tmp_path / "synthia/GT/LABELS/0000000.png"), cv2.IMREAD_UNCHANGED)
     assert pixels.dtype == np.uint16
-    (scene,) = SegDataset(STREETS, "train", size=SIZE, limit=1)
+    (scene,) = SegDataset(lookup(STREETS), "train", size=SIZE, limit=1)
     assert ((pixels[..., 2] == 8) == (scene.label == NAMES.index("car"))).all()
     assert ((pixels[..., 1] > 0) == np.isin(scene.label, range(NAMES.index("person"), 19))).all()
     told = json.loads((tmp_path / "wilddash2/panoptic.json").read_text())
@@ -143,7 +145,7 @@ def _under(root: Path, glob: str) -> list[str]:
 
 
 def test_what_labels_cannot_express_is_ignored_and_counted(tmp_path: Path) -> None:
-    scenes = np.stack([sample.label for sample in SegDataset(STREETS, "train", size=SIZE, limit=4)])
+    scenes = np.stack([sample.label for sample in SegDataset(lookup(STREETS), "train", size=SIZE, limit=4)])
     counts = {name: int((scenes == NAMES.index(name)).sum()) for name in ("terrain", "truck", "train")}
     (done,) = export(STREETS, "synthia", tmp_path, n=4, size=SIZE)
     assert counts["terrain"] > 0
@@ -190,11 +192,11 @@ def test_wherever_a_part_of_an_export_is_moved_it_says_what_it_is(
     export(STREETS, "cityscapes", tmp_path / "a", n=2, size=SIZE, splits=["val"])
     plain = shutil.ignore_patterns(".dgbench-rendered")
     shutil.copytree(tmp_path / "a", tmp_path / "real", ignore=plain)
-    assert not SegDataset("cityscapes", "val", root=tmp_path / "real").exported
+    assert not SegDataset(lookup("cityscapes"), "val", root=tmp_path / "real").exported
     assert "rendered" not in caplog.text
     shutil.rmtree(tmp_path / "real" / moved)
     (tmp_path / "a" / moved).rename(tmp_path / "real" / moved)
-    mixed = SegDataset("cityscapes", "val", root=tmp_path / "real")
+    mixed = SegDataset(lookup("cityscapes"), "val", root=tmp_path / "real")
     assert mixed.exported
     assert mixed.revision == "official, rendered"
     assert "holds rendered scenes (dgbench data export), not the published set" in caplog.text

@@ -12,8 +12,10 @@ from layouts import SIZE, write_image, write_label, write_split
 from PIL import Image
 
 from dgbench.data import dataset as dataset_module
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import DOMAINS, Layout, lookup
+from dgbench.data.domain import Layout
+from dgbench.data.domains import DOMAINS
 from dgbench.data.index import find, index, label_of
 from dgbench.errors import DataError
 
@@ -41,7 +43,7 @@ def official(name: str, split: str = "val") -> Layout:
 def test_each_layout_is_found_named_and_equal_pixel_for_pixel(name: str, split: str, i: int, tmp_path: Path):
     layout = FILES[name].splits[split].layouts[i]
     labels = write_split(tmp_path, FILES[name], layout)
-    data = SegDataset(name, split, root=tmp_path)
+    data = SegDataset(lookup(name), split, root=tmp_path)
     assert data.found is not None
     assert data.found.layout == layout
     assert len(data) == len(labels)
@@ -72,7 +74,7 @@ def test_rows_are_one_dataset_of_ids_and_undecoded_files(tmp_path: Path):
 
 def test_loader_processes_get_the_whole_of_it(tmp_path: Path):
     (label, *_) = write_split(tmp_path, FILES["wilddash2"], official("wilddash2"), 2)
-    copy = pickle.loads(pickle.dumps(SegDataset("wilddash2", "val", root=tmp_path)))
+    copy = pickle.loads(pickle.dumps(SegDataset(lookup("wilddash2"), "val", root=tmp_path)))
     assert np.array_equal(copy[0].label, label)
 
 
@@ -105,7 +107,7 @@ def test_what_has_no_counterpart_is_left_out_and_said_once(tmp_path: Path, caplo
     (folder / "labels/sem_seg/masks/val/00000.png").unlink()
     (folder / "images/10k/val/00002.jpg").unlink()
     for _ in range(2):
-        data = SegDataset("bdd", "val", root=tmp_path)
+        data = SegDataset(lookup("bdd"), "val", root=tmp_path)
     assert [data[i].name for i in range(len(data))] == ["images/10k/val/00001.jpg", "images/10k/val/00003.jpg"]
     said = [r.message for r in caplog.records if "are left out" in r.message]
     assert len(said) == 2
@@ -118,7 +120,7 @@ def test_what_has_no_counterpart_is_left_out_and_said_once(tmp_path: Path, caplo
 def test_known_mismatches_of_an_old_archive_go_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write_split(tmp_path, FILES["bdd100k"], official("bdd100k"), 2)
     write_image(tmp_path / "bdd100k/images/10k/val/80a9e37d-e4548ac1.jpg", 5)
-    data = SegDataset("bdd", "val", root=tmp_path)
+    data = SegDataset(lookup("bdd"), "val", root=tmp_path)
     assert len(data) == 2
     assert data.available == 999
     assert not [r for r in caplog.records if "without" in r.message]
@@ -138,7 +140,7 @@ def test_a_known_bad_pair_is_left_out_only_if_it_is_bad(tmp_path: Path):
 
 def test_an_incomplete_split_is_read_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     write_split(tmp_path, FILES["cityscapes"], official("cityscapes"), 3)
-    data = SegDataset("cityscapes", "val", root=tmp_path)
+    data = SegDataset(lookup("cityscapes"), "val", root=tmp_path)
     assert (len(data), data.available) == (3, 500)
     assert "3 of its 500 images are on this disk" in caplog.text
 
@@ -146,7 +148,7 @@ def test_an_incomplete_split_is_read_and_said(tmp_path: Path, caplog: pytest.Log
 def test_a_layout_that_changes_scores_says_so_and_has_a_revision_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     half = next(layout for layout in FILES["mapillary"].splits["val"].layouts if layout.halved)
     write_split(tmp_path, FILES["mapillary"], half)
-    data = SegDataset("mapillary", "val", root=tmp_path, label_map="mapillary-openseg")
+    data = SegDataset(lookup("mapillary"), "val", root=tmp_path, label_map="mapillary-openseg")
     assert data.policy == data.label_map.name == "train-ids"
     assert data.revision == "official, half"
     assert "layout `half`: images and labels were halved before" in caplog.text
@@ -155,7 +157,7 @@ def test_a_layout_that_changes_scores_says_so_and_has_a_revision_of_its_own(tmp_
 def test_equal_labels_are_recorded_under_one_name_however_they_are_stored(tmp_path: Path):
     made = FILES["cityscapes"].splits["val"].layouts[1]
     write_split(tmp_path, FILES["cityscapes"], made)
-    data = SegDataset("cityscapes", "val", root=tmp_path)
+    data = SegDataset(lookup("cityscapes"), "val", root=tmp_path)
     assert (data.label_map.name, data.policy, data.revision) == ("train-ids", "cityscapes-ids", "official")
 
 
@@ -164,14 +166,14 @@ def test_a_wrong_encoding_in_the_middle_of_a_split_is_noticed_at_once(tmp_path: 
     path = tmp_path / "cityscapes/gtFine/val/a/00001_gtFine_labelIds.png"
     Image.fromarray(np.full(SIZE, 77, np.uint8)).save(path)
     with pytest.raises(DataError, match=f"{path.name} holds label value 77"):
-        SegDataset("cityscapes", "val", root=tmp_path)
+        SegDataset(lookup("cityscapes"), "val", root=tmp_path)
 
 
 def test_images_without_any_label_are_an_error_that_names_the_first(tmp_path: Path):
     for i in range(2):
         write_image(tmp_path / f"synthia/RGB/{i}.png", i)
     with pytest.raises(DataError, match=r"2 of 2 images have no label; the first missing file is .*GT/LABELS/0.png"):
-        SegDataset("synthia", "train", root=tmp_path)
+        SegDataset(lookup("synthia"), "train", root=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_images_without_any_label_are_an_error_that_names_the_first(tmp_path: Pa
 )
 def test_a_split_without_labels_is_refused_with_the_reason(name: str, split: str, reason: str):
     with pytest.raises(DataError, match=f"`{name}` {split} cannot be scored here: .*{reason}"):
-        SegDataset(name, split)
+        SegDataset(lookup(name), split)
 
 
 def test_the_reference_images_of_acdc_are_not_in_its_splits(tmp_path: Path):
@@ -207,12 +209,12 @@ def test_vistas_2_has_no_silent_map(tmp_path: Path):
     write_label(tmp_path / "mapillary" / label_of(layout.images.replace("*", "a"), layout), np.zeros(SIZE, np.uint8),
                 lookup("mapillary").read_by(), "ids")  # fmt: skip
     with pytest.raises(DataError, match="`mapillary-v2` has no agreed map"):
-        SegDataset("mapillary-v2", "val", root=tmp_path)
+        SegDataset(lookup("mapillary-v2"), "val", root=tmp_path)
 
 
 def test_a_size_is_of_images_and_labels_stay_as_they_are_stored(tmp_path: Path):
     (label,) = write_split(tmp_path, FILES["cityscapes"], official("cityscapes"), 1)
-    dataset = SegDataset("cityscapes", "val", root=tmp_path, size=(16, 32))
+    dataset = SegDataset(lookup("cityscapes"), "val", root=tmp_path, size=(16, 32))
     assert dataset[0].image.shape == (16, 32, 3)
     assert np.array_equal(dataset[0].image, dataset.image(0))
     assert np.array_equal(dataset[0].label, label)
@@ -240,10 +242,10 @@ def test_a_set_of_rows_is_a_domain_of_its_own(tmp_path: Path):
     source = {"repository": "someone/rain", "revision": "0123", "encoding": "ids", "label_map": "cityscapes-ids",
               "splits": {"val": 2}}  # fmt: skip
     (tmp_path / "rain/hub/source.json").write_text(json.dumps(source))
-    data = SegDataset("rain", "val", root=tmp_path)
+    data = SegDataset(lookup("rain", tmp_path), "val", root=tmp_path)
     assert [data[i].name for i in range(2)] == ["val/0", "val/1"]
     assert np.array_equal(data[1].image, images[1])
     assert (data[1].label == 13).all()
     assert (data.policy, data.available) == ("cityscapes-ids", 2)
     (tmp_path / "rain/hub/source.json").write_text(json.dumps(source | {"revision": "4567"}))
-    assert SegDataset("rain", "val", root=tmp_path).revision != data.revision
+    assert SegDataset(lookup("rain", tmp_path), "val", root=tmp_path).revision != data.revision

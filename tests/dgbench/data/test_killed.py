@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dgbench import streets
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.export import export
 from dgbench.progress import Silent
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 def rendered(cache: Path, n: int = 2, workers: int = 1) -> SegDataset:
     os.environ["DGBENCH_CACHE"] = str(cache)
-    data = SegDataset("streets-city", "val", size=SIZE, limit=n)
+    data = SegDataset(lookup("streets-city"), "val", size=SIZE, limit=n)
     data.prepare(Silent(), workers=workers)
     return data
 

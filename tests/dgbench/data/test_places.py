@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dgbench import cli
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import cache_root, data_root
+from dgbench.data.places import cache_root, data_root
 from dgbench.doctor import doctor
 from dgbench.errors import DataError
 
@@ -73,11 +74,11 @@ def test_without_a_home_folder_a_rendered_domain_says_which_variable_helps(
     else:
         monkeypatch.setenv("HOME", "me")
     with pytest.raises(DataError, match="there is no home folder to keep a cache in") as error:
-        SegDataset("streets-city", "val", size=(32, 64), limit=1)[0]
+        SegDataset(lookup("streets-city"), "val", size=(32, 64), limit=1)[0]
     assert error.value.hint == "set HOME, or DGBENCH_CACHE to a folder that is yours"
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path / "cache"))
-    assert SegDataset("streets-city", "val", size=(32, 64), limit=1)[0].image.shape == (32, 64, 3)
+    assert SegDataset(lookup("streets-city"), "val", size=(32, 64), limit=1)[0].image.shape == (32, 64, 3)
 
 
 @pytest.mark.usefixtures("homeless")

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from dgbench import streets
 from dgbench.data import rendered
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.rendered import Rendered
 from dgbench.progress import Silent
@@ -31,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def dataset(n: int = 2, domain: str = "streets-city", split: str = "val") -> SegDataset:
-    found = SegDataset(domain, split, size=SIZE, limit=n)
+    found = SegDataset(lookup(domain), split, size=SIZE, limit=n)
     found.prepare(Silent(), workers=1)
     return found
 

@@ -12,23 +12,25 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import Sample, SegDataset
 from dgbench.data.images import Part
-from dgbench.data.sampling import RareClassSampler, UniformSampler, Wanted
+from dgbench.data.photometric import mmsegmentation
+from dgbench.data.sampling import Around, RareClassSampler, UniformSampler, Wanted
 from dgbench.data.transforms import (
     Augmentation,
     StepBatches,
     TrainView,
     draw_window,
-    photometric,
     resized,
     to_model,
 )
 from dgbench.data.workers import worker_init
 from dgbench.errors import DataError
+from dgbench.recipe.data import ResizeSpec
 
-PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric=False)
-FULL = Augmentation((32, 48), (0.5, 2.0), 0.75, 0.5, True)
+PLAIN = Augmentation(crop=(32, 32), scale=(1.0, 1.0), cat_max_ratio=1.0, flip=0.0, photometric="none")
+FULL = Augmentation((32, 48), (0.5, 2.0), 0.75, 0.5)
 
 
 def gradient(height: int = 64, width: int = 128) -> Sample:
@@ -45,6 +47,9 @@ class Fixed:
 
     def __init__(self, height: int = 64, width: int = 128) -> None:
         self.sample = gradient(height, width)
+
+    def locate(self, index: int) -> tuple[Fixed, int]:
+        return self, index
 
     def label(self, index: int) -> NDArray[np.uint8]:
         return self.sample.label
@@ -113,7 +118,7 @@ def test_cropping_first_equals_resizing_first_but_at_the_border(seed):
     """At twice the size every window starts at a pixel of the resized image, too."""
     rng = np.random.default_rng(9)
     sample = Sample("noise", rng.integers(0, 256, (64, 128, 3), dtype=np.uint8), rng.integers(0, 19, (64, 128), dtype=np.uint8))
-    image, label, window = crop_of(sample, Augmentation((32, 48), (2.0, 2.0), 1.0, 0.0, False), seed)
+    image, label, window = crop_of(sample, Augmentation((32, 48), (2.0, 2.0), 1.0, 0.0, "none"), seed)
     doubled = Part(2 * window.top, 2 * window.left, 2 * window.bottom, 2 * window.right)
     whole = cv2.resize(sample.image, (256, 128), interpolation=cv2.INTER_LINEAR)
     assert np.array_equal(image[1:-1, 1:-1], doubled.of(whole)[1:-1, 1:-1])
@@ -125,7 +130,7 @@ def test_a_window_covers_what_the_scale_says(scale):
     sample = gradient(200, 300)
     heights, tops = set(), set()
     for seed in range(50):
-        _, _, window = crop_of(sample, Augmentation((64, 96), (scale, scale), 1.0, 0.0, False), seed)
+        _, _, window = crop_of(sample, Augmentation((64, 96), (scale, scale), 1.0, 0.0, "none"), seed)
         heights.add((window.bottom - window.top, window.right - window.left))
         tops.add(window.top)
         assert 0 <= window.top <= window.bottom <= 200
@@ -137,13 +142,13 @@ def test_a_window_covers_what_the_scale_says(scale):
 
 def test_scales_are_drawn_evenly():
     sample = gradient(400, 400)
-    windows = [crop_of(sample, Augmentation((64, 64), (0.5, 2.0), 1.0, 0.0, False), seed)[2] for seed in range(400)]
+    windows = [crop_of(sample, Augmentation((64, 64), (0.5, 2.0), 1.0, 0.0, "none"), seed)[2] for seed in range(400)]
     scales = np.sort([64 / (w.bottom - w.top) for w in windows])
     assert scales == pytest.approx(np.linspace(0.5, 2.0, 400), abs=0.2)
 
 
 def test_flipping_flips_image_and_label_together():
-    view = TrainView(Fixed(), UniformSampler(4, 0), Augmentation((32, 32), (1.0, 1.0), 1.0, 1.0, False), 0)
+    view = TrainView(Fixed(), UniformSampler(4, 0), Augmentation((32, 32), (1.0, 1.0), 1.0, 1.0, "none"), 0)
     image, label = view[0]
     assert torch.equal(image[0], 2 * label)
     assert int(label[0, 1]) == (int(label[0, 0]) - 1) % 19  # the gradient falls after a flip
@@ -157,13 +162,13 @@ def test_a_window_beyond_the_image_is_padded_with_ignore():
     assert (image[:, 16:] == 0).all()
     assert np.array_equal(image[:16, :16, 0], 2 * label[:16, :16])
     # at half the size, half as much of the crop is filled
-    _, label, _ = crop_of(gradient(16, 16), Augmentation((32, 32), (0.5, 0.5), 1.0, 0.0, False))
+    _, label, _ = crop_of(gradient(16, 16), Augmentation((32, 32), (0.5, 0.5), 1.0, 0.0, "none"))
     assert (label[:8, :8] != 255).all()
     assert (label != 255).sum() == 64
 
 
 def test_resized_labels_hold_only_values_of_the_original():
-    a = Augmentation((64, 64), (2.0, 2.0), 1.0, 0.0, False)
+    a = Augmentation((64, 64), (2.0, 2.0), 1.0, 0.0, "none")
     label = np.where(np.arange(64)[:, None] < 32, 0, 18).astype(np.uint8).repeat(64, 1)
     _, out, _ = crop_of(Sample("halves", np.zeros((64, 64, 3), np.uint8), label), a, 1)
     assert set(np.unique(out)) <= {0, 18}
@@ -172,7 +177,7 @@ def test_resized_labels_hold_only_values_of_the_original():
 def test_crops_avoid_a_dominating_class_when_they_can():
     label = np.zeros((64, 256), np.uint8)
     label[:, 200:] = np.arange(64)[:, None] % 10
-    a = Augmentation((32, 32), (1.0, 1.0), 0.75, 0.0, False)
+    a = Augmentation((32, 32), (1.0, 1.0), 0.75, 0.0, "none")
     shares = [float((draw_window(label, a, np.random.default_rng(seed))[2] == 0).mean()) for seed in range(40)]
     assert np.mean([s < 0.75 for s in shares]) > 0.6  # 22 % of free windows qualify
 
@@ -180,7 +185,7 @@ def test_crops_avoid_a_dominating_class_when_they_can():
 def test_ignored_pixels_have_no_part_in_a_classs_share():
     label = np.full((64, 256), 255, np.uint8)
     label[:4] = np.arange(256) % 2  # half and half of what is labelled
-    free, ruled = (Augmentation((64, 64), (1.0, 1.0), ratio, 0.0, False) for ratio in (1.0, 0.75))
+    free, ruled = (Augmentation((64, 64), (1.0, 1.0), ratio, 0.0, "none") for ratio in (1.0, 0.75))
     for seed in range(20):
         windows = [draw_window(label, a, np.random.default_rng(seed))[0] for a in (free, ruled)]
         assert windows[0] == windows[1]  # the first place will do
@@ -189,7 +194,7 @@ def test_ignored_pixels_have_no_part_in_a_classs_share():
 def test_a_wanted_class_has_enough_pixels_in_the_crop_when_it_can():
     label = np.tile(np.arange(4, dtype=np.uint8), (64, 64))
     label[:16, :16] = 17
-    a = Augmentation((24, 24), (0.5, 2.0), 1.0, 0.0, False)
+    a = Augmentation((24, 24), (0.5, 2.0), 1.0, 0.0, "none")
 
     def found(seed: int, wanted: Wanted | None) -> int:
         return int((draw_window(label, a, np.random.default_rng(seed), wanted)[2] == 17).sum())
@@ -203,7 +208,7 @@ def test_scales_are_drawn_anew_for_a_wanted_class():
     """A wanted class that only a large scale shows enough of: pixels are those of the crop, as in DAFormer."""
     label = np.tile(np.arange(4, dtype=np.uint8), (16, 16))
     label[:, 30:34] = 17
-    a = Augmentation((32, 32), (0.5, 2.0), 1.0, 0.0, False)
+    a = Augmentation((32, 32), (0.5, 2.0), 1.0, 0.0, "none")
     scales = []
     for seed in range(60):
         window, _, crop = draw_window(label, a, np.random.default_rng(seed), Wanted(17, 160))
@@ -221,8 +226,60 @@ def test_processes_share_out_the_same_stream():
     assert list(StepBatches(2, 3, 4)) == [alone[8:12]]
 
 
+# ---- how the size is drawn
+
+
+@pytest.mark.parametrize("shape", [(1052, 1914), (1914, 1052), (720, 1280), (333, 1001)])
+@pytest.mark.parametrize("edge", [256, 307, 1024])
+def test_a_short_edge_leads_to_the_size_of_detectron2s_rule(shape: tuple[int, int], edge: int) -> None:
+    # ResizeShortestEdge, written out
+    height, width = shape
+    scale = edge / min(height, width)
+    new = (edge, scale * width) if height < width else (scale * height, edge)
+    if max(new) > 2048:
+        new = tuple(side * 2048 / max(new) for side in new)
+    expected = tuple(int(side + 0.5) for side in new)
+    a = Augmentation((4096, 4096), (0.5, 2.0), 1.0, 0.0, "none", ResizeSpec(mode="short_edge", short_edge=edge, long_edge=2048))
+    window, size, _ = draw_window(np.zeros(shape, np.uint8), a, np.random.default_rng(0))
+    assert (window.bottom - window.top, window.right - window.left) == shape
+    assert size == expected
+
+
+def test_short_edges_are_drawn_from_a_list_or_a_range() -> None:
+    rng, label = np.random.default_rng(0), np.zeros((100, 200), np.uint8)
+
+    def edges(rule: ResizeSpec) -> set[int]:
+        a = Augmentation((999, 999), (0.5, 2.0), 1.0, 0.0, "none", rule)
+        return {draw_window(label, a, rng)[1][0] for _ in range(300)}
+
+    assert edges(ResizeSpec(mode="short_edge", short_edge=(50, 75, 120))) == {50, 75, 120}
+    assert edges(ResizeSpec(mode="short_edge", short_edge=(50, 60), sample="range")) == set(range(50, 61))
+
+
+def test_a_fixed_size_gives_up_the_aspect_ratio() -> None:
+    sample = gradient(60, 200)
+    a = Augmentation((32, 32), (0.5, 2.0), 1.0, 0.0, "none", ResizeSpec(mode="fixed", size=(96, 64)))
+    window, size, label = draw_window(sample.label, a, np.random.default_rng(0))
+    assert (window.bottom - window.top, window.right - window.left) == (20, 100)  # 32 / (96/60), 32 / (64/200)
+    assert size == (32, 32)
+    assert label.shape == (32, 32)
+
+
+def test_a_crop_around_a_place_holds_it_wherever_it_is() -> None:
+    label = np.zeros((200, 300), np.uint8)
+    a = Augmentation((64, 64), (0.5, 2.0), 1.0, 0.0, "none")
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        y, x = rng.uniform(0, 200), rng.uniform(0, 300)
+        window, _, _ = draw_window(label, a, rng, Around(y, x))
+        assert window.top <= int(y) < window.bottom
+        assert window.left <= int(x) < window.right
+        assert window.top >= 0
+        assert window.right <= 300
+
+
 def test_photometric_distortion_leaves_labels_and_the_global_generator_alone():
-    view = TrainView(Fixed(), UniformSampler(4, 0), Augmentation((32, 32), (1.0, 1.0), 1.0, 0.0, True), 0)
+    view = TrainView(Fixed(), UniformSampler(4, 0), Augmentation((32, 32), (1.0, 1.0), 1.0, 0.0), 0)
     state = torch.get_rng_state()
     for i in range(4):
         _, label = view[i]
@@ -235,7 +292,7 @@ def test_photometric_distortion_stays_within_its_ranges_and_never_swaps_channels
     red = np.full((4, 4, 3), (150, 60, 60), np.uint8)
     grey = np.full((4, 4, 3), 100, np.uint8)
     rng = np.random.default_rng(0)
-    reds, greys = (np.stack([photometric(image, rng)[0, 0] for _ in range(400)]).astype(int) for image in (red, grey))
+    reds, greys = (np.stack([mmsegmentation(image, rng)[0, 0] for _ in range(400)]).astype(int) for image in (red, grey))
     assert (reds.argmax(1) == 0).all()
     assert (np.ptp(greys, 1) == 0).all()
     assert greys.min() >= (100 - 32) * 0.5 - 1
@@ -259,8 +316,8 @@ def pair_of_files(root: Path, image: tuple[int, int], label: tuple[int, int]) ->
 
 @pytest.mark.parametrize(("image", "label"), [((40, 60), (40, 60)), ((40, 60), (36, 60)), ((36, 60), (40, 60))])
 def test_a_label_with_a_few_rows_less_or_more_is_used_as_far_as_both_reach(image, label, tmp_path):
-    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, image, label))
-    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, False), 0)
+    dataset = SegDataset(lookup("gta5"), "train", root=pair_of_files(tmp_path, image, label))
+    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, "none"), 0)
     pixels, labels = view[0]
     assert torch.equal(labels[:36], torch.where(pixels[0, :36] == 10, 0, 10).to(torch.uint8))
     if image != label:
@@ -268,14 +325,14 @@ def test_a_label_with_a_few_rows_less_or_more_is_used_as_far_as_both_reach(image
 
 
 def test_a_pair_of_two_sizes_is_refused(tmp_path):
-    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, (40, 60), (80, 120)))
+    dataset = SegDataset(lookup("gta5"), "train", root=pair_of_files(tmp_path, (40, 60), (80, 120)))
     with pytest.raises(DataError, match=r"images/00001.png is 40x60 \(H x W\), but its label is 80x120"):
         TrainView(dataset, UniformSampler(1, 0), PLAIN, 0)[0]
 
 
 def test_files_brought_to_a_size_keep_their_labels_beside_them(tmp_path):
-    dataset = SegDataset("gta5", "train", root=pair_of_files(tmp_path, (80, 120), (80, 120)), size=(40, 60))
-    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, False), 0)
+    dataset = SegDataset(lookup("gta5"), "train", root=pair_of_files(tmp_path, (80, 120), (80, 120)), size=(40, 60))
+    view = TrainView(dataset, UniformSampler(1, 0), Augmentation((40, 60), (1.0, 1.0), 1.0, 0.0, "none"), 0)
     pixels, labels = view[0]
     assert torch.equal(labels, torch.where(pixels[0] < 100, 0, 10).to(torch.uint8))
 

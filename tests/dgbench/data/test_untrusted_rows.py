@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.download.hub_files import Listed
 from dgbench.download.hub_rows import HubWish, convert, rows, wish_of
@@ -59,7 +60,7 @@ def test_a_row_is_its_bytes_whatever_path_it_states(path: str | None, here: Path
     assert kept == {
         "id": "val/000000", "image": {"bytes": png(7, "RGB"), "path": None}, "label": {"bytes": png(3), "path": None},
     }  # fmt: skip
-    sample = SegDataset("mine", "val")[0]
+    sample = SegDataset(lookup("mine"), "val")[0]
     assert (sample.image == 7).all()
     assert (sample.label == 3).all()
 
@@ -78,7 +79,7 @@ def test_loose_files_are_not_taken_from_the_working_folder(here: Path):
         (here / "set" / name).write_bytes(content)
     globs = {"image": "rgb/rgb_*.png", "label": "rgb/ss_*.png"}
     converted(here / "set", here / "data/mine", HubWish("someone/Set", "main", (), globs))
-    sample = SegDataset("mine", "val")[0]
+    sample = SegDataset(lookup("mine"), "val")[0]
     assert (sample.image == 7).all()
     assert (sample.label == 3).all()
 
@@ -100,12 +101,12 @@ def test_a_stored_row_without_bytes_is_refused_and_its_path_left_alone(decoded: 
         {"name": "mine", "repository": "a/b", "revision": "c", "columns": COLUMNS, "splits": {"val": 1}, "encoding": "ids",
          "label_map": "train-ids", "licence": None}))  # fmt: skip
     with pytest.raises(DataError, match=r"row val/000000 has no bytes of its image"):
-        SegDataset("mine", "val")
+        SegDataset(lookup("mine"), "val")
     # a folder of the user's with such rows in it is no other matter
     (here / "data/domains").mkdir()
     (here / "data/domains/other.yaml").write_text("folder: mine\nsplits: {val: {images: '*.jpg', labels: {.jpg: .png}}}\n")
     with pytest.raises(DataError, match=r"row val/000000 has no bytes of its image"):
-        SegDataset("other", "val")
+        SegDataset(lookup("other"), "val")
 
 
 def test_splits_that_datasets_calls_alike_stay_apart(here: Path):
@@ -134,8 +135,6 @@ def test_a_card_leads_to_nothing_outside_of_its_repository(path: str, here: Path
 @pytest.mark.parametrize("changed", [{"splits": {"../../other": 1}}, {"splits": {"val": "x"}}, {"splits": [1]}, {"encoding": 3},
                                      {"encoding": "panoptic"}])  # fmt: skip
 def test_a_description_that_leads_elsewhere_is_refused(changed: dict[str, object], here: Path):
-    from dgbench.data.domains import lookup
-
     told = {"repository": "a/b", "revision": "c", "splits": {"val": 1}, "encoding": "ids", "label_map": "train-ids"}
     (here / "data/described/hub").mkdir(parents=True)
     (here / "data/described/hub/source.json").write_text(json.dumps(told | changed))
@@ -167,4 +166,4 @@ def test_pixels_of_rows_reach_workers(here: Path):
     one = [{"bytes": png(5, "RGB"), "path": "0001.png"}]
     parquet(here / "set/data/val-00000-of-00001.parquet", one, [{"bytes": png(3), "path": None}])
     converted(here / "set", here / "data/mine")
-    assert np.array_equal(pickle.loads(pickle.dumps(SegDataset("mine", "val")))[0].image, np.full((4, 8, 3), 5))
+    assert np.array_equal(pickle.loads(pickle.dumps(SegDataset(lookup("mine"), "val")))[0].image, np.full((4, 8, 3), 5))

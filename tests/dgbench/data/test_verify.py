@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domains import DOMAINS
 from dgbench.data.labels import IGNORE, NAMES
@@ -177,7 +178,7 @@ def test_more_images_than_published_are_told_everywhere(tmp_path: Path, caplog: 
     assert done.stdout.startswith("dark-zurich val: no problems, 2 more than published\n")
     assert run("data", "verify", "dark-zurich", "--root", root, "--quiet", "--partial").exit_code == 0
     assert "val 52, 2 more than published: official" in run("data", "list", "--root", root).stdout
-    data = SegDataset("dark-zurich", "val", root=tmp_path)
+    data = SegDataset(lookup("dark-zurich"), "val", root=tmp_path)
     assert (len(data), data.available, data.extra) == (52, 50, 2)
     assert "52 images are in" in caplog.text
     assert "2 more than the 50 that are published" in caplog.text
@@ -223,13 +224,13 @@ def test_images_that_exif_turns_and_labels_are_not_are_counted_and_refused(bdd: 
     shown = run("data", "verify", "bdd", "--split", "val", "--root", str(bdd.parent))
     assert shown.exit_code == 1
     assert "turned by EXIF" in shown.stdout
-    dataset = SegDataset("bdd", "val", root=bdd.parent)
+    dataset = SegDataset(lookup("bdd"), "val", root=bdd.parent)
     says = rf"00002.jpg is to be turned when shown \(EXIF orientation {flag}\), but its label 00002.png is not"
     for read in (dataset.__getitem__, dataset.image):
         with pytest.raises(DataError, match=says):
             read(2)
     assert dataset[1].image.shape == (*SIZE, 3)
-    view = TrainView(dataset, UniformSampler(len(dataset), 0), Augmentation((16, 16), (1.0, 1.0), 1.0, 0.0, False), 0)
+    view = TrainView(dataset, UniformSampler(len(dataset), 0), Augmentation((16, 16), (1.0, 1.0), 1.0, 0.0, "none"), 0)
     with pytest.raises(DataError, match=says):
         [view[i] for i in range(6)]
 
@@ -239,7 +240,7 @@ def test_images_and_labels_with_one_orientation_lie_on_each_other(bdd: Path):
     turned(bdd / LABELS / "00002.png", 3)
     report = verify("bdd", "val", bdd.parent)
     assert (report.ok, report.turned) == (True, (f"{IMAGES}/00002.jpg",))
-    assert SegDataset("bdd", "val", root=bdd.parent)[2].image.shape == (*SIZE, 3)
+    assert SegDataset(lookup("bdd"), "val", root=bdd.parent)[2].image.shape == (*SIZE, 3)
 
 
 def test_labels_that_are_ignored_all_over_are_told(bdd: Path):

@@ -20,7 +20,7 @@ from small_sets import cityscapes, zipped
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
-from dgbench.data.domains import lookup
+from dgbench.data.catalog import lookup
 from dgbench.data.index import find
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, to make a certificate")

@@ -17,8 +17,8 @@ from small_sets import labels, picture
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import lookup
 from dgbench.data.index import require, rows_of
 from dgbench.download.hub_rows import rows
 from dgbench.errors import DataError
@@ -77,7 +77,7 @@ def test_columns_of_bytes_are_images(kind: pa.DataType, hub: Hub, data: Path) ->
     assert run(data).exit_code == 0
     assert [row["image"]["bytes"] for row in rows(data / "odd", "train")] == images
     assert [row["label"]["bytes"] for row in rows(data / "odd", "train")] == masks
-    assert (SegDataset("odd", "train", root=data)[2].label == 2).all()
+    assert (SegDataset(lookup("odd", data), "train", root=data)[2].label == 2).all()
 
 
 @pytest.mark.parametrize("end", [".pq", ".PARQUET", ".Parquet"])
@@ -92,7 +92,7 @@ def test_a_split_without_rows_is_left_out(hub: Hub, data: Path) -> None:
     hub.files |= {f"{SET}/data/train-0.parquet": bare(2), f"{SET}/data/test-0.parquet": bare(0)}
     assert run(data).exit_code == 0
     assert json.loads((data / "odd/hub/source.json").read_text())["splits"] == {"train": 2}
-    assert len(SegDataset("odd", "train", root=data)) == 2
+    assert len(SegDataset(lookup("odd", data), "train", root=data)) == 2
 
 
 def test_a_set_without_rows_is_told(hub: Hub, data: Path) -> None:

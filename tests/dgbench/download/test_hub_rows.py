@@ -22,8 +22,8 @@ from small_sets import labels, picture
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.domains import lookup
 from dgbench.data.index import find
 from dgbench.download.hub_rows import columns_of, read, rows
 from dgbench.download.stage import read_manifest
@@ -137,7 +137,7 @@ def test_a_fetched_set_is_a_domain(hub: Hub, data: Path, monkeypatch: pytest.Mon
     told = read(data / "mine")
     assert told is not None
     assert told.splits == {"train": 5, "val": 3}
-    dataset = SegDataset("mine", "val")
+    dataset = SegDataset(lookup("mine"), "val")
     assert len(dataset) == 3
     assert np.array_equal(dataset[1].image, Image.open(io.BytesIO(PAIRS["validation"][1][0])))
     assert (dataset[1].label == 1).all()

@@ -14,6 +14,7 @@ from PIL import Image
 
 import mfuser
 from dgbench import metrics, results, streets
+from dgbench.data import catalog
 from dgbench.data.dataset import SegDataset
 from dgbench.data.labels import CLASSES
 from dgbench.engine import checkpoints
@@ -87,7 +88,7 @@ def test_a_record_says_all_that_a_score_depends_on(run):
 def test_the_stored_matrices_give_the_score_and_count_every_labelled_pixel(run):
     (record,) = evaluate(run, ["streets-world"], progress=Silent(), device="cpu")
     counts = results.read_confusion(record)
-    dataset = SegDataset("streets-world", "val", size=(64, 128), limit=5)
+    dataset = SegDataset(catalog.lookup("streets-world"), "val", size=(64, 128), limit=5)
     for matrix, sample in zip(counts, (dataset[i] for i in range(5)), strict=True):
         assert np.array_equal(matrix.sum(1), np.bincount(sample.label.ravel(), minlength=256)[:19])
     assert metrics.miou(counts.sum(0)) == record.miou
