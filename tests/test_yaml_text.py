@@ -220,8 +220,10 @@ def test_texts_are_written_so_that_every_reader_has_them_back(content: list[str]
         ("train.steps=2024-05-01", "train.steps: expected an integer, got '2024-05-01'"),
         ("optim.lr=1_0.5", "optim.lr: expected a number, got the text '1_0.5': write 10.5"),
         ("data.flip=no", "data.flip: expected a number, got 'no'"),
-        ("data.photometric=1", "data.photometric: expected mmsegmentation, robustnet, san-saw or self-supervised, "
-                               "or true or false, got 1"),
+        (
+            "data.photometric=1",
+            "data.photometric: expected mmsegmentation, robustnet, san-saw or self-supervised, or true or false, got 1",
+        ),
         ('name="\\ud800"', "name: '\\ud800' holds half a character (a lone surrogate)"),
         ("data.source=\udcff", "data.source: `\\udcff` is not a YAML value"),
         ("train.\udcff=1", "train: expected text, got 'steps"),

@@ -80,8 +80,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     before = checkpoints.made_how(found[0]) if found else None
     model, init = _model(recipe, found[0] if found else None, before)
     model.check_backends()
-    data = recipe.data
-    extra = streams(model.extras, data.extra, model.method, data.crop, data.targets, root, data.domains)
+    extra = streams(model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root)
     digests = {stream.name: stream.digest() for stream in extra}
     _check_streams(run, digests, before)
     optimizer, rates = optimizer_of(model, recipe.optim)

@@ -102,7 +102,7 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
     return MethodSpec.model_validate(content["method"])
 
 
-# keys that came after recipes had hashes: left at its default, such a key leaves them as they were
+# keys that came after recipes had hashes: left at its default, such a key stands neither in hashes nor in files
 _LATER = {
     "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
     "train": ("init",),
@@ -116,13 +116,17 @@ def recipe_hash(recipe: Recipe) -> str:
     # of a declaration counts what fixes pixels and labels; what a recipe does not use leaves its hash as it was
     if declared := content["data"].pop("domains"):
         content["data"]["declared"] = {name: recipe.data.domains[name].digest() for name in declared}
+    _leave_out_unused(recipe, content)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _leave_out_unused(recipe: Recipe, content: dict[str, Any]) -> None:
     for section, names in _LATER.items():
         usual = type(getattr(recipe, section)).model_fields
         for name in names:
             if getattr(getattr(recipe, section), name) == usual[name].get_default(call_default_factory=True):
                 del content[section][name]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def dump(recipe: Recipe, path: Path) -> Path:
@@ -130,6 +134,7 @@ def dump(recipe: Recipe, path: Path) -> Path:
     content = recipe.model_dump(mode="json", by_alias=True)
     if not recipe.data.domains:
         del content["data"]["domains"]
+    _leave_out_unused(recipe, content)
     for row in content["expect"]:
         for key in ("seeds", "weights"):
             if not row[key]:

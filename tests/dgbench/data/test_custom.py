@@ -219,7 +219,7 @@ def test_declarations_are_looked_for_in_the_root_that_is_given(root: Path, monke
 
 def test_the_recipe_hash_changes_with_what_the_declaration_means(root: Path):
     def hashed(**values: object) -> str:
-            return recipe_hash(load_recipe(recipe(root / "r.yaml", domains={"mine": changed(**values)}), check_method=False))
+        return recipe_hash(load_recipe(recipe(root / "r.yaml", domains={"mine": changed(**values)}), check_method=False))
 
     assert hashed() == hashed(title="Other", folder="elsewhere")
     assert hashed() != hashed(label_map={1: "road", 2: "truck"})
