@@ -385,7 +385,7 @@ def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: 
     """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
     model.enter_training()
     model.to(device).train()
-    extra = {}
+    extra: dict[str, Tensor] = {}
     for stream in model.extras:
         images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
         extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})

@@ -49,8 +49,8 @@ def backbone_names(name: str) -> set[str]:
 
     Raises: ValueError listing the methods there are.
     """
-    rows = [node for node in _parsed(name).body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None]
-    values = [node.value for node in rows if "BACKBONES" in ast.unparse(node).partition("=")[0]]
+    rows = [node for node in _parsed(name).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    values = [row.value for row in rows if row.value is not None and "BACKBONES" in ast.unparse(row).partition("=")[0]]
     written = [value for one in values for node in ast.walk(one) if isinstance(node, ast.Dict) for value in node.values]
     return {value.value for value in written if isinstance(value, ast.Constant) and isinstance(value.value, str)}
 
