@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
+from dgbench.cost.profile import _step
 from mfuser import methods
 
 METHOD = '''
@@ -256,6 +257,12 @@ def test_a_profile_counts_what_is_scored_and_not_the_teacher(house: House, by: s
     name = house.recipe if by == "recipe" else by
     (row,) = json.loads(works("profile", name, "--size", "64", "--count-only", "--json").stdout)["rows"]
     assert row["parameters"] == (27 * 8 + 8) + 16 + (72 * 8 + 8) + 16 + (8 * 19 + 19)
+
+
+def test_a_profile_times_a_training_step_with_the_teacher_and_the_streams(house: House) -> None:
+    model = mfuser.build("two-views")
+    _step(model, (64, 64), torch.device("cpu"), torch.float32)()
+    assert set(model.training_only) == {"teacher", "bank"}
 
 
 def test_photographs_are_segmented(house: House, tmp_path: Path) -> None:

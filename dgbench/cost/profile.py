@@ -8,7 +8,7 @@ cost what trained ones do.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -387,12 +387,14 @@ def _best_batch(ask: _Asked, device: torch.device) -> int:
 def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
     """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
     model.enter_training()
-    model.to(device).train()
-    extra: dict[str, torch.Tensor] = {}
+    model.to(device)
+    extra: dict[str, Tensor] = {}
     for stream in model.extras:
         images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
         extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})
     batch = Batch(*_noise(model, size, device), extra)
+    model.before_step(0, 1, _Noise(batch))  # what a method mines once
+    model.train()
     optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
 
     def call() -> None:
@@ -403,6 +405,17 @@ def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: 
         optimizer.zero_grad(set_to_none=True)
 
     return call
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Training data of one batch: `mfuser.segmentor.TrainingData`."""
+
+    batch: Batch
+
+    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
+        """Yield it."""
+        yield self.batch
 
 
 def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from dgbench.engine import batches, checkpoints
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.log import Log
-from dgbench.engine.optim import optimizer_of
+from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.stops import Stops
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
@@ -168,7 +168,7 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
                         )
                     speed = images_seen / (time.perf_counter() - since)
                     assert log is not None
-                    lr = optimizer.param_groups[0]["lr"]
+                    lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(step, spec.steps, recipe.optim)
                     log.write(done, {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()})
                     progress.advance(0, loss=value, images_per_second=speed)
                 if main:

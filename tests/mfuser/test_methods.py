@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,16 @@ def batch(size: tuple[int, int] = (64, 64)) -> Batch:
     return Batch(images, labels)
 
 
+@dataclass
+class Once:
+    """Training data of one batch."""
+
+    batch: Batch
+
+    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
+        yield self.batch
+
+
 def for_training(name: str) -> tuple[mfuser.Segmentor, Batch]:
     """A method's model as a training begins with it, and a batch with the streams that it declares."""
     model, given = build(name), batch()
@@ -40,6 +52,7 @@ def for_training(name: str) -> tuple[mfuser.Segmentor, Batch]:
         given.extra[stream.name] = batch(size).images
         if stream.labels:
             given.extra[f"{stream.name}_labels"] = batch(size).labels
+    model.before_step(0, 6, Once(given))
     return model.train(), given
 
 

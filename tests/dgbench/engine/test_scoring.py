@@ -96,6 +96,25 @@ def test_a_whole_image_goes_through_at_once_if_the_model_was_built_for_it(plain:
     assert "dgbench protocols" in str(caught.value.hint)
 
 
+class Loose(Segmentor):
+    """Takes sides that are multiples of 8, and looks at the mean of all images of a batch."""
+
+    any_size, size_step, mixes_batch, method, image_size = True, 8, True, "loose", SIZE
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_size(images)
+        return images.repeat(1, 7, 1, 1)[:, :19] - images.mean()
+
+
+def test_a_whole_image_of_any_size_is_shown_to_a_model_that_takes_it() -> None:
+    x = images(64, 96)
+    alone = torch.cat([asked(Loose(), image) for image in x.split(1)])
+    assert torch.equal(scored(Loose(), x, window="whole"), alone), "and one at a time, as it mixes them"
+    assert torch.equal(scored(Loose(), x[:1], window="whole"), alone[:1])
+    with pytest.raises(DataError, match=r"shows whole images, here 64x100 \(H x W\), but `loose` takes multiples of 8"):
+        scored(Loose(), images(64, 100), window="whole")
+
+
 def test_scores_are_brought_to_the_labels_grid(plain: Segmentor) -> None:
     x = images()
     assert torch.allclose(scored(plain, x, grid=(128, 150)), up(asked(plain, x), (128, 150)), atol=1e-6)

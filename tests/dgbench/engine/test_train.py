@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import mfuser
 from dgbench import results
 from dgbench.engine import checkpoints
 from dgbench.engine.evaluate import evaluate
@@ -22,7 +24,7 @@ from dgbench.engine.train import train
 from dgbench.errors import CheckpointError, RecipeError
 from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe
-from mfuser import manifest
+from mfuser import manifest, methods
 from mfuser.ops import BackendError
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +122,44 @@ def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterr
     first, second = (dict(_leaves(state)) for state in moments)
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class _Stopped(Silent):
+    """A progress display during whose second step the process is stopped."""
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self.left = 2 if what.startswith("training") else total + 1
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        self.left -= n
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("name", mfuser.method_names())
+def test_every_method_goes_on_exactly_from_its_checkpoint(name, tmp_path):
+    """The smallest of each, with a stream of images for each that it declares; the checkpoint is that of one step."""
+    row = methods.module(name).BACKBONES[-1]
+    extra = {}
+    for stream in mfuser.build(name, **row, image_size=(64, 64), pretrained=False).extras:
+        for part in ("images", "labels") if stream.labels else ("images",):
+            (tmp_path / stream.name / part).mkdir(parents=True)
+            Image.new("L", (96, 96), 7).save(tmp_path / stream.name / part / "a.png")
+        extra[stream.name] = str(tmp_path / stream.name)
+    file = tmp_path / "it.yaml"
+    file.write_text(json.dumps({"extends": "_streets.yaml", "method": {"name": name, **row}, "data": {"extra": extra}}))
+    its = load_recipe(file, [*SMALL, "train.steps=3", "train.checkpoint_every=1", "data.rare_class_sampling=null"])
+    train(its, tmp_path / "whole", progress=Silent(), device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train(its, tmp_path / "part", progress=_Stopped(), device="cpu")
+    assert checkpoints.newest(tmp_path / "part")[1] == 1
+    train(its, tmp_path / "part", progress=Silent(), device="cpu", resume=True)
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    whole, part = (checkpoints.folder_of(tmp_path / run) for run in ("whole", "part"))
+    assert checkpoints.sha256(whole) == checkpoints.sha256(part)
+    beside = [path / "training.safetensors" for path in (whole, part) if (path / "training.safetensors").exists()]
+    assert len({path.read_bytes() for path in beside}) < 2
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
