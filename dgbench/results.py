@@ -116,8 +116,9 @@ def now_iso() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write(record: Record, folder: Path, confusion: NDArray[np.int64] | None = None,
-          images: Sequence[str] | None = None) -> Record:  # fmt: skip
+def write(
+    record: Record, folder: Path, confusion: NDArray[np.int64] | None = None, images: Sequence[str] | None = None
+) -> Record:
     """Write a record, and the per-image matrices (n, K, K) beside it; return it with `path` and `confusion` filled in.
 
     Args:
@@ -290,8 +291,10 @@ def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     try:
         return matrices.paired(read_matrices(a), read_matrices(b))
     except ValueError as error:
-        raise ResultError(f"records {a.id} and {b.id} cannot be paired: {error}",
-                          "score both checkpoints again on the same images with `dgbench eval`") from None  # fmt: skip
+        raise ResultError(
+            f"records {a.id} and {b.id} cannot be paired: {error}",
+            "score both checkpoints again on the same images with `dgbench eval`",
+        ) from None
 
 
 def finite(value: Any) -> Any:

@@ -114,6 +114,15 @@ def data_export(
     from dgbench import render
     from dgbench.data.export import export
 
-    done = export(streets, as_, out, n=n, splits=splits or (), size=size, layout=layout, label_map=label_map,
-                  progress=render.progress(quiet=quiet))  # fmt: skip
+    done = export(
+        streets,
+        as_,
+        out,
+        n=n,
+        splits=splits or (),
+        size=size,
+        layout=layout,
+        label_map=label_map,
+        progress=render.progress(quiet=quiet),
+    )
     render.show(done, form)

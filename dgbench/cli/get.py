@@ -64,14 +64,28 @@ def download(
     if not names and hub is None:
         raise typer.BadParameter("name a domain or a tower, or give --hub OWNER/NAME", ctx=ctx, param_hint="'NAME...'")
     wish = wish_of(hub, columns or (), revision, name_as, encoding=encoding, label_map=label_map, split=split) if hub else None
-    given = {"--from": from_paths, "--mirror": mirror, "--root": root, "--hub": hub, "--columns": columns,
-             "--revision": revision, "--as": name_as}  # fmt: skip
+    given = {
+        "--from": from_paths,
+        "--mirror": mirror,
+        "--root": root,
+        "--hub": hub,
+        "--columns": columns,
+        "--revision": revision,
+        "--as": name_as,
+    }
     with render.transfers(quiet=quiet) as bars:
         options = downloads.Options(
-            root, tuple(from_paths or ()), mirror, revision, jobs, accept=yes, bars=bars,
-            ask=_accepts if sys.stdin.isatty() else None, command=_retyped("download", names or (), given),
+            root,
+            tuple(from_paths or ()),
+            mirror,
+            revision,
+            jobs,
+            accept=yes,
+            bars=bars,
+            ask=_accepts if sys.stdin.isatty() else None,
+            command=_retyped("download", names or (), given),
             show=render.tell if not quiet else lambda _plan: None,
-        )  # fmt: skip
+        )
         if dry_run:
             render.show(downloads.plan(names or (), options, wish), form)
             return

@@ -42,8 +42,12 @@ def profile(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE...", help="Change recipe keys: method.fuser=selfattn_concat.",
-                     autocompletion=completion.keys),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE...",
+            help="Change recipe keys: method.fuser=selfattn_concat.",
+            autocompletion=completion.keys,
+        ),
     ] = None,
     size: Annotated[
         list[int] | None,
@@ -72,7 +76,7 @@ def profile(
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
-) -> None:  # fmt: skip
+) -> None:
     """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
     from dgbench import render, results
     from dgbench.names import check_models
@@ -95,9 +99,18 @@ def profile(
         from dgbench.cost.fusion import profile_fusion
 
         layers = profile_fusion(
-            progress, vfm=vfm, vlm=vlm, size=crop, convention=convention, batch=batch[0] if batch else None, dtype=dtype,
-            device=device, timed=not count_only, records=results.query(runs), passes=passes,
-        )  # fmt: skip
+            progress,
+            vfm=vfm,
+            vlm=vlm,
+            size=crop,
+            convention=convention,
+            batch=batch[0] if batch else None,
+            dtype=dtype,
+            device=device,
+            timed=not count_only,
+            records=results.query(runs),
+            passes=passes,
+        )
         render.show(layers, form)
         if plot is not None:
             render.note(f"plot: {render.draw_fusion(layers, plot)}")
@@ -108,9 +121,18 @@ def profile(
     kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, backbone=backbone, settings=settings or (), size=crop)
     found = measure(
-        chosen, progress, convention=convention, batches=batch or (), dtype=dtype, compiled=compiled, device=device, slide=slide,
-        timed=not count_only, by_module=by_module, passes=passes,
-    )  # fmt: skip
+        chosen,
+        progress,
+        convention=convention,
+        batches=batch or (),
+        dtype=dtype,
+        compiled=compiled,
+        device=device,
+        slide=slide,
+        timed=not count_only,
+        by_module=by_module,
+        passes=passes,
+    )
     render.show(found, form)
     if plot is not None:
         from dgbench.cost.tradeoff import tradeoff

@@ -11,10 +11,14 @@ from dgbench.errors import suggest
 
 # other programs' option -> ours, the first whose own option the command has
 _ELSEWHERE = {
-    **dict.fromkeys(("steps", "iters", "iterations", "iter", "max-steps", "max-iters", "num-steps", "total-steps"),
-                    ("--set train.steps=NUMBER",)),
-    **dict.fromkeys(("epochs", "epoch", "max-epochs", "num-epochs"),
-                    ("--set train.steps=NUMBER (trainings are counted in steps, each of train.batch_size images)",)),
+    **dict.fromkeys(
+        ("steps", "iters", "iterations", "iter", "max-steps", "max-iters", "num-steps", "total-steps"),
+        ("--set train.steps=NUMBER",),
+    ),
+    **dict.fromkeys(
+        ("epochs", "epoch", "max-epochs", "num-epochs"),
+        ("--set train.steps=NUMBER (trainings are counted in steps, each of train.batch_size images)",),
+    ),
     **dict.fromkeys(("lr", "learning-rate", "base-lr"), ("--set optim.lr=NUMBER",)),
     **dict.fromkeys(("batch-size", "batchsize", "batch", "bs", "b"), ("--batch COUNT", "--set train.batch_size=COUNT")),
     **dict.fromkeys(("workers", "num-workers"), ("--set train.workers=COUNT",)),
@@ -30,16 +34,20 @@ _ELSEWHERE = {
     **dict.fromkeys(("backend",), ("--set method.backend=NAME",)),
     **dict.fromkeys(("gpu", "gpus", "gpu-id", "gpu-ids", "cuda", "devices"), ("--device cuda:NUMBER",)),
     **dict.fromkeys(("cpu", "no-cuda"), ("--device cpu",)),
-    **dict.fromkeys(("output", "output-dir", "out-dir", "outdir", "work-dir", "save-dir", "logdir", "save-path", "exp-dir"),
-                    ("--out PATH", "--runs FOLDER")),
-    **dict.fromkeys(("dataset", "datasets", "train-dataset", "domain", "domains"),
-                    ("--source NAME and --targets NAME...", "--targets NAME...")),
+    **dict.fromkeys(
+        ("output", "output-dir", "out-dir", "outdir", "work-dir", "save-dir", "logdir", "save-path", "exp-dir"),
+        ("--out PATH", "--runs FOLDER"),
+    ),
+    **dict.fromkeys(
+        ("dataset", "datasets", "train-dataset", "domain", "domains"),
+        ("--source NAME and --targets NAME...", "--targets NAME..."),
+    ),
     **dict.fromkeys(("test-dataset", "val-dataset", "target", "test", "val"), ("--targets NAME...",)),
     **dict.fromkeys(("data", "data-dir", "data-root", "data-path", "datadir", "dataroot"), ("--root FOLDER",)),
     **dict.fromkeys(("ckpt", "weights", "load-from", "model-path", "run"), ("--checkpoint RUN", "--resume RUN")),
     **dict.fromkeys(("resume-from", "continue"), ("--resume RUN",)),
     **dict.fromkeys(("silent", "no-progress"), ("--quiet",)),
-}  # fmt: skip
+}
 
 
 _EXPECTED = {"int": "an integer", "float": "a number", "path": "a path"}

@@ -52,19 +52,25 @@ FormatOpt = Annotated[Format, typer.Option("--format", metavar="NAME", help="tex
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU if there is one.", callback=_device,
-                 autocompletion=completion.devices),
-]  # fmt: skip
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, cuda:1; default: a GPU if there is one.",
+        callback=_device,
+        autocompletion=completion.devices,
+    ),
+]
 VlmOpt = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.",
-                 autocompletion=completion.vlms),
-]  # fmt: skip
+    typer.Option(
+        metavar="NAME", help="Vision-language tower: tiny, eva02, clip, siglip, siglip2.", autocompletion=completion.vlms
+    ),
+]
 VfmOpt = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.",
-                 autocompletion=completion.vfms),
-]  # fmt: skip
+    typer.Option(
+        metavar="NAME", help="Vision foundation tower: tiny, dinov2_l, dinov3_l, timm:<model>.", autocompletion=completion.vfms
+    ),
+]
 BackboneOpt = Annotated[
     str | None,
     typer.Option(
@@ -79,9 +85,14 @@ RootOpt = Annotated[
 RunsOpt = Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Where runs are kept.")]
 TargetsOpt = Annotated[
     list[str] | None,
-    typer.Option("--targets", metavar="NAME...", help="Domains to score on, one or more.", autocompletion=completion.domains,
-                 callback=listed),
-]  # fmt: skip
+    typer.Option(
+        "--targets",
+        metavar="NAME...",
+        help="Domains to score on, one or more.",
+        autocompletion=completion.domains,
+        callback=listed,
+    ),
+]
 ProtocolOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=completion.protocols),

@@ -42,9 +42,12 @@ def _said(error: BaseException | None) -> Iterator[str]:
 
 
 # 81 and 82 are the codes with which workers end (dgbench/ends.py)
-_SHARED_MEMORY = re.compile(r"shared memory.*no space|bus error|no space.*(shared memory|/dev/shm)|"
-                            r"(unable to (write to file|allocate shared memory|resize file) .*(</?torch_|no space))|"
-                            r"exit code 81\b", re.IGNORECASE | re.DOTALL)  # fmt: skip
+_SHARED_MEMORY = re.compile(
+    r"shared memory.*no space|bus error|no space.*(shared memory|/dev/shm)|"
+    r"(unable to (write to file|allocate shared memory|resize file) .*(</?torch_|no space))|"
+    r"exit code 81\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _FILES = re.compile(r"too many open files|items of ancdata|exit code 82\b", re.IGNORECASE)
 _KILLED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
 

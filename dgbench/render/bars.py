@@ -63,9 +63,14 @@ class _Bars:
         with self._lock:
             if self._drawn is None:
                 self._drawn = RichProgress(
-                    TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), DownloadColumn(),
-                    TransferSpeedColumn(), TimeRemainingColumn(compact=True), console=self._console, transient=True,
-                )  # fmt: skip
+                    TextColumn("{task.description}", markup=False),
+                    BarColumn(bar_width=16),
+                    DownloadColumn(),
+                    TransferSpeedColumn(),
+                    TimeRemainingColumn(compact=True),
+                    console=self._console,
+                    transient=True,
+                )
                 self._drawn.start()
             self._tasks[name] = self._drawn.add_task(visible(name), total=total, completed=done)
 
@@ -155,11 +160,14 @@ class _Bar:
 
         def make() -> RichProgress:
             return RichProgress(
-                SpinnerColumn(turning), BarColumn(bar_width=16),
+                SpinnerColumn(turning),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
-                TextColumn("{task.fields[told]}", markup=False), TimeRemainingColumn(compact=True), TextColumn("left"),
+                TextColumn("{task.fields[told]}", markup=False),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
                 console=console,
-            )  # fmt: skip
+            )
 
         self._make = make
         self._bar: RichProgress | None = None

@@ -92,8 +92,9 @@ def _found_values(report: Report) -> Table:
     total = max(sum(value.pixels for value in report.values), 1)
     rows = []
     for value in report.values:
-        style: Literal["bad", "dim", ""] = "bad" if value.meaning == "unknown" and report.label_map else (
-            "dim" if value.meaning == "ignored" else "")  # fmt: skip
+        style: Literal["bad", "dim", ""] = (
+            "bad" if value.meaning == "unknown" and report.label_map else ("dim" if value.meaning == "ignored" else "")
+        )
         texts = (str(value.value), value.meaning, f"{100 * value.pixels / total:.2f}", str(value.images))
         rows.append(tuple(Cell(text, style) for text in texts))
     legend = ["pixels: % of all pixels. images: in how many the value occurs."]
@@ -116,10 +117,12 @@ def sheet_tables(sheet: Sheet) -> list[Table]:
 
 def exported_tables(splits: Sequence[Exported]) -> list[Table]:
     rows = [
-        (*map(Cell, (s.split, str(s.n_images), f"{s.size[0]}x{s.size[1]}", s.layout, s.label_map)),
-         Cell(", ".join(f"{name} {pixels}" for name, pixels in s.ignored.items()) or ABSENT, "warn" if s.ignored else ""))
+        (
+            *map(Cell, (s.split, str(s.n_images), f"{s.size[0]}x{s.size[1]}", s.layout, s.label_map)),
+            Cell(", ".join(f"{name} {pixels}" for name, pixels in s.ignored.items()) or ABSENT, "warn" if s.ignored else ""),
+        )
         for s in splits
-    ]  # fmt: skip
+    ]
     legend = ("ignored: pixels of classes that these labels cannot express.",) if any(s.ignored for s in splits) else ()
     title = f"{splits[0].folder}: {splits[0].streets} as {splits[0].domain}"
     header = ("split", "images", "H x W", "layout", "label map", "ignored")

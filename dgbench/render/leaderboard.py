@@ -134,7 +134,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
     unique = [
         next((form(row) for form, count in zip(forms, counts, strict=True) if count[form(row)] == 1), forms[-1](row))
         for row in rows
-    ]  # fmt: skip
+    ]
     return [row.recipe if row.kind == "reference" and row.recipe in own else name for row, name in zip(rows, unique, strict=True)]
 
 
@@ -185,10 +185,14 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
 
 def _published(group: Group) -> Table:
     rows = tuple(
-        (Cell("pub", "dim"), Cell(row.method + ("†" if row.note else ""), "dim"), Cell(row.variant, "dim"),
-         *(Cell(percent(score, 2), "dim") for score in (*row.scores.values(), row.mean)))
+        (
+            Cell("pub", "dim"),
+            Cell(row.method + ("†" if row.note else ""), "dim"),
+            Cell(row.variant, "dim"),
+            *(Cell(percent(score, 2), "dim") for score in (*row.scores.values(), row.mean)),
+        )
         for row in group.rows
-    )  # fmt: skip
+    )
     # every row of a table has one citation
     legend = [f"From {group.rows[0].origin}.", "mean: of the values shown, unweighted."]
     legend += [f"† {row.method}, {row.variant}: {row.note}." for row in group.rows if row.note]
@@ -221,10 +225,14 @@ def expected_tables(found: Expected) -> list[Table]:
     if found.reason:
         return [Table(f"No expected range of recipe {found.recipe} for this run: {found.reason}", (), ())]
     rows = tuple(
-        (Cell(verdict.target), Cell(f"{100 * verdict.miou:.1f}"), Cell(f"{100 * verdict.low:.1f} to {100 * verdict.high:.1f}"),
-         Cell("within", "good") if verdict.within else Cell("outside", "warn"))
+        (
+            Cell(verdict.target),
+            Cell(f"{100 * verdict.miou:.1f}"),
+            Cell(f"{100 * verdict.low:.1f} to {100 * verdict.high:.1f}"),
+            Cell("within", "good") if verdict.within else Cell("outside", "warn"),
+        )
         for verdict in found.verdicts
-    )  # fmt: skip
+    )
     width = (
         f"the width is of {found.seeds} training runs with other seeds"
         if found.seeds

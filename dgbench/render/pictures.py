@@ -90,8 +90,15 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
     # by height, left and right in turn, so that labels do not lie on each other
     for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
         side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
-        axis.annotate(_as_it_is(point.label), (point.cost, 100 * point.miou), xytext=(shift, 0), textcoords="offset points",
-                      fontsize=7, ha=side, va="center")  # fmt: skip
+        axis.annotate(
+            _as_it_is(point.label),
+            (point.cost, 100 * point.miou),
+            xytext=(shift, 0),
+            textcoords="offset points",
+            fontsize=7,
+            ha=side,
+            va="center",
+        )
     costs, scores = [point.cost for point in panel.points], [100 * point.miou for point in panel.points]
     axis.set_xscale("log")
     axis.set_xlim(min(costs) / 2.5, 2.5 * max(costs))

@@ -85,10 +85,26 @@ def _parts(row: Row, found: Profile) -> Table:
     rows = []
     for part in row.components:
         share = 100 * part.total / row.total if row.total else 0.0
-        rows.append((Cell(part.name), Cell(_millions(part.parameters)), Cell(_millions(part.trainable)),
-                     Cell(_giga(part.total)), Cell(f"{share:.1f} %"), Cell(_giga(part.cost.scan / 1e9))))  # fmt: skip
-    rows.append((Cell("total"), Cell(_millions(row.parameters)), Cell(_millions(row.trainable)), Cell(_giga(row.total)),
-                 Cell("100.0 %"), Cell(_giga(row.cost.scan / 1e9))))  # fmt: skip
+        rows.append(
+            (
+                Cell(part.name),
+                Cell(_millions(part.parameters)),
+                Cell(_millions(part.trainable)),
+                Cell(_giga(part.total)),
+                Cell(f"{share:.1f} %"),
+                Cell(_giga(part.cost.scan / 1e9)),
+            )
+        )
+    rows.append(
+        (
+            Cell("total"),
+            Cell(_millions(row.parameters)),
+            Cell(_millions(row.trainable)),
+            Cell(_giga(row.total)),
+            Cell("100.0 %"),
+            Cell(_giga(row.cost.scan / 1e9)),
+        )
+    )
     header = ("part", "params M", "trained M", found.unit, "share", "scan GFLOP")
     title = f"{row.method} ({row.variant}) at {_size(row.size)}, part by part"
     return Table(title, header, tuple(rows))
@@ -168,11 +184,20 @@ def _fusers(found: FusionProfile) -> Table:
     columns = list(next((row.published for row in found.rows if row.published), {}))
     rows = []
     for row in found.rows:
-        cells = [Cell(row.fuser), Cell(_millions(row.parameters)), Cell(_giga(row.total)), Cell(_giga(row.cost.scan / 1e9)),
-                 Cell(_giga(row.gflop))]  # fmt: skip
+        cells = [
+            Cell(row.fuser),
+            Cell(_millions(row.parameters)),
+            Cell(_giga(row.total)),
+            Cell(_giga(row.cost.scan / 1e9)),
+            Cell(_giga(row.gflop)),
+        ]
         if timed:
-            cells += [Cell(milliseconds(row.forward)), Cell(_times_faster(row, found)), Cell(milliseconds(row.both)),
-                      Cell(ABSENT if row.gib is None else f"{row.gib:.2f}")]  # fmt: skip
+            cells += [
+                Cell(milliseconds(row.forward)),
+                Cell(_times_faster(row, found)),
+                Cell(milliseconds(row.both)),
+                Cell(ABSENT if row.gib is None else f"{row.gib:.2f}"),
+            ]
         cells += [Cell(f"{100 * row.published[name]:.2f}" if row.published else ABSENT) for name in columns]
         if scored:
             cells.append(Cell(_accuracy(row)))

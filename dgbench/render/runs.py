@@ -30,11 +30,17 @@ def record_tables(records: Sequence[Record]) -> list[Table]:
         seen = " (source)" if record.target == record.source else ""
         seen += " (rendered)" if record.rendered else ""
         over = [record.extra.get(key) for key in subsets]
-        rows.append((Cell(record.target + seen), Cell(miou),
-                     *(Cell(f"{100 * value:.1f}" if isinstance(value, float) else ABSENT) for value in over),
-                     Cell(interval), Cell(count),
-                     Cell(ABSENT if total is None else duration(total)),
-                     Cell(f"{record.n_images / total:.1f}" if total else ABSENT)))  # fmt: skip
+        rows.append(
+            (
+                Cell(record.target + seen),
+                Cell(miou),
+                *(Cell(f"{100 * value:.1f}" if isinstance(value, float) else ABSENT) for value in over),
+                Cell(interval),
+                Cell(count),
+                Cell(ABSENT if total is None else duration(total)),
+                Cell(f"{record.n_images / total:.1f}" if total else ABSENT),
+            )
+        )
     first = records[0]
     variant = f" ({first.variant})" if first.variant else ""
     protocol = with_hash(first.protocol, first.protocol_digest)
@@ -73,11 +79,11 @@ def converted_tables(done: Converted) -> list[Table]:
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:
     """A row for each record, and whether it is of all the images that its split and its source have."""
-    from dgbench.data.labels import CLASSES
+    from dgbench.data.labels import NAMES
 
     rows = []
     for record in records:
-        names = [c.name for c in CLASSES] if len(record.iou) == len(CLASSES) else list(map(str, range(len(record.iou))))
+        names = NAMES if len(record.iou) == len(NAMES) else tuple(map(str, range(len(record.iou))))
         row = flat_row(record, without=("iou", "interval", "confusion_sha256", "digest"))
         row |= {"complete": record.complete, "source_complete": record.source_complete}
         row |= {"interval_low": record.interval[0], "interval_high": record.interval[1]}

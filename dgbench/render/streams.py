@@ -16,8 +16,25 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # for streams that cannot write our own marks: in ASCII, of one width where the mark is one
-_STAND_INS = {"–": "-", "—": "-", "±": "+-", "…": "...", "†": "+", "²": "2", "×": "x", "·": ".", "•": "*", "’": "'", "∞": "inf",
-              "─": "-", "━": "-", "╸": "-", "╺": "-", "│": "|", "┃": "|"}  # fmt: skip
+_STAND_INS = {
+    "–": "-",
+    "—": "-",
+    "±": "+-",
+    "…": "...",
+    "†": "+",
+    "²": "2",
+    "×": "x",
+    "·": ".",
+    "•": "*",
+    "’": "'",
+    "∞": "inf",
+    "─": "-",
+    "━": "-",
+    "╸": "-",
+    "╺": "-",
+    "│": "|",
+    "┃": "|",
+}
 _HANDLER = "dgbench-stand-in"
 
 

@@ -64,11 +64,9 @@ def _named(models: Sequence[Scored]) -> list[frozenset[str]]:
     rest = [model for model in models if model.named is None and not any(own <= model.full for own in ranked)]
     usual = _usual(rest)
     return [
-        frozenset(model.named)
-        if model.named is not None
-        else next((own for own in ranked if own <= model.full), usual)
+        frozenset(model.named) if model.named is not None else next((own for own in ranked if own <= model.full), usual)
         for model in models
-    ]  # fmt: skip
+    ]
 
 
 def _usual(models: Sequence[Scored]) -> frozenset[str]:

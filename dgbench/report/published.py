@@ -26,7 +26,20 @@ def _group(table: Mapping[str, Any]) -> Group:
     for row in table["rows"]:
         scores = {target: Score(percent / 100) for target, percent in zip(table["targets"], row["miou"], strict=True)}
         printed = row["mean"] / 100 if "mean" in row else math.fsum(score.miou for score in scores.values()) / len(scores)
-        rows.append(Row("published", row["method"], row["backbone"], row.get("recipe", ""), "", cite, str(table["read"]), None,
-                        scores, Score(printed), note=row.get("note", "")))  # fmt: skip
+        rows.append(
+            Row(
+                "published",
+                row["method"],
+                row["backbone"],
+                row.get("recipe", ""),
+                "",
+                cite,
+                str(table["read"]),
+                None,
+                scores,
+                Score(printed),
+                note=row.get("note", ""),
+            )
+        )
     rows.sort(key=lambda row: -(row.mean.miou if row.mean else 0))
     return Group(table["source"], tuple(table["targets"]), table["protocol"], (), tuple(rows))

@@ -31,10 +31,27 @@ ALL_HIDDEN = "".join(
 )
 TAGS = "".join(map(chr, range(0xE0020, 0xE0080)))
 NASTY = [
-    "<script>alert(1)</script>", "![x](http://e/x.png)", "[link](http://e)", "a|b", "a\\|b", "\\", "`code`",
-    "*a* _b_ __c__ **d**", "~~gone~~", "&lt;b&gt; &#124;", "a & b", "</b> <!-- c", "x* y*", "snake_case_name", "a~, b~", "<http://e>",
-    "*", "||", "\\`", "[a]: b",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "![x](http://e/x.png)",
+    "[link](http://e)",
+    "a|b",
+    "a\\|b",
+    "\\",
+    "`code`",
+    "*a* _b_ __c__ **d**",
+    "~~gone~~",
+    "&lt;b&gt; &#124;",
+    "a & b",
+    "</b> <!-- c",
+    "x* y*",
+    "snake_case_name",
+    "a~, b~",
+    "<http://e>",
+    "*",
+    "||",
+    "\\`",
+    "[a]: b",
+]
 
 
 def test_every_hidden_character_of_unicode_is_written_out() -> None:

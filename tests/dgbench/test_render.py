@@ -21,9 +21,18 @@ from dgbench.report.leaderboard import leaderboard
 
 BOARD = [
     *model(0.481, 0.43, 0.35, half=0.012),
-    *model(0.44, 0.39, 0.31, half=0.012, method="source-only", variant="tiny", recipe="streets/source-only",
-           recipe_hash="bbbbbbbbbbbb", checkpoint="c2"),
-]  # fmt: skip
+    *model(
+        0.44,
+        0.39,
+        0.31,
+        half=0.012,
+        method="source-only",
+        variant="tiny",
+        recipe="streets/source-only",
+        recipe_hash="bbbbbbbbbbbb",
+        checkpoint="c2",
+    ),
+]
 REFERENCE = Reference("streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified", {"streets-city": 0.6}, "one H200")
 GLYPHS = re.compile("[\u2500-\u257f\u2580-\u259f\x1b]")
 

@@ -22,9 +22,16 @@ from dgbench.errors import ResultError
 
 def test_a_record_comes_back_equal(tmp_path: Path) -> None:
     written = results.write(
-        record(iou=(0.5, None), seconds={"data": 1.5}, backends={"selective_scan": "torch"}, commit="abc", dirty=True,
-               environment=describe_environment("cpu", 2)), tmp_path,
-    )  # fmt: skip
+        record(
+            iou=(0.5, None),
+            seconds={"data": 1.5},
+            backends={"selective_scan": "torch"},
+            commit="abc",
+            dirty=True,
+            environment=describe_environment("cpu", 2),
+        ),
+        tmp_path,
+    )
     assert written.path is not None
     back = results.read(written.path)
     assert back == written
