@@ -37,11 +37,12 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
-    """A row for each model of each table: what it is and stands in, its scores and, of each, whether it is partial."""
+    """A row for each model of each table, which are numbered: what it is, its scores and, of each, whether it is partial."""
     return [
         flat_row(
             row,
             without=("source_score", "scores", "mean", "settings"),
+            table=number,
             trained_on=group.source,
             trained_on_rendered=group.source_rendered,
             trained_on_part=row.partial_source,
@@ -51,7 +52,7 @@ def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
         )
         | _flat_scores(row)
         | {f"settings_{key}": str(value) for key, value in row.settings.items()}
-        for group in (*board.groups, *board.published)
+        for number, group in enumerate((*board.groups, *board.published), 1)
         for row in group.rows
     ]
 

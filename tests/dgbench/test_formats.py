@@ -148,7 +148,8 @@ def test_partial_reference_published_and_rendered_scores_are_marked_in_every_for
         rows = pd.read_csv(io.StringIO(scores))
         assert rows["complete"].tolist() == [False, True]
         assert rows["rendered"].tolist() == [False, True]
-        assert rows["miou"].tolist() == [0.5, 0.5]
+        assert rows["miou"].tolist() == rows["iou_road"].tolist() == [0.5, 0.5]
+        assert frame.groupby("table")[["trained_on", "protocol"]].nunique().max().tolist() == [1, 1]
     else:
         assert "50.0~" in board.replace(r"\textasciitilde{}", "~")
         assert all(re.search(rf"^(\| )?{mark}\b", board, re.MULTILINE) for mark in ("ref", "pub"))
