@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 # command -> a piece of what it says
 WRONG = {
-    "eval --targets cityscapes bdd mapillary": "dgbench download cityscapes bdd mapillary",
+    "eval --targets cityscapes bdd mapillary": "dgbench download cityscapes bdd100k mapillary",
     "train --vlm eva02": "dgbench download dinov2_l eva02 gta5 cityscapes bdd100k mapillary",
     "train --device mps": "device `mps` is not supported",
     "train mfuser --vlm nosuch": "nosuch",
@@ -103,9 +103,9 @@ def test_eval_names_every_missing_domain_and_that_there_is_no_run() -> None:
         code, error = run("eval", "--targets", *words)
         assert code == 1
         assert error.startswith(
-            "error: no run with checkpoint in runs\nand not on this disk: targets `cityscapes`, `bdd`, `mapillary`\n"
+            "error: no run with checkpoint in runs\nand not on this disk: targets `cityscapes`, `bdd100k`, `mapillary`\n"
         )
-        assert "\nrun: dgbench download cityscapes bdd mapillary;" in error
+        assert "\nrun: dgbench download cityscapes bdd100k mapillary;" in error
 
 
 def test_eval_of_a_run_names_its_own_source_and_targets(here: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_shipped_recipe_loads_and_says_its_command(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_shipped_recipes_model_builds_without_weights(name: str) -> None:
     import mfuser
-    from mfuser.towers.loading import unfilled
+    from mfuser.towers.meta import unfilled
 
     recipe = load_recipe(name)
     options = {**recipe.method.options, "image_size": recipe.data.crop}

@@ -20,7 +20,7 @@ from dgbench.report.ablation import Accuracy, ablation, published
 from dgbench.results import Record
 from mfuser import ops
 from mfuser.fusion import FUSERS, Fuser, Site
-from mfuser.towers.loading import unfilled
+from mfuser.towers.meta import unfilled
 from mfuser.towers.table import tower
 from mfuser.towers.vit import VisionEncoder
 

@@ -80,7 +80,9 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     before = checkpoints.made_how(found[0]) if found else None
     model, init = _model(recipe, found[0] if found else None, before)
     model.check_backends()
-    extra = streams(model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root)
+    extra = streams(
+        model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root, recipe.data.domains
+    )
     digests = {stream.name: stream.digest() for stream in extra}
     _check_streams(run, digests, before)
     optimizer, rates = optimizer_of(model, recipe.optim)

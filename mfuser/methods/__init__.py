@@ -171,7 +171,7 @@ def _on_meta(model: type[Segmentor], chosen: Any) -> Segmentor:
     """A model whose parameters have no values; the caller's random numbers are left as they were."""
     import torch
 
-    from mfuser.towers.loading import unfilled
+    from mfuser.towers.meta import unfilled
 
     with torch.random.fork_rng(devices=[]), unfilled():
         return model(chosen)

@@ -6,8 +6,7 @@ filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,6 @@ from mfuser.keys import Source, renamed
 from mfuser.towers.key_rules import TIMM_FILE
 from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound
-
-
-@contextmanager
-def unfilled() -> Iterator[None]:
-    """Within, parameters of new modules are on the meta device; buffers are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        # timm derives buffers from learned rotary frequencies as it builds
-        if parameter is not None and name != "freqs":
-            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill(model: nn.Module) -> None:

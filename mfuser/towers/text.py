@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfuser.towers.loading import unfilled
+from mfuser.towers.meta import unfilled
 from mfuser.towers.table import TOWERS, HubFile, TextTower, with_text
 from mfuser.towers.weights import WeightsNotFound, how_to_get
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.towers.loading import unfilled
+from mfuser.towers.meta import unfilled
 from mfuser.towers.table import tower
 
 

@@ -59,7 +59,7 @@ def hub_file(tower: str) -> HubFile | None:
         raise ValueError(f"unknown tower `{tower}`; choose from {', '.join(sorted(TOWERS))}, or {TIMM}<model>")
     import timm
 
-    from mfuser.towers.loading import unfilled
+    from mfuser.towers.meta import unfilled
 
     model = tower.removeprefix(TIMM)
     described = timm.get_pretrained_cfg(model)

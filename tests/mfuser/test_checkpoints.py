@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import mfuser
 from mfuser.authors import load_authors_checkpoint, release_of, sources_of, to_authors_state_dict
 from mfuser.methods import build
-from mfuser.towers.loading import unfilled
+from mfuser.towers.meta import unfilled
 
 TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}
 

@@ -24,7 +24,7 @@ from mfuser.fusion import (
 )
 from mfuser.ops import explain, selective_scan
 from mfuser.ops.dispatch import rows
-from mfuser.towers.loading import unfilled
+from mfuser.towers.meta import unfilled
 
 
 @pytest.fixture(scope="module")

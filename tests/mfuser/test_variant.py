@@ -12,7 +12,8 @@ from golden_files import VARIANTS, AuthorsWeights, description
 import mfuser
 from mfuser.authors import load_authors_checkpoint, to_authors_state_dict
 from mfuser.segmentor import Batch
-from mfuser.towers.loading import fill, unfilled
+from mfuser.towers.loading import fill
+from mfuser.towers.meta import unfilled
 from mfuser.towers.vit import VisionEncoder
 
 TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}

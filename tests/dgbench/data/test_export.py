@@ -57,7 +57,7 @@ def run(*arguments: str | Path) -> Result:
 
 def same(root: Path, domain: str, split: str, lacks: set[str] = frozenset(), label_map: str | None = None) -> SegDataset:
     """Compare a split with what was rendered, pixel by pixel."""
-    read = SegDataset(lookup(domain), split, root=root, label_map=label_map)
+    read = SegDataset(lookup(domain, root), split, root=root, label_map=label_map)
     scenes = SegDataset(lookup(STREETS), "val" if split.endswith("val") else "train", size=SIZE, limit=len(read))
     for got, rendered in zip(read, scenes, strict=True):
         expected = np.where(np.isin(rendered.label, [NAMES.index(name) for name in lacks]), IGNORE, rendered.label)

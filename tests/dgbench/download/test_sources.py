@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from small_sets import OFFICIAL
 
-from dgbench.data import domains
+from dgbench.data import catalog, domains
 from dgbench.download.sources import SOURCES, matches, source
 
 DOCS = Path(__file__).parents[3] / "docs" / "download.md"
@@ -36,7 +36,7 @@ def test_every_published_domain_has_a_source_and_every_source_a_domain() -> None
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_row_says_how_the_set_is_handed_out(name: str) -> None:
     row = SOURCES[name]
-    commercial = domains.lookup(name).licence.startswith("CC BY-SA")
+    commercial = catalog.lookup(name).licence.startswith("CC BY-SA")
     assert row.must_be_accepted is not commercial
     assert bool(row.steps) is (row.way == "browser")
     assert (row.way == "hub") is (row.repo is not None) is (not row.archives)
@@ -51,7 +51,7 @@ def test_a_row_says_how_the_set_is_handed_out(name: str) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_list_of_domains_says_of_access_what_the_way_to_fetch_it_needs(name: str) -> None:
     needs = {"open": ("open",), "hub": ("open",), "csDownload": ("account",), "browser": ("account", "request")}
-    assert domains.lookup(name).access in needs[SOURCES[name].way]
+    assert catalog.lookup(name).access in needs[SOURCES[name].way]
 
 
 def test_the_docs_say_of_access_what_the_list_of_domains_says() -> None:
@@ -59,7 +59,7 @@ def test_the_docs_say_of_access_what_the_list_of_domains_says() -> None:
     rows = re.findall(r"^\| (`[a-z`, 0-9-]+) \| [^|]+ \| ([^|]+) \|$", DOCS.read_text(encoding="utf-8"), re.M)
     told = {name: text for names, text in rows for name in re.findall(r"`([^`]+)`", names)}
     assert told.keys() == SOURCES.keys()
-    assert not {name: text for name, text in told.items() if not text.startswith(words[domains.lookup(name).access])}
+    assert not {name: text for name, text in told.items() if not text.startswith(words[catalog.lookup(name).access])}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

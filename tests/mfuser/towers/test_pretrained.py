@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 import mfuser
 from mfuser.methods import build
-from mfuser.towers.loading import fill, fitted, load_tower, published, unfilled
+from mfuser.towers.loading import fill, fitted, load_tower, published
+from mfuser.towers.meta import unfilled
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import WeightsNotFound, files
 

@@ -12,7 +12,8 @@ import mfuser
 from mfuser.authors import load_authors_checkpoint
 from mfuser.segmentor import Batch
 from mfuser.towers.embedding import PooledEmbedding, ProjectedEmbedding, SumEmbedding, counterparts
-from mfuser.towers.loading import load_tower, unfilled
+from mfuser.towers.loading import load_tower
+from mfuser.towers.meta import unfilled
 from mfuser.towers.table import TOWERS, HubFile, Tower
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import WeightsNotFound, files, hub_file
