@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from datetime import datetime
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dgbench.untrusted import shortened
 
@@ -20,15 +19,14 @@ _FILE_NAME = re.compile(r"confusion-[^/\\\0]{1,300}\.npz")
 
 def problem(record: Record) -> str | None:
     """What no measurement can have given, as `field: problem`; None if there is nothing."""
-    kind: Any = type(record)
-    for name in _names(kind, "str", "str | None"):
+    for name in _names(record, "str", "str | None"):
         if (text := getattr(record, name)) is not None and len(text) > _LONGEST:
             return f"{name}: has {len(text):,} characters, at most {_LONGEST:,} can be"
     for name in ("backends", "environment", "extra"):
         for key, value in getattr(record, name).items():
             if len(key) > _LONGEST or (isinstance(value, str) and len(value) > _LONGEST):
                 return f"{name}: has a text of more than {_LONGEST:,} characters"
-    for name in _names(kind, "int"):
+    for name in _names(record, "int"):
         if not 0 <= getattr(record, name) <= _MOST:
             return f"{name}: {shortened(getattr(record, name))} is not within 0 and {_MOST:,}"
     means = [value for key, value in record.extra.items() if key.startswith("miou")]
@@ -58,7 +56,6 @@ def _is_time(text: str) -> bool:
         return False
 
 
-@cache
-def _names(kind: Any, *types: str) -> tuple[str, ...]:
+def _names(record: Record, *types: str) -> tuple[str, ...]:
     """The fields of a record that are declared as one of these types."""
-    return tuple(f.name for f in dataclasses.fields(kind) if f.type in types)
+    return tuple(f.name for f in dataclasses.fields(record) if f.type in types)
