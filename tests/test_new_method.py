@@ -30,7 +30,7 @@ METHOD = '''
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -105,10 +105,7 @@ class TwoViews(Segmentor):
         }
 
 
-def build(options: Options, *, pretrained: bool) -> Segmentor:
-    model = TwoViews(options)
-    model.options = asdict(options)
-    return model
+MODEL = TwoViews
 '''
 
 RECIPE = """

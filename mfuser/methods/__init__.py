@@ -132,7 +132,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         raise TypeError(f'build() takes no `{old[0]}`; say weights="published", "random" (was pretrained=False) or "meta"')
     if weights not in get_args(Weights):
         raise ValueError(f"weights `{weights}` are unknown; choose from {', '.join(get_args(Weights))}")
-    made = module(name)
+    made, its_towers = module(name), towers(name)
     known = {f.name for f in dataclasses.fields(made.Options)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"`{name}` has no option {', '.join(f'`{u}`' for u in unknown)}; it has {', '.join(sorted(known))}")
@@ -146,7 +146,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
     wordless = "token_ids" in known and chosen.token_ids is None
     # before anything is built: a missing file should cost seconds, not minutes
     try:
-        files = require([getattr(chosen, option) for option in made.TOWERS]) if weights == "published" else {}
+        files = require([getattr(chosen, option) for option in its_towers]) if weights == "published" else {}
     except WeightsNotFound:
         # of towers that do not fit each other, none need be downloaded
         blank = {"token_ids": [[0] * CONTEXT_LENGTH for _ in CITYSCAPES]} if wordless else {}
@@ -154,11 +154,11 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         raise
     if wordless:
         # the ids travel with the model, so that loading it never asks for a tokenizer
-        spoken = next(getattr(chosen, option) for option, parts in made.TOWERS.items() if "text" in parts)
+        spoken = next(getattr(chosen, option) for option, parts in its_towers.items() if "text" in parts)
         chosen = dataclasses.replace(chosen, token_ids=tokenize(spoken, CITYSCAPES))
     model: Segmentor = _on_meta(made.MODEL, chosen) if weights == "meta" else made.MODEL(chosen)
     model.method, model.options = name, dataclasses.asdict(chosen)
-    for option, parts in made.TOWERS.items():
+    for option, parts in its_towers.items():
         if (tower := getattr(chosen, option)) in files:
             modules = {part: model.get_submodule(path) for part, path in parts.items()}
             model.take_scalars(option, load_tower(tower, files[tower], modules))
