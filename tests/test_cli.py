@@ -160,7 +160,7 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
 
 
 def test_towers_devices_and_backends_are_completed() -> None:
-    assert completed("dgbench train --vlm s") == ["siglip", "siglip2", "small"]
+    assert completed("dgbench train --vlm s") == ["siglip_b", "siglip2_b", "siglip", "siglip2", "small"]
     assert completed("dgbench profile --vfm d") == ["dinov2_l", "dinov2_l_reg4", "dinov3_l"]
     assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
     assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]

@@ -228,7 +228,7 @@ def variants(*names: str, **flags: object) -> list[str]:
 
 def test_a_method_stands_for_all_its_backbones_and_nothing_for_all_methods() -> None:
     mfusers, floors = variants("mfuser"), variants("source-only")
-    assert len(set(mfusers)) == 6
+    assert len(set(mfusers)) == 9
     assert len(set(floors)) == 9
     assert variants() == mfusers + floors
     assert {subject.size for subject in subjects()} == {(512, 512)}
