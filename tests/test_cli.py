@@ -160,12 +160,12 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
 
 
 def test_towers_devices_and_backends_are_completed() -> None:
-    assert completed("dgbench train --vlm s") == ["siglip_b", "siglip2_b", "siglip", "siglip2", "small"]
-    assert completed("dgbench profile --vfm d") == ["dinov2_l", "dinov2_l_reg4", "dinov3_l"]
+    assert completed("dgbench train --vlm s") == ["siglip_b", "siglip", "siglip2_b", "siglip2", "small"]
+    assert completed("dgbench profile --vfm dinov3") == ["dinov3_s", "dinov3_b", "dinov3_l"]
     assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
     assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]
     assert completed("dgbench kernels bench --backend t") == ["triton", "torch"]
-    assert completed("dgbench download eva") == ["eva02"]
+    assert completed("dgbench download siglip2") == ["siglip2_b", "siglip2"]
 
 
 # ---- start-up

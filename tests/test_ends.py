@@ -58,7 +58,7 @@ def test_a_rendering_ends_within_five_seconds_with_all_its_processes(
     cache = tmp_path / "cache"
     script = (
         "import signal\nfrom dgbench import cli\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dgbench.data import dataset\nfrom dgbench.progress import Silent\n"
+        "from dgbench.data import dataset\nfrom dgbench.data.catalog import lookup\nfrom dgbench.progress import Silent\n"
         "@cli.app.command()\n"
         "def render(): dataset.SegDataset(lookup('streets-city'), 'train', size=(64, 128)).prepare(Silent(), workers=2)\n"
         "if __name__ == '__main__': cli.main()"

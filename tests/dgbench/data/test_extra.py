@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, WithExtras, streams
 from dgbench.data.sampling import UniformSampler
@@ -45,8 +46,8 @@ def opened(place: Path | str, **given: object) -> Stream:
 
 
 def view(stream: Stream, seed: int = 3) -> WithExtras:
-    dataset = SegDataset("streets-game", "train", size=(64, 96), limit=2)
-    plain = TrainView(dataset, UniformSampler(2, seed), Augmentation(CROP, (1, 1), 1, 0, False), seed)
+    dataset = SegDataset(lookup("streets-game"), "train", size=(64, 96), limit=2)
+    plain = TrainView(dataset, UniformSampler(2, seed), Augmentation(CROP, (1, 1), 1, 0, "none"), seed)
     return WithExtras(plain, [stream], seed)
 
 

@@ -142,7 +142,7 @@ def test_every_method_goes_on_exactly_from_its_checkpoint(name, tmp_path):
     """The smallest of each, with a stream of images for each that it declares; the checkpoint is that of one step."""
     row = methods.module(name).BACKBONES[-1]
     extra = {}
-    for stream in mfuser.build(name, **row, image_size=(64, 64), pretrained=False).extras:
+    for stream in mfuser.build(name, **row, image_size=(64, 64), weights="random").extras:
         for part in ("images", "labels") if stream.labels else ("images",):
             (tmp_path / stream.name / part).mkdir(parents=True)
             Image.new("L", (96, 96), 7).save(tmp_path / stream.name / part / "a.png")
