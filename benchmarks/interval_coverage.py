@@ -180,10 +180,15 @@ def calibrated(x: Array, rng: np.random.Generator) -> Interval:
 
 
 METHODS: dict[str, Callable[[Array, np.random.Generator], Interval]] = {
-    "percentile bootstrap": percentile, "BCa": bias_corrected, "Bayesian bootstrap": bayesian, "calibrated bootstrap": calibrated,
-    "studentised bootstrap": studentised, "delta method, t": delta_method, "delta method, pooled variances": pooled,
+    "percentile bootstrap": percentile,
+    "BCa": bias_corrected,
+    "Bayesian bootstrap": bayesian,
+    "calibrated bootstrap": calibrated,
+    "studentised bootstrap": studentised,
+    "delta method, t": delta_method,
+    "delta method, pooled variances": pooled,
     "jackknife, t of n - 1": jackknife,
-}  # fmt: skip
+}
 OURS = "jackknife, Satterthwaite: `metrics.interval`"
 
 

@@ -303,10 +303,11 @@ def plans(device: torch.device, *, quick: bool, tiny: bool) -> dict[str, Plan]:
         [*own("ms_deform_attn", device), *DEFORM_PEERS],
     )
     block = Plan(
-        [partial(block_case, batch=b, length=length, width=c) for b, length, c in blocks], block_dtypes,
+        [partial(block_case, batch=b, length=length, width=c) for b, length, c in blocks],
+        block_dtypes,
         partial(block_case, batch=2, length=7 if tiny else 577, width=32 if tiny else 256),
         [*own("mvfuser", device), *BLOCK_PEERS],
-    )  # fmt: skip
+    )
     return {"scan": scan, "deform": deform, "block": block}
 
 
@@ -506,9 +507,14 @@ def steep_case(dtype: torch.dtype, device: torch.device, *, batch: int, length: 
 
 
 def check(
-    device: torch.device, *, tiny: bool, tell: Callable[[str], None], only: Sequence[str] = (), backends: Sequence[str] = (),
+    device: torch.device,
+    *,
+    tiny: bool,
+    tell: Callable[[str], None],
+    only: Sequence[str] = (),
+    backends: Sequence[str] = (),
     compare: bool = True,
-) -> bool:  # fmt: skip
+) -> bool:
     """Hold every backend to twice the torch backend's error against fp64, and to the same bits twice; say what fails.
 
     Where states decay within a step, all are held to fp64 itself, every element of every gradient: a backend is the measure
@@ -666,9 +672,14 @@ def sanitize(arguments: Sequence[str]) -> bool:
             return False
         try:
             done = subprocess.run(
-                command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, text=True, timeout=270, check=False,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                command,
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                text=True,
+                timeout=270,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         except subprocess.TimeoutExpired as error:
             print(f"{tool}: stopped after {error.timeout:.0f} s", flush=True)
             clean = False
@@ -732,8 +743,12 @@ def markdown(report: Report, *, cuda: bool) -> str:
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in report.about.items()]
-    titles = {"scan": "Selective scan", "deform": "Multi-scale deformable attention", "block": "MVFuser's block",
-              "loops": "Selective scan against plain loops under autograd"}  # fmt: skip
+    titles = {
+        "scan": "Selective scan",
+        "deform": "Multi-scale deformable attention",
+        "block": "MVFuser's block",
+        "loops": "Selective scan against plain loops under autograd",
+    }
     for part in dict.fromkeys(row.part for row in report.rows):
         rows = [row for row in report.rows if row.part == part]
         lines += ["", f"## {titles[part]}", "", *_table(rows, cuda=cuda)]
@@ -829,8 +844,14 @@ def main() -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.filterwarnings("ignore", message=".*deterministic")
         ops = [PARTS[part] for part in given.only or PARTS if part in PARTS]
-        ok = check(device, tiny=given.tiny, tell=partial(print, flush=True), only=ops, backends=given.backends or (),
-                   compare=not given.bits)  # fmt: skip
+        ok = check(
+            device,
+            tiny=given.tiny,
+            tell=partial(print, flush=True),
+            only=ops,
+            backends=given.backends or (),
+            compare=not given.bits,
+        )
         return 0 if ok else 1
     return measure(given, device, tell)
 

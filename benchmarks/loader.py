@@ -160,8 +160,9 @@ class Row:
     ratio: float  # median over the repeats' ratios
 
 
-def compare(name: str, domain: str, root: Path, a: Augmentation, size: tuple[int, int], *, samples: int,
-            repeats: int) -> Iterator[Row]:  # fmt: skip
+def compare(
+    name: str, domain: str, root: Path, a: Augmentation, size: tuple[int, int], *, samples: int, repeats: int
+) -> Iterator[Row]:
     """Time both pipelines on one kind of files, in turns."""
     dataset = SegDataset(lookup(domain), "train", root=root)
     pairs = [(path, Path(str(path).replace(*swap))) for path, swap in _paths(root, domain)]

@@ -87,8 +87,14 @@ def _build(recipe: Recipe) -> None:
         raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
 
 
-def _check(wanted: Sequence[Wanted], towers: Sequence[str], root: Path | None, no_run: DgbenchError | None = None, *,
-           tokenized: bool = False) -> None:  # fmt: skip
+def _check(
+    wanted: Sequence[Wanted],
+    towers: Sequence[str],
+    root: Path | None,
+    no_run: DgbenchError | None = None,
+    *,
+    tokenized: bool = False,
+) -> None:
     absent, odd = _domains(wanted, root)
     weights = _weights(towers, absent or odd, tokenized)
     parts = [f"weights {', '.join(str(file) for files in weights.values() for file in files)}"] if weights else []

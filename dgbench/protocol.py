@@ -107,41 +107,63 @@ def _family(domain: str, named: Mapping[str, Any] | tuple[str, ...]) -> str:
 
 _UNIFIED = Protocol("unified", "our proposal: one rule for all", fit={"mapillary": (1024, 2048)})
 _VLTSEG = Protocol(
-    "vltseg-real", "VLTSeg trained on real images", upsampling="masks", stride=768 / 1024,
+    "vltseg-real",
+    "VLTSeg trained on real images",
+    upsampling="masks",
+    stride=768 / 1024,
     fit={"cityscapes": (1024, 2048), "bdd100k": (1024, 2048), "mapillary": (1024, 2048), "acdc": (1080, 1920)},
-)  # fmt: skip
+)
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         _UNIFIED,
         Protocol(
-            "paper-full", "tqdm, MFuser", mapillary_map="openseg", upsampling="scores",
+            "paper-full",
+            "tqdm, MFuser",
+            mapillary_map="openseg",
+            upsampling="scores",
             fit={"cityscapes": (1024, 2048), "bdd100k": (720, 1280), "mapillary": (1024, 2048)},
         ),
         Protocol(
-            "paper-half", "Rein and SET with 512 crops", mapillary_map="openseg", upsampling="masks", halved=("mapillary",),
+            "paper-half",
+            "Rein and SET with 512 crops",
+            mapillary_map="openseg",
+            upsampling="masks",
+            halved=("mapillary",),
             fit={"cityscapes": (512, 1024), "bdd100k": (720, 1280), "mapillary": (512, 1024), "acdc": (540, 960)},
         ),
         Protocol(
-            "vltseg-synthetic", "VLTSeg trained on GTA5 or SYNTHIA", upsampling="masks", stride=426 / 512,
+            "vltseg-synthetic",
+            "VLTSeg trained on GTA5 or SYNTHIA",
+            upsampling="masks",
+            stride=426 / 512,
             fit={"cityscapes": (512, 1024), "bdd100k": (512, 1024), "mapillary": (512, 1024), "acdc": (540, 960)},
         ),
         _VLTSEG,
         replace(
-            _VLTSEG, name="vltseg-tta", follows="VLTSeg, as sent to test servers",
-            scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.25), flip=True,
+            _VLTSEG,
+            name="vltseg-tta",
+            follows="VLTSeg, as sent to test servers",
+            scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.25),
+            flip=True,
         ),
         Protocol(
-            "clouds", "CLOUDS", short_edge=1024, resize="pillow-bilinear", label_grid="resized", window="whole",
-            upsampling="masks", absent_classes="unlabelled",
+            "clouds",
+            "CLOUDS",
+            short_edge=1024,
+            resize="pillow-bilinear",
+            label_grid="resized",
+            window="whole",
+            upsampling="masks",
+            absent_classes="unlabelled",
         ),
         Protocol("robustnet", "RobustNet, WildNet, SHADE (ResNet), FAMix", square={"mapillary": 1536}, window="whole"),
         # SYNTHIA has 16 of the classes
         replace(_UNIFIED, name="unified-16", follows="unified, SYNTHIA's 16 classes", classes=16),
         replace(_UNIFIED, name="unified-13", follows="unified, 13 of them", classes=13),
     )
-}  # fmt: skip
+}
 
 
 def lookup(name: str) -> Protocol:

@@ -60,10 +60,16 @@ def read_object(data: bytes) -> dict[str, Any] | None:
 
 
 _WANTED: Mapping[str, str] = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "text",
-    "finite_number": "a finite number", "bool_type": "true or false", "tuple_type": "a list", "dict_type": "an object",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "an object",
     "too_long": "a list of that length",
-}  # fmt: skip
+}
 
 
 def in_words(details: Mapping[str, Any]) -> str:

@@ -123,10 +123,16 @@ class _Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in _IMPLICIT:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
 for _name, _construct in {
-    _NULL: _Loader._null, _BOOL: _Loader._bool, _INT: _Loader._int, _FLOAT: _Loader._float, _STR: _Loader._str,
-    _ZEROS: _Loader._zeros, f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq, f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
+    _NULL: _Loader._null,
+    _BOOL: _Loader._bool,
+    _INT: _Loader._int,
+    _FLOAT: _Loader._float,
+    _STR: _Loader._str,
+    _ZEROS: _Loader._zeros,
+    f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+    f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
     None: _Loader._unknown,
-}.items():  # fmt: skip
+}.items():
     _Loader.add_constructor(_name, _construct)
 
 
@@ -242,8 +248,12 @@ def _as_text(node: yaml.Node, annotation: Any) -> None:
     """Make plain values text where the annotation of a model, a field or a container expects nothing but text."""
     kinds = list(_alternatives(annotation))
     if isinstance(node, yaml.ScalarNode):
-        if node.style is None and node.tag in (_BOOL, _INT, _FLOAT, _ZEROS) and any(map(_is_text, kinds)) \
-                and not {int, float, bool} & {kind for kind in kinds if isinstance(kind, type)}:  # fmt: skip
+        if (
+            node.style is None
+            and node.tag in (_BOOL, _INT, _FLOAT, _ZEROS)
+            and any(map(_is_text, kinds))
+            and not {int, float, bool} & {kind for kind in kinds if isinstance(kind, type)}
+        ):
             node.tag = _STR
     elif isinstance(node, yaml.SequenceNode):
         for kind in kinds:

@@ -69,8 +69,7 @@ class MVFuser(JointFuser):
         sane: the steps' bias is added once and the gate passes SiLU once; the release does both twice.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto",
-                 sane: bool = False) -> None:  # fmt: skip
+    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:
         super().__init__()
         self.sane = sane
         half, rank = dim // 2, math.ceil(dim / 16)
@@ -106,9 +105,18 @@ class MVFuser(JointFuser):
         own: dict[str, Any] = self._modules
         dt_proj = own["dt_proj"]
         return (
-            own["in_proj"].weight, own["conv1d_x"].weight, own["conv1d_z"].weight, own["x_proj"].weight, dt_proj.weight,
-            dt_proj.bias, self.A_log, self.D, own["norm"].weight, own["out_proj"].weight, self.scale,
-        )  # fmt: skip
+            own["in_proj"].weight,
+            own["conv1d_x"].weight,
+            own["conv1d_z"].weight,
+            own["x_proj"].weight,
+            dt_proj.weight,
+            dt_proj.bias,
+            self.A_log,
+            self.D,
+            own["norm"].weight,
+            own["out_proj"].weight,
+            self.scale,
+        )
 
     def composed(self, joint: Tensor) -> Tensor:
         """The same of plain modules: the truth for the kernels."""
@@ -132,9 +140,16 @@ class MVFuser(JointFuser):
         # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
         delta = F.linear(rank, dt_proj.weight) if self.sane else dt_proj(rank)
         return selective_scan(
-            x, delta, -A_log.float().exp(), B, C, D.float(),
-            delta_bias=dt_proj.bias.float(), delta_softplus=True, backend=self.backend,
-        )  # fmt: skip
+            x,
+            delta,
+            -A_log.float().exp(),
+            B,
+            C,
+            D.float(),
+            delta_bias=dt_proj.bias.float(),
+            delta_softplus=True,
+            backend=self.backend,
+        )
 
 
 class BidirectionalMVFuser(MVFuser):
@@ -146,8 +161,7 @@ class BidirectionalMVFuser(MVFuser):
     direction's own. The convolutions look both ways already, so that the second direction needs none of its own.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto",
-                 sane: bool = False) -> None:  # fmt: skip
+    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:
         super().__init__(dim, state=state, dropout=dropout, backend=backend, sane=sane)
         half = dim // 2
         self.x_proj_b = nn.Linear(half, self.rank + 2 * state, bias=False)
@@ -231,8 +245,9 @@ class BiDeformAttn(Fuser):
         dropout: of the outputs, in training.    backend: of the sampling.
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int], prefixes: tuple[int, int], *, dropout: float = 0.1,
-                 backend: str = "auto") -> None:  # fmt: skip
+    def __init__(
+        self, dim: int, grid: tuple[int, int], prefixes: tuple[int, int], *, dropout: float = 0.1, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.grid, self.prefixes = grid, prefixes
         self.query_proj = nn.Linear(dim, dim)
@@ -285,13 +300,11 @@ class Site:
 
 FUSERS: dict[str, Callable[[Site], Fuser]] = {
     "mvfuser": lambda s: MVFuser(s.dim, state=s.state, dropout=s.dropout, backend=s.backend, sane=s.sane),
-    "mvfuser_bidir": lambda s: BidirectionalMVFuser(
-        s.dim, state=s.state, dropout=s.dropout, backend=s.backend, sane=s.sane
-    ),
+    "mvfuser_bidir": lambda s: BidirectionalMVFuser(s.dim, state=s.state, dropout=s.dropout, backend=s.backend, sane=s.sane),
     "selfattn_concat": lambda s: SelfAttnConcat(s.dim, dropout=s.dropout),
     "selfattn_separate": lambda s: SelfAttnSeparate(s.dim, dropout=s.dropout),
     "bi_deform_attn": lambda s: BiDeformAttn(s.dim, s.grid, s.prefixes, dropout=s.dropout, backend=s.backend),
-}  # fmt: skip
+}
 
 
 class TextSelfAttention(nn.Module):
@@ -341,8 +354,18 @@ class MTEnhancer(nn.Module):
         sane: as MVFuser's, and its steps start as Mamba's do.
     """
 
-    def __init__(self, text_dim: int, *, dim: int = 256, heads: int = 4, layers: int = 1, state: int = 16,
-                 dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        text_dim: int,
+        *,
+        dim: int = 256,
+        heads: int = 4,
+        layers: int = 1,
+        state: int = 16,
+        dropout: float = 0.1,
+        backend: str = "auto",
+        sane: bool = False,
+    ) -> None:
         super().__init__()
         self.memory_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))

@@ -52,8 +52,16 @@ def slide(
     return scores
 
 
-def bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int], *, axis: int = 2,
-          windows_at_once: int = 16, device: torch.device | None = None) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+def bands(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    crop: tuple[int, int],
+    stride: tuple[int, int],
+    *,
+    axis: int = 2,
+    windows_at_once: int = 16,
+    device: torch.device | None = None,
+) -> Iterator[tuple[int, Tensor]]:
     """The scores of `slide`, part by part along one axis: never those of the whole image at once.
 
     Args:

@@ -34,8 +34,11 @@ def stored(train_ids: NDArray[np.uint8], label_map: LabelMap) -> NDArray[np.uint
     """The largest value that stands for each train id: where a map has several, not the one that is first in its table."""
     out = np.zeros(train_ids.shape, np.uint16)
     for train_id in np.unique(train_ids):
-        values = label_map.ignored - {255} or {255} if train_id == 255 else {
-            v for v, mapped in label_map.classes.items() if mapped == train_id}  # fmt: skip
+        values = (
+            label_map.ignored - {255} or {255}
+            if train_id == 255
+            else {v for v, mapped in label_map.classes.items() if mapped == train_id}
+        )
         out[train_ids == train_id] = max(values)
     return out
 

@@ -76,9 +76,13 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
             self.send_response(206 if start else 200)
             for name, value in {
-                "ETag": f'"{etag}"', "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size, "X-Repo-Commit": COMMIT,
-                "Accept-Ranges": "bytes", "Content-Length": len(content) - start,
-            }.items():  # fmt: skip
+                "ETag": f'"{etag}"',
+                "X-Linked-Etag": f'"{etag}"',
+                "X-Linked-Size": size,
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+                "Content-Length": len(content) - start,
+            }.items():
                 if hub.fault != "page" or name == "Content-Length":
                     self.send_header(name, str(value))
             if start:
@@ -106,15 +110,28 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            sums = {name: {"sha256": sha256(data), "oid": sha256(data), "size": len(data), "pointerSize": 130}
-                    for name, data in files.items()}  # fmt: skip
-            told: object = [{"type": "file", "path": name, "oid": "0" * 40, "size": len(data), "lfs": sums[name]}
-                            for name, data in files.items()]  # fmt: skip
+            sums = {
+                name: {"sha256": sha256(data), "oid": sha256(data), "size": len(data), "pointerSize": 130}
+                for name, data in files.items()
+            }
+            told: object = [
+                {"type": "file", "path": name, "oid": "0" * 40, "size": len(data), "lfs": sums[name]}
+                for name, data in files.items()
+            ]
             if what != "tree":
                 siblings = [{"rfilename": n, "size": len(d), "blobId": "0" * 40, "lfs": sums[n]} for n, d in files.items()]
                 card = {"license": hub.licence} if hub.licence else {}
-                told = {"id": repo, "sha": hub.commit, "siblings": siblings, "cardData": card, "private": False, "gated": False,
-                        "downloads": 0, "likes": 0, "tags": []}  # fmt: skip
+                told = {
+                    "id": repo,
+                    "sha": hub.commit,
+                    "siblings": siblings,
+                    "cardData": card,
+                    "private": False,
+                    "gated": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                }
             body = json.dumps(told).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")

@@ -98,8 +98,11 @@ def mapillary(version: str = "v1.2") -> dict[str, bytes]:
 
 
 def idd() -> dict[str, bytes]:
-    polygons = {"imgWidth": SIZE[0], "imgHeight": SIZE[1],
-                "objects": [{"label": "road", "polygon": [[0, 0], [16, 0], [16, 8], [0, 8]]}]}  # fmt: skip
+    polygons = {
+        "imgWidth": SIZE[0],
+        "imgHeight": SIZE[1],
+        "objects": [{"label": "road", "polygon": [[0, 0], [16, 0], [16, 8], [0, 8]]}],
+    }
     files = {}
     for split in ("train", "val"):
         files[f"IDD_Segmentation/leftImg8bit/{split}/0/f_leftImg8bit.png"] = picture(5, ".png")
@@ -109,8 +112,12 @@ def idd() -> dict[str, bytes]:
 
 def wilddash2() -> dict[str, bytes]:
     told = {"annotations": [{"file_name": "a.png", "image_id": "a", "segments_info": [{"id": 0, "category_id": 7}]}]}
-    files = {"images/a.jpg": picture(6, ".jpg"), "panoptic/a.png": _encoded(Image.new("RGB", SIZE, 0), "PNG"),
-             "panoptic.json": json.dumps(told).encode(), "license.txt": b"terms"}  # fmt: skip
+    files = {
+        "images/a.jpg": picture(6, ".jpg"),
+        "panoptic/a.png": _encoded(Image.new("RGB", SIZE, 0), "PNG"),
+        "panoptic.json": json.dumps(told).encode(),
+        "license.txt": b"terms",
+    }
     return {"wd_public_v2p0.zip": zipped(files)}
 
 
@@ -121,9 +128,16 @@ def dark_zurich() -> dict[str, bytes]:
 
 
 OFFICIAL = {
-    "gta5": gta5, "bdd100k": bdd100k, "cityscapes": cityscapes, "acdc": acdc, "mapillary": mapillary,
-    "mapillary-v2": lambda: mapillary("v2.0"), "idd": idd, "wilddash2": wilddash2, "dark-zurich": dark_zurich,
-}  # fmt: skip
+    "gta5": gta5,
+    "bdd100k": bdd100k,
+    "cityscapes": cityscapes,
+    "acdc": acdc,
+    "mapillary": mapillary,
+    "mapillary-v2": lambda: mapillary("v2.0"),
+    "idd": idd,
+    "wilddash2": wilddash2,
+    "dark-zurich": dark_zurich,
+}
 
 
 def written(archives: Mapping[str, bytes], folder: Path) -> Path:

@@ -46,9 +46,13 @@ def test_every_fuser_is_trained_once_and_what_is_finished_is_kept(tmp_path: Path
     def run(*arguments: str) -> str:
         settings = ["--recipe", "streets/smoke", "--seeds", "3", "--runs", "runs", "--set", "train.steps=2"]
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), *settings, "--fusers", *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-        )  # fmt: skip
+            [sys.executable, str(SCRIPT), *settings, "--fusers", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -107,13 +107,36 @@ def test_methods_do_not_import_each_other() -> None:
 
 def test_results_and_recipes_need_neither_torch_nor_models() -> None:
     light = (
-        "dgbench.recipe", "dgbench.yaml_text", "dgbench.protocol", "dgbench.results", "dgbench.report", "dgbench.metrics",
-        "dgbench.errors", "dgbench.progress", "dgbench.render", "dgbench.doctor", "dgbench.spec", "dgbench.download",
-        "dgbench.data.domain", "dgbench.data.domains", "dgbench.data.labels", "dgbench.data.custom", "dgbench.data.hub_sets",
-        "dgbench.data.index", "dgbench.data.verify", "dgbench.data.listing", "dgbench.needs", "dgbench.names",
-        "dgbench.engine.device", "dgbench.untrusted", "dgbench.bounds", "dgbench.matrices", "dgbench.locks", "dgbench.runs",
+        "dgbench.recipe",
+        "dgbench.yaml_text",
+        "dgbench.protocol",
+        "dgbench.results",
+        "dgbench.report",
+        "dgbench.metrics",
+        "dgbench.errors",
+        "dgbench.progress",
+        "dgbench.render",
+        "dgbench.doctor",
+        "dgbench.spec",
+        "dgbench.download",
+        "dgbench.data.domain",
+        "dgbench.data.domains",
+        "dgbench.data.labels",
+        "dgbench.data.custom",
+        "dgbench.data.hub_sets",
+        "dgbench.data.index",
+        "dgbench.data.verify",
+        "dgbench.data.listing",
+        "dgbench.needs",
+        "dgbench.names",
+        "dgbench.engine.device",
+        "dgbench.untrusted",
+        "dgbench.bounds",
+        "dgbench.matrices",
+        "dgbench.locks",
+        "dgbench.runs",
         "dgbench.environment",
-    )  # fmt: skip
+    )
     assert not offences(light, *HEAVY)
 
 
@@ -249,9 +272,19 @@ def test_what_draws_writes_tables_and_asks_the_gpu_is_imported_in_one_place_each
 
 def test_sockets_are_opened_in_named_places() -> None:
     callers = {
-        "hf_hub_download", "snapshot_download", "get_hf_file_metadata", "HfApi", "load_dataset", "urlopen", "urlretrieve",
-        "httpx", "httpx2", "requests", "downloader", "socket",
-    }  # fmt: skip
+        "hf_hub_download",
+        "snapshot_download",
+        "get_hf_file_metadata",
+        "HfApi",
+        "load_dataset",
+        "urlopen",
+        "urlretrieve",
+        "httpx",
+        "httpx2",
+        "requests",
+        "downloader",
+        "socket",
+    }
     named = {
         module
         for module, path in MODULES.items()

@@ -45,8 +45,11 @@ def test_a_quick_run_takes_every_path(
     text = (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     assert [row[:2] for row in ROWS.findall(text)] == [
-        ("PNG", "uniform"), ("PNG", "rare classes"), ("JPEG", "uniform"), ("JPEG", "rare classes"),
-    ]  # fmt: skip
+        ("PNG", "uniform"),
+        ("PNG", "rare classes"),
+        ("JPEG", "uniform"),
+        ("JPEG", "rare classes"),
+    ]
     assert all(float(rate) > 0 for row in ROWS.findall(text) for rate in row[2:])
     assert "| PNG, Pillow |" in text
 

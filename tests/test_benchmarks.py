@@ -99,12 +99,15 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: dict[str, dict[str, object]] = {
         "selective_scan_cuda": {"fwd": scan_fwd, "bwd": scan_bwd},
         "MultiScaleDeformableAttention": {
-            "ms_deform_attn_forward": lambda *a: attended(*a[:-1]), "ms_deform_attn_backward": attend_bwd,
+            "ms_deform_attn_forward": lambda *a: attended(*a[:-1]),
+            "ms_deform_attn_backward": attend_bwd,
         },
-        "mamba_ssm": {}, "mamba_ssm.ops": {}, "mamba_ssm.ops.triton": {},
+        "mamba_ssm": {},
+        "mamba_ssm.ops": {},
+        "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.selective_scan_interface": {"selective_scan_fn": scan_fn},
         "mamba_ssm.ops.triton.layernorm_gated": {"rmsnorm_fn": norm_fn},
-    }  # fmt: skip
+    }
     for name, content in modules.items():
         module = ModuleType(name)
         module.__path__ = []

@@ -47,9 +47,12 @@ def near(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     from huggingface_hub import constants
 
     for name, value in {
-        "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_OFFLINE": False,
-    }.items():  # fmt: skip
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "DGBENCH_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -59,8 +62,14 @@ def near(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def program(*arguments: str, folder: Path, endpoint: str = "http://127.0.0.1:9", **more: str) -> subprocess.CompletedProcess[str]:
     """Run the program as a user does, with a cache of its own, no login and no Hub but the given one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DGBENCH_"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "home"),
-                    "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **more}  # fmt: skip
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "HF_HOME": str(folder / "home"),
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
     command = [sys.executable, "-m", "dgbench", *arguments]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -239,7 +248,7 @@ def test_a_pair_of_towers_of_the_published_size_is_downloaded_and_built_from(vlm
         (404, "EntryNotFound", "it has no such file (404)", "HF_ENDPOINT"),
         (418, None, "it answers otherwise (418)", "status.huggingface.co"),
     ],
-)  # fmt: skip
+)
 def test_a_refusal_says_what_to_do(status: int, code: str | None, message: str, hint: str, near: Hub, tmp_path: Path) -> None:
     near.fault, near.error_code = status, code
     error, advice = refused(run("download", "dinov2_l"), tmp_path / "cache")

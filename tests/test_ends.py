@@ -67,8 +67,12 @@ def test_a_rendering_ends_within_five_seconds_with_all_its_processes(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DGBENCH_CACHE": str(cache), "MARK": mark}
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "script.py"), "render"],
-        env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert wait_until(lambda: len(list(cache.rglob("*.png"))) > 4, 60)
     (os.killpg if to_group else os.kill)(process.pid, sent)
     assert wait_until(lambda: not processes(mark), 5), processes(mark)

@@ -30,9 +30,12 @@ def test_an_action_is_stopped_before_every_change_and_within_what_it_writes(tmp_
     moments = kills.stops(action, folder)
     assert not states(folder)
     assert [str(stop) for stop in moments] == [
-        "before open a (change 0)", "empty open a (change 0)", "half open a (change 0)",
-        "before os.rename a (change 1)", "before os.remove b (change 2)",
-    ]  # fmt: skip
+        "before open a (change 0)",
+        "empty open a (change 0)",
+        "half open a (change 0)",
+        "before os.rename a (change 1)",
+        "before os.remove b (change 2)",
+    ]
     found = []
     for stop in moments:
         assert kills.kill(action, folder, stop)

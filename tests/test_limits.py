@@ -74,8 +74,12 @@ def test_a_full_shared_memory_is_told_with_dockers_option() -> None:
         pytest.skip("needs a /dev/shm of its own")
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SHM],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     for line in lines:

@@ -231,8 +231,10 @@ def test_each_group_has_its_own_rate_and_floor(house: House) -> None:
     rows = torch.load(last(house.whole) / "optimizer.pt", weights_only=True)["param_groups"]
     left = (1 - 11 / 12) ** 0.9  # mmengine's PolyLR at the last of 12 steps
     assert {(round(row["lr"], 9), row["weight_decay"]) for row in rows} == {
-        (round(0.2 * left, 9), 0.05), (round(0.02 * left, 9), 0.0), (round(0.019 * left + 0.001, 9), 0.05),
-    }  # fmt: skip
+        (round(0.2 * left, 9), 0.05),
+        (round(0.02 * left, 9), 0.0),
+        (round(0.019 * left + 0.001, 9), 0.05),
+    }
 
 
 def test_it_is_scored_and_stands_on_the_leaderboard(house: House) -> None:

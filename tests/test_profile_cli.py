@@ -186,10 +186,12 @@ def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_ru
     column = {row[0]: row[header.index("paper C") :] for row in rows[:5]}
     assert header[header.index("paper C") :] == ["paper C", "paper B", "paper M", "paper avg."]
     assert column == {
-        "mvfuser": ["70.19", "63.13", "71.28", "68.20"], "mvfuser_bidir": ["–"] * 4,
-        "selfattn_concat": ["70.24", "62.31", "71.11", "67.89"], "selfattn_separate": ["69.68", "61.91", "70.85", "67.48"],
+        "mvfuser": ["70.19", "63.13", "71.28", "68.20"],
+        "mvfuser_bidir": ["–"] * 4,
+        "selfattn_concat": ["70.24", "62.31", "71.11", "67.89"],
+        "selfattn_separate": ["69.68", "61.91", "70.85", "67.48"],
         "bi_deform_attn": ["69.46", "61.17", "70.11", "66.91"],
-    }  # fmt: skip
+    }
     assert "arXiv:2504.03193, Table 3" in text
     assert "Own runs are left out where their towers are not 1024 wide: tiny + tiny." in text
     assert "paper" not in run(*LAYERS, "--format", "markdown").stdout
@@ -245,10 +247,12 @@ def labels(path: Path) -> set[str]:
 
 def test_a_point_that_was_published_looks_otherwise_than_one_that_was_measured(here: Path) -> None:
     points = (
-        Point("ours (tiny)", "run", 0.5, 0.31, 0.01), Point("bare", "run", 0.7, 0.35, None),
+        Point("ours (tiny)", "run", 0.5, 0.31, 0.01),
+        Point("bare", "run", 0.7, 0.35, None),
         Point("unsure", "run", 1.0, 0.2, math.nan),
-        Point("expected", "reference", 2.0, 0.4, None), Point("of a paper", "published", 1296.2, 0.682),
-    )  # fmt: skip
+        Point("expected", "reference", 2.0, 0.4, None),
+        Point("of a paper", "published", 1296.2, 0.682),
+    )
     found = Tradeoff(
         (Panel("streets-game to streets-city\nprotocol unified", points, ("Rein (EVA02-L)", "Rein (DINOv2-L)")),), "GMAC", "mac"
     )
@@ -296,10 +300,13 @@ def test_one_number_is_a_square() -> None:
 @pytest.mark.parametrize(
     ("given", "flag"),
     [
-        (["mfuser"], "NAME"), (["--set", "method.state=4"], "--set"), (["--slide", "1024", "2048"], "--slide"),
-        (["--compile"], "--compile"), (["--by-module"], "--by-module"),
+        (["mfuser"], "NAME"),
+        (["--set", "method.state=4"], "--set"),
+        (["--slide", "1024", "2048"], "--slide"),
+        (["--compile"], "--compile"),
+        (["--by-module"], "--by-module"),
     ],
-)  # fmt: skip
+)
 def test_fusion_takes_no_models(given: list[str], flag: str, here: Path) -> None:
     message = fails("--fusion", *given, "--plot", "x.png", code=2)
     assert f"'--fusion': compares layers, not models: give it without {flag}" in message
@@ -326,7 +333,7 @@ def test_fusion_takes_one_batch() -> None:
         (["--batch", "0"], 2, "'--batch'"),
         (["--nope"], 2, "--nope"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_without_a_traceback(given: list[str], code: int, told: str) -> None:
     assert told in fails(*given, code=code)
 

@@ -52,10 +52,16 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a line as its user would: the installed program, an own home, no network, nothing cached."""
     environment = {
-        **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(folder),
-        "DGBENCH_CACHE": str(folder / "cache"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
-        "SHELL": "/bin/bash", "CUDA_VISIBLE_DEVICES": "", **more,
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(folder),
+        "DGBENCH_CACHE": str(folder / "cache"),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "SHELL": "/bin/bash",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
     # the shell stays, as a user's does: of one command alone it would become that command
     stays = f"{line}\nexit $?"
     return subprocess.run(["bash", "-c", stays], cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -66,23 +66,35 @@ def test_a_shipped_recipes_model_builds_without_weights(name: str) -> None:
 def test_all_problems_come_at_once_with_their_key_paths(tmp_path: Path) -> None:
     path = written(tmp_path, PLAIN + "evl: {}\n")
     found = problems(
-        path, "train.stepz=3", "train.steps=abc", "data.source=gta6", "data.crop=[5]", "data.flip=2", "optim.lr=true",
-        "train.precision=fp8", "optim.weight_decay=-1", "eval.protocol=paper-ful", "data.targets=streets-city", "steps",
-    )  # fmt: skip
-    assert sorted(found) == sorted([
-        "steps: expected key.path=value, as in train.steps=200",
-        "data.source: unknown domain `gta6`, did you mean `gta`?",
-        "data.targets: expected a list, got 'streets-city'",
-        "data.crop: expected more than 1 values",
-        "data.flip: must be at most 1, got 2",
-        "train.steps: expected an integer, got 'abc'",
-        "train.precision: expected 'no' or 'bf16', got 'fp8'",
-        "train.stepz: unknown key, did you mean `steps`?",
-        "optim.lr: expected a number, got true",
-        "optim.weight_decay: must be at least 0, got -1",
-        "eval.protocol: unknown protocol `paper-ful`, did you mean `paper-full`?",
-        "evl: unknown key, did you mean `eval`?",
-    ])  # fmt: skip
+        path,
+        "train.stepz=3",
+        "train.steps=abc",
+        "data.source=gta6",
+        "data.crop=[5]",
+        "data.flip=2",
+        "optim.lr=true",
+        "train.precision=fp8",
+        "optim.weight_decay=-1",
+        "eval.protocol=paper-ful",
+        "data.targets=streets-city",
+        "steps",
+    )
+    assert sorted(found) == sorted(
+        [
+            "steps: expected key.path=value, as in train.steps=200",
+            "data.source: unknown domain `gta6`, did you mean `gta`?",
+            "data.targets: expected a list, got 'streets-city'",
+            "data.crop: expected more than 1 values",
+            "data.flip: must be at most 1, got 2",
+            "train.steps: expected an integer, got 'abc'",
+            "train.precision: expected 'no' or 'bf16', got 'fp8'",
+            "train.stepz: unknown key, did you mean `steps`?",
+            "optim.lr: expected a number, got true",
+            "optim.weight_decay: must be at least 0, got -1",
+            "eval.protocol: unknown protocol `paper-ful`, did you mean `paper-full`?",
+            "evl: unknown key, did you mean `eval`?",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,8 +152,14 @@ def test_options_that_were_not_given_are_written_out(tmp_path: Path) -> None:
 
 
 def test_overrides_are_yaml_values(tmp_path: Path) -> None:
-    overrides = ["optim.lr=1e-4", "train.precision=no", "data.size=null", "data.targets=[bdd, streets-fog@0.60]",
-                 "data.photometric=false", "eval.protocol=paper-half"]  # fmt: skip
+    overrides = [
+        "optim.lr=1e-4",
+        "train.precision=no",
+        "data.size=null",
+        "data.targets=[bdd, streets-fog@0.60]",
+        "data.photometric=false",
+        "eval.protocol=paper-half",
+    ]
     recipe = load_recipe(written(tmp_path, PLAIN), overrides, check_method=False)
     assert recipe.optim.lr == 1e-4
     assert recipe.train.precision == "no"

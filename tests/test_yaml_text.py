@@ -44,13 +44,40 @@ def problem(*overrides: str, recipe: str | Path = SMOKE) -> str:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("12", 12), ("-3", -3), ("+5", 5), ("0", 0), ("0x1F", 31), ("1.5", 1.5), ("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5),
-        ("3.", 3.0), ("-.inf", float("-inf")), ("true", True), ("FALSE", False), ("null", None), ("~", None), ("", None),
-        ("yes", "yes"), ("no", "no"), ("on", "on"), ("Off", "Off"), ("y", "y"), ("1_000", "1_000"), ("1:30", "1:30"),
-        ("2024-05-01", "2024-05-01"), ("2026-99-99", "2026-99-99"), ("0b101", "0b101"), ("0b_", "0b_"), ("0x", "0x"), ("=", "="),
-        ("'007'", "007"), ("[a, 1, 2e3]", ["a", 1, 2000.0]), ("{a: {b: 1}}", {"a": {"b": 1}}),
+        ("12", 12),
+        ("-3", -3),
+        ("+5", 5),
+        ("0", 0),
+        ("0x1F", 31),
+        ("1.5", 1.5),
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        (".5", 0.5),
+        ("3.", 3.0),
+        ("-.inf", float("-inf")),
+        ("true", True),
+        ("FALSE", False),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("on", "on"),
+        ("Off", "Off"),
+        ("y", "y"),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("2024-05-01", "2024-05-01"),
+        ("2026-99-99", "2026-99-99"),
+        ("0b101", "0b101"),
+        ("0b_", "0b_"),
+        ("0x", "0x"),
+        ("=", "="),
+        ("'007'", "007"),
+        ("[a, 1, 2e3]", ["a", 1, 2000.0]),
+        ("{a: {b: 1}}", {"a": {"b": 1}}),
     ],
-)  # fmt: skip
+)
 def test_plain_values_follow_the_core_schema(text: str, expected: object) -> None:
     read = value(text)
     assert read == expected
@@ -245,9 +272,25 @@ def test_numbers_with_an_exponent_are_numbers_and_yes_is_true_where_truth_is_mea
 
 def test_words_of_the_library_never_reach_the_user() -> None:
     """Wrong values of every kind at every key, in recipes and declarations."""
-    keys = ["name", "method", "data", "expect", "data.domains", "data.source", "data.targets", "data.size", "data.flip",
-            "data.photometric", "train.steps", "train.precision", "eval.protocol", "data.domains.x", "data.domains.x.splits.val",
-            "data.domains.x.label_map", "data.domains.x.ignored"]  # fmt: skip
+    keys = [
+        "name",
+        "method",
+        "data",
+        "expect",
+        "data.domains",
+        "data.source",
+        "data.targets",
+        "data.size",
+        "data.flip",
+        "data.photometric",
+        "train.steps",
+        "train.precision",
+        "eval.protocol",
+        "data.domains.x",
+        "data.domains.x.splits.val",
+        "data.domains.x.label_map",
+        "data.domains.x.ignored",
+    ]
     values = ["1.5", "a", "[]", "[a, b, c]", "{a: 1}", "{1: a}", "null", "true", ".nan", "-1", "[[null]]", "[{}]"]
     theirs = (
         "input should",
@@ -333,11 +376,19 @@ def test_capitals_do_not_matter_to_profile() -> None:
 
 
 WRONG = [
-    ["train", "--set", "train.stepz=3"], ["train", "--set", "train.steps=x"], ["train", "--set", "method.fusr=x"],
-    ["train", "--vlm", "evo2"], ["train", "--vfm", "dinov9"], ["train", "nosuch"], ["train", "nosuch.yaml"],
-    ["train", "source-only", "--set", "method.backbone=dinov9"], ["train", "--source", "nosuch"],
-    ["train", "--targets", "nosuch"], ["eval", "--targets", "nosuch"], ["eval", "--protocol", "nosuch"],
-]  # fmt: skip
+    ["train", "--set", "train.stepz=3"],
+    ["train", "--set", "train.steps=x"],
+    ["train", "--set", "method.fusr=x"],
+    ["train", "--vlm", "evo2"],
+    ["train", "--vfm", "dinov9"],
+    ["train", "nosuch"],
+    ["train", "nosuch.yaml"],
+    ["train", "source-only", "--set", "method.backbone=dinov9"],
+    ["train", "--source", "nosuch"],
+    ["train", "--targets", "nosuch"],
+    ["eval", "--targets", "nosuch"],
+    ["eval", "--protocol", "nosuch"],
+]
 
 
 def test_a_wrong_name_or_value_is_told_without_importing_torch(tmp_path: Path) -> None:
@@ -414,11 +465,17 @@ def test_a_tower_that_cannot_be_is_refused(method: str, towers: dict[str, str], 
 
 HASHES = {
     "mfuser/base-gta": "a7ec708db030",
-    "mfuser/clip-city": "cb9914ca7c1c", "mfuser/clip-gta": "e63cef57d43c", "mfuser/eva02-city": "a60759bc417f",
-    "mfuser/eva02-gta": "46db625485e6", "mfuser/siglip-city": "af8a713d65ed", "mfuser/siglip-gta": "a9fec040c243",
-    "streets/mfuser": "b9584e79b059", "streets/mfuser-gpu": "71019620cb63", "streets/smoke": "4818375df3e2",
+    "mfuser/clip-city": "cb9914ca7c1c",
+    "mfuser/clip-gta": "e63cef57d43c",
+    "mfuser/eva02-city": "a60759bc417f",
+    "mfuser/eva02-gta": "46db625485e6",
+    "mfuser/siglip-city": "af8a713d65ed",
+    "mfuser/siglip-gta": "a9fec040c243",
+    "streets/mfuser": "b9584e79b059",
+    "streets/mfuser-gpu": "71019620cb63",
+    "streets/smoke": "4818375df3e2",
     "streets/source-only": "deef3dcffd66",
-}  # fmt: skip
+}
 
 
 def test_the_hashes_of_shipped_recipes_are_those_of_earlier_records() -> None:

@@ -55,9 +55,17 @@ class Case:
 
 
 def scan_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, shift: float = -2.0,
-    gated: bool = False, seed: int = 0,
-) -> Case:  # fmt: skip
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int,
+    length: int,
+    dim: int,
+    state: int,
+    shift: float = -2.0,
+    gated: bool = False,
+    seed: int = 0,
+) -> Case:
     """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
 
     Args:
@@ -67,9 +75,14 @@ def scan_case(
     draw = _Draw(dtype, device, seed)
     wide = _wide(dtype)
     leaves = [
-        draw(batch, length, dim), draw(batch, length, dim) + shift, -draw(dim, state, dtype=wide).exp(),
-        draw(batch, length, state), draw(batch, length, state), draw(dim, dtype=wide), draw(dim, dtype=wide) - 1,
-    ]  # fmt: skip
+        draw(batch, length, dim),
+        draw(batch, length, dim) + shift,
+        -draw(dim, state, dtype=wide).exp(),
+        draw(batch, length, state),
+        draw(batch, length, state),
+        draw(dim, dtype=wide),
+        draw(dim, dtype=wide) - 1,
+    ]
     dout = draw(batch, length, dim)
     if gated:
         leaves += [draw(batch, length, dim), draw(batch, dim, state, dtype=wide)]
@@ -83,24 +96,48 @@ def _scan(leaves: tuple[Tensor, ...], dout: Tensor) -> Case:
 
     def call(backend: str) -> Tensor:
         y, last = selective_scan(
-            u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True, initial_state=initial, return_final_state=True,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z=z,
+            delta_bias=bias,
+            delta_softplus=True,
+            initial_state=initial,
+            return_final_state=True,
             backend=backend,
-        )  # fmt: skip
+        )
         return y if initial is None else torch.cat([y.flatten().to(last.dtype), last.flatten()])
 
     batch, length, dim = u.shape
     tokens, mixers = u.numel() * u.element_size(), B.numel() * B.element_size()
     return Case(
-        "selective_scan", f"B {batch}, L {length}, D {dim}, N {A.shape[1]}", call, leaves, dout,
-        (u, delta, A, B, C, D, z, bias, initial), (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers), _scan,
+        "selective_scan",
+        f"B {batch}, L {length}, D {dim}, N {A.shape[1]}",
+        call,
+        leaves,
+        dout,
+        (u, delta, A, B, C, D, z, bias, initial),
+        (3 * tokens + 2 * mixers, 5 * tokens + 4 * mixers),
+        _scan,
         exps=u.numel() * A.shape[1],
-    )  # fmt: skip
+    )
 
 
 def deform_case(
-    dtype: torch.dtype, device: torch.device, *, batch: int, sides: Sequence[int], heads: int, dim: int, points: int,
-    spread: str = "near", seed: int = 0,
-) -> Case:  # fmt: skip
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int,
+    sides: Sequence[int],
+    heads: int,
+    dim: int,
+    points: int,
+    spread: str = "near",
+    seed: int = 0,
+) -> Case:
     """Deformable self-attention over square maps: every cell of every map is a query; places and weights in fp32.
 
     Args:
@@ -143,9 +180,15 @@ def _deform(leaves: tuple[Tensor, ...], dout: Tensor, *, sides: tuple[int, ...],
     points = weights.shape[-1]
     maps, rest = (sum(t.numel() * t.element_size() for t in group) for group in ((value,), (locations, weights)))
     return Case(
-        "ms_deform_attn", f"B {batch}, Q {cells}, {heads} x {dim}, {len(sides)} scales, {points} points {spread}", call, leaves,
-        dout, leaves, (2 * maps + rest, 3 * maps + 2 * rest), partial(_deform, sides=sides, spread=spread),
-    )  # fmt: skip
+        "ms_deform_attn",
+        f"B {batch}, Q {cells}, {heads} x {dim}, {len(sides)} scales, {points} points {spread}",
+        call,
+        leaves,
+        dout,
+        leaves,
+        (2 * maps + rest, 3 * maps + 2 * rest),
+        partial(_deform, sides=sides, spread=spread),
+    )
 
 
 def block_case(
@@ -183,11 +226,17 @@ def _block(leaves: tuple[Tensor, ...], dout: Tensor, *, module: MVFuser) -> Case
     tokens = joint.numel() * joint.element_size()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in own)
     return Case(
-        "mvfuser", f"B {batch}, L {length}, C {width}, N {state}", call, (joint, *own), dout,
-        (module.in_proj.weight, module.A_log), (2 * tokens + weights, 3 * tokens + 2 * weights),
-        partial(_block, module=module), exps=batch * length * half * state,
+        "mvfuser",
+        f"B {batch}, L {length}, C {width}, N {state}",
+        call,
+        (joint, *own),
+        dout,
+        (module.in_proj.weight, module.A_log),
+        (2 * tokens + weights, 3 * tokens + 2 * weights),
+        partial(_block, module=module),
+        exps=batch * length * half * state,
         products=batch * length * (2 * width * half + half * (rank + 2 * state) + rank * half + half * width),
-    )  # fmt: skip
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

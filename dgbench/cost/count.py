@@ -74,8 +74,12 @@ _Sizes = tuple[int, ...]
 _MAC, _SAMPLING, _SCAN, _SKIP = "products", "sampling", "scan", "skip"
 # labels that our handles give to fvcore: operator and kind; fvcore's own handles count products
 _KIND = {
-    "interpolation": _SAMPLING, "grid sampling": _SAMPLING, "deformable attention": _SAMPLING, "scan": _SCAN, "scan skip": _SKIP,
-}  # fmt: skip
+    "interpolation": _SAMPLING,
+    "grid sampling": _SAMPLING,
+    "deformable attention": _SAMPLING,
+    "scan": _SCAN,
+    "scan skip": _SKIP,
+}
 
 
 def _attention(query: _Sizes, key: _Sizes, value: _Sizes) -> int:
@@ -123,10 +127,16 @@ def _fourier(sizes: _Sizes, dims: Iterable[int], *, real: bool) -> int:
 
 # neighbours of a sampled place, by the operator's name
 _NEIGHBOURS = {
-    "upsample_nearest1d": 0, "upsample_nearest2d": 0, "_upsample_nearest_exact2d": 0, "upsample_linear1d": 2,
-    "upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16, "_upsample_bicubic2d_aa": 16,
+    "upsample_nearest1d": 0,
+    "upsample_nearest2d": 0,
+    "_upsample_nearest_exact2d": 0,
+    "upsample_linear1d": 2,
+    "upsample_bilinear2d": 4,
+    "_upsample_bilinear2d_aa": 4,
+    "upsample_bicubic2d": 16,
+    "_upsample_bicubic2d_aa": 16,
     "upsample_trilinear3d": 8,
-}  # fmt: skip
+}
 _GRID_NEIGHBOURS = (4, 0, 16)  # of grid_sampler's modes: bilinear, nearest, bicubic
 
 
@@ -160,26 +170,115 @@ def _costs_nothing(operator: str) -> bool:
 
 
 # no multiply-accumulate in any paper's count
-_FREE = frozenset((
-    # norms, softmax, pooling
-    "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "batch_norm", "native_batch_norm", "rms_norm",
-    "fused_rms_norm", "cudnn_batch_norm", "native_batch_norm_legit_no_training", "instance_norm", "softmax", "log_softmax",
-    "safe_softmax", "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
-    "native_batch_norm_legit", "native_batch_norm_legit_functional",
-    # reductions
-    "sum", "mean", "prod", "amax", "amin", "max", "min", "all", "any", "argmax", "argmin", "std", "var", "var_mean", "cumsum",
-    "norm", "linalg_vector_norm", "sort", "topk", "nonzero",
-    # lookups and copies
-    "cat", "stack", "clone", "copy", "to", "to_copy", "contiguous", "repeat", "repeat_interleave", "roll", "flip", "tile",
-    "index", "unsafe_index", "index_select", "index_put", "gather", "scatter", "embedding", "one_hot", "where", "masked_fill",
-    "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d",
-    "fft_fftshift", "fft_ifftshift", "complex", "randperm", "unsafe_view", "alias", "detach", "dropout", "tril", "triu",
-    "pixel_shuffle",
-    # factories, and arithmetic that no tag calls elementwise
-    "fill", "zero", "empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "new_ones", "new_full", "zeros",
-    "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "linspace", "scalar_tensor", "lift_fresh", "meshgrid",
-    "floor_divide", "iand", "ior",
-))  # fmt: skip
+_FREE = frozenset(
+    (
+        # norms, softmax, pooling
+        "layer_norm",
+        "native_layer_norm",
+        "group_norm",
+        "native_group_norm",
+        "batch_norm",
+        "native_batch_norm",
+        "rms_norm",
+        "fused_rms_norm",
+        "cudnn_batch_norm",
+        "native_batch_norm_legit_no_training",
+        "instance_norm",
+        "softmax",
+        "log_softmax",
+        "safe_softmax",
+        "max_pool2d",
+        "max_pool2d_with_indices",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "native_batch_norm_legit",
+        "native_batch_norm_legit_functional",
+        # reductions
+        "sum",
+        "mean",
+        "prod",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "std",
+        "var",
+        "var_mean",
+        "cumsum",
+        "norm",
+        "linalg_vector_norm",
+        "sort",
+        "topk",
+        "nonzero",
+        # lookups and copies
+        "cat",
+        "stack",
+        "clone",
+        "copy",
+        "to",
+        "to_copy",
+        "contiguous",
+        "repeat",
+        "repeat_interleave",
+        "roll",
+        "flip",
+        "tile",
+        "index",
+        "unsafe_index",
+        "index_select",
+        "index_put",
+        "gather",
+        "scatter",
+        "embedding",
+        "one_hot",
+        "where",
+        "masked_fill",
+        "pad",
+        "constant_pad_nd",
+        "reflection_pad2d",
+        "replication_pad2d",
+        "fft_fftshift",
+        "fft_ifftshift",
+        "complex",
+        "randperm",
+        "unsafe_view",
+        "alias",
+        "detach",
+        "dropout",
+        "tril",
+        "triu",
+        "pixel_shuffle",
+        # factories, and arithmetic that no tag calls elementwise
+        "fill",
+        "zero",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zeros",
+        "zeros_like",
+        "ones",
+        "ones_like",
+        "full",
+        "full_like",
+        "arange",
+        "linspace",
+        "scalar_tensor",
+        "lift_fresh",
+        "meshgrid",
+        "floor_divide",
+        "iand",
+        "ior",
+    )
+)
 
 
 # ---- fvcore
@@ -315,8 +414,9 @@ def _resized(neighbours: int) -> Callable[..., int]:
     return lambda *_args, out_shape, **_options: 2 * neighbours * _product(out_shape)
 
 
-def _scan_formula(u: _Sizes, delta: _Sizes, A: _Sizes, B: _Sizes, C: _Sizes, D: _Sizes | None, z: _Sizes | None,
-                  *_rest: Any, **_options: Any) -> int:  # fmt: skip
+def _scan_formula(
+    u: _Sizes, delta: _Sizes, A: _Sizes, B: _Sizes, C: _Sizes, D: _Sizes | None, z: _Sizes | None, *_rest: Any, **_options: Any
+) -> int:
     return _scan(u, A, z is not None)[0]
 
 

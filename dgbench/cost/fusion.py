@@ -81,10 +81,20 @@ class FusionProfile:
 
 
 def profile_fusion(
-    progress: Progress, *, vfm: str | None = None, vlm: str | None = None, size: tuple[int, int] | None = None,
-    sweep: Sequence[tuple[int, int]] = SWEEP, convention: str = "mac", batch: int | None = None, dtype: str | None = None,
-    device: str | None = None, timed: bool = True, records: Iterable[Record] = (), passes: int = 3,
-) -> FusionProfile:  # fmt: skip
+    progress: Progress,
+    *,
+    vfm: str | None = None,
+    vlm: str | None = None,
+    size: tuple[int, int] | None = None,
+    sweep: Sequence[tuple[int, int]] = SWEEP,
+    convention: str = "mac",
+    batch: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    timed: bool = True,
+    records: Iterable[Record] = (),
+    passes: int = 3,
+) -> FusionProfile:
     """Count and time one layer of every fuser between two towers.
 
     Args:
@@ -119,11 +129,28 @@ def profile_fusion(
         progress.stop()
     main, (commit, dirty) = points[size], code_commit()
     return FusionProfile(
-        vfm or "dinov2_l", vlm or "eva02", bench.dim, size, main.tokens, main.rows,
-        tuple(points[each] for each in sorted(points)), convention, CONVENTIONS[convention].unit, batch, precision, gpu,
-        unmeasured, ops.ran_since(ran), own.described, own.left_out, paper.cite if printed else "", results.now_iso(),
-        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty,
-    )  # fmt: skip
+        vfm or "dinov2_l",
+        vlm or "eva02",
+        bench.dim,
+        size,
+        main.tokens,
+        main.rows,
+        tuple(points[each] for each in sorted(points)),
+        convention,
+        CONVENTIONS[convention].unit,
+        batch,
+        precision,
+        gpu,
+        unmeasured,
+        ops.ran_since(ran),
+        own.described,
+        own.left_out,
+        paper.cite if printed else "",
+        results.now_iso(),
+        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()),
+        commit,
+        dirty,
+    )
 
 
 def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
@@ -167,9 +194,13 @@ class _Bench:
     """All fusers at one place, counted and timed at any size."""
 
     def __init__(
-        self, site: Callable[[tuple[int, int]], Site], convention: str, device: torch.device | None, dtype: torch.dtype,
+        self,
+        site: Callable[[tuple[int, int]], Site],
+        convention: str,
+        device: torch.device | None,
+        dtype: torch.dtype,
         batch: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.site, self.rule, self.device, self.dtype, self.batch = site, CONVENTIONS[convention], device, dtype, batch
         self.dim = site(SIZE).dim
 

@@ -246,9 +246,14 @@ class Bench:
 
 
 def bench(
-    ops: Sequence[str], backends: Sequence[str], progress: Progress, *, shape: tuple[int, int, int, int] | None = None,
-    dtype: str | None = None, device: str | None = None,
-) -> Bench:  # fmt: skip
+    ops: Sequence[str],
+    backends: Sequence[str],
+    progress: Progress,
+    *,
+    shape: tuple[int, int, int, int] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Bench:
     """Time backends against each other, each case for about a second per backend.
 
     Args:
@@ -304,9 +309,14 @@ def _plan(case: Case, named: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _timed(
-    case: Case, dtype: str, names: Sequence[str], refused: dict[str, str], limits: Machine, device: torch.device,
+    case: Case,
+    dtype: str,
+    names: Sequence[str],
+    refused: dict[str, str],
+    limits: Machine,
+    device: torch.device,
     progress: Progress,
-) -> TimedCase:  # fmt: skip
+) -> TimedCase:
     times: dict[str, tuple[float, float]] = {}
     for name in names:
         times[name] = (

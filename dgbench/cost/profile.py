@@ -108,9 +108,14 @@ class Profile:
 
 
 def subjects(
-    names: Sequence[str] = (), *, vlm: str | None = None, vfm: str | None = None, backbone: str | None = None,
-    settings: Sequence[str] = (), size: tuple[int, int] | None = None,
-) -> list[Subject]:  # fmt: skip
+    names: Sequence[str] = (),
+    *,
+    vlm: str | None = None,
+    vfm: str | None = None,
+    backbone: str | None = None,
+    settings: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> list[Subject]:
     """Return the models that names and flags mean.
 
     Args:
@@ -160,10 +165,19 @@ def _backbones(name: str, towers: Mapping[str, str], settings: Sequence[str]) ->
 
 
 def profile(
-    chosen: Sequence[Subject], progress: Progress, *, convention: str = "mac", batches: Sequence[int] = (),
-    dtype: str | None = None, compiled: bool = False, device: str | None = None, slide: tuple[int, int] | None = None,
-    timed: bool = True, by_module: bool = False, passes: int = 3,
-) -> Profile:  # fmt: skip
+    chosen: Sequence[Subject],
+    progress: Progress,
+    *,
+    convention: str = "mac",
+    batches: Sequence[int] = (),
+    dtype: str | None = None,
+    compiled: bool = False,
+    device: str | None = None,
+    slide: tuple[int, int] | None = None,
+    timed: bool = True,
+    by_module: bool = False,
+    passes: int = 3,
+) -> Profile:
     """Count and time models.
 
     Args:
@@ -200,10 +214,21 @@ def profile(
         progress.stop()
     commit, dirty = code_commit()
     return Profile(
-        tuple(rows), by_module, convention, CONVENTIONS[convention].unit, precision, compiled, slide,
-        gpu, unmeasured, results.now_iso(),
-        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()), commit, dirty, elsewhere,
-    )  # fmt: skip
+        tuple(rows),
+        by_module,
+        convention,
+        CONVENTIONS[convention].unit,
+        precision,
+        compiled,
+        slide,
+        gpu,
+        unmeasured,
+        results.now_iso(),
+        describe_environment(gpu.name if gpu else "none", torch.get_num_threads()),
+        commit,
+        dirty,
+        elsewhere,
+    )
 
 
 def settled(convention: str, dtype: str | None, device: str | None, *, timed: bool) -> tuple[torch.device | None, str, str]:
@@ -244,17 +269,27 @@ def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None, p
     parts, counted = _components(tally, passes, rule), tally.counted
     cost = counted.total * passes
     row = Row(
-        method=subject.method.name, variant=subject.method.variant, recipe=subject.recipe, size=subject.size, windows=passes,
-        parameters=sum(part.parameters for part in parts), trainable=sum(part.trainable for part in parts), cost=cost,
-        total=rule.total(cost) / 1e9, gflop=CONVENTIONS["flop"].total(cost) / 1e9, components=parts,
+        method=subject.method.name,
+        variant=subject.method.variant,
+        recipe=subject.recipe,
+        size=subject.size,
+        windows=passes,
+        parameters=sum(part.parameters for part in parts),
+        trainable=sum(part.trainable for part in parts),
+        cost=cost,
+        total=rule.total(cost) / 1e9,
+        gflop=CONVENTIONS["flop"].total(cost) / 1e9,
+        components=parts,
         by_operator={name: own * passes for name, own in counted.by_operator.items()},
         by_module={name: own * passes for name, own in counted.by_module.items()},
-    )  # fmt: skip
+    )
     if fresh:
         # what takes seconds is told as it comes, before the table
         size = f"{subject.size[0]}x{subject.size[1]}"
-        progress.note(f"counted {row.recipe or row.method} ({row.variant}) at {size}: {row.parameters / 1e6:,.2f} M parameters, "
-                      f"{row.total:,.2f} {rule.unit}")  # fmt: skip
+        progress.note(
+            f"counted {row.recipe or row.method} ({row.variant}) at {size}: {row.parameters / 1e6:,.2f} M parameters, "
+            f"{row.total:,.2f} {rule.unit}"
+        )
     return row, tally.elsewhere
 
 
@@ -308,9 +343,15 @@ class _Taken:
 
 
 def _visit(
-    taken: _Taken, subject: Subject, device: torch.device, dtype: torch.dtype, batches: Sequence[int],
-    slide: tuple[int, int] | None, *, compiled: bool,
-) -> None:  # fmt: skip
+    taken: _Taken,
+    subject: Subject,
+    device: torch.device,
+    dtype: torch.dtype,
+    batches: Sequence[int],
+    slide: tuple[int, int] | None,
+    *,
+    compiled: bool,
+) -> None:
     """Build a model, and measure it once."""
     gpu = device.type == "cuda"
     ran = ops.tally()
@@ -347,9 +388,13 @@ class _Asked:
     """A model's forward pass over images of one size, at any batch."""
 
     def __init__(
-        self, model: Callable[[Tensor], Tensor], crop: tuple[int, int], slide: tuple[int, int] | None, device: torch.device,
+        self,
+        model: Callable[[Tensor], Tensor],
+        crop: tuple[int, int],
+        slide: tuple[int, int] | None,
+        device: torch.device,
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
         self.stride = protocol("unified").stride_of(crop)
 

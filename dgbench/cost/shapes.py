@@ -59,8 +59,15 @@ class _Convolutions(TorchFunctionMode):
 
 
 def _convolution(dims: int) -> Callable[..., Tensor]:
-    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-             groups: int = 1) -> Tensor:  # fmt: skip
+    def call(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
         if padding == "same":
             gaps = [dilation] * dims if isinstance(dilation, int) else list(dilation)
             more = [gap * (side - 1) for gap, side in zip(gaps, weight.shape[2:], strict=True)]
@@ -73,21 +80,43 @@ def _convolution(dims: int) -> Callable[..., Tensor]:
 
 
 def _transposed(dims: int) -> Callable[..., Tensor]:
-    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-             output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Tensor:  # fmt: skip
+    def call(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
         return _recorded(dims, input, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
     return call
 
 
-def _recorded(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
-              transposed: bool, output_padding: Any, groups: int) -> Tensor:  # fmt: skip
+def _recorded(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Tensor:
     steps, pads, gaps, more = ([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation, output_padding))
     out: Tensor = torch._convolution(input, weight, bias, steps, pads, gaps, transposed, more, groups, False, False, False, False)
     return out
 
 
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.conv1d: _convolution(1), torch.conv2d: _convolution(2), torch.conv3d: _convolution(3),
-    torch.conv_transpose1d: _transposed(1), torch.conv_transpose2d: _transposed(2), torch.conv_transpose3d: _transposed(3),
-}  # fmt: skip
+    torch.conv1d: _convolution(1),
+    torch.conv2d: _convolution(2),
+    torch.conv3d: _convolution(3),
+    torch.conv_transpose1d: _transposed(1),
+    torch.conv_transpose2d: _transposed(2),
+    torch.conv_transpose3d: _transposed(3),
+}

@@ -132,8 +132,14 @@ class UserDomain(Spec):
         if isinstance(given, str):
             if given not in LABEL_MAPS:
                 close = suggest(given, LABEL_MAPS)
-                raise own(f"unknown label map `{given}`, " + (f"did you mean `{close}`?" if close else
-                          f"choose from {', '.join(LABEL_MAPS)}, or write it out: {{1: road, 2: car}}"))  # fmt: skip
+                raise own(
+                    f"unknown label map `{given}`, "
+                    + (
+                        f"did you mean `{close}`?"
+                        if close
+                        else f"choose from {', '.join(LABEL_MAPS)}, or write it out: {{1: road, 2: car}}"
+                    )
+                )
             return given
         if info.data.get("encoding") == "colors":
             raise own("colours are read by Cityscapes' palette: leave it out")
@@ -141,8 +147,10 @@ class UserDomain(Spec):
             _check_key(key, info)
             if value not in NAMES and value not in range(len(NAMES)):
                 close = suggest(value, NAMES) if isinstance(value, str) else None
-                raise own(f"{key} leads to {value!r}: expected one of the 19 classes or 0..18, "
-                          + (f"did you mean `{close}`?" if close else f"choose from {', '.join(NAMES)}"))  # fmt: skip
+                raise own(
+                    f"{key} leads to {value!r}: expected one of the 19 classes or 0..18, "
+                    + (f"did you mean `{close}`?" if close else f"choose from {', '.join(NAMES)}")
+                )
         return given
 
     @field_validator("ignored")
@@ -292,10 +300,19 @@ def build(name: str, spec: UserDomain) -> Domain:
     own_map = None if isinstance(spec.label_map, str) else _label_map(name, spec.label_map, spec.ignored)
     role: Role = "both" if len(splits) > 1 else "source" if "train" in splits else "target"
     return Domain(
-        name=name, title=spec.title or name, role=role, splits=splits, size=spec.size,
-        label_map=own_map.name if own_map else str(spec.label_map), inline_map=own_map, licence=spec.licence, access="own",
-        homepage=spec.homepage, folders=(str(Path(spec.folder or name).expanduser()),), digest=spec.digest(),
-    )  # fmt: skip
+        name=name,
+        title=spec.title or name,
+        role=role,
+        splits=splits,
+        size=spec.size,
+        label_map=own_map.name if own_map else str(spec.label_map),
+        inline_map=own_map,
+        licence=spec.licence,
+        access="own",
+        homepage=spec.homepage,
+        folders=(str(Path(spec.folder or name).expanduser()),),
+        digest=spec.digest(),
+    )
 
 
 def _label_map(name: str, given: Mapping[Key, Key], ignored: tuple[Key, ...]) -> LabelMap:

@@ -63,8 +63,16 @@ class SegDataset:
         files of a wrong encoding are noticed before any time is spent.
     """
 
-    def __init__(self, domain: Domain, split: str, *, root: Path | None = None, size: tuple[int, int] | None = None,
-                 limit: int | None = None, label_map: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        domain: Domain,
+        split: str,
+        *,
+        root: Path | None = None,
+        size: tuple[int, int] | None = None,
+        limit: int | None = None,
+        label_map: str | None = None,
+    ) -> None:
         self.domain = domain
         self.domain.require_split(split)
         self.split = split
@@ -206,8 +214,10 @@ def _tell(found: Found) -> None:
     if len(found) < found.expected:
         _warn(f"{what}: {len(found)} of its {found.expected} images are on this disk, scores will be marked as partial")
     if found.extra and not found.rendered:
-        _warn(f"{what}: {len(found)} images are in {found.folder}, {found.extra} more than the {found.expected} that are "
-              "published: which ones are foreign is not known, scores will be marked as partial")  # fmt: skip
+        _warn(
+            f"{what}: {len(found)} images are in {found.folder}, {found.extra} more than the {found.expected} that are "
+            "published: which ones are foreign is not known, scores will be marked as partial"
+        )
     if found.rendered:
         _warn(f"{what}: {found.folder} holds rendered scenes (dgbench data export), not the published set; records say so")
     if found.layout.note:

@@ -31,8 +31,14 @@ _NON_COMMERCIAL = "research, non-commercial"
 _SERVER = "its labels are withheld: predictions are scored by the benchmark's server"
 
 
-def _ids_or_train_ids(name: str, images: str, renamed: tuple[tuple[str, str], ...], encoding: str, count: int | None = None,
-                    only: tuple[str, ...] = ()) -> tuple[Layout, Layout]:  # fmt: skip
+def _ids_or_train_ids(
+    name: str,
+    images: str,
+    renamed: tuple[tuple[str, str], ...],
+    encoding: str,
+    count: int | None = None,
+    only: tuple[str, ...] = (),
+) -> tuple[Layout, Layout]:
     """The published labels, and train ids that a converter wrote beside them."""
     mapped = (*renamed, (".png", "_labelTrainIds.png"))
     return (
@@ -106,12 +112,14 @@ _BDD_BAD = {
         **dict.fromkeys(imageless, "no image in the archives before June 2021 (bdd100k#103)"),
     }
     for split, unlabelled, imageless in (
-        ("train",
-         ("3d581db5-2564fb7e", "52e3fd10-c205dec2", "781756b0-61e0a182", "78ac84ba-07bd30c2"),
-         ("fee92217-63b3f87f", "ff1e4d6d-f4d85cfd", "ff3d3536-04986e25", "ff3da814-c3463a43")),
+        (
+            "train",
+            ("3d581db5-2564fb7e", "52e3fd10-c205dec2", "781756b0-61e0a182", "78ac84ba-07bd30c2"),
+            ("fee92217-63b3f87f", "ff1e4d6d-f4d85cfd", "ff3d3536-04986e25", "ff3da814-c3463a43"),
+        ),
         ("val", ("80a9e37d-e4548ac1", "9342e334-33d167eb"), ("ff55861e-a06b953c", "ff7b98c7-3cb964ac")),
     )
-}  # fmt: skip
+}
 
 
 def _mapillary(split: str, folder: str) -> tuple[Layout, ...]:
@@ -151,10 +159,18 @@ def _acdc(condition: str, train: int, val: int) -> Domain:
         return tuple(found)
 
     return Domain(
-        name=f"acdc{suffix}", title=f"ACDC{suffix.replace('-', ', ')}", role="both", size="1080x1920", label_map="train-ids",
-        splits={"train": Split(train, layouts("train")), "val": Split(val, layouts("val"))}, withheld={"test": _SERVER},
-        licence=_NON_COMMERCIAL, access="account", homepage="https://acdc.vision.ee.ethz.ch", folders=("acdc", "ACDC"),
-    )  # fmt: skip
+        name=f"acdc{suffix}",
+        title=f"ACDC{suffix.replace('-', ', ')}",
+        role="both",
+        size="1080x1920",
+        label_map="train-ids",
+        splits={"train": Split(train, layouts("train")), "val": Split(val, layouts("val"))},
+        withheld={"test": _SERVER},
+        licence=_NON_COMMERCIAL,
+        access="account",
+        homepage="https://acdc.vision.ee.ethz.ch",
+        folders=("acdc", "ACDC"),
+    )
 
 
 def _idd(split: str) -> tuple[Layout, ...]:
@@ -179,87 +195,196 @@ def _idd(split: str) -> tuple[Layout, ...]:
 
 _TABLE: tuple[Domain, ...] = (
     *(
-        Domain(name=name, title=title, role="both", splits={s: Split(n) for s, n in STREETS_SPLITS.items()}, size="any",
-               label_map="train-ids", licence="Apache-2.0", access="procedural")
+        Domain(
+            name=name,
+            title=title,
+            role="both",
+            splits={s: Split(n) for s, n in STREETS_SPLITS.items()},
+            size="any",
+            label_map="train-ids",
+            licence="Apache-2.0",
+            access="procedural",
+        )
         for name, title in _STREETS.items()
     ),
     Domain(
-        name="gta5", title="GTA5 (Playing for Data)", role="source", size="1052x1914", label_map="gta5-ids",
-        splits={split: Split(count, layouts, _GTA_BAD) for split, count, layouts in (
-            ("train", 24966, _gta()), ("official-train", 12403, _gta("train", ("train",), 12388)),
-            ("official-val", 6382, _gta("val", ("valid", "val"))), ("official-test", 6181, _gta("test", ("test",))))},
-        licence=_NON_COMMERCIAL, access="open", homepage="https://download.visinf.tu-darmstadt.de/data/from_games/",
-        folders=("gta5", "gta", "GTA5", "GTA", "GTAV", "gtav"), aliases=("gta",),
+        name="gta5",
+        title="GTA5 (Playing for Data)",
+        role="source",
+        size="1052x1914",
+        label_map="gta5-ids",
+        splits={
+            split: Split(count, layouts, _GTA_BAD)
+            for split, count, layouts in (
+                ("train", 24966, _gta()),
+                ("official-train", 12403, _gta("train", ("train",), 12388)),
+                ("official-val", 6382, _gta("val", ("valid", "val"))),
+                ("official-test", 6181, _gta("test", ("test",))),
+            )
+        },
+        licence=_NON_COMMERCIAL,
+        access="open",
+        homepage="https://download.visinf.tu-darmstadt.de/data/from_games/",
+        folders=("gta5", "gta", "GTA5", "GTA", "GTAV", "gtav"),
+        aliases=("gta",),
     ),
     Domain(
-        name="synthia", title="SYNTHIA-RAND-CITYSCAPES, 16 of the 19 classes", role="source", size="760x1280",
-        splits={"train": Split(9400, _synthia()), "robustnet-train": Split(6580, _synthia("train")),
-                "robustnet-val": Split(2820, _synthia("val"))},
-        label_map="synthia-ids", licence="CC BY-NC-SA 3.0", access="open", homepage="https://synthia-dataset.net",
+        name="synthia",
+        title="SYNTHIA-RAND-CITYSCAPES, 16 of the 19 classes",
+        role="source",
+        size="760x1280",
+        splits={
+            "train": Split(9400, _synthia()),
+            "robustnet-train": Split(6580, _synthia("train")),
+            "robustnet-val": Split(2820, _synthia("val")),
+        },
+        label_map="synthia-ids",
+        licence="CC BY-NC-SA 3.0",
+        access="open",
+        homepage="https://synthia-dataset.net",
         folders=("synthia", "SYNTHIA", "RAND_CITYSCAPES"),
     ),
     Domain(
-        name="urbansyn", title="UrbanSyn", role="source", size="1024x2048", label_map="urbansyn-ids",
+        name="urbansyn",
+        title="UrbanSyn",
+        role="source",
+        size="1024x2048",
+        label_map="urbansyn-ids",
         splits={"train": Split(7539, (Layout("official", "rgb/rgb_*.png", (("rgb/rgb_", "ss/ss_"),)),))},
-        licence="CC BY-SA 4.0", access="open", homepage="https://huggingface.co/datasets/UrbanSyn/UrbanSyn",
+        licence="CC BY-SA 4.0",
+        access="open",
+        homepage="https://huggingface.co/datasets/UrbanSyn/UrbanSyn",
         folders=("urbansyn", "UrbanSyn"),
     ),
     Domain(
-        name="cityscapes", title="Cityscapes", role="both", size="1024x2048", label_map="cityscapes-ids",
+        name="cityscapes",
+        title="Cityscapes",
+        role="both",
+        size="1024x2048",
+        label_map="cityscapes-ids",
         splits={s: Split(n, _cityscapes(s)) for s, n in (("train", 2975), ("val", 500))},
         withheld={"test": "its labels are dummies: predictions are scored by the benchmark's server"},
-        licence=_NON_COMMERCIAL, access="account", homepage="https://www.cityscapes-dataset.com/downloads/",
-        folders=("cityscapes", "Cityscapes"), aliases=("city",),
+        licence=_NON_COMMERCIAL,
+        access="account",
+        homepage="https://www.cityscapes-dataset.com/downloads/",
+        folders=("cityscapes", "Cityscapes"),
+        aliases=("city",),
     ),
     Domain(
-        name="bdd100k", title="BDD100K (10k set)", role="both", size="720x1280", label_map="train-ids",
-        splits={s: Split(n, _bdd(s), _BDD_BAD[s]) for s, n in (("train", 7000), ("val", 1000))}, withheld={"test": _SERVER},
-        licence=_NON_COMMERCIAL, access="open", homepage="https://dl.cv.ethz.ch/bdd100k/data/",
-        folders=("bdd100k", "bdd", "bdd-100k", "bdd100k_seg"), aliases=("bdd",),
+        name="bdd100k",
+        title="BDD100K (10k set)",
+        role="both",
+        size="720x1280",
+        label_map="train-ids",
+        splits={s: Split(n, _bdd(s), _BDD_BAD[s]) for s, n in (("train", 7000), ("val", 1000))},
+        withheld={"test": _SERVER},
+        licence=_NON_COMMERCIAL,
+        access="open",
+        homepage="https://dl.cv.ethz.ch/bdd100k/data/",
+        folders=("bdd100k", "bdd", "bdd-100k", "bdd100k_seg"),
+        aliases=("bdd",),
     ),
     Domain(
-        name="mapillary", title="Mapillary Vistas v1.2", role="both", size="varies", label_map="mapillary-robustnet",
+        name="mapillary",
+        title="Mapillary Vistas v1.2",
+        role="both",
+        size="varies",
+        label_map="mapillary-robustnet",
         splits={s: Split(n, _mapillary(s, f)) for s, f, n in (("train", "training", 18000), ("val", "validation", 2000))},
-        label_maps=("mapillary-robustnet", "mapillary-openseg", "mapillary-wd2-policy"), withheld={"test": _SERVER},
-        licence="CC BY-NC-SA 4.0", access="request", homepage="https://www.mapillary.com/dataset/vistas",
-        folders=("mapillary", "mapillary_vistas", "Mapillary"), aliases=("vistas",),
+        label_maps=("mapillary-robustnet", "mapillary-openseg", "mapillary-wd2-policy"),
+        withheld={"test": _SERVER},
+        licence="CC BY-NC-SA 4.0",
+        access="request",
+        homepage="https://www.mapillary.com/dataset/vistas",
+        folders=("mapillary", "mapillary_vistas", "Mapillary"),
+        aliases=("vistas",),
     ),
     Domain(
-        name="mapillary-v2", title="Mapillary Vistas v2.0, 124 classes", role="target", size="varies", label_map="",
-        splits={s: Split(n, (Layout("official v2.0", f"{f}/images/*.jpg", (("/images/", "/v2.0/labels/"), (".jpg", ".png"))),))
-                for s, f, n in (("train", "training", 18000), ("val", "validation", 2000))},
-        licence="CC BY-NC-SA 4.0", access="request", homepage="https://www.mapillary.com/dataset/vistas",
-        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"), legend="config_v2.0.json",
+        name="mapillary-v2",
+        title="Mapillary Vistas v2.0, 124 classes",
+        role="target",
+        size="varies",
+        label_map="",
+        splits={
+            s: Split(n, (Layout("official v2.0", f"{f}/images/*.jpg", (("/images/", "/v2.0/labels/"), (".jpg", ".png"))),))
+            for s, f, n in (("train", "training", 18000), ("val", "validation", 2000))
+        },
+        licence="CC BY-NC-SA 4.0",
+        access="request",
+        homepage="https://www.mapillary.com/dataset/vistas",
+        folders=("mapillary-v2", "mapillary", "mapillary_vistas", "Mapillary"),
+        legend="config_v2.0.json",
         withheld={"test": _SERVER},
     ),
-    _acdc("*", 1600, 406), _acdc("fog", 400, 100), _acdc("night", 400, 106), _acdc("rain", 400, 100), _acdc("snow", 400, 100),
+    _acdc("*", 1600, 406),
+    _acdc("fog", 400, 100),
+    _acdc("night", 400, 106),
+    _acdc("rain", 400, 100),
+    _acdc("snow", 400, 100),
     Domain(
-        name="dark-zurich", title="Dark Zurich", role="target", size="1080x1920", label_map="train-ids",
-        splits={"val": Split(50, (Layout("official", "rgb_anon/val/night/*/*_rgb_anon.png",
-                (("rgb_anon/", "gt/"), ("_rgb_anon.png", "_gt_labelTrainIds.png"))),))},
+        name="dark-zurich",
+        title="Dark Zurich",
+        role="target",
+        size="1080x1920",
+        label_map="train-ids",
+        splits={
+            "val": Split(
+                50,
+                (
+                    Layout(
+                        "official",
+                        "rgb_anon/val/night/*/*_rgb_anon.png",
+                        (("rgb_anon/", "gt/"), ("_rgb_anon.png", "_gt_labelTrainIds.png")),
+                    ),
+                ),
+            )
+        },
         withheld={"train": "it has no labels", "test": _SERVER},
-        licence=_NON_COMMERCIAL, access="open", homepage="https://www.trace.ethz.ch/publications/2019/GCMA_UIoU/",
-        folders=("dark-zurich", "dark_zurich", "Dark_Zurich", "DarkZurich", "Dark_Zurich_val_anon"), aliases=("dark_zurich",),
+        licence=_NON_COMMERCIAL,
+        access="open",
+        homepage="https://www.trace.ethz.ch/publications/2019/GCMA_UIoU/",
+        folders=("dark-zurich", "dark_zurich", "Dark_Zurich", "DarkZurich", "Dark_Zurich_val_anon"),
+        aliases=("dark_zurich",),
     ),
     Domain(
-        name="idd", title="India Driving Dataset, part I", role="both", size="1080x1920", label_map="idd-autonue",
-        splits={s: Split(n, _idd(s)) for s, n in (("train", 6993), ("val", 981))}, withheld={"test": _SERVER},
+        name="idd",
+        title="India Driving Dataset, part I",
+        role="both",
+        size="1080x1920",
+        label_map="idd-autonue",
+        splits={s: Split(n, _idd(s)) for s, n in (("train", 6993), ("val", 981))},
+        withheld={"test": _SERVER},
         label_maps=("idd-autonue", "idd-no-terrain"),
-        licence=_NON_COMMERCIAL, access="account", homepage="https://idd.insaan.iiit.ac.in",
+        licence=_NON_COMMERCIAL,
+        access="account",
+        homepage="https://idd.insaan.iiit.ac.in",
         folders=("idd", "IDD", "IDD_Segmentation", "idd20k"),
     ),
     Domain(
-        name="wilddash2", title="WildDash 2, public part", role="target", size="1080x1920", label_map="wilddash2-policy",
-        splits={"val": Split(4256, (
-            Layout("official", "images/*.jpg", (("images/", "panoptic/"), (".jpg", ".png")), "panoptic"),
-            Layout("label ids", "images/*.jpg", (("images/", "labels/"), (".jpg", ".png"))),
-            Layout("label ids by pano2sem", "images/*.jpg", (("images/", "semantic/"), (".jpg", "_labelIds.png"))),
-        ))},
-        label_maps=("wilddash2-policy", "wilddash2-on-rails"), withheld={"test": _SERVER},
-        licence=_NON_COMMERCIAL, access="account", homepage="https://wilddash.cc",
-        folders=("wilddash2", "wilddash", "WildDash2", "wd_public_02", "wd_public_v2p0"), aliases=("wilddash",),
+        name="wilddash2",
+        title="WildDash 2, public part",
+        role="target",
+        size="1080x1920",
+        label_map="wilddash2-policy",
+        splits={
+            "val": Split(
+                4256,
+                (
+                    Layout("official", "images/*.jpg", (("images/", "panoptic/"), (".jpg", ".png")), "panoptic"),
+                    Layout("label ids", "images/*.jpg", (("images/", "labels/"), (".jpg", ".png"))),
+                    Layout("label ids by pano2sem", "images/*.jpg", (("images/", "semantic/"), (".jpg", "_labelIds.png"))),
+                ),
+            )
+        },
+        label_maps=("wilddash2-policy", "wilddash2-on-rails"),
+        withheld={"test": _SERVER},
+        licence=_NON_COMMERCIAL,
+        access="account",
+        homepage="https://wilddash.cc",
+        folders=("wilddash2", "wilddash", "WildDash2", "wd_public_02", "wd_public_v2p0"),
+        aliases=("wilddash",),
     ),
-)  # fmt: skip
+)
 
 DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 

@@ -70,9 +70,18 @@ class Exported:
     ignored: dict[str, int]  # class that the labels cannot express -> its pixels, which became ignored
 
 
-def export(streets: str, domain: str, out: Path, *, n: int | None = None, splits: Sequence[str] = (),
-           size: tuple[int, int] | None = None, layout: str | None = None, label_map: str | None = None,
-           progress: Progress | None = None) -> list[Exported]:  # fmt: skip
+def export(
+    streets: str,
+    domain: str,
+    out: Path,
+    *,
+    n: int | None = None,
+    splits: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    layout: str | None = None,
+    label_map: str | None = None,
+    progress: Progress | None = None,
+) -> list[Exported]:
     """Render scenes and write them below the data root `out` as the files of `domain`; the folder appears when it is whole.
 
     Args:
@@ -113,8 +122,19 @@ def export(streets: str, domain: str, out: Path, *, n: int | None = None, splits
             finally:
                 progress.stop()
             assert dataset.size is not None
-            done.append(Exported(source.name, row.name, plan.split, folder, plan.layout.name, plan.label_map.name,
-                                 len(dataset), dataset.size, ignored))  # fmt: skip
+            done.append(
+                Exported(
+                    source.name,
+                    row.name,
+                    plan.split,
+                    folder,
+                    plan.layout.name,
+                    plan.label_map.name,
+                    len(dataset),
+                    dataset.size,
+                    ignored,
+                )
+            )
         writer.finish()
         os.rename(stage, folder)
     finally:
@@ -168,8 +188,10 @@ def _inverse(label_map: LabelMap, never: Sequence[str]) -> tuple[Stored, tuple[i
 
 def _new_folder(row: Domain, out: Path) -> Path:
     if any(Path(name).is_absolute() for name in row.folders):
-        raise DataError(f"`{row.name}` lies in {row.folders[0]}, not below a data root",
-                        "give its declaration a `folder` without a leading slash, or none")  # fmt: skip
+        raise DataError(
+            f"`{row.name}` lies in {row.folders[0]}, not below a data root",
+            "give its declaration a `folder` without a leading slash, or none",
+        )
     if taken := next((out / name for name in row.folders if (out / name).exists()), None):
         raise DataError(f"{taken} exists: an export never adds to files that are there", "give another --out")
     return out / row.folders[0]
@@ -223,9 +245,13 @@ class _Writer:
         """The next path that the glob of images matches, in an order that sorting keeps."""
         digest = hashlib.sha256(f"{self.streets} {plan.split} {i}".encode()).hexdigest()
         values: dict[str, Any] = {
-            "i": self._given, "n": self._given + 1, "a": digest[:8], "b": digest[8:16],
-            "streets": self.streets.replace("@", "-"), "condition": _CONDITIONS[i * len(_CONDITIONS) // count],
-        }  # fmt: skip
+            "i": self._given,
+            "n": self._given + 1,
+            "a": digest[:8],
+            "b": digest[8:16],
+            "streets": self.streets.replace("@", "-"),
+            "condition": _CONDITIONS[i * len(_CONDITIONS) // count],
+        }
         self._given += 1
         first, *parts = plan.layout.images.split("*")
         stars = _STARS.get(self.row.folders[0], ("{i:06d}",))

@@ -101,9 +101,14 @@ class Stream:
 
 
 def streams(
-    declared: Sequence[Extra], given: Mapping[str, str], method: str, crop: tuple[int, int], targets: Sequence[str],
-    root: Path | None = None, domains: Mapping[str, UserDomain] | None = None,
-) -> list[Stream]:  # fmt: skip
+    declared: Sequence[Extra],
+    given: Mapping[str, str],
+    method: str,
+    crop: tuple[int, int],
+    targets: Sequence[str],
+    root: Path | None = None,
+    domains: Mapping[str, UserDomain] | None = None,
+) -> list[Stream]:
     """Return the streams that a method declares, from where the recipe says that they are.
 
     Args:
@@ -118,13 +123,17 @@ def streams(
         name = unknown[0]
         near = suggest(name, known)
         has = f"it has {', '.join(f'`{one}`' for one in known)}" if known else "it needs no further images"
-        raise RecipeError(f"data.extra: `{method}` has no stream `{name}` ({given[name]}): {has}",
-                          f"did you mean `{near}`?" if near else f"remove data.extra.{name}")  # fmt: skip
+        raise RecipeError(
+            f"data.extra: `{method}` has no stream `{name}` ({given[name]}): {has}",
+            f"did you mean `{near}`?" if near else f"remove data.extra.{name}",
+        )
     if missing := [extra for extra in declared if extra.name not in given]:
         named_ = ", ".join(f"`{extra.name}`" for extra in missing)
         what = "a folder with images/ and labels/" if missing[0].labels else "a folder of images"
-        raise RecipeError(f"`{method}` trains with further images, but data.extra does not say where {named_} are",
-                          f"--set data.extra.{missing[0].name}=PATH, {what}, or a domain's name")  # fmt: skip
+        raise RecipeError(
+            f"`{method}` trains with further images, but data.extra does not say where {named_} are",
+            f"--set data.extra.{missing[0].name}=PATH, {what}, or a domain's name",
+        )
     return [_stream(extra, given[extra.name], method, crop, targets, root, domains) for extra in declared]
 
 
@@ -163,8 +172,10 @@ def _stream(
     if not pairs:
         raise DataError(f"{what}: no image in {images}", f"images end in {', '.join(SUFFIXES)}")
     if alone := [path for path, label in pairs if label is None]:
-        raise DataError(f"{what}: {len(alone)} of {len(pairs)} images have no label in {labels}, the first is {alone[0]}",
-                        f"each needs a file of train ids of the same name, {alone[0].stem}.png")  # fmt: skip
+        raise DataError(
+            f"{what}: {len(alone)} of {len(pairs)} images have no label in {labels}, the first is {alone[0]}",
+            f"each needs a file of train ids of the same name, {alone[0].stem}.png",
+        )
     return Stream(extra.name, size, True, pairs)
 
 

@@ -22,9 +22,18 @@ MOST = 2 << 30  # bytes: what Pillow's limit of pixels takes at 16 bits a channe
 
 # what Pillow raises for one image or another that is damaged, or made to do damage
 DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError,
-    struct.error, Image.DecompressionBombError,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 # of images that Pillow reads all the same; those of twice as many pixels it refuses
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -40,10 +40,17 @@ def domain(name: str, root: Path) -> Domain | None:
     role: Role = "both" if len(splits) > 1 else "source" if "train" in splits else "target"
     pinned = [told[key] for key in ("repository", "revision", "encoding", "label_map")] + [told.get("columns")]
     return Domain(
-        name=name, title=f"{told['repository']} on the Hub", role=role, splits=splits, size="varies",
-        label_map=told["label_map"], licence=told.get("licence") or "", access="own", folders=(name,),
+        name=name,
+        title=f"{told['repository']} on the Hub",
+        role=role,
+        splits=splits,
+        size="varies",
+        label_map=told["label_map"],
+        licence=told.get("licence") or "",
+        access="own",
+        folders=(name,),
         digest=hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()[:12],
-    )  # fmt: skip
+    )
 
 
 def layout(folder: Path, split: str) -> Layout | None:
@@ -115,12 +122,17 @@ def _source(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} lacks {', '.join(sorted(lacking))}", f"remove {folder} and download the set again")
     told.setdefault("splits", {})
     splits = told["splits"]
-    sound = isinstance(splits, dict) and all(_SPLIT.fullmatch(name) and type(count) is int and count > 0
-                                             for name, count in splits.items())  # fmt: skip
+    sound = isinstance(splits, dict) and all(
+        _SPLIT.fullmatch(name) and type(count) is int and count > 0 for name, count in splits.items()
+    )
     if not sound or not all(isinstance(told[key], str) for key in ("repository", "revision", "encoding", "label_map")):
-        raise DataError(f"{path} is damaged: `splits` are names with counts, everything else is text",
-                        f"remove {folder} and download the set again")  # fmt: skip
+        raise DataError(
+            f"{path} is damaged: `splits` are names with counts, everything else is text",
+            f"remove {folder} and download the set again",
+        )
     if told["encoding"] in BESIDE:
-        raise DataError(f"{path}: rows cannot hold `{told['encoding']}` labels, whose table lies in a file beside them",
-                        f"remove {folder}, and lay the set's files out in folders (docs/data.md)")  # fmt: skip
+        raise DataError(
+            f"{path}: rows cannot hold `{told['encoding']}` labels, whose table lies in a file beside them",
+            f"remove {folder}, and lay the set's files out in folders (docs/data.md)",
+        )
     return told

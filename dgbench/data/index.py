@@ -108,8 +108,9 @@ def rows_of(found: Found) -> datasets.Dataset:
 
     if found.rows:
         return hub_sets.opened(found.folder / found.layout.images)
-    features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
-                                  "label": datasets.Image(decode=False)})  # fmt: skip
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "image": datasets.Image(decode=False), "label": datasets.Image(decode=False)}
+    )
     if odd := next((path for pair in found.pairs for path in pair if not _is_text(str(found.folder / path))), None):
         raise DataError(
             f"{str(found.folder / odd)!r} is no name in UTF-8, in which records are written",
@@ -141,8 +142,10 @@ def find(domain: Domain, split: str, root: Path | None = None) -> Found:
     best: Found | None = None
     for folder in domain.roots(base):
         if (folder / UNFINISHED).exists():
-            raise DataError(f"files are being added to {folder}, or that was interrupted",
-                            f"wait until it ends, or finish it: dgbench download {domain.name}")  # fmt: skip
+            raise DataError(
+                f"files are being added to {folder}, or that was interrupted",
+                f"wait until it ends, or finish it: dgbench download {domain.name}",
+            )
         files = _Files(folder)
         for layout in domain.splits[split].layouts:
             here = _in_layout(domain, split, layout, files)
@@ -165,8 +168,11 @@ def _complete(found: Found) -> Found:
         return replace(found, rendered=rendered)
     files = _Files(found.folder)
     split = found.domain.splits[found.split]
-    bad = {image: problem for image, label in found.pairs if stem(image) in split.known_bad
-           and (problem := mismatch(found.folder / image, found.folder / label))}  # fmt: skip
+    bad = {
+        image: problem
+        for image, label in found.pairs
+        if stem(image) in split.known_bad and (problem := mismatch(found.folder / image, found.folder / label))
+    }
     pairs = tuple(pair for pair in found.pairs if pair[0] not in bad)
     imageless: tuple[str, ...] = ()
     labels = label_of(found.layout.images, found.layout)
@@ -195,8 +201,10 @@ def label_of(image: str, layout: Layout) -> str:
     """
     label = replaced(image, layout.to_label)
     if outside(label):
-        raise DataError(f"the label of {image} would be {label}, which is not below the domain's folder",
-                        "rename the file, or change `labels` of the domain's declaration")  # fmt: skip
+        raise DataError(
+            f"the label of {image} would be {label}, which is not below the domain's folder",
+            "rename the file, or change `labels` of the domain's declaration",
+        )
     return label
 
 

@@ -75,11 +75,19 @@ def _state(domain: Domain, root: Path | None) -> DomainState:
     folder = domain.root(data_root(root))
     here = {} if folder is None else {split: state for split in domain.splits if (state := _split_state(domain, split, root))}
     return DomainState(
-        name=domain.name, title=domain.title, role=domain.role, size=domain.size, access=domain.access, licence=domain.licence,
-        splits={name: split.count for name, split in domain.splits.items()}, homepage=domain.homepage,
-        label_maps=tuple(dict.fromkeys((*filter(None, (domain.label_map,)), *domain.label_maps))), aliases=domain.aliases,
-        where="rendered" if domain.procedural else None if folder is None else str(folder), here=here,
-    )  # fmt: skip
+        name=domain.name,
+        title=domain.title,
+        role=domain.role,
+        size=domain.size,
+        access=domain.access,
+        licence=domain.licence,
+        splits={name: split.count for name, split in domain.splits.items()},
+        homepage=domain.homepage,
+        label_maps=tuple(dict.fromkeys((*filter(None, (domain.label_map,)), *domain.label_maps))),
+        aliases=domain.aliases,
+        where="rendered" if domain.procedural else None if folder is None else str(folder),
+        here=here,
+    )
 
 
 def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | None:
@@ -121,10 +129,16 @@ def class_shares(
     counts = class_counts(dataset, progress)  # (n, K)
     total = max(int(counts.sum()), 1)
     return [
-        ClassShare(dataset.domain.name, split, class_name, float(counts[:, k].sum() / total),
-                   float((counts[:, k] > 0).mean()), len(dataset))
+        ClassShare(
+            dataset.domain.name,
+            split,
+            class_name,
+            float(counts[:, k].sum() / total),
+            float((counts[:, k] > 0).mean()),
+            len(dataset),
+        )
         for k, class_name in enumerate(NAMES)
-    ]  # fmt: skip
+    ]
 
 
 def sheet(

@@ -88,8 +88,9 @@ PRESETS: dict[str, Distortion] = {
 }
 
 
-def jittered(image: Pixels, *, order: tuple[int, ...], brightness: float, contrast: float, saturation: float,
-             hue: float) -> Pixels:  # fmt: skip
+def jittered(
+    image: Pixels, *, order: tuple[int, ...], brightness: float, contrast: float, saturation: float, hue: float
+) -> Pixels:
     """Return torchvision's ColorJitter with these factors.
 
     Args:
@@ -119,12 +120,12 @@ def gaussian(image: Pixels, sigma: float) -> Pixels:
     return rounded
 
 
-def _jitter(image: Pixels, rng: np.random.Generator, brightness: float, contrast: float, saturation: float,
-            hue: float) -> Pixels:  # fmt: skip
+def _jitter(image: Pixels, rng: np.random.Generator, brightness: float, contrast: float, saturation: float, hue: float) -> Pixels:
     order = tuple(int(step) for step in rng.permutation(4))
     factors = [rng.uniform(1 - reach, 1 + reach) for reach in (brightness, contrast, saturation)]
-    return jittered(image, order=order, brightness=factors[0], contrast=factors[1], saturation=factors[2],
-                    hue=rng.uniform(-hue, hue))  # fmt: skip
+    return jittered(
+        image, order=order, brightness=factors[0], contrast=factors[1], saturation=factors[2], hue=rng.uniform(-hue, hue)
+    )
 
 
 def _blur(image: Pixels, radius: float) -> Pixels:

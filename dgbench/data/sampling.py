@@ -194,8 +194,9 @@ class ClassUniformSampler:
         return order
 
 
-def sampler_of(data: DataSpec, dataset: SegDataset | Union, seed: int,
-               progress: Progress) -> UniformSampler | WeightedSampler | RareClassSampler | ClassUniformSampler:  # fmt: skip
+def sampler_of(
+    data: DataSpec, dataset: SegDataset | Union, seed: int, progress: Progress
+) -> UniformSampler | WeightedSampler | RareClassSampler | ClassUniformSampler:
     """Return the sampler that a recipe's `data` asks for.
 
     Raises: DataError if it chooses images by their classes, and no label holds any.
@@ -206,8 +207,10 @@ def sampler_of(data: DataSpec, dataset: SegDataset | Union, seed: int,
     if data.rare_class_sampling is not None:
         counts = class_counts(dataset, progress)
         if not counts.any():
-            raise DataError(f"no pixel of `{data.source}` {dataset.split} has one of the 19 classes: all are ignored",
-                            f"see which values its labels hold: dgbench data verify {' '.join(data.sources)}")  # fmt: skip
+            raise DataError(
+                f"no pixel of `{data.source}` {dataset.split} has one of the 19 classes: all are ignored",
+                f"see which values its labels hold: dgbench data verify {' '.join(data.sources)}",
+            )
         return RareClassSampler(counts, data.rare_class_sampling, seed, dataset.size)
     if data.source_weights is not None:
         return WeightedSampler([len(part) for part in dataset.parts], data.source_weights, seed)
@@ -262,8 +265,9 @@ def _centroids(label: NDArray[np.uint8]) -> Iterator[tuple[int, tuple[float, flo
         yield int(c), (float(ys.mean()), float(xs.mean()))
 
 
-def _looked_up(dataset: SegDataset, what: str, one: Callable[[int], NDArray[Any]], form: tuple[type, int],
-               progress: Progress) -> NDArray[Any]:  # fmt: skip
+def _looked_up(
+    dataset: SegDataset, what: str, one: Callable[[int], NDArray[Any]], form: tuple[type, int], progress: Progress
+) -> NDArray[Any]:
     """Return what `one` finds in each label, put together; from a file if that was done before."""
     places = _cache_files(dataset, what)
     for path in places:

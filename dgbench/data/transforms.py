@@ -111,8 +111,9 @@ def to_model(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tens
     return images.float().div_(255), labels.to(device, non_blocking=True).long()
 
 
-def draw_window(label: Pixels, a: Augmentation, rng: np.random.Generator,
-                wanted: Wanted | Around | None = None) -> tuple[Part, tuple[int, int], Pixels]:  # fmt: skip
+def draw_window(
+    label: Pixels, a: Augmentation, rng: np.random.Generator, wanted: Wanted | Around | None = None
+) -> tuple[Part, tuple[int, int], Pixels]:
     """Return a window of random scale and place.
 
     Of up to 10 places, the first is taken at which no class has more than `cat_max_ratio` of the labelled pixels. Where a
@@ -160,8 +161,9 @@ def _scale(shape: tuple[int, ...], a: Augmentation, rng: np.random.Generator) ->
     return int(height * ratio + 0.5) / height, int(width * ratio + 0.5) / width
 
 
-def _place(shape: tuple[int, ...], crop: tuple[int, int], scale: Scale, rng: np.random.Generator,
-           around: Around | None = None) -> tuple[Part, tuple[int, int]]:  # fmt: skip
+def _place(
+    shape: tuple[int, ...], crop: tuple[int, int], scale: Scale, rng: np.random.Generator, around: Around | None = None
+) -> tuple[Part, tuple[int, int]]:
     height, width = (max(1, round(side / by)) for side, by in zip(crop, scale, strict=True))
     if around is None:
         top = int(rng.integers(max(0, shape[0] - height) + 1))

@@ -252,14 +252,25 @@ class _Tally:
         labelled = max(sum(class_pixels.values()), 1)
         classes = list(enumerate(NAMES)) if self.label_map is not None else []
         return Report(
-            domain=found.domain.name, split=found.split, folder=found.folder, layout=layout.name, note=layout.note,
-            label_map=self.label_map.name if self.label_map else None, n_pairs=len(found),
-            n_missing=max(0, found.expected - len(found)), n_extra=found.extra, rendered=found.rendered,
-            problems=tuple(self.problems), known_bad=bad, one_color=tuple(self.one_color), turned=tuple(self.turned),
-            sizes=dict(self.sizes.most_common()), values=self._values(),
+            domain=found.domain.name,
+            split=found.split,
+            folder=found.folder,
+            layout=layout.name,
+            note=layout.note,
+            label_map=self.label_map.name if self.label_map else None,
+            n_pairs=len(found),
+            n_missing=max(0, found.expected - len(found)),
+            n_extra=found.extra,
+            rendered=found.rendered,
+            problems=tuple(self.problems),
+            known_bad=bad,
+            one_color=tuple(self.one_color),
+            turned=tuple(self.turned),
+            sizes=dict(self.sizes.most_common()),
+            values=self._values(),
             shares={name: class_pixels[i] / labelled for i, name in classes},
             n_images={name: self.class_images[i] for i, name in classes},
-        )  # fmt: skip
+        )
 
     def _class_pixels(self) -> Counter[int]:
         totals: Counter[int] = Counter()
@@ -271,10 +282,14 @@ class _Tally:
     def _values(self) -> tuple[Value, ...]:
         names = _legend(self.found) if self.label_map is None else {}
         return tuple(
-            Value(value, names.get(value, "unknown") if self.label_map is None else _meaning(value, self.label_map),
-                  self.pixels[value], self.images[value])
+            Value(
+                value,
+                names.get(value, "unknown") if self.label_map is None else _meaning(value, self.label_map),
+                self.pixels[value],
+                self.images[value],
+            )
             for value in sorted(self.pixels)
-        )  # fmt: skip
+        )
 
 
 def _meaning(value: int, label_map: LabelMap) -> str:

@@ -167,9 +167,10 @@ def _one_archive(order: Order, one: Archive | given.Given, work: Work) -> None:
     def check(files: Iterable[str]) -> None:
         for archive in gives:
             if glob := given.lacks(archive, files):
-                raise archives.ArchiveError(f"{path.name} holds no `{glob}`: it is not {archive.name} as its owner hands it out",
-                                            f"see {order.page} for what has changed, or unpack it yourself and give the folder "
-                                            "with --from")  # fmt: skip
+                raise archives.ArchiveError(
+                    f"{path.name} holds no `{glob}`: it is not {archive.name} as its owner hands it out",
+                    f"see {order.page} for what has changed, or unpack it yourself and give the folder with --from",
+                )
 
     title = f"unpacking {path.name}"
 
@@ -256,15 +257,18 @@ def _link(order: Order) -> None:
     assert order.tree is not None
     target, tree = order.stage.target, order.tree.resolve()
     if target.exists() or target.is_symlink():
-        raise DataError(f"{target} is there already, and {order.name} cannot be read from it",
-                        f"move it away; then it can point at {tree}")  # fmt: skip
+        raise DataError(
+            f"{target} is there already, and {order.name} cannot be read from it", f"move it away; then it can point at {tree}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.symlink_to(tree, target_is_directory=True)
     order.note, folder = orders.readable(catalog.lookup(order.name, target.parent), target.parent)
     if folder is None:
         target.unlink()
-        raise DataError(f"{tree} does not hold `{order.name}` in a layout that is known",
-                        f"docs/data.md lists the layouts; {order.page} has the official files")  # fmt: skip
+        raise DataError(
+            f"{tree} does not hold `{order.name}` in a layout that is known",
+            f"docs/data.md lists the layouts; {order.page} has the official files",
+        )
     order.note = f"{order.note}; the files stay in {tree}"
 
 

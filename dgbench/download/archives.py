@@ -37,8 +37,15 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar")
 _BLOCK = 1 << 20
 # the last two are what Python's readers raise for numbers, names and nesting that they did not expect
 _DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error, ValueError, RecursionError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    struct.error,
+    ValueError,
+    RecursionError,
+)
 _SHOWN = 200  # characters of a member's name in a message
 
 

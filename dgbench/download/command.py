@@ -107,9 +107,11 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     again = f"run again: {options.command}"
     if forbidden := [order for order in moving if _forbidden(order)]:
         listed = ", ".join(f"{order.name} ({_gigabytes(order)})" for order in forbidden)
-        raise DataError(f"{_forbidden(forbidden[0])} forbids downloads; not on this machine: {listed}",
-                        f"where there is a network, run: {options.command}, and copy {root} here; archives that are here already "
-                        "are taken from --from FOLDER")  # fmt: skip
+        raise DataError(
+            f"{_forbidden(forbidden[0])} forbids downloads; not on this machine: {listed}",
+            f"where there is a network, run: {options.command}, and copy {root} here; archives that are here already "
+            "are taken from --from FOLDER",
+        )
     for order in [order for order in moving if order.way == "csDownload" and order.uses_network]:
         try:
             csdownload.check(by_hand_hint(order.name))
@@ -189,8 +191,10 @@ def _tower(name: str, root: Path) -> str:
         return name
     if not name.startswith("timm:"):
         if name in catalog.names(root):
-            raise DataError(f"`{name}` is a domain of your own: its declaration does not say where its files come from",
-                            f"put them into {root}, or fetch a set of the Hub with --hub")  # fmt: skip
+            raise DataError(
+                f"`{name}` is a domain of your own: its declaration does not say where its files come from",
+                f"put them into {root}, or fetch a set of the Hub with --hub",
+            )
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
         raise DgbenchError(*unknown("tower or domain", name, [*TOWERS, *known]))
     # here and not above: importing towers takes seconds that others do not need
@@ -252,8 +256,10 @@ def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[str], root: 
         return
     terms = "\n".join(f"{order.title}: {order.terms}. Full text: {order.page}" for order in asking)
     if options.ask is None:
-        raise DataError(f"these terms have to be accepted before the transfer:\n{terms}",
-                        f"read them, then accept them with --yes: {options.command} --yes")  # fmt: skip
+        raise DataError(
+            f"these terms have to be accepted before the transfer:\n{terms}",
+            f"read them, then accept them with --yes: {options.command} --yes",
+        )
     if not options.ask(terms):
         raise DataError("the terms were not accepted: nothing was transferred", None)
 

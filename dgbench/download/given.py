@@ -98,8 +98,10 @@ def _named(source: Source, path: Path) -> tuple[str, ...]:
     if archive is None:
         return ()
     if path.name.lower().endswith(".zip") and (glob := lacks(archive, map(source.place, archives.members(path)))):
-        raise DataError(f"{path} has the name of an archive of `{source.domain}`, but holds no `{glob}`",
-                        "it is another file of that name, or damaged: move it away, or download it again")  # fmt: skip
+        raise DataError(
+            f"{path} has the name of an archive of `{source.domain}`, but holds no `{glob}`",
+            "it is another file of that name, or damaged: move it away, or download it again",
+        )
     return (archive.name,)
 
 

@@ -48,9 +48,12 @@ def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
             raise DataError(f"{repo} lists a file {name!r}, which lies outside of it", "do not fetch this repository")
     licence = getattr(info.card_data, "license", None) if info.card_data else None
     return Listed(
-        repo, str(info.sha), licence if isinstance(licence, str) else None, {f.rfilename: f.size or 0 for f in chosen},
+        repo,
+        str(info.sha),
+        licence if isinstance(licence, str) else None,
+        {f.rfilename: f.size or 0 for f in chosen},
         {f.rfilename: f.lfs.sha256 for f in chosen if f.lfs is not None},
-    )  # fmt: skip
+    )
 
 
 def fetch(wanted: Listed, folder: Path, again: str) -> None:
@@ -94,8 +97,10 @@ def _check_room(wanted: Listed, folder: Path, again: str) -> None:
     missing = sum(size for name, size in wanted.files.items() if not (folder / name).is_file())
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise FullDiskError(f"no room for {wanted.repo}: {missing:,} bytes are missing, {folder.parent} has {free:,} free",
-                            f"make room there, or point --root or DGBENCH_DATA at a larger disk; then {again}")  # fmt: skip
+        raise FullDiskError(
+            f"no room for {wanted.repo}: {missing:,} bytes are missing, {folder.parent} has {free:,} free",
+            f"make room there, or point --root or DGBENCH_DATA at a larger disk; then {again}",
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -132,21 +137,31 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         if isinstance(error, HFValidationError):
             raise DataError(f"`{repo}` is no name of a repository: {reason}", "--hub OWNER/NAME, as on the Hub's page") from None
         if isinstance(error, GatedRepoError):
-            raise DataError(f"{repo} is gated: its owner asks you to accept the licence first",
-                            f"accept it at {page}, log in with: hf auth login, and {again}") from None  # fmt: skip
+            raise DataError(
+                f"{repo} is gated: its owner asks you to accept the licence first",
+                f"accept it at {page}, log in with: hf auth login, and {again}",
+            ) from None
         if isinstance(error, RevisionNotFoundError):
-            raise DataError(f"{repo} has no revision `{revision}`", f"{page}/commits/main lists them; --revision takes a branch, "
-                            "a tag or a commit") from None  # fmt: skip
+            raise DataError(
+                f"{repo} has no revision `{revision}`",
+                f"{page}/commits/main lists them; --revision takes a branch, a tag or a commit",
+            ) from None
         if isinstance(error, RepositoryNotFoundError):
-            raise DataError(f"the Hub knows no dataset {repo}, or it is private",
-                            f"check the name at {page}; for a private one log in with: hf auth login") from None  # fmt: skip
+            raise DataError(
+                f"the Hub knows no dataset {repo}, or it is private",
+                f"check the name at {page}; for a private one log in with: hf auth login",
+            ) from None
         if isinstance(error, HfHubHTTPError):
-            raise DataError(f"{endpoint} does not give out {repo}: it answers {error.response.status_code}",
-                            f"see https://status.huggingface.co, and {again}") from None  # fmt: skip
+            raise DataError(
+                f"{endpoint} does not give out {repo}: it answers {error.response.status_code}",
+                f"see https://status.huggingface.co, and {again}",
+            ) from None
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
             raise  # the file system's refusal names its file itself
-        raise DataError(f"no connection to {endpoint} for {repo}: {reason}",
-                        f"check the network and HTTPS_PROXY, then {again}: it goes on where it stopped") from None  # fmt: skip
+        raise DataError(
+            f"no connection to {endpoint} for {repo}: {reason}",
+            f"check the network and HTTPS_PROXY, then {again}: it goes on where it stopped",
+        ) from None
 
 
 def fetch_one(wanted: Listed, name: str, folder: Path, again: str) -> Path:

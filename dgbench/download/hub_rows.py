@@ -98,8 +98,10 @@ def wish_of(
     if encoding not in ENCODINGS:
         raise DataError(*unknown("encoding", encoding, ENCODINGS))
     if encoding in BESIDE:
-        raise DataError(f"`{encoding}` labels cannot be fetched as rows: their table lies in a file beside them",
-                        "fetch the files by other means and declare the domain (docs/data.md)")  # fmt: skip
+        raise DataError(
+            f"`{encoding}` labels cannot be fetched as rows: their table lies in a file beside them",
+            "fetch the files by other means and declare the domain (docs/data.md)",
+        )
     chosen = name or re.sub(r"[^a-z0-9_-]+", "-", repo.rpartition("/")[2].lower()).strip("-")
     return chosen, HubWish(repo, revision or "main", tuple(patterns_of(pairs)), pairs, encoding, label_map, split)
 
@@ -199,8 +201,10 @@ def _parquet_rows(
                 content = value["bytes"] if isinstance(value, Mapping) else value
                 if not isinstance(content, bytes) or not content:
                     what = "is null" if value is None else "holds a path or an address alone"
-                    raise DataError(f"{repo}: row {number} of `{split}` ({name}) has no bytes in column `{column}`",
-                                    f"it {what}, and those are never opened: the set must hold all its images")  # fmt: skip
+                    raise DataError(
+                        f"{repo}: row {number} of `{split}` ({name}) has no bytes in column `{column}`",
+                        f"it {what}, and those are never opened: the set must hold all its images",
+                    )
                 # without its path: `datasets` would open a file of that name on this machine
                 made[part] = {"bytes": content, "path": None}
             yield made
@@ -242,8 +246,10 @@ def check_columns(wanted: Listed, columns: Mapping[str, str], file: Path) -> Non
             message, hint = unknown("column", column, schema.names)
             raise DataError(f"{wanted.repo}: {message}", f"{hint} (columns with images: {', '.join(images) or 'none'})")
         if column not in images:
-            raise DataError(f"{wanted.repo}: column `{column}` holds {str(schema.field(column).type)[:100]}, not images",
-                            f"choose the {part} from: {', '.join(images) or 'none'}")  # fmt: skip
+            raise DataError(
+                f"{wanted.repo}: column `{column}` holds {str(schema.field(column).type)[:100]}, not images",
+                f"choose the {part} from: {', '.join(images) or 'none'}",
+            )
 
 
 def _row_count(file: Path) -> int:
@@ -279,9 +285,10 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
     try:
         builder = datasets.load_dataset_builder(str(_with_usual_names(wanted, folder)))
     except (ValueError, datasets.exceptions.DataFilesNotFoundError) as error:
-        raise DataError(f"{wanted.repo} cannot be read as one set: {(str(error).splitlines() or ['?'])[0][:300]}",
-                        "a repository of several configurations is not read by name yet: make one of your own of the part you "
-                        "want") from None  # fmt: skip
+        raise DataError(
+            f"{wanted.repo} cannot be read as one set: {(str(error).splitlines() or ['?'])[0][:300]}",
+            "a repository of several configurations is not read by name yet: make one of your own of the part you want",
+        ) from None
     found: dict[str, list[str]] = {}
     for split, files in (builder.config.data_files or {}).items():
         found[str(split)] = [_within(wanted, file, folder) for file in files]
@@ -329,12 +336,17 @@ def _check_card(wanted: Listed, card: Path) -> None:
     try:
         told = metadata_load(card) if card.is_file() else None
     except Exception as error:  # whatever a YAML reader says of somebody's text
-        raise DataError(f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}",
-                        "its owner has to mend README.md") from None  # fmt: skip
+        raise DataError(
+            f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}", "its owner has to mend README.md"
+        ) from None
     configs = (told or {}).get("configs")
     seen = 0
-    left: list[Any] = [config.get(key) for config in (configs if isinstance(configs, list) else [configs])
-                       if isinstance(config, Mapping) for key in ("data_files", "data_dir")]  # fmt: skip
+    left: list[Any] = [
+        config.get(key)
+        for config in (configs if isinstance(configs, list) else [configs])
+        if isinstance(config, Mapping)
+        for key in ("data_files", "data_dir")
+    ]
     while left:
         part, seen = left.pop(), seen + 1
         if seen > _CARD:  # a few lines of YAML can stand for millions
@@ -344,8 +356,10 @@ def _check_card(wanted: Listed, card: Path) -> None:
         elif isinstance(part, list | tuple):
             left += part
         elif isinstance(part, str) and (part.startswith(("/", "~", "\\")) or ":" in part or ".." in part.split("/")):
-            raise DataError(f"{wanted.repo}: its card names `{part[:200]}`, which is not a file of the repository",
-                            "addresses and paths from elsewhere are never opened")  # fmt: skip
+            raise DataError(
+                f"{wanted.repo}: its card names `{part[:200]}`, which is not a file of the repository",
+                "addresses and paths from elsewhere are never opened",
+            )
 
 
 def _paired(wanted: Listed, columns: Mapping[str, str]) -> list[str]:

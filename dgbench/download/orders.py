@@ -142,9 +142,13 @@ class Order:
 
 
 def domain_order(
-    row: Domain, source: Source | None, root: Path, from_paths: Sequence[Path] = (), mirror: str | None = None,
+    row: Domain,
+    source: Source | None,
+    root: Path,
+    from_paths: Sequence[Path] = (),
+    mirror: str | None = None,
     revision: str | None = None,
-) -> Order:  # fmt: skip
+) -> Order:
     """Work out what getting a domain comes to; nothing is asked of a network.
 
     Args:
@@ -173,8 +177,10 @@ def domain_order(
     if order.here:
         return order
     if (target / RENDERED).exists():
-        raise DataError(f"{target} holds rendered scenes (dgbench data export), not `{row.name}`",
-                        "move it away: published files never go between rendered ones")  # fmt: skip
+        raise DataError(
+            f"{target} holds rendered scenes (dgbench data export), not `{row.name}`",
+            "move it away: published files never go between rendered ones",
+        )
     folders, named = given.trees(row, from_paths)
     if source is not None:
         order.tree = next((folder for folder in [*folders, *named] if given.holds_all(folder, source)), None)
@@ -202,9 +208,10 @@ def _find_archives(order: Order, source: Source, from_paths: Sequence[Path], mir
     covered |= {name for g in order.given for name in g.covers}
     untouched = order.stage.target.is_dir() and not covered  # a folder of the user's own may hold a part of the set
     order.wanted = [
-        archive for archive in source.archives
+        archive
+        for archive in source.archives
         if archive.name not in covered and not (untouched and archive.needed and given.holds(order.stage.target, archive))
-    ]  # fmt: skip
+    ]
     if all(not archive.needed for archive in order.wanted) and from_paths:
         order.wanted = []  # what the user gave is enough
     for archive in order.wanted:
@@ -226,8 +233,10 @@ def hub_order(name: str, wish: HubWish, root: Path) -> Order:
     if hub is not None and read_manifest(stage.target) is not None:
         other = re.fullmatch("[0-9a-f]{40}", wish.revision) and wish.revision != hub.revision
         if (hub.repository, hub.columns) != (wish.repo, wish.columns) or other:
-            raise DataError(f"{stage.target} holds {hub.repository} at {hub.revision[:12]} already",
-                            "choose another name with --as, or remove that folder")  # fmt: skip
+            raise DataError(
+                f"{stage.target} holds {hub.repository} at {hub.revision[:12]} already",
+                "choose another name with --as, or remove that folder",
+            )
         order.here, order.note, order.licence = True, f"commit {hub.revision}", hub.licence or ""
     elif stage.target.is_dir() and any(stage.target.iterdir()):
         raise DataError(

@@ -188,8 +188,9 @@ class Stage:
         try:
             files = archives.unpack(archive, half, place, advance=advance)
             if ours := {MANIFEST, UNFINISHED} & {path.partition("/")[0] for path in files}:
-                raise archives.ArchiveError(f"{archive.name} holds `{min(ours)}`, which only dgbench writes",
-                                            "get it from the data set's own site")  # fmt: skip
+                raise archives.ArchiveError(
+                    f"{archive.name} holds `{min(ours)}`, which only dgbench writes", "get it from the data set's own site"
+                )
             check(files)
         except OSError as error:
             archives.remove(half)
@@ -223,9 +224,15 @@ class Stage:
         old = [r for r in before.receipts if r.name not in {n.name for n in new}] if before else []
         manifest = Manifest(domain, _one_owner_each([*new, *old]), revision)
         text = json.dumps(
-            {"schema": _SCHEMA, "domain": domain, "revision": revision, "dgbench": __version__,
-             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "archives": [asdict(r) for r in manifest.receipts]}
-        )  # fmt: skip
+            {
+                "schema": _SCHEMA,
+                "domain": domain,
+                "revision": revision,
+                "dgbench": __version__,
+                "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "archives": [asdict(r) for r in manifest.receipts],
+            }
+        )
         for folder in (self.tree, self._real):
             for left in folder.glob(f".{MANIFEST}.*.tmp"):  # of a try that was killed
                 left.unlink()

@@ -301,13 +301,18 @@ class Transfer:
     def _wait(self, problem: _Again, failures: int, path: Path, have: int, again: str) -> None:
         kept = f"{have:,} bytes of it are kept; " if have else ""
         if failures >= self.patience.tries:
-            raise DataError(f"{path.name} cannot be fetched: {problem.reason}, {failures} times in a row",
-                            f"{kept}check the network and HTTPS_PROXY, then {again}: it goes on where it stopped")  # fmt: skip
+            raise DataError(
+                f"{path.name} cannot be fetched: {problem.reason}, {failures} times in a row",
+                f"{kept}check the network and HTTPS_PROXY, then {again}: it goes on where it stopped",
+            )
         seconds = min(self.patience.longest, self.patience.first * 2 ** (failures - 1))
         if problem.after is not None:
             if problem.after > self.patience.longest_asked:
-                raise DataError(f"{path.name} cannot be fetched now: {problem.reason} and asks to come back in "
-                                f"{problem.after / 60:.0f} minutes", f"{kept}then {again}")  # fmt: skip
+                raise DataError(
+                    f"{path.name} cannot be fetched now: {problem.reason} and asks to come back in "
+                    f"{problem.after / 60:.0f} minutes",
+                    f"{kept}then {again}",
+                )
             seconds = max(seconds, problem.after)
         self.tell(f"{path.name}: {problem.reason}; trying again in {seconds:.0f} s, {have / 1e6:,.1f} MB are kept")
         if self.stop.wait(seconds):

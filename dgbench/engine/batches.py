@@ -99,6 +99,11 @@ class Images:
 def _loader(recipe: Recipe, view: WithExtras, positions: Iterable[list[int]], place: Place) -> DataLoader[Samples]:
     workers = min(recipe.train.workers, usable_cores())  # more would only wait; samples do not depend on who makes them
     return DataLoader(
-        view, batch_sampler=positions, num_workers=workers, pin_memory=place.device.type == "cuda", persistent_workers=False,
-        prefetch_factor=4 if workers else None, worker_init_fn=worker_init,
-    )  # fmt: skip
+        view,
+        batch_sampler=positions,
+        num_workers=workers,
+        pin_memory=place.device.type == "cuda",
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=worker_init,
+    )

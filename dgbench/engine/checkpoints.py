@@ -51,8 +51,10 @@ class Seen:
 def told(seen: Seen, name: str) -> str:
     """Say what was trained on, of a source of this name or of several."""
     each = seen.each or {name: (seen.images, seen.available, seen.rendered)}
-    return " and ".join(f"{images} {'rendered ' * rendered}images of {available} of `{source}`"
-                        for source, (images, available, rendered) in each.items())  # fmt: skip
+    return " and ".join(
+        f"{images} {'rendered ' * rendered}images of {available} of `{source}`"
+        for source, (images, available, rendered) in each.items()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +79,16 @@ class Made:
     streams: dict[str, str] = field(default_factory=dict)  # which images each of `data.extra` holds: `Stream.digest`
 
 
-def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None,
-         made: Made | None = None) -> Path:  # fmt: skip
+def save(
+    model: Segmentor,
+    optimizer: torch.optim.Optimizer,
+    run: Path,
+    step: int,
+    *,
+    keep: int = 1,
+    seen: Seen | None = None,
+    made: Made | None = None,
+) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`.
 
     Raises: CheckpointError for weights that are not finite: nothing is written then.
@@ -90,8 +100,12 @@ def save(model: Segmentor, optimizer: torch.optim.Optimizer, run: Path, step: in
     try:
         mfuser.save(model, partial)
     except ValueError as error:
-        raise CheckpointError(f"step {step}: {error}", "lower optim.lr, or set train.clip_norm=1.0; an earlier checkpoint is kept"
-                              if newest(run) else "lower optim.lr, or set train.clip_norm=1.0") from None  # fmt: skip
+        raise CheckpointError(
+            f"step {step}: {error}",
+            "lower optim.lr, or set train.clip_norm=1.0; an earlier checkpoint is kept"
+            if newest(run)
+            else "lower optim.lr, or set train.clip_norm=1.0",
+        ) from None
     for name, content in ((_SEEN, seen), (_MADE, made)):
         if content is not None:
             values = {key: value for key, value in asdict(content).items() if (key, value) != ("each", None)}
@@ -263,8 +277,9 @@ def _check_recorded(folder: Path) -> None:
     if records and (sha := sha256(folder)) not in {one.checkpoint for one in records}:
         raise CheckpointError(
             f"{folder} holds other weights than its training wrote: SHA-256 {sha[:12]}..., {records[-1].checkpoint[:12]}... "
-            f"by {records[-1].path}", "put back the run's own checkpoint, or train again",
-        )  # fmt: skip
+            f"by {records[-1].path}",
+            "put back the run's own checkpoint, or train again",
+        )
 
 
 def trainings(run: Path) -> list[results.Record]:

@@ -61,9 +61,16 @@ class _TestView(Dataset[_Item]):
         return _Item(index, tuple(torch.from_numpy(view.copy()) for view in views), torch.from_numpy(label.copy()))
 
 
-def evaluate(run: Path, targets: Sequence[str | Domain] | None = None, *, progress: Progress, device: str | None = None,
-             include_source: bool = False, root: Path | None = None,
-             protocol_name: str | None = None) -> list[results.Record]:  # fmt: skip
+def evaluate(
+    run: Path,
+    targets: Sequence[str | Domain] | None = None,
+    *,
+    progress: Progress,
+    device: str | None = None,
+    include_source: bool = False,
+    root: Path | None = None,
+    protocol_name: str | None = None,
+) -> list[results.Record]:
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
 
     Args:
@@ -134,8 +141,10 @@ def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
         if before is not None and _state(folder) == before:
             found.model.to(device).check_backends()
             return found
-    raise CheckpointError(f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",
-                          "wait until the training ends, or train with a larger train.checkpoint_every")  # fmt: skip
+    raise CheckpointError(
+        f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",
+        "wait until the training ends, or train with a larger train.checkpoint_every",
+    )
 
 
 _TRIES = 20
@@ -150,8 +159,17 @@ def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
     return [(name, state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset: SegDataset, run: Path, device: torch.device,
-           progress: Progress, stack: ExitStack, parts: list[partial.Partial]) -> results.Record:  # fmt: skip
+def _score(
+    recipe: Recipe,
+    rules: protocol.Protocol,
+    found: _Checkpoint,
+    dataset: SegDataset,
+    run: Path,
+    device: torch.device,
+    progress: Progress,
+    stack: ExitStack,
+    parts: list[partial.Partial],
+) -> results.Record:
     dataset.prepare(progress)
     size = None if dataset.domain.procedural else recipe.data.size
     row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
@@ -159,9 +177,17 @@ def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset
     about = {"checkpoint": found.sha, "target": dataset.domain.name, "split": dataset.split, "protocol": rules.digest}
     ids = [dataset.name(i) for i in range(len(dataset))]
     key = partial.key_of(
-        **about, protocol_hash=hashed, recipe=recipe_hash(recipe), size=size, images=ids, files=_files(dataset),
-        labels=dataset.fingerprint(), batch=recipe.eval.batch_size, device=str(device), environment=environment,
-    )  # fmt: skip
+        **about,
+        protocol_hash=hashed,
+        recipe=recipe_hash(recipe),
+        size=size,
+        images=ids,
+        files=_files(dataset),
+        labels=dataset.fingerprint(),
+        batch=recipe.eval.batch_size,
+        device=str(device),
+        environment=environment,
+    )
     part = stack.enter_context(partial.opened(run, key, about, ids, len(labels.CLASSES)))
     parts.append(part)
     if (before := part.record()) is not None:
@@ -178,26 +204,51 @@ def _score(recipe: Recipe, rules: protocol.Protocol, found: _Checkpoint, dataset
         _log.warning(rarely_seen(dataset.domain.name, dataset.split, few))
     commit, dirty = code_commit()
     record = results.Record(
-        id=part.id, kind="eval", created=results.now_iso(), method=found.model.method,
-        variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
-        target=dataset.domain.name, split=dataset.split, protocol=rules.name,
-        protocol_digest=rules.digest, protocol_hash=hashed,
+        id=part.id,
+        kind="eval",
+        created=results.now_iso(),
+        method=found.model.method,
+        variant=recipe.method.variant,
+        recipe=recipe.name,
+        recipe_hash=recipe_hash(recipe),
+        source=recipe.data.source,
+        target=dataset.domain.name,
+        split=dataset.split,
+        protocol=rules.name,
+        protocol_digest=rules.digest,
+        protocol_hash=hashed,
         miou=metrics.miou(total, classes=classes, absent=absent) if labelled else None,
         iou=tuple(float(v) if labelled and not np.isnan(v) else None for v in iou),
         interval=metrics.interval(counts, classes=classes, absent=absent) if labelled else (None, None),
-        n_images=len(dataset), n_available=dataset.available, n_extra=dataset.extra, rendered=dataset.exported,
+        n_images=len(dataset),
+        n_available=dataset.available,
+        n_extra=dataset.extra,
+        rendered=dataset.exported,
         **checkpoints.in_record(found.seen),
-        seconds=dict(part.seconds), seed=recipe.train.seed,
-        steps=recipe.train.steps, checkpoint=found.sha, backends=part.backends,
-        environment=environment, commit=commit, dirty=dirty,
+        seconds=dict(part.seconds),
+        seed=recipe.train.seed,
+        steps=recipe.train.steps,
+        checkpoint=found.sha,
+        backends=part.backends,
+        environment=environment,
+        commit=commit,
+        dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
-    )  # fmt: skip
+    )
     part.save()  # with the id: whatever happens now, there will be one record
     return results.write(record, run, counts, ids)
 
 
-def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model: Segmentor, dataset: SegDataset,
-          size: protocol.Size | None, device: torch.device, progress: Progress) -> None:  # fmt: skip
+def _fill(
+    part: partial.Partial,
+    recipe: Recipe,
+    rules: protocol.Protocol,
+    model: Segmentor,
+    dataset: SegDataset,
+    size: protocol.Size | None,
+    device: torch.device,
+    progress: Progress,
+) -> None:
     """Score the images that are not done yet, in the batches in which all would be: a batch may decide the last bit."""
     started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
     n, by = len(dataset), recipe.eval.batch_size
@@ -233,8 +284,10 @@ def _fill(part: partial.Partial, recipe: Recipe, rules: protocol.Protocol, model
         if memory_refused(error) is None:
             raise
         less = "; a run trained with --set eval.batch_size=1 needs less" if by > 1 else ""
-        raise DgbenchError(f"not enough memory to score `{dataset.domain.name}`, {by} images at once",
-                           f"close other programs, or use a machine with more{less}") from error  # fmt: skip
+        raise DgbenchError(
+            f"not enough memory to score `{dataset.domain.name}`, {by} images at once",
+            f"close other programs, or use a machine with more{less}",
+        ) from error
     finally:
         progress.stop()
         take_stock()

@@ -31,8 +31,10 @@ class Log:
         elif before is not None and before.log_bytes is not None:
             content = content[: before.log_bytes]
             if hashlib.sha256(content).hexdigest() != before.log_sha256:
-                raise CheckpointError(f"{path} is damaged: it is not the log that was written until step {start}",
-                                      "restore it, or remove it to go on without the losses so far")  # fmt: skip
+                raise CheckpointError(
+                    f"{path} is damaged: it is not the log that was written until step {start}",
+                    "restore it, or remove it to go on without the losses so far",
+                )
         else:
             lines = list(_lines_until(start, content))
             content = b"".join(lines)

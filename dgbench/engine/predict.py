@@ -139,8 +139,7 @@ def _refuse_unreadable(photos: Sequence[Path]) -> None:
 
 
 @torch.inference_mode()
-def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device,
-            height: int | None = None) -> NDArray[np.uint8]:  # fmt: skip
+def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
     """(H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
     `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
@@ -175,8 +174,10 @@ def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.dev
         )
         size = smaller
     # channel by channel: as floating point a large image takes gigabytes
-    planes = [F.interpolate(_plane(pixels[:, i : i + 1], device), size, mode="bilinear", antialias=True, align_corners=False)
-              for i in range(3)]  # fmt: skip
+    planes = [
+        F.interpolate(_plane(pixels[:, i : i + 1], device), size, mode="bilinear", antialias=True, align_corners=False)
+        for i in range(3)
+    ]
     scores = mfuser.slide(model, torch.cat(planes, 1), crop=model.image_size, stride=window_stride(model.image_size))
     return first_of([scores], full)
 

@@ -21,8 +21,7 @@ LARGE = 1 << 25
 _STRIP = 1 << 26  # scores, one number each, that are held of a large image
 
 
-def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol,
-              device: torch.device) -> Tensor:  # fmt: skip
+def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
     """Return the train ids (B, *grid) of a batch of images of one size: what `score` puts first.
 
     Images of more than `LARGE` pixels go one by one, and in parts: the same windows and weights, for which a score may
@@ -54,8 +53,9 @@ def _in_parts(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], 
 
 
 @torch.inference_mode()
-def first_of_bands(model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int],
-                   device: torch.device) -> Tensor:  # fmt: skip
+def first_of_bands(
+    model: Callable[[Tensor], Tensor], images: Tensor, crop: tuple[int, int], stride: tuple[int, int], device: torch.device
+) -> Tensor:
     """Return the best class (H, W) uint8 of an image (1, 3, H, W) uint8 at its own size, by sliding window."""
     height, width = images.shape[2:]
     best = torch.empty(height, width, dtype=torch.uint8, device=device)

@@ -59,8 +59,9 @@ class _Loss(nn.Module):
         return self.model.loss(batch)
 
 
-def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None,
-          root: Path | None = None) -> results.Record:  # fmt: skip
+def train(
+    recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None, root: Path | None = None
+) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
@@ -128,9 +129,17 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
         assert log is not None
         size, digest = log.sealed()
         told = Made(
-            step=step, began=start, seconds=time.perf_counter() - since, loss=log.loss, peak_gib=peak_gib(accelerator.device),
-            backends=ops.ran_since(ran), processes=accelerator.num_processes, log_bytes=size, log_sha256=digest, **about,
-        )  # fmt: skip
+            step=step,
+            began=start,
+            seconds=time.perf_counter() - since,
+            loss=log.loss,
+            peak_gib=peak_gib(accelerator.device),
+            backends=ops.ran_since(ran),
+            processes=accelerator.num_processes,
+            log_bytes=size,
+            log_sha256=digest,
+            **about,
+        )
         checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, step, seen=seen, made=told)
         return told
 
@@ -198,13 +207,31 @@ def train(recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False
     total = time.perf_counter() - begun
     told = made or before
     if told is None:  # of an older version, whose checkpoints did not say it
-        told = Made(step=spec.steps, began=0, seconds=None, loss=log.loss if log else None, peak_gib=None, backends={},
-                    processes=1, log_bytes=None, log_sha256=None, **about)  # fmt: skip
+        told = Made(
+            step=spec.steps,
+            began=0,
+            seconds=None,
+            loss=log.loss if log else None,
+            peak_gib=None,
+            backends={},
+            processes=1,
+            log_bytes=None,
+            log_sha256=None,
+            **about,
+        )
     return _record(recipe, run, dataset, seen, told, total if made else None, write=main)
 
 
-def _record(recipe: Recipe, run: Path, dataset: SegDataset | Union, seen: checkpoints.Seen | None, made: Made,
-            total: float | None, *, write: bool) -> results.Record:  # fmt: skip
+def _record(
+    recipe: Recipe,
+    run: Path,
+    dataset: SegDataset | Union,
+    seen: checkpoints.Seen | None,
+    made: Made,
+    total: float | None,
+    *,
+    write: bool,
+) -> results.Record:
     """The record of a complete training; of a resumed one, seconds and speed are those of its last part.
 
     One that these weights have already is returned; a kill may have come before it was written.
@@ -215,18 +242,38 @@ def _record(recipe: Recipe, run: Path, dataset: SegDataset | Union, seen: checkp
         return there[-1]
     trained = (recipe.train.steps - made.began) * recipe.train.batch_size
     record = results.Record(
-        id=results.new_id(), kind="train", created=results.now_iso(), method=recipe.method.name,
-        variant=recipe.method.variant, recipe=recipe.name, recipe_hash=recipe_hash(recipe), source=recipe.data.source,
-        target=recipe.data.source, split=dataset.split, n_images=len(dataset), n_available=dataset.available,
-        n_extra=dataset.extra, rendered=dataset.exported, **checkpoints.in_record(seen),
-        seconds={"train": made.seconds, "total": total}, seed=recipe.train.seed, steps=recipe.train.steps, checkpoint=sha,
-        backends=made.backends, environment=made.environment, commit=made.commit, dirty=made.dirty,
+        id=results.new_id(),
+        kind="train",
+        created=results.now_iso(),
+        method=recipe.method.name,
+        variant=recipe.method.variant,
+        recipe=recipe.name,
+        recipe_hash=recipe_hash(recipe),
+        source=recipe.data.source,
+        target=recipe.data.source,
+        split=dataset.split,
+        n_images=len(dataset),
+        n_available=dataset.available,
+        n_extra=dataset.extra,
+        rendered=dataset.exported,
+        **checkpoints.in_record(seen),
+        seconds={"train": made.seconds, "total": total},
+        seed=recipe.train.seed,
+        steps=recipe.train.steps,
+        checkpoint=sha,
+        backends=made.backends,
+        environment=made.environment,
+        commit=made.commit,
+        dirty=made.dirty,
         extra={
-            "loss": made.loss, "resumed_at_step": float(made.began), "peak_gib": made.peak_gib,
-            "images_per_second": trained / made.seconds if made.seconds else None, **_began_with(recipe, made),
+            "loss": made.loss,
+            "resumed_at_step": float(made.began),
+            "peak_gib": made.peak_gib,
+            "images_per_second": trained / made.seconds if made.seconds else None,
+            **_began_with(recipe, made),
             **_settings_of(recipe),
         },
-    )  # fmt: skip
+    )
     return results.write(record, run) if write else record
 
 
@@ -241,8 +288,9 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
     if changed:
         _logger.warning(
             "begun with %s: the training goes on, but not bit for bit as it would have%s",
-            ", ".join(changed), f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
-        )  # fmt: skip
+            ", ".join(changed),
+            f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
+        )
 
 
 def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
@@ -283,8 +331,10 @@ def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> ch
     Raises: CheckpointError if the beginning saw other images.
     """
     # a rendered source has as many images as are asked for
-    each = {part.domain.name: (len(part), len(part) if part.found is None else part.available, part.exported)
-            for part in dataset.parts}  # fmt: skip
+    each = {
+        part.domain.name: (len(part), len(part) if part.found is None else part.available, part.exported)
+        for part in dataset.parts
+    }
     images, available, rendered = zip(*each.values(), strict=True)
     now = checkpoints.Seen(sum(images), sum(available), any(rendered), each if len(each) > 1 else None)
     if checkpoint is None:
@@ -292,8 +342,9 @@ def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> ch
     before = checkpoints.seen_by(checkpoint)
     if before not in (None, now):
         was, is_now = (checkpoints.told(s, dataset.parts[0].domain.name) for s in (before, now) if s is not None)
-        raise CheckpointError(f"{run} was begun on {was}, now there are {is_now}",
-                              "put back the files it was begun with, or start a new run")  # fmt: skip
+        raise CheckpointError(
+            f"{run} was begun on {was}, now there are {is_now}", "put back the files it was begun with, or start a new run"
+        )
     return before
 
 
@@ -328,8 +379,10 @@ def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
     """Raise a CheckpointError if a training was begun with other images in its streams."""
     for name, digest in (before.streams if before else {}).items():
         if now[name] != digest:
-            raise CheckpointError(f"{run} was begun with other images in data.extra.{name}",
-                                  "put back the files it was begun with, or start a new run")  # fmt: skip
+            raise CheckpointError(
+                f"{run} was begun with other images in data.extra.{name}",
+                "put back the files it was begun with, or start a new run",
+            )
 
 
 def _check_resumable(recipe: Recipe, run: Path, root: Path | None) -> None:

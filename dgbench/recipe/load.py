@@ -23,9 +23,13 @@ from dgbench.yaml_text import dumped
 
 
 def load_recipe(
-    name_or_path: str | Path, overrides: Sequence[str] = (), *, flags: Sequence[str] = (),
-    check_method: bool | Literal["names"] = True, root: Path | None = None,
-) -> Recipe:  # fmt: skip
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    flags: Sequence[str] = (),
+    check_method: bool | Literal["names"] = True,
+    root: Path | None = None,
+) -> Recipe:
     """Read, resolve and check a recipe.
 
     Args:

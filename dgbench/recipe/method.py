@@ -36,8 +36,11 @@ class MethodSpec(BaseModel):
         """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
-        unusual = [options.get(key) for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
-                   if options.get(key) not in (None, usual)]  # fmt: skip
+        unusual = [
+            options.get(key)
+            for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
+            if options.get(key) not in (None, usual)
+        ]
         return ", ".join([towers, *map(str, unusual)]) if towers else ""
 
 

@@ -91,8 +91,11 @@ def references() -> list[Reference]:
             miou = {row.target: row.miou for row in together}
             method, source, rules = recipe.method, recipe.data.source, protocols.lookup(recipe.eval.protocol)
             hashes = {SOURCE if target == source else target: _protocol_hash(recipe, target) for target in miou}
-            found.append(Reference(name, method.name, method.variant, source, rules.name, miou, first.origin, hashes,
-                                   rules.digest, first.weights))  # fmt: skip
+            found.append(
+                Reference(
+                    name, method.name, method.variant, source, rules.name, miou, first.origin, hashes, rules.digest, first.weights
+                )
+            )
     return found
 
 

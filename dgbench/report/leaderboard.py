@@ -226,8 +226,17 @@ def _group(
     hashes = {column: value for model in models for column, value in model.hashes.items()}
     others_ = [] if all_shown else sorted({c for model in kept for c in model.records} - {*columns, SOURCE})
     used = tuple(hashes[column] for column in (*columns, SOURCE) if column in hashes)
-    return Group(measured.source, columns, measured.protocol, used, tuple(_ranked(rows)), tuple(others_), measured.digest,
-                 measured.rendered, measured.source_rendered)  # fmt: skip
+    return Group(
+        measured.source,
+        columns,
+        measured.protocol,
+        used,
+        tuple(_ranked(rows)),
+        tuple(others_),
+        measured.digest,
+        measured.rendered,
+        measured.source_rendered,
+    )
 
 
 def _table_order() -> Order:
@@ -274,9 +283,21 @@ def _run_row(model: _Model, columns: Sequence[str]) -> Row:
     newest = model.newest
     scores = {column: _score(model.records.get(column)) for column in columns}
     images, available = model.source_images()
-    return Row("run", newest.method, newest.variant, newest.recipe, newest.recipe_hash, str(newest.run or ""),
-               newest.created, _score(model.records.get(SOURCE)), scores, _mean(list(scores.values())),
-               settings=model.telling, source_images=images, source_available=available)  # fmt: skip
+    return Row(
+        "run",
+        newest.method,
+        newest.variant,
+        newest.recipe,
+        newest.recipe_hash,
+        str(newest.run or ""),
+        newest.created,
+        _score(model.records.get(SOURCE)),
+        scores,
+        _mean(list(scores.values())),
+        settings=model.telling,
+        source_images=images,
+        source_available=available,
+    )
 
 
 def _reference_row(reference: Reference, columns: Sequence[str]) -> Row:
@@ -284,8 +305,18 @@ def _reference_row(reference: Reference, columns: Sequence[str]) -> Row:
         return Score(reference.miou[target]) if target in reference.miou else None
 
     scores = {column: score(column) for column in columns}
-    return Row("reference", reference.method, reference.variant, reference.recipe, "", reference.origin, "",
-               score(reference.source), scores, _mean(list(scores.values())))  # fmt: skip
+    return Row(
+        "reference",
+        reference.method,
+        reference.variant,
+        reference.recipe,
+        "",
+        reference.origin,
+        "",
+        score(reference.source),
+        scores,
+        _mean(list(scores.values())),
+    )
 
 
 def _mean(scores: Sequence[Score | None]) -> Score | None:

@@ -34,9 +34,16 @@ class MaskCriterion(nn.Module):
 
     class_weight: Tensor
 
-    def __init__(self, classes: int = 19, *, points: int = 12544, oversample: float = 3.0, importance: float = 0.75,
-                 no_object_weight: float = 0.1,
-                 weights: tuple[float, float, float] = (2.0, 5.0, 5.0)) -> None:  # fmt: skip
+    def __init__(
+        self,
+        classes: int = 19,
+        *,
+        points: int = 12544,
+        oversample: float = 3.0,
+        importance: float = 0.75,
+        no_object_weight: float = 0.1,
+        weights: tuple[float, float, float] = (2.0, 5.0, 5.0),
+    ) -> None:
         super().__init__()
         self.classes, self.points, self.weights = classes, points, weights
         self.candidates, self.uncertain = int(points * oversample), int(importance * points)
@@ -44,8 +51,7 @@ class MaskCriterion(nn.Module):
         class_weight[-1] = no_object_weight
         self.register_buffer("class_weight", class_weight, persistent=False)
 
-    def forward(self, outputs: Sequence[tuple[Tensor, Tensor]], labels: Tensor, *,
-                draw: Draw = uniform) -> dict[str, Tensor]:  # fmt: skip
+    def forward(self, outputs: Sequence[tuple[Tensor, Tensor]], labels: Tensor, *, draw: Draw = uniform) -> dict[str, Tensor]:
         """Loss terms, already weighted.
 
         Args:
@@ -76,8 +82,7 @@ class MaskCriterion(nn.Module):
         # no image has no weight
         return loss / weight[target].sum().clamp(min=torch.finfo(torch.float32).tiny)
 
-    def _mask_losses(self, output: int, logits: Tensor, masks: Tensor, count: Tensor,
-                     draw: Draw) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _mask_losses(self, output: int, logits: Tensor, masks: Tensor, count: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         if not len(logits):
             nothing = logits.sum()
             return nothing, nothing

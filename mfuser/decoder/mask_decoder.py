@@ -24,8 +24,7 @@ class MaskDecoderLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, queries: Tensor, query_position: Tensor, memory: Tensor, key_position: Tensor,
-                blocked: Tensor) -> Tensor:  # fmt: skip
+    def forward(self, queries: Tensor, query_position: Tensor, memory: Tensor, key_position: Tensor, blocked: Tensor) -> Tensor:
         """(B, K, D) -> (B, K, D); memory is (B, L, D), blocked (B * M, K, L) is True where a query must not look."""
         attended, _ = self.cross_attn(
             queries + query_position, memory + key_position, memory, attn_mask=blocked, need_weights=False
@@ -44,8 +43,17 @@ class MaskDecoder(nn.Module):
         text_dim: width of the text embeddings.    classes: K, the number of queries.    dim: D.
     """
 
-    def __init__(self, text_dim: int, *, classes: int = 19, dim: int = 256, layers: int = 9, heads: int = 8,
-                 ffn_dim: int = 2048, scales: int = 3) -> None:  # fmt: skip
+    def __init__(
+        self,
+        text_dim: int,
+        *,
+        classes: int = 19,
+        dim: int = 256,
+        layers: int = 9,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        scales: int = 3,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.ReLU(), nn.Linear(dim, dim))

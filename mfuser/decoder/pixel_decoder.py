@@ -61,8 +61,15 @@ class PixelDecoderLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]],
-                text: Tensor, text_position: Tensor) -> Tensor:  # fmt: skip
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        text: Tensor,
+        text_position: Tensor,
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D); text is (B, K, D), text_position (K, D)."""
         tokens = self.norm1(tokens + self.self_attn(tokens + position, tokens, reference, shapes))
         attended, _ = self.cross_attn(tokens + position, text + text_position, text, need_weights=False)
@@ -81,9 +88,20 @@ class PixelDecoder(nn.Module):
 
     SCALES = 3
 
-    def __init__(self, in_channels: int, text_dim: int, *, classes: int = 19, dim: int = 256, layers: int = 6,
-                 heads: int = 8, points: int = 4, ffn_dim: int = 2048, groups: int = 32,
-                 backend: str = "auto") -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,
+        text_dim: int,
+        *,
+        classes: int = 19,
+        dim: int = 256,
+        layers: int = 6,
+        heads: int = 8,
+        points: int = 4,
+        ffn_dim: int = 2048,
+        groups: int = 32,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.input_convs = nn.ModuleList(ConvNorm(in_channels, dim, 1, groups=groups, bias=True) for _ in range(self.SCALES))
         self.level_encoding = nn.Embedding(self.SCALES, dim)

@@ -62,12 +62,51 @@ TOWERS = {
 }
 
 # sizes by the vision-language tower; an option left at None takes them from here
-_FULL = {"decoder_dim": 256, "heads": 8, "pixel_layers": 6, "mask_layers": 9, "ffn_dim": 2048, "points": 4, "groups": 32,
-         "state": 16, "mte_dim": 256, "mte_heads": 4, "mask_points": 12544, "dropout": 0.1, "freeze_towers": True}  # fmt: skip
-_TINY = {"decoder_dim": 64, "heads": 4, "pixel_layers": 1, "mask_layers": 3, "ffn_dim": 128, "points": 2, "groups": 8,
-         "state": 4, "mte_dim": 64, "mte_heads": 2, "mask_points": 1024, "dropout": 0.0, "freeze_towers": False}  # fmt: skip
-_SMALL = {"decoder_dim": 128, "heads": 8, "pixel_layers": 3, "mask_layers": 6, "ffn_dim": 512, "points": 4, "groups": 32,
-          "state": 8, "mte_dim": 128, "mte_heads": 4, "mask_points": 4096, "dropout": 0.1, "freeze_towers": False}  # fmt: skip
+_FULL = {
+    "decoder_dim": 256,
+    "heads": 8,
+    "pixel_layers": 6,
+    "mask_layers": 9,
+    "ffn_dim": 2048,
+    "points": 4,
+    "groups": 32,
+    "state": 16,
+    "mte_dim": 256,
+    "mte_heads": 4,
+    "mask_points": 12544,
+    "dropout": 0.1,
+    "freeze_towers": True,
+}
+_TINY = {
+    "decoder_dim": 64,
+    "heads": 4,
+    "pixel_layers": 1,
+    "mask_layers": 3,
+    "ffn_dim": 128,
+    "points": 2,
+    "groups": 8,
+    "state": 4,
+    "mte_dim": 64,
+    "mte_heads": 2,
+    "mask_points": 1024,
+    "dropout": 0.0,
+    "freeze_towers": False,
+}
+_SMALL = {
+    "decoder_dim": 128,
+    "heads": 8,
+    "pixel_layers": 3,
+    "mask_layers": 6,
+    "ffn_dim": 512,
+    "points": 4,
+    "groups": 32,
+    "state": 8,
+    "mte_dim": 128,
+    "mte_heads": 4,
+    "mask_points": 4096,
+    "dropout": 0.1,
+    "freeze_towers": False,
+}
 _SIZES = {"tiny": _TINY, "small": _SMALL}
 
 
@@ -182,10 +221,17 @@ class MFuser(Segmentor):
         )
         self.fpn2 = nn.ConvTranspose2d(channels, channels, 2, 2)
         self.pixel_decoder = PixelDecoder(
-            channels, width, dim=o.decoder_dim, layers=o.pixel_layers, heads=o.heads, points=o.points,
+            channels,
+            width,
+            dim=o.decoder_dim,
+            layers=o.pixel_layers,
+            heads=o.heads,
+            points=o.points,
             # the release configures 1024 and overrides it with the mask decoder's width
-            ffn_dim=min(o.ffn_dim, 1024) if sane else o.ffn_dim, groups=o.groups, backend=o.backend,
-        )  # fmt: skip
+            ffn_dim=min(o.ffn_dim, 1024) if sane else o.ffn_dim,
+            groups=o.groups,
+            backend=o.backend,
+        )
         self.mask_decoder = MaskDecoder(width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
         self.criterion = MaskCriterion(len(self.classes), points=o.mask_points)
         # scale of the score map in its loss: 1 / 0.07, or SigLIP's own

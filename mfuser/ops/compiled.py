@@ -36,9 +36,15 @@ _LAST_LINES = 30
 BUILD_COMMAND = "dgbench kernels build"
 # of cublas_api.h
 _CUBLAS_STATUS = {
-    1: "not initialized", 3: "allocation failed", 7: "invalid value", 8: "architecture mismatch", 11: "mapping error",
-    13: "execution failed", 14: "internal error", 15: "not supported",
-}  # fmt: skip
+    1: "not initialized",
+    3: "allocation failed",
+    7: "invalid value",
+    8: "architecture mismatch",
+    11: "mapping error",
+    13: "execution failed",
+    14: "internal error",
+    15: "not supported",
+}
 
 
 def _public_stream(index: int) -> int:
@@ -414,9 +420,15 @@ def _output(command: list[str], line: int | None = None) -> str:
     started = command if line is None else [sys.executable, "-I", "-S", str(Path(__file__).with_name("child.py")), *command]
     try:
         done = subprocess.run(
-            started, stdin=subprocess.DEVNULL if line is None else line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", check=False, start_new_session=line is not None,
-        )  # fmt: skip
+            started,
+            stdin=subprocess.DEVNULL if line is None else line,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            start_new_session=line is not None,
+        )
     except OSError as error:
         raise BuildError(f"{shlex.join(command)}: {error}") from error
     if done.returncode:

@@ -81,9 +81,11 @@ def check_token() -> None:
 
     token = get_token()
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise DownloadError("the token of the Hub holds characters that no token has",
-                            "unset HF_TOKEN, or set it again as https://huggingface.co/settings/tokens shows it, without quotes "
-                            "and blanks; or log in with: hf auth login")  # fmt: skip
+        raise DownloadError(
+            "the token of the Hub holds characters that no token has",
+            "unset HF_TOKEN, or set it again as https://huggingface.co/settings/tokens shows it, without quotes "
+            "and blanks; or log in with: hf auth login",
+        )
 
 
 def without_secrets(text: str) -> str:
@@ -113,8 +115,9 @@ def download(towers: Sequence[str], tell: Callable[[str], None] | None = None) -
     missing = [(tower, file) for tower, file in wanted if file.where is None]
     if missing and (switch := offline()):
         listed = ", ".join(str(file) for _, file in missing)
-        raise DownloadError(f"{switch} forbids downloads; not on this machine: {listed}",
-                            how_to_get(dict.fromkeys(tower for tower, _ in missing)))  # fmt: skip
+        raise DownloadError(
+            f"{switch} forbids downloads; not on this machine: {listed}", how_to_get(dict.fromkeys(tower for tower, _ in missing))
+        )
     fetched = []
     for tower in dict.fromkeys(towers):
         for file in files(tower):
@@ -167,8 +170,10 @@ def _check_space(file: HubFile, stated: HfFileMetadata) -> None:
     place = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if stated.size is not None and stated.size > free:
-        raise DownloadError(f"no room for {file.repo}/{file.file}: it has {stated.size:,} bytes, {HF_HUB_CACHE} {free:,} free",
-                            "free some space there, or point HF_HUB_CACHE at a larger disk")  # fmt: skip
+        raise DownloadError(
+            f"no room for {file.repo}/{file.file}: it has {stated.size:,} bytes, {HF_HUB_CACHE} {free:,} free",
+            "free some space there, or point HF_HUB_CACHE at a larger disk",
+        )
 
 
 def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Check:

@@ -25,8 +25,7 @@ class ConvStem(nn.Module):
     longer (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021). Has the face of timm's PatchEmbed.
     """
 
-    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96,
-                 **_: Any) -> None:  # fmt: skip
+    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96, **_: Any) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
@@ -47,9 +46,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.branch = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True),
-            nn.Conv2d(dim, dim, 3, 1, 1, bias=False), nn.BatchNorm2d(dim),
-        )  # fmt: skip
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(dim, dim, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(dim),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.branch(x))
@@ -66,8 +68,9 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, image_size: tuple[int, int], *, patch: int | None = None, sane: bool = False,
-                 **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self, name: str, image_size: tuple[int, int], *, patch: int | None = None, sane: bool = False, **options: Any
+    ) -> None:
         """Build with random weights.
 
         Args:

@@ -30,9 +30,15 @@ class Runs:
         self.numbers = itertools.count(1)
 
     def add(
-        self, fuser: str, seed: int, *scores: float, recipe: str = "streets/mfuser", settings: tuple[str, ...] = (),
-        targets: tuple[str, ...] = TARGETS, **fields: Any,
-    ) -> Path:  # fmt: skip
+        self,
+        fuser: str,
+        seed: int,
+        *scores: float,
+        recipe: str = "streets/mfuser",
+        settings: tuple[str, ...] = (),
+        targets: tuple[str, ...] = TARGETS,
+        **fields: Any,
+    ) -> Path:
         """Add a run that was scored on targets, after all runs before."""
         number = next(self.numbers)
         folder = claim_run(self.root / f"run{number}")

@@ -158,8 +158,15 @@ def test_a_run_has_one_name_in_all_tables(tmp_path: Path) -> None:
 
 
 def test_a_reference_beside_its_own_run_takes_nothing_from_the_runs_name(capsys: pytest.CaptureFixture[str]) -> None:
-    reference = Reference("streets/mfuser", "mfuser", "tiny + tiny", "streets-game", "unified",
-                          {"streets-city": 0.3, "streets-world": 0.3}, "two cores")  # fmt: skip
+    reference = Reference(
+        "streets/mfuser",
+        "mfuser",
+        "tiny + tiny",
+        "streets-game",
+        "unified",
+        {"streets-city": 0.3, "streets-world": 0.3},
+        "two cores",
+    )
     text = shown(leaderboard(model(0.5, 0.4, 0.4), [reference], published=False, beside=True), capsys)
     assert re.search(r"^1    mfuser \(tiny \+ tiny\) ", text, re.MULTILINE)
     assert re.search(r"^ref  streets/mfuser ", text, re.MULTILINE)
@@ -182,9 +189,16 @@ def test_scores_are_keyed_by_target_in_json(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("raw", "said"),
-    [("\x1b[2J", r"\x1b[2J"), ("a\nb", r"a\x0ab"), ("\u202eabc", r"\u202eabc"), ("\x9b1m", r"\x9b1m"), ("\ud800", r"\ud800"),
-     ("é – ±", "é – ±"), ("plain", "plain")],
-)  # fmt: skip
+    [
+        ("\x1b[2J", r"\x1b[2J"),
+        ("a\nb", r"a\x0ab"),
+        ("\u202eabc", r"\u202eabc"),
+        ("\x9b1m", r"\x9b1m"),
+        ("\ud800", r"\ud800"),
+        ("é – ±", "é – ±"),
+        ("plain", "plain"),
+    ],
+)
 def test_control_characters_are_written_out(raw: str, said: str) -> None:
     assert visible(raw) == said
     table = Table(raw, (raw,), ((Cell(raw),),), legend=(raw,))

@@ -20,8 +20,15 @@ OWN = ("streets-city", "streets-world")
 FOG = tuple(f"streets-fog@0.{n}" for n in range(1, 6))
 
 
-def trained(folder: Path, name: str, *settings: str, scores: Sequence[str] = OWN, sequence: int = 0, targets: Sequence[str] = OWN,
-            miou: float = 0.4) -> list[Record]:  # fmt: skip
+def trained(
+    folder: Path,
+    name: str,
+    *settings: str,
+    scores: Sequence[str] = OWN,
+    sequence: int = 0,
+    targets: Sequence[str] = OWN,
+    miou: float = 0.4,
+) -> list[Record]:
     """Records of a run in a folder of its own, which holds the recipe that names `targets`."""
     recipe = load_recipe("streets/mfuser", [f"data.targets=[{', '.join(targets)}]", *settings], check_method=False)
     (folder / name).mkdir()

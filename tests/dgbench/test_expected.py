@@ -35,8 +35,10 @@ def held(recipe: Recipe, records: list[Record], shipped: Recipe | None = None) -
 
 
 def test_each_domain_is_within_or_outside_its_range(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [f"{{target: streets-{name}, miou: {miou}, tolerance: 0.03, from: x}}"
-            for name, miou in (("game", 0.371), ("city", 0.256), ("adverse", 0.143))]  # fmt: skip
+    rows = [
+        f"{{target: streets-{name}, miou: {miou}, tolerance: 0.03, from: x}}"
+        for name, miou in (("game", 0.371), ("city", 0.256), ("adverse", 0.143))
+    ]
     shipped = load_recipe(RECIPE, [f"expect=[{', '.join(rows)}]"])
     recipe = load_recipe(RECIPE, ["train.seed=3", "train.workers=2"])
     found = held(recipe, scored(recipe, {"streets-game": 0.372, "streets-city": 0.286, "streets-adverse": 0.1131}), shipped)

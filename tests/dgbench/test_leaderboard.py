@@ -15,9 +15,14 @@ from dgbench.report.leaderboard import leaderboard, of_run
 from dgbench.report.published import PUBLISHED, load_published
 
 REFERENCE = Reference(
-    "streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified",
-    {"streets-game": 0.7, "streets-city": 0.6, "streets-world": 0.5}, "one H200",
-)  # fmt: skip
+    "streets/mfuser-gpu",
+    "mfuser",
+    "tiny + tiny",
+    "streets-game",
+    "unified",
+    {"streets-game": 0.7, "streets-city": 0.6, "streets-world": 0.5},
+    "one H200",
+)
 
 
 def test_models_are_ranked_by_their_mean_over_targets() -> None:

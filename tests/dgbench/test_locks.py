@@ -39,8 +39,9 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that trains in it, as far as the lock goes."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "1\n"
     yield child

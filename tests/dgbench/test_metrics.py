@@ -148,10 +148,20 @@ def test_equal_to_cityscapesscripts_on_files(tmp_path: Path, capsys: pytest.Capt
         Image.fromarray(truth_id.astype(np.uint8)).save(truth / f"{name}_gtFine_labelIds.png")
         Image.fromarray(to_id[pred]).save(results / f"{name}_pred.png")
     official = Namespace(
-        evalInstLevelScore=False, evalPixelAccuracy=False, evalLabels=[], bold="", nocol="", colorized=False,
-        quiet=True, JSONOutput=False, avgClassSize={}, printRow=5, normalized=True, predictionPath=str(results),
+        evalInstLevelScore=False,
+        evalPixelAccuracy=False,
+        evalLabels=[],
+        bold="",
+        nocol="",
+        colorized=False,
+        quiet=True,
+        JSONOutput=False,
+        avgClassSize={},
+        printRow=5,
+        normalized=True,
+        predictionPath=str(results),
         predictionWalk=None,
-    )  # fmt: skip
+    )
     truths = sorted(str(path) for path in truth.glob("*_gtFine_labelIds.png"))
     scores = evaluation.evaluateImgLists([evaluation.getPrediction(official, path) for path in truths], truths, official)
     capsys.readouterr()
@@ -258,9 +268,18 @@ def test_intervals_equal_a_plain_jackknife_over_the_protocols_classes(absent: Ab
 @pytest.mark.parametrize(
     ("p", "freedom", "expected"),
     # from printed tables
-    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 5, 2.571), (0.975, 30, 2.042), (0.95, 7, 1.895), (0.995, 1, 63.657),
-     (0.995, 4, 4.604), (0.975, 1e6, 1.960), (0.5, 3, 0.0)],
-)  # fmt: skip
+    [
+        (0.975, 1, 12.706),
+        (0.975, 2, 4.303),
+        (0.975, 5, 2.571),
+        (0.975, 30, 2.042),
+        (0.95, 7, 1.895),
+        (0.995, 1, 63.657),
+        (0.995, 4, 4.604),
+        (0.975, 1e6, 1.960),
+        (0.5, 3, 0.0),
+    ],
+)
 def test_student_quantiles_are_those_of_the_tables(p: float, freedom: float, expected: float) -> None:
     assert student_quantile(p, freedom) == pytest.approx(expected, abs=5e-4)
 

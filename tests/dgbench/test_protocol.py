@@ -13,10 +13,24 @@ from dgbench.protocol import CLASS_SETS, PROTOCOLS, Protocol, label_map, lookup,
 ROW = {"name": "cityscapes", "split": "val", "revision": "official"}
 # another value of every field that enters the hash
 CHANGED = {
-    "name": "other", "version": 3, "mapillary_map": "openseg", "halved": ("cityscapes",), "square": {"bdd100k": 1536},
-    "fit": {}, "short_edge": 1024, "resize": "pillow-bilinear", "label_grid": "resized", "window": "whole", "stride": 0.5,
-    "upsampling": "masks", "scales": (1.0, 0.5), "flip": True, "classes": 16, "absent_classes": "zero", "checkpoint": "best",
-}  # fmt: skip
+    "name": "other",
+    "version": 3,
+    "mapillary_map": "openseg",
+    "halved": ("cityscapes",),
+    "square": {"bdd100k": 1536},
+    "fit": {},
+    "short_edge": 1024,
+    "resize": "pillow-bilinear",
+    "label_grid": "resized",
+    "window": "whole",
+    "stride": 0.5,
+    "upsampling": "masks",
+    "scales": (1.0, 0.5),
+    "flip": True,
+    "classes": 16,
+    "absent_classes": "zero",
+    "checkpoint": "best",
+}
 
 
 @pytest.mark.parametrize(
@@ -52,10 +66,14 @@ def test_test_sizes(protocol: str, domain: str, file_size: tuple[int, int], test
 @pytest.mark.parametrize(
     ("protocol", "window", "stride"),
     [
-        ("unified", 512, 341), ("unified", 1024, 683), ("unified", 256, 171), ("paper-half", 512, 341),
-        ("vltseg-synthetic", 512, 426), ("vltseg-real", 1024, 768),
+        ("unified", 512, 341),
+        ("unified", 1024, 683),
+        ("unified", 256, 171),
+        ("paper-half", 512, 341),
+        ("vltseg-synthetic", 512, 426),
+        ("vltseg-real", 1024, 768),
     ],
-)  # fmt: skip
+)
 def test_strides_are_those_of_the_configs(protocol: str, window: int, stride: int) -> None:
     assert lookup(protocol).stride_of((window, window)) == (stride, stride)
 

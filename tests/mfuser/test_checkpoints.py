@@ -114,16 +114,19 @@ def test_a_flipped_bit_in_any_place_is_refused_by_name(saved, tmp_path, name):
     mfuser.load(folder)
 
 
-@pytest.mark.parametrize(("name", "change", "told"), [
-    ("model.safetensors", lambda path: path.write_bytes(b""), "has 0 bytes"),
-    ("model.safetensors", lambda path: path.write_bytes(path.read_bytes() + b"more"), "is damaged: it has"),
-    ("model.safetensors", Path.unlink, "holds no weights"),
-    ("model.json", lambda path: path.write_bytes(b""), "has 0 bytes"),
-    ("model.json", Path.unlink, "holds no model"),
-    ("manifest.json", lambda path: path.write_bytes(b""), "is damaged"),
-    ("manifest.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
-    ("manifest.json", lambda path: path.write_text('{"format": 1, "files": {}}'), "was put there later"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(b""), "has 0 bytes"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes() + b"more"), "is damaged: it has"),
+        ("model.safetensors", Path.unlink, "holds no weights"),
+        ("model.json", lambda path: path.write_bytes(b""), "has 0 bytes"),
+        ("model.json", Path.unlink, "holds no model"),
+        ("manifest.json", lambda path: path.write_bytes(b""), "is damaged"),
+        ("manifest.json", lambda path: path.write_text("[" * 100_000), "is damaged"),
+        ("manifest.json", lambda path: path.write_text('{"format": 1, "files": {}}'), "was put there later"),
+    ],
+)
 def test_an_empty_a_longer_and_a_missing_file_are_refused_by_name(saved, tmp_path, name, change, told):
     folder = copied(saved, tmp_path)
     change(folder / name)
@@ -153,17 +156,39 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("change", [
-    {"method": "nonsense"}, {"method": None}, {"method": ["mfuser"]}, {"method": "../../x"}, {"options": []},
-    {"options": {"vfm": 5}},
-    {"options": {"vfm": "nonsense"}}, {"options": {"image_size": 5}}, {"options": {"image_size": [64]}},
-    {"options": {"image_size": [10**30, 64]}}, {"options": {"image_size": ["64", 64]}}, {"options": {"image_size": [0, 0]}},
-    {"options": {"decoder_dim": 10**9}}, {"options": {"decoder_dim": -1}}, {"options": {"decoder_dim": 2.5}},
-    {"options": {"heads": 0}}, {"options": {"dropout": 1e300}}, {"options": {"dropout": 7}},
-    {"options": {"dropout": float("nan")}},
-    {"options": {"token_ids": [[1]]}}, {"options": {"token_ids": "x"}}, {"options": {"token_ids": [[10**12] * 5] * 19}},
-    {"options": {"nonsense": 1}}, {"format": True}, {"format": [1]}, {"format": 1.5}, {"classes": ["road"]}, {"classes": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "nonsense"},
+        {"method": None},
+        {"method": ["mfuser"]},
+        {"method": "../../x"},
+        {"options": []},
+        {"options": {"vfm": 5}},
+        {"options": {"vfm": "nonsense"}},
+        {"options": {"image_size": 5}},
+        {"options": {"image_size": [64]}},
+        {"options": {"image_size": [10**30, 64]}},
+        {"options": {"image_size": ["64", 64]}},
+        {"options": {"image_size": [0, 0]}},
+        {"options": {"decoder_dim": 10**9}},
+        {"options": {"decoder_dim": -1}},
+        {"options": {"decoder_dim": 2.5}},
+        {"options": {"heads": 0}},
+        {"options": {"dropout": 1e300}},
+        {"options": {"dropout": 7}},
+        {"options": {"dropout": float("nan")}},
+        {"options": {"token_ids": [[1]]}},
+        {"options": {"token_ids": "x"}},
+        {"options": {"token_ids": [[10**12] * 5] * 19}},
+        {"options": {"nonsense": 1}},
+        {"format": True},
+        {"format": [1]},
+        {"format": 1.5},
+        {"classes": ["road"]},
+        {"classes": 3},
+    ],
+)
 def test_odd_values_of_a_description_are_refused_in_one_line(saved, tmp_path, change):
     """Without a manifest, as from a stranger."""
     folder = copied(saved, tmp_path)
@@ -282,11 +307,23 @@ def test_parameters_are_as_many_as_the_authors_without_the_dead(full_size):
 
 def test_every_component_has_as_many_parameters_as_the_authors(full_size):
     variant, model, layout = full_size
-    parts = {"text.": "text_encoder", "vfm.": "dinov2", "vlm.": "vlm_image_encoder", "embedding.adapter": "adapter_proj",
-             "embedding.": "vlm_image_encoder", "adapters.": "adapter", "adapter_proj": "adapter_proj", "fpn": "fpn",
-             "context_decoder.": "context_decoder", "pixel_decoder.": "pixel_decoder", "contexts": "contexts", "gamma": "gamma",
-             "mask_decoder.layers.": "transformer_decoder", "mask_decoder.post_norm.": "transformer_decoder",
-             "mask_decoder.": "decode_head_other"}  # fmt: skip
+    parts = {
+        "text.": "text_encoder",
+        "vfm.": "dinov2",
+        "vlm.": "vlm_image_encoder",
+        "embedding.adapter": "adapter_proj",
+        "embedding.": "vlm_image_encoder",
+        "adapters.": "adapter",
+        "adapter_proj": "adapter_proj",
+        "fpn": "fpn",
+        "context_decoder.": "context_decoder",
+        "pixel_decoder.": "pixel_decoder",
+        "contexts": "contexts",
+        "gamma": "gamma",
+        "mask_decoder.layers.": "transformer_decoder",
+        "mask_decoder.post_norm.": "transformer_decoder",
+        "mask_decoder.": "decode_head_other",
+    }
     ours = dict.fromkeys(layout["components"], 0)
     for name, parameter in model.named_parameters():
         ours[next(part for prefix, part in parts.items() if name.startswith(prefix))] += parameter.numel()

@@ -57,18 +57,20 @@ def recorded(model) -> Iterator[dict[str, Tensor]]:
         )
     watch(model.fpn1, lambda given, out: seen.update({"feat/0/before_fpn": given[0]}))
     watch(model.fpn2, lambda given, out: seen.update({"feat/1/before_fpn": given[0]}))
-    watch(model.embedding, lambda given, out: seen.update(
-        {"embed/global": out[0], "embed/visual": out[1].mT.unflatten(2, model.vlm.grid)}
-    ))  # fmt: skip
+    watch(
+        model.embedding,
+        lambda given, out: seen.update({"embed/global": out[0], "embed/visual": out[1].mT.unflatten(2, model.vlm.grid)}),
+    )
     watch(model.text, lambda given, out: seen.update({"text/raw": out}))
-    watch(model.context_decoder, lambda given, out: seen.update(
-        {"text/context_in_visual": given[1], "text/context_out": out}
-    ))  # fmt: skip
-    watch(model.pixel_decoder, lambda given, out: seen.update(
-        {f"feat/{i}/after_fpn": m for i, m in enumerate(given[0])}
-        | {"text/final": given[1], "pixel/mask_feature": out[0]}
-        | {f"pixel/ms/{i}": m for i, m in enumerate(out[1])}
-    ))  # fmt: skip
+    watch(model.context_decoder, lambda given, out: seen.update({"text/context_in_visual": given[1], "text/context_out": out}))
+    watch(
+        model.pixel_decoder,
+        lambda given, out: seen.update(
+            {f"feat/{i}/after_fpn": m for i, m in enumerate(given[0])}
+            | {"text/final": given[1], "pixel/mask_feature": out[0]}
+            | {f"pixel/ms/{i}": m for i, m in enumerate(out[1])}
+        ),
+    )
     yield seen
     for handle in handles:
         handle.remove()
@@ -230,9 +232,11 @@ def test_gradients_of_every_trained_parameter_equal_the_authors(loaded, monkeypa
     for kind, errors in (("l2_rel", norms), ("samples_rel", samples)):
         ordered = sorted(errors.values())
         beyond = {key: e for key, e in errors.items() if e > max(1e-3, floor.get(key, {}).get(kind, 0))}
-        print(f"grad_{variant} {kind}: median {ordered[len(ordered) // 2]:.1e}, 95 % {ordered[len(ordered) * 95 // 100]:.1e}, "
-              f"worst {ordered[-1]:.1e} at {max(errors, key=lambda key: errors[key])}, "
-              f"{len(beyond)} of {len(errors)} beyond 1e-3 and the noise")  # fmt: skip
+        print(
+            f"grad_{variant} {kind}: median {ordered[len(ordered) // 2]:.1e}, 95 % {ordered[len(ordered) * 95 // 100]:.1e}, "
+            f"worst {ordered[-1]:.1e} at {max(errors, key=lambda key: errors[key])}, "
+            f"{len(beyond)} of {len(errors)} beyond 1e-3 and the noise"
+        )
         # The goldens' own rounding is what is left, see docs/mfuser.md. A fuser's `scale` is a sum that nearly cancels.
         assert len(beyond) < (0.3 if variant == "siglip" else 0.15) * len(errors)
         assert ordered[len(ordered) * 95 // 100] < (5e-3 if variant == "siglip" else 2.5e-3)

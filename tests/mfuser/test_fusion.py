@@ -263,9 +263,14 @@ def test_bi_deformable_attention_leaves_class_and_register_tokens_alone():
 def test_bi_deformable_attention_knows_where_the_towers_patches_begin(vfm, vlm):
     with unfilled():
         model = mfuser.build(
-            "mfuser", vfm=vfm, vlm=vlm, fuser="bi_deform_attn", image_size=(64, 96), token_ids=[[1] * 5] * 19,
+            "mfuser",
+            vfm=vfm,
+            vlm=vlm,
+            fuser="bi_deform_attn",
+            image_size=(64, 96),
+            token_ids=[[1] * 5] * 19,
             weights="meta",
-        )  # fmt: skip
+        )
     model.to("meta").eval()
     # the towers' tokens fit, or it would raise
     with torch.no_grad():

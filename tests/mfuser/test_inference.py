@@ -151,9 +151,16 @@ RAMP = torch.linspace(0, 1, 64).view(1, 1, 8, 8).repeat(1, 3, 1, 1)
 
 @pytest.mark.parametrize(
     ("images", "range_"),
-    [(RAMP * 255, "0 to 255"), (RAMP - 1, "-1 to 0"), (2 * RAMP, "0 to 2"), (RAMP.bfloat16() * 255, "0 to 255"),
-     ((RAMP - 0.45) / 0.23, "-1.95652 to 2.3913"), (RAMP.log(), "-inf to 0"), (RAMP * float("nan"), "nan to nan")],
-)  # fmt: skip
+    [
+        (RAMP * 255, "0 to 255"),
+        (RAMP - 1, "-1 to 0"),
+        (2 * RAMP, "0 to 2"),
+        (RAMP.bfloat16() * 255, "0 to 255"),
+        ((RAMP - 0.45) / 0.23, "-1.95652 to 2.3913"),
+        (RAMP.log(), "-inf to 0"),
+        (RAMP * float("nan"), "nan to nan"),
+    ],
+)
 def test_images_of_another_range_are_refused_with_theirs(images, range_):
     says = f"images reach from {range_}, expected .0, 1.: divide those of 8 bits by 255"
     with pytest.raises(ValueError, match=says):

@@ -105,8 +105,14 @@ def test_weight_decay_spares_norms_by_type_and_the_scans_decay(vlm):
     assert set(held) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, decay in held.items() if decay == 0} == spared & set(held)
     # some of each kind that the release decays
-    for part in ("fpn1.1.weight", "pixel_decoder.input_convs.0.gn.bias", "context_decoder.memory_proj.0.bias",
-                 "adapters.0.A_log", "adapters.0.D", "pixel_decoder.level_encoding.weight"):  # fmt: skip
+    for part in (
+        "fpn1.1.weight",
+        "pixel_decoder.input_convs.0.gn.bias",
+        "context_decoder.memory_proj.0.bias",
+        "adapters.0.A_log",
+        "adapters.0.D",
+        "pixel_decoder.level_encoding.weight",
+    ):
         assert held[part] == 0
 
 

@@ -16,11 +16,29 @@ _MAX_SEGMENT = 65535
 # blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long. No kernel takes more than 99 KB
 # of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
-    4: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 256, "gather_channels": 4,
-        "cell_tile": 7, "sort_threads": 512, "window": 6144},
-    2: {"threads": 128, "query_bits": 2, "processors": 0, "repeat": 1, "gather_threads": 128, "gather_channels": 8,
-        "cell_tile": 6, "sort_threads": 512, "window": 6144},
-}  # fmt: skip
+    4: {
+        "threads": 128,
+        "query_bits": 2,
+        "processors": 0,
+        "repeat": 1,
+        "gather_threads": 256,
+        "gather_channels": 4,
+        "cell_tile": 7,
+        "sort_threads": 512,
+        "window": 6144,
+    },
+    2: {
+        "threads": 128,
+        "query_bits": 2,
+        "processors": 0,
+        "repeat": 1,
+        "gather_threads": 128,
+        "gather_channels": 8,
+        "cell_tile": 6,
+        "sort_threads": 512,
+        "window": 6144,
+    },
+}
 # Points of a scale that a block sorts, unless those were more segments than that: a segment has counters of its own.
 _SEGMENT, _SEGMENTS = 5632, 16
 
@@ -96,11 +114,21 @@ class _Params(ctypes.Structure):
 def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> _Params:
     batch, queries, heads, scales, points = weights.shape
     params = _Params(
-        value=value.data_ptr(), locations=locations.data_ptr(), weights=weights.data_ptr(),
-        value_type=_TYPES[value.dtype], location_type=_TYPES[locations.dtype], weight_type=_TYPES[weights.dtype],
-        batch=batch, queries=queries, heads=heads, dim=value.shape[3], scales=scales, points=points,
-        point_bits=(points - 1).bit_length(), **_TUNING[value.element_size()],
-    )  # fmt: skip
+        value=value.data_ptr(),
+        locations=locations.data_ptr(),
+        weights=weights.data_ptr(),
+        value_type=_TYPES[value.dtype],
+        location_type=_TYPES[locations.dtype],
+        weight_type=_TYPES[weights.dtype],
+        batch=batch,
+        queries=queries,
+        heads=heads,
+        dim=value.shape[3],
+        scales=scales,
+        points=points,
+        point_bits=(points - 1).bit_length(),
+        **_TUNING[value.element_size()],
+    )
     params.value_stride[:] = value.stride()[:3]
     params.shapes[: len(shapes)] = shapes
     return params

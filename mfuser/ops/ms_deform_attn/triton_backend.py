@@ -56,10 +56,23 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
         blocks = triton.cdiv(queries, side * side)
     with _device_of(value):
         _sample[(blocks * batch * heads,)](
-            value, locations, weights, out, tuple(shapes), blocks, queries, heads, *value.stride()[:3],
-            S=scales, P=points, D=value.shape[3], BLOCK_D=dim, SIDE=side, TILED=tiled,
+            value,
+            locations,
+            weights,
+            out,
+            tuple(shapes),
+            blocks,
+            queries,
+            heads,
+            *value.stride()[:3],
+            S=scales,
+            P=points,
+            D=value.shape[3],
+            BLOCK_D=dim,
+            SIDE=side,
+            TILED=tiled,
             num_warps=_TILE_WARPS,
-        )  # fmt: skip
+        )
     return out.flatten(2)
 
 
@@ -94,19 +107,62 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
         )
         in_order, order = torch.sort(keys.flatten(), stable=True)
         _collect[(triton.cdiv(count, _BLOCK),)](
-            in_order, order, locations, weights, ends, sources, places, tuple(shapes), count, queries, heads, images_heads, bins,
-            S=scales, P=points, BLOCK=_BLOCK,
-        )  # fmt: skip
+            in_order,
+            order,
+            locations,
+            weights,
+            ends,
+            sources,
+            places,
+            tuple(shapes),
+            count,
+            queries,
+            heads,
+            images_heads,
+            bins,
+            S=scales,
+            P=points,
+            BLOCK=_BLOCK,
+        )
         _gather[(blocks * images_heads,)](
-            dout, value, sources, places, ends, sums, dlocations, dweights, tuple(shapes), count, blocks, bins, queries, heads,
+            dout,
+            value,
+            sources,
+            places,
+            ends,
+            sums,
+            dlocations,
+            dweights,
+            tuple(shapes),
+            count,
+            blocks,
+            bins,
+            queries,
+            heads,
             *value.stride()[:3],
-            S=scales, P=points, D=dim, BLOCK_D=block_dim, CELLS=tuned["cells"], ENTRIES=entries, num_warps=tuned["warps"],
-        )  # fmt: skip
+            S=scales,
+            P=points,
+            D=dim,
+            BLOCK_D=block_dim,
+            CELLS=tuned["cells"],
+            ENTRIES=entries,
+            num_warps=tuned["warps"],
+        )
         add_blocks = triton.cdiv(value.shape[1], cells_per_sum)
         _add[(add_blocks * images_heads,)](
-            sums, dvalue, tuple(shapes), value.shape[1], add_blocks, bins, heads, *dvalue.stride()[:3],
-            S=scales, D=dim, BLOCK_D=block_dim, CELLS=cells_per_sum,
-        )  # fmt: skip
+            sums,
+            dvalue,
+            tuple(shapes),
+            value.shape[1],
+            add_blocks,
+            bins,
+            heads,
+            *dvalue.stride()[:3],
+            S=scales,
+            D=dim,
+            BLOCK_D=block_dim,
+            CELLS=cells_per_sum,
+        )
     return dvalue, dlocations, dweights
 
 
@@ -165,9 +221,24 @@ def _neighbour(top, left, inside, height, width, CORNER: tl.constexpr):
 
 @triton.jit
 def _sample(
-    value, locations, weights, out, shapes, blocks, queries, heads, stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, TILED: tl.constexpr,
-):  # fmt: skip
+    value,
+    locations,
+    weights,
+    out,
+    shapes,
+    blocks,
+    queries,
+    heads,
+    stride_batch,
+    stride_cell,
+    stride_head,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SIDE: tl.constexpr,
+    TILED: tl.constexpr,
+):
     program = tl.program_id(0)
     head, image = (program // blocks % heads).to(tl.int64), (program // blocks // heads).to(tl.int64)
     query = _queries(program % blocks, shapes, queries, S, SIDE, TILED)
@@ -219,9 +290,19 @@ def _map(scale, shapes, S: tl.constexpr):
 
 @triton.jit
 def _bins(
-    locations, dlocations, dweights, keys, shapes, count, queries, heads, outside,
-    S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    locations,
+    dlocations,
+    dweights,
+    keys,
+    shapes,
+    count,
+    queries,
+    heads,
+    outside,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write the bin of each point's base cell, and the gradients of the points outside, which `_gather` does not meet."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
@@ -239,9 +320,23 @@ def _bins(
 
 @triton.jit
 def _collect(
-    in_order, order, locations, weights, ends, sources, places, shapes, count, queries, heads, images_heads, outside,
-    S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    in_order,
+    order,
+    locations,
+    weights,
+    ends,
+    sources,
+    places,
+    shapes,
+    count,
+    queries,
+    heads,
+    images_heads,
+    outside,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write, in the order of the base cells, what `_gather` needs of each point, and where the points of each (bin, image and
     head) start and end. The points of one bin are ordered by image and head."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -271,10 +366,30 @@ def _collect(
 
 @triton.jit
 def _gather(
-    dout, value, sources, places, ends, sums, dlocations, dweights, shapes, count, blocks, bins, queries, heads,
-    stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
+    dout,
+    value,
+    sources,
+    places,
+    ends,
+    sums,
+    dlocations,
+    dweights,
+    shapes,
+    count,
+    blocks,
+    bins,
+    queries,
+    heads,
+    stride_batch,
+    stride_cell,
+    stride_head,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CELLS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
     """Sums of dout over the points of each base cell, one per neighbour, and the gradients of these points."""
     block, image_head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     images_heads = (tl.num_programs(0) // blocks).to(tl.int64)
@@ -348,9 +463,21 @@ def _gather(
 
 @triton.jit
 def _add(
-    sums, dvalue, shapes, cells, blocks, bins, heads, stride_batch, stride_cell, stride_head,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CELLS: tl.constexpr,
-):  # fmt: skip
+    sums,
+    dvalue,
+    shapes,
+    cells,
+    blocks,
+    bins,
+    heads,
+    stride_batch,
+    stride_cell,
+    stride_head,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CELLS: tl.constexpr,
+):
     """Each cell's gradient, from the base cells that it is a neighbour of."""
     c = tl.program_id(0) % blocks * CELLS + tl.arange(0, CELLS)
     image_head = (tl.program_id(0) // blocks).to(tl.int64)

@@ -56,10 +56,23 @@ def plan(requested: str, weight: Tensor, A_log: Tensor) -> tuple[str, str] | Non
 
 
 def mvfuser(
-    joint: Tensor, in_proj: Tensor, conv_x: Tensor, conv_z: Tensor, x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor,
-    A_log: Tensor, D: Tensor, norm: Tensor, out_proj: Tensor, scale: Tensor, *, eps: float, sane: bool,
+    joint: Tensor,
+    in_proj: Tensor,
+    conv_x: Tensor,
+    conv_z: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm: Tensor,
+    out_proj: Tensor,
+    scale: Tensor,
+    *,
+    eps: float,
+    sane: bool,
     backends: tuple[str, str],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The block's output, times its scale, before the dropout (which commutes with the scale).
 
     Args:
@@ -98,8 +111,18 @@ def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
     width, (half, state), rank = joint.shape[2], A_log.shape, dt_proj.shape[1]
     taps, row = (half, 1, 3), (half,)
     expected = [
-        (2 * half, width), taps, taps, (rank + 2 * state, half), (half, rank), row, (half, state), row, row, (width, half), (),
-    ]  # fmt: skip
+        (2 * half, width),
+        taps,
+        taps,
+        (rank + 2 * state, half),
+        (half, rank),
+        row,
+        (half, state),
+        row,
+        row,
+        (width, half),
+        (),
+    ]
     check_shapes("mvfuser", WEIGHTS, weights, expected)
     # autocast casts all but fp64
     if joint.dtype is not in_proj.dtype and (joint.dtype is torch.float64 or not _autocast(joint)):
@@ -142,9 +165,17 @@ def _(
 
 
 def _backward(
-    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
-    dtype: torch.dtype, backend: str, scan: str, needed: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor,
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    backend: str,
+    scan: str,
+    needed: Sequence[bool],
+) -> list[Tensor]:
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
     kernels, _ = running("mvfuser", backend), running("selective_scan", scan)
     grads: list[Tensor] = kernels.backward(dout, joint, weights, kept, eps, sane, dtype, scan, needed)
@@ -156,9 +187,17 @@ _mvfuser_bwd = torch.library.custom_op("mfuser::mvfuser_bwd", _backward, mutates
 
 @_mvfuser_bwd.register_fake
 def _(
-    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
-    dtype: torch.dtype, backend: str, scan: str, needed: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor,
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    backend: str,
+    scan: str,
+    needed: Sequence[bool],
+) -> list[Tensor]:
     given = zip(_NAMES, (joint, *weights), needed, strict=True)
     return [t.new_empty(0 if name in _PRODUCTS and not take else t.shape) for name, t, take in given]
 

@@ -73,9 +73,16 @@ def kept(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, scan: str
 
 
 def backward(
-    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
-    dtype: torch.dtype, scan: str, needed: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor,
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    scan: str,
+    needed: Sequence[bool],
+) -> list[Tensor]:
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
     operands, small = _given(joint, weights, dtype)
     plan = _plan_of(joint, weights, operands, eps, sane, dtype, keep=True, backward=True)
@@ -173,9 +180,19 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    batch: int, length: int, width: int, dt_proj: torch.Size, state: int, eps: float, sane: bool, dtype: torch.dtype,
-    operands: tuple[torch.dtype, ...], keep: bool, backward: bool, multiprocessors: int,
-) -> _Plan:  # fmt: skip
+    batch: int,
+    length: int,
+    width: int,
+    dt_proj: torch.Size,
+    state: int,
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    operands: tuple[torch.dtype, ...],
+    keep: bool,
+    backward: bool,
+    multiprocessors: int,
+) -> _Plan:
     half, rank = dt_proj
     tokens, many = batch * length, batch * length >= _MANY
     forward_tokens, backward_tokens = _FORWARD_TOKENS[many], _BACKWARD_TOKENS[many]
@@ -196,19 +213,38 @@ def _plan(
     kept_places, kept = _placed(_kept_sizes(batch, length, width, half, rank, state, dtype, operands, keep))
     scan, scan_scratch, size = scanner.sized(batch, length, half, state, multiprocessors, backward=backward)
     shape = _Shape(
-        batch=batch, length=length, width=width, half=half, rank=rank, state=state, gate=not sane, times=2.0 - sane, eps=eps,
-        type=_TYPES[dtype], operand_type=tuple(_TYPES[t] for t in operands),
-        forward_tokens=forward_tokens, backward_tokens=backward_tokens, norm_blocks=blocks,
-        kept=_Places(**{"saved": -1} | kept_places), scratch=_Scratch(**places),
-    )  # fmt: skip
+        batch=batch,
+        length=length,
+        width=width,
+        half=half,
+        rank=rank,
+        state=state,
+        gate=not sane,
+        times=2.0 - sane,
+        eps=eps,
+        type=_TYPES[dtype],
+        operand_type=tuple(_TYPES[t] for t in operands),
+        forward_tokens=forward_tokens,
+        backward_tokens=backward_tokens,
+        norm_blocks=blocks,
+        kept=_Places(**{"saved": -1} | kept_places),
+        scratch=_Scratch(**places),
+    )
     places_of_scan = tuple((name, scratch + place) for name, place in scan_scratch)
     return _Plan(bytes(_Params(shape=shape, scan=scan)), places_of_scan, kept, scratch + size)
 
 
 def _kept_sizes(
-    batch: int, length: int, width: int, half: int, rank: int, state: int, dtype: torch.dtype,
-    operands: Sequence[torch.dtype], keep: bool,
-) -> list[tuple[str, int]]:  # fmt: skip
+    batch: int,
+    length: int,
+    width: int,
+    half: int,
+    rank: int,
+    state: int,
+    dtype: torch.dtype,
+    operands: Sequence[torch.dtype],
+    keep: bool,
+) -> list[tuple[str, int]]:
     """Names and bytes of what lies in the kept buffer; a compiler gives sizes that are symbols."""
     tokens, bytes_ = batch * length, dtype.itemsize
     counts = (tokens * width, 2 * half * width, (rank + 2 * state) * half, half * rank, width * half)
@@ -259,9 +295,16 @@ def _given(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tupl
 
 
 def _plan_of(
-    joint: Tensor, weights: Sequence[Tensor], operands: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, *,
-    keep: bool, backward: bool,
-) -> _Plan:  # fmt: skip
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    *,
+    keep: bool,
+    backward: bool,
+) -> _Plan:
     batch, length, width = joint.shape
     types = tuple([t.dtype for t in operands])
     processors = scanner.multiprocessors(joint)

@@ -78,9 +78,16 @@ def kept(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype, scan: str
 
 
 def backward(
-    dout: Tensor, joint: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor], eps: float, sane: bool,
-    dtype: torch.dtype, scan: str, needed: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor,
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    eps: float,
+    sane: bool,
+    dtype: torch.dtype,
+    scan: str,
+    needed: Sequence[bool],
+) -> list[Tensor]:
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
     scanner = lookup("selective_scan", scan).load()
     in_proj, conv_x, conv_z, x_proj, dt_proj, _, _, D, norm, out_proj, scale = weights
@@ -98,9 +105,7 @@ def backward(
     dy, dz, g, norm_sums = norm_backward(_product(dout, w_out, dtype), y, z, norm, scale, eps)
     dout_proj = product(take_out, dout, g)
     B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
-    du, ddelta, dA, dB, dC, dD, _, dbias, _ = scanner.backward(
-        dy, None, x, delta, A, B, C, D, None, bias, None, True, saved
-    )  # fmt: skip
+    du, ddelta, dA, dB, dC, dD, _, dbias, _ = scanner.backward(dy, None, x, delta, A, B, C, D, None, bias, None, True, saved)
     ddelta, djoined = _flat(ddelta, dtype), torch.empty_like(joined)
     torch.mm(ddelta, w_dt, out=djoined[:, :rank])
     join(dB.contiguous(), dC.contiguous(), djoined[:, rank:])
@@ -175,9 +180,20 @@ def conv_forward(xz: Tensor, wx: Tensor, wz: Tensor, gate: bool) -> tuple[Tensor
     chunks = triton.cdiv(length, _CONV_FORWARD["TOKENS"])
     grid = (batch * chunks, triton.cdiv(half, _CONV_FORWARD["CHANNELS"]), 2)
     _launch(
-        _conv_forward, grid, xz, wx, wz, x, z, *xz.stride()[:2], length, half, chunks, GATE=gate,
+        _conv_forward,
+        grid,
+        xz,
+        wx,
+        wz,
+        x,
+        z,
+        *xz.stride()[:2],
+        length,
+        half,
+        chunks,
+        GATE=gate,
         **_CONV_FORWARD,
-    )  # fmt: skip
+    )
     return x, z
 
 
@@ -191,9 +207,23 @@ def conv_backward(xz: Tensor, wx: Tensor, wz: Tensor, du: Tensor, dx: Tensor, dz
     partial = torch.empty(batch * chunks, 3 * channels, dtype=torch.float32, device=xz.device)
     grid = (batch * chunks, triton.cdiv(half, _CONV_BACKWARD["CHANNELS"]), 2)
     _launch(
-        _conv_backward, grid, xz, wx, wz, du, dx, dz, dxz, partial, *xz.stride()[:2], length, half,
-        chunks, GATE=gate, **_CONV_BACKWARD,
-    )  # fmt: skip
+        _conv_backward,
+        grid,
+        xz,
+        wx,
+        wz,
+        du,
+        dx,
+        dz,
+        dxz,
+        partial,
+        *xz.stride()[:2],
+        length,
+        half,
+        chunks,
+        GATE=gate,
+        **_CONV_BACKWARD,
+    )
     return dxz, partial
 
 
@@ -216,9 +246,23 @@ def norm_backward(
     blocks = min(_NORM_BLOCKS, tokens)
     partial = torch.empty(blocks, half + 1, dtype=torch.float32, device=y.device)
     _launch(
-        _norm_backward, (blocks,), dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, eps,
-        WIDTH=triton.next_power_of_2(half), **_NORM_BACKWARD,
-    )  # fmt: skip
+        _norm_backward,
+        (blocks,),
+        dg,
+        y,
+        z,
+        weight,
+        scale,
+        dy,
+        dz,
+        g,
+        partial,
+        tokens,
+        half,
+        eps,
+        WIDTH=triton.next_power_of_2(half),
+        **_NORM_BACKWARD,
+    )
     return dy, dz, g, partial
 
 
@@ -312,9 +356,20 @@ def _taps(w, c, inside):
 
 @triton.jit
 def _conv_forward(
-    xz, wx, wz, x, z, batch_stride, token_stride, length, half, chunks, GATE: tl.constexpr, TOKENS: tl.constexpr,
+    xz,
+    wx,
+    wz,
+    x,
+    z,
+    batch_stride,
+    token_stride,
+    length,
+    half,
+    chunks,
+    GATE: tl.constexpr,
+    TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
-):  # fmt: skip
+):
     image = (tl.program_id(0) // chunks).to(tl.int64)
     token = ((tl.program_id(0) % chunks) * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -340,9 +395,23 @@ def _gradient(base, one, two, w0, w1, w2, token, length, stride, half, inside, S
 
 @triton.jit
 def _conv_half_backward(
-    base, w, one, two, dbase, partial, first, length, stride, c, half, SILU: tl.constexpr, TWO: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
+    base,
+    w,
+    one,
+    two,
+    dbase,
+    partial,
+    first,
+    length,
+    stride,
+    c,
+    half,
+    SILU: tl.constexpr,
+    TWO: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
     inside = c < half
     w0, w1, w2 = _taps(w, c, inside)
     dw0, dw1, dw2 = (
@@ -367,9 +436,24 @@ def _conv_half_backward(
 
 @triton.jit
 def _conv_backward(
-    xz, wx, wz, du, dx, dz, dxz, partial, batch_stride, token_stride, length, half, chunks, GATE: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
+    xz,
+    wx,
+    wz,
+    du,
+    dx,
+    dz,
+    dxz,
+    partial,
+    batch_stride,
+    token_stride,
+    length,
+    half,
+    chunks,
+    GATE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     image, first = row // chunks, (row % chunks) * TOKENS * REPEAT
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -381,9 +465,23 @@ def _conv_backward(
         )
     else:
         _conv_half_backward(
-            base + half, wz, dz + d, dz + d, dbase + half, sums + 3 * half, first, length, token_stride, c, half, GATE, False,
-            TOKENS, CHANNELS, REPEAT,
-        )  # fmt: skip
+            base + half,
+            wz,
+            dz + d,
+            dz + d,
+            dbase + half,
+            sums + 3 * half,
+            first,
+            length,
+            token_stride,
+            c,
+            half,
+            GATE,
+            False,
+            TOKENS,
+            CHANNELS,
+            REPEAT,
+        )
 
 
 @triton.jit

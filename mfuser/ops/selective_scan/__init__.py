@@ -21,18 +21,38 @@ from mfuser.ops.inputs import check_shapes, check_types, constant
 
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
-    return_final_state: Literal[False] = ..., backend: str = ...,
-) -> Tensor: ...  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    *,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    initial_state: Tensor | None = ...,
+    return_final_state: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
 
 
 @overload
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, z: Tensor | None = ...,
-    delta_bias: Tensor | None = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ...,
-    return_final_state: Literal[True], backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = ...,
+    *,
+    z: Tensor | None = ...,
+    delta_bias: Tensor | None = ...,
+    delta_softplus: bool = ...,
+    initial_state: Tensor | None = ...,
+    return_final_state: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(

@@ -72,9 +72,18 @@ def kept_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool, keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the kept states (empty unless `keep`)."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=False)
     call.inputs(u, delta, A, B, C, D, z, bias, initial)
@@ -88,9 +97,20 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
     call = _Call(_common(u, delta, B, C, z), u, A, backward=True)
     call.inputs(u, delta, A, B, C, D, z, bias, initial)
@@ -153,9 +173,17 @@ class _Call:
                 setattr(self.params, name, first + offset)
 
     def inputs(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-        bias: Tensor | None, initial: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        bias: Tensor | None,
+        initial: Tensor | None,
+    ) -> None:
         """Point at what both directions take."""
         self.activation("u", u)
         self.activation("delta", delta)

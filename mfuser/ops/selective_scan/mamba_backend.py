@@ -56,9 +56,18 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool, keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and x (empty unless `keep`); takes no initial state."""
     ungated, x, *gated = _kernels.fwd(*_arguments(u, delta, A, B, C, D, z, bias), softplus)
     y = u.new_empty(u.shape).copy_((gated[0] if gated else ungated).mT)
@@ -67,9 +76,20 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); None for absent inputs.
 
     Raises: BackendError if the final state has a gradient.

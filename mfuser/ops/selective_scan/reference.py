@@ -23,9 +23,18 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool, keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and an empty tensor; computes in fp32 or fp64.
 
     keep: whether a backward will follow; without it nothing need be kept.
@@ -46,9 +55,20 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial) in fp32 or fp64; None for absent inputs.
 
     dy is (B, L, D); dstate, the final state's gradient, is (B, D, N) or absent.

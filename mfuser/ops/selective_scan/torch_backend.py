@@ -24,9 +24,18 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool, keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each block (empty unless `keep`)."""
     block, saved = _block(u, A), u.new_empty(saved_shape(u, A) if keep else (0,), dtype=_precise(u))
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
@@ -54,9 +63,20 @@ def forward(
 
 
 def backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial); equations as in `reference.backward`."""
     # autocast, if it is still on where the backward is called, would round the products below
     with torch.autocast(u.device.type, enabled=False):
@@ -64,9 +84,20 @@ def backward(
 
 
 def _backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     block = _block(u, A)
     x, step, A, B, C = _expand(u, delta, A, B, C, bias, softplus)
     dy = dy.transpose(0, 1).to(x.dtype).contiguous()  # (L, B, D)

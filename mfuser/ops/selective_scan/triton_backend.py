@@ -63,9 +63,18 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
-    initial: Tensor | None, softplus: bool, keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (B, L, D) in u's dtype, the final state (B, D, N) and the states before each piece (empty unless `keep`)."""
     batch, length, dim = u.shape
     shape = _Shape(u, A, softplus)
@@ -78,21 +87,69 @@ def forward(
     with torch.cuda.device_of(u):
         if shape.chunks > 1:
             _forward_ends[shape.grid](
-                u, delta, A, B, bias, ends, sums, length, dim, u.stride(0), delta.stride(0), B.stride(0), shape.chunks,
-                shape.chunk, 0, **shape.constants,
-            )  # fmt: skip
+                u,
+                delta,
+                A,
+                B,
+                bias,
+                ends,
+                sums,
+                length,
+                dim,
+                u.stride(0),
+                delta.stride(0),
+                B.stride(0),
+                shape.chunks,
+                shape.chunk,
+                0,
+                **shape.constants,
+            )
         _forward[shape.grid](
-            u, delta, A, B, C, D, z, bias, initial, y, state, saved if keep else None, ends, sums, length, dim, u.stride(0),
-            delta.stride(0), B.stride(0), C.stride(0), 0 if z is None else z.stride(0), shape.chunks, shape.chunk, 0,
-            PIECE=_PIECE, **shape.constants,
-        )  # fmt: skip
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            bias,
+            initial,
+            y,
+            state,
+            saved if keep else None,
+            ends,
+            sums,
+            length,
+            dim,
+            u.stride(0),
+            delta.stride(0),
+            B.stride(0),
+            C.stride(0),
+            0 if z is None else z.stride(0),
+            shape.chunks,
+            shape.chunk,
+            0,
+            PIECE=_PIECE,
+            **shape.constants,
+        )
     return y, state, saved
 
 
 def backward(
-    dy: Tensor, dstate: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-    z: Tensor | None, bias: Tensor | None, initial: Tensor | None, softplus: bool, saved: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    dstate: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    softplus: bool,
+    saved: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of (u, delta, A, B, C, D, z, bias, initial), each in its input's dtype; None for absent inputs."""
     batch, length, dim = u.shape
     shape = _Shape(u, A, softplus)
@@ -110,20 +167,80 @@ def backward(
     with torch.cuda.device_of(u):
         if shape.chunks > 1:
             _backward_ends[shape.grid](
-                dy, delta, A, C, z, bias, laters, sums, length, dim, dy.stride(0), delta.stride(0), C.stride(0), gate_stride,
-                shape.chunks, shape.chunk, 0, **shape.constants,
-            )  # fmt: skip
+                dy,
+                delta,
+                A,
+                C,
+                z,
+                bias,
+                laters,
+                sums,
+                length,
+                dim,
+                dy.stride(0),
+                delta.stride(0),
+                C.stride(0),
+                gate_stride,
+                shape.chunks,
+                shape.chunk,
+                0,
+                **shape.constants,
+            )
         _backward[shape.grid](
-            dy, dstate, u, delta, A, B, C, D, z, bias, saved, laters, sums, scratch, du, ddelta, dz, dinitial, of_tokens,
-            of_channels, batch * length * shape.states, length, dim, dy.stride(0), u.stride(0), delta.stride(0), B.stride(0),
-            C.stride(0), gate_stride, shape.chunks, shape.chunk, PIECE=_PIECE, **shape.constants,
-        )  # fmt: skip
+            dy,
+            dstate,
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            z,
+            bias,
+            saved,
+            laters,
+            sums,
+            scratch,
+            du,
+            ddelta,
+            dz,
+            dinitial,
+            of_tokens,
+            of_channels,
+            batch * length * shape.states,
+            length,
+            dim,
+            dy.stride(0),
+            u.stride(0),
+            delta.stride(0),
+            B.stride(0),
+            C.stride(0),
+            gate_stride,
+            shape.chunks,
+            shape.chunk,
+            PIECE=_PIECE,
+            **shape.constants,
+        )
         tokens, channels = of_tokens[0].numel(), of_channels[0].numel()
         programs = [triton.cdiv(size, _SUM_COLUMNS) for size in (tokens, channels)]
         _add[(sum(programs),)](
-            of_tokens, of_channels, dB, dC, dA, dD, dbias, tokens, channels, shape.blocks, batch * shape.chunks, dim,
-            shape.states, programs[0], ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS,
-        )  # fmt: skip
+            of_tokens,
+            of_channels,
+            dB,
+            dC,
+            dA,
+            dD,
+            dbias,
+            tokens,
+            channels,
+            shape.blocks,
+            batch * shape.chunks,
+            dim,
+            shape.states,
+            programs[0],
+            ROWS=_SUM_ROWS,
+            COLUMNS=_SUM_COLUMNS,
+        )
     return tuple(grads)
 
 
@@ -140,8 +257,12 @@ class _Shape:
         self.chunks = triton.cdiv(length, self.chunk)
         self.grid = (batch * self.chunks * self.blocks,)
         self.constants = {
-            "STATES": self.states, "N": self.tile_states, "CHANNELS": self.channels, "SOFTPLUS": softplus, "num_warps": 1,
-        }  # fmt: skip
+            "STATES": self.states,
+            "N": self.tile_states,
+            "CHANNELS": self.channels,
+            "SOFTPLUS": softplus,
+            "num_warps": 1,
+        }
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
@@ -284,9 +405,26 @@ def _join(h, A, end, total):
 
 @triton.jit(do_not_specialize=["zero"])
 def _forward_ends(
-    u, delta, A, B, bias, ends, sums, length, dim, su, sdelta, sB, chunks, chunk_length, zero,
-    STATES: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
+    u,
+    delta,
+    A,
+    B,
+    bias,
+    ends,
+    sums,
+    length,
+    dim,
+    su,
+    sdelta,
+    sB,
+    chunks,
+    chunk_length,
+    zero,
+    STATES: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
     """First pass: a chunk's last state from a first of zero, and its sum of steps."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
@@ -333,10 +471,36 @@ def _forward_ends(
 
 @triton.jit(do_not_specialize=["zero"])
 def _forward(
-    u, delta, A, B, C, D, z, bias, initial, y, state, saved, ends, sums, length, dim, su, sdelta, sB, sC, sz, chunks,
-    chunk_length, zero,
-    PIECE: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    initial,
+    y,
+    state,
+    saved,
+    ends,
+    sums,
+    length,
+    dim,
+    su,
+    sdelta,
+    sB,
+    sC,
+    sz,
+    chunks,
+    chunk_length,
+    zero,
+    PIECE: tl.constexpr,
+    STATES: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
     """Second pass: y, the state before every piece, and the final state."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
@@ -408,9 +572,28 @@ def _forward(
 
 @triton.jit(do_not_specialize=["zero"])
 def _backward_ends(
-    dy, delta, A, C, z, bias, laters, sums, length, dim, sdy, sdelta, sC, sz, chunks, chunk_length, zero,
-    STATES: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
+    dy,
+    delta,
+    A,
+    C,
+    z,
+    bias,
+    laters,
+    sums,
+    length,
+    dim,
+    sdy,
+    sdelta,
+    sC,
+    sz,
+    chunks,
+    chunk_length,
+    zero,
+    STATES: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
     """First pass: what a chunk's outputs add to the gradient of the state before it, and its sum of steps."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
@@ -463,10 +646,43 @@ def _backward_ends(
 
 @triton.jit
 def _backward(
-    dy, dstate, u, delta, A, B, C, D, z, bias, saved, laters, sums, scratch, du, ddelta, dz, dinitial, of_tokens,
-    of_channels, plane, length, dim, sdy, su, sdelta, sB, sC, sz, chunks, chunk_length,
-    PIECE: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dstate,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    saved,
+    laters,
+    sums,
+    scratch,
+    du,
+    ddelta,
+    dz,
+    dinitial,
+    of_tokens,
+    of_channels,
+    plane,
+    length,
+    dim,
+    sdy,
+    su,
+    sdelta,
+    sB,
+    sC,
+    sz,
+    chunks,
+    chunk_length,
+    PIECE: tl.constexpr,
+    STATES: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
     """Second pass: each piece's states again, four steps at a time, then all gradients from its end to its start."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
@@ -554,9 +770,11 @@ def _backward(
                 dD += g * x
             if z is not None:
                 out = _stack(
-                    tl.sum(h1 * c0[:, None], 0), tl.sum(h2 * c1[:, None], 0), tl.sum(h3 * c2[:, None], 0),
+                    tl.sum(h1 * c0[:, None], 0),
+                    tl.sum(h2 * c1[:, None], 0),
+                    tl.sum(h3 * c2[:, None], 0),
                     tl.sum(h4 * c3[:, None], 0),
-                )  # fmt: skip
+                )
                 if D is not None:
                     out += x * skip
                 dgate = dgated * out * share * (1 + gate * (1 - share))
@@ -599,9 +817,23 @@ def _back(later, dA, before, after, A, step, inflow, g, b, c):
 
 @triton.jit
 def _add(
-    of_tokens, of_channels, dB, dC, dA, dD, dbias, tokens, channels, blocks, chunks, dim, states, first_programs,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    of_tokens,
+    of_channels,
+    dB,
+    dC,
+    dA,
+    dD,
+    dbias,
+    tokens,
+    channels,
+    blocks,
+    chunks,
+    dim,
+    states,
+    first_programs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Partial sums added: (blocks, tokens) to dB and dC, (chunks, channels) to dA, dD and dbias."""
     program = tl.program_id(0)
     if program < first_programs:

@@ -67,7 +67,7 @@ def only(module: nn.Module, *shape: int) -> Cost:
         # q, k, v and output, and two products of nine tokens with nine, although torch would fuse them all
         (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (2, 9, 16), 2 * (9 * 16 * (4 * 16 + 2 * 32) + 2 * 9 * 9 * 16)),
     ],
-)  # fmt: skip
+)
 def test_modules_cost_what_their_sizes_say(module: nn.Module, shape: tuple[int, ...], products: int) -> None:
     assert only(module, *shape) == Cost(products)
 
@@ -111,9 +111,14 @@ def test_attention_is_two_products_of_tokens_with_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "shape", "size", "neighbours"),
-    [("nearest", (2, 3, 5, 6), (7, 9), 0), ("linear", (2, 3, 5), (9,), 2), ("bilinear", (2, 3, 5, 6), (7, 9), 4),
-     ("bicubic", (2, 3, 5, 6), (7, 9), 16), ("trilinear", (2, 3, 5, 5, 5), (7, 8, 9), 8)],
-)  # fmt: skip
+    [
+        ("nearest", (2, 3, 5, 6), (7, 9), 0),
+        ("linear", (2, 3, 5), (9,), 2),
+        ("bilinear", (2, 3, 5, 6), (7, 9), 4),
+        ("bicubic", (2, 3, 5, 6), (7, 9), 16),
+        ("trilinear", (2, 3, 5, 5, 5), (7, 8, 9), 8),
+    ],
+)
 def test_interpolation_costs_its_neighbours(mode: str, shape: tuple[int, ...], size: tuple[int, ...], neighbours: int) -> None:
     out = torch.Size((2, 3, *size)).numel()
     assert counted(lambda x: F.interpolate(x, size, mode=mode), meta(*shape)) == Cost(sampling=neighbours * out)
@@ -133,9 +138,16 @@ def test_the_scan_is_a_number_of_its_own(gated: bool, skip: bool) -> None:
 
     def scan(u: Tensor, B: Tensor) -> Tensor:
         return selective_scan(
-            u, u, torch.empty(dim, state, device="meta"), B, B, torch.empty(dim, device="meta") if skip else None,
-            z=u if gated else None, delta_softplus=True, backend="torch",
-        )  # fmt: skip
+            u,
+            u,
+            torch.empty(dim, state, device="meta"),
+            B,
+            B,
+            torch.empty(dim, device="meta") if skip else None,
+            z=u if gated else None,
+            delta_softplus=True,
+            backend="torch",
+        )
 
     cost = counted(scan, wide, narrow)
     tokens = batch * length * dim
@@ -239,13 +251,15 @@ def test_mvfuser_is_1_657_856_products_a_token_and_its_scan() -> None:
     [
         ("mvfuser", mvfuser_cost(1024, 2594)),
         # projections and convolutions are shared; the other direction brings steps, B and C of its own
-        ("mvfuser_bidir", mvfuser_cost(1024, 2594) + Cost(
-            2594 * (512 * 96 + 64 * 512), 0, 9 * 2594 * 512 * 16 + 2594 * 512, 2594 * 512)),
+        (
+            "mvfuser_bidir",
+            mvfuser_cost(1024, 2594) + Cost(2594 * (512 * 96 + 64 * 512), 0, 9 * 2594 * 512 * 16 + 2594 * 512, 2594 * 512),
+        ),
         ("selfattn_concat", Cost(4 * 2594 * 1024**2 + 2 * 2594**2 * 1024)),
         ("selfattn_separate", Cost(2 * (4 * 1297 * 1024**2 + 2 * 1297**2 * 1024))),
         ("bi_deform_attn", Cost(2592 * 3264 * 1024, 5 * 2592 * 8 * 2 * 4 * 128)),
     ],
-)  # fmt: skip
+)
 def test_every_fuser(name: str, by_hand: Cost) -> None:
     fuser = FUSERS[name](Site(1024, (36, 36), (1, 1), backend="torch"))
     assert count(fuser.to("meta"), meta(1, 1297, 1024), meta(1, 1297, 1024)).total == by_hand
@@ -363,7 +377,7 @@ def test_an_autograd_function_is_not_a_silent_zero() -> None:
         (lambda a, b: torch.einsum("...ab,bc->...ac", a, b), [(2, 3, 4), (4, 5)], "...ab,bc->...ac"),
         (lambda a, b, c: torch.einsum("ab,bc,cd->ad", a, b, c), [(2, 3), (3, 4), (4, 5)], "ab,bc,cd->ad"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_formula_is_an_error_and_not_a_zero(
     function: Callable[..., Any], shapes: list[tuple[int, ...]], named: str
 ) -> None:

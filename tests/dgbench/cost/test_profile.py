@@ -409,8 +409,11 @@ def test_the_papers_table(fusion: FusionProfile) -> None:
         "bi_deform_attn": ("3.35", "34.65"),
     }
     assert {row.fuser: row.parameters for row in fusion.rows if row.fuser in printed} == {
-        "mvfuser": 1_667_585, "selfattn_concat": 4_198_400, "selfattn_separate": 8_396_800, "bi_deform_attn": 3_345_600,
-    }  # fmt: skip
+        "mvfuser": 1_667_585,
+        "selfattn_concat": 4_198_400,
+        "selfattn_separate": 8_396_800,
+        "bi_deform_attn": 3_345_600,
+    }
     assert (fusion.dim, fusion.tokens, fusion.size) == (1024, (1297, 1297), (512, 512))
 
 

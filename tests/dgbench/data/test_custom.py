@@ -110,10 +110,15 @@ def test_polygons_are_read_by_the_names_that_a_declaration_gives(root: Path):
     values = blocks([0, 1, 2], 0).astype(np.uint16)
     write_image(root / "shapes/a.jpg", 0)
     (root / "shapes/a.json").write_text(json.dumps(polygons(values, {0: "ground", 1: "hut", 2: "donkey"})))
-    written(root / "domains/shapes.yaml", {
-        "splits": {"val": {"images": "*.jpg", "labels": {".jpg": ".json"}}}, "encoding": "polygons",
-        "label_map": {"ground": "road", "hut": "building"}, "ignored": ["donkey"],
-    })  # fmt: skip
+    written(
+        root / "domains/shapes.yaml",
+        {
+            "splits": {"val": {"images": "*.jpg", "labels": {".jpg": ".json"}}},
+            "encoding": "polygons",
+            "label_map": {"ground": "road", "hut": "building"},
+            "ignored": ["donkey"],
+        },
+    )
     assert np.array_equal(SegDataset(lookup("shapes"), "val")[0].label, np.array([0, 2, 255], np.uint8)[values])
 
 
@@ -268,25 +273,41 @@ def test_a_source_may_be_trained_on_in_another_split(root: Path):
     [
         ({"splits": {}}, "splits: expected at least one value, got {}"),
         ({"splits": {"val": {"images": "*.jpg"}}}, "splits.val.labels: missing"),
-        ({"splits": {"val": {"images": "../*.jpg", "labels": {"a": "b"}}}},
-         "splits.val.images: expected a glob below the domain's folder, without `..` and `**`, got '../*.jpg'"),
-        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "/abs/"}}}},
-         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/abs/*.jpg'"),
-        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "../masks/"}}}},
-         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '../masks/*.jpg'"),
-        ({"splits": {"val": {"images": "img/*.jpg", "labels": {"img": ""}}}},
-         "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/*.jpg'"),
-        ({"splits": {"val": {"images": "xx/*.jpg", "labels": {"x": "."}}}},
-         "splits.val.labels: expected replacements that stay below the domain's folder, got 'xx/*.jpg' -> '../*.jpg'"),
-        ({"splits": {"../../x": {"images": "*.jpg", "labels": {"a": "b"}}}},
-         "splits: expected names without `/` and a leading `.`, got '../../x'"),
+        (
+            {"splits": {"val": {"images": "../*.jpg", "labels": {"a": "b"}}}},
+            "splits.val.images: expected a glob below the domain's folder, without `..` and `**`, got '../*.jpg'",
+        ),
+        (
+            {"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "/abs/"}}}},
+            "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/abs/*.jpg'",
+        ),
+        (
+            {"splits": {"val": {"images": "img/*.jpg", "labels": {"img/": "../masks/"}}}},
+            "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '../masks/*.jpg'",
+        ),
+        (
+            {"splits": {"val": {"images": "img/*.jpg", "labels": {"img": ""}}}},
+            "splits.val.labels: expected replacements that stay below the domain's folder, got 'img/*.jpg' -> '/*.jpg'",
+        ),
+        (
+            {"splits": {"val": {"images": "xx/*.jpg", "labels": {"x": "."}}}},
+            "splits.val.labels: expected replacements that stay below the domain's folder, got 'xx/*.jpg' -> '../*.jpg'",
+        ),
+        (
+            {"splits": {"../../x": {"images": "*.jpg", "labels": {"a": "b"}}}},
+            "splits: expected names without `/` and a leading `.`, got '../../x'",
+        ),
         ({"folder": "../../x"}, "folder: expected a folder below the data root, without `..`, or an absolute one, got '../../x'"),
         ({"folder": "~nobody-of-this-name/x"}, "folder: expected a folder, and this system knows no home folder for '~nobody"),
-        ({"splits": {"val": {"images": "*.jpg", "labels": {"a": "b"}, "count": 0}}},
-         "splits.val.count: must be at least 1, got 0"),
+        (
+            {"splits": {"val": {"images": "*.jpg", "labels": {"a": "b"}, "count": 0}}},
+            "splits.val.count: must be at least 1, got 0",
+        ),
         ({"encoding": "grey"}, "encoding: expected 'ids', 'rgb16', 'colors', 'polygons' or 'panoptic', got 'grey'"),
-        ({"label_map": "cityscapes-id", "ignored": []},
-         "label_map: unknown label map `cityscapes-id`, did you mean `cityscapes-ids`?"),
+        (
+            {"label_map": "cityscapes-id", "ignored": []},
+            "label_map: unknown label map `cityscapes-id`, did you mean `cityscapes-ids`?",
+        ),
         ({"label_map": {1: 19}}, "label_map: 1 leads to 19: expected one of the 19 classes or 0..18, choose from road"),
         ({"label_map": {70000: 1}}, "label_map: expected stored values 0..65535, got 70000"),
         ({"label_map": {255: 1}}, "label_map: 255 always counts as ignored: leave it out"),
@@ -299,7 +320,7 @@ def test_a_source_may_be_trained_on_in_another_split(root: Path):
         ({"name": "gta"}, "name: `gta` is a domain that dgbench has: choose another name"),
         ({"name": "My City"}, "name: `My City` is no name for a domain"),
     ],
-)  # fmt: skip
+)
 def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path):
     lines = listed(written(tmp_path / "mine.yaml", changed(**values)))
     assert [line for line in lines if line.startswith(problem)], lines

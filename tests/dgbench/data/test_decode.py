@@ -137,12 +137,18 @@ def test_polygons_are_drawn_in_the_order_of_the_file_as_cityscapes_script_does(t
     path = tmp_path / "a_polygons.json"
     rng = np.random.default_rng(0)
     names = [o.name for o in official if o.id >= 0]
-    scene = {"imgHeight": 60, "imgWidth": 100, "objects": [
-        {"label": str(rng.choice(names)), "polygon": rng.integers((0, 0), (100, 60), size=(5, 2)).tolist(), "deleted": 0}
-        for _ in range(30)
-    ]}  # fmt: skip
-    scene["objects"] += [{"label": "cargroup", "polygon": [[10, 10], [40, 10], [40, 30]], "deleted": 0},
-                         {"label": "person", "polygon": [[10, 10], [40, 10], [40, 30]], "deleted": 1}]  # fmt: skip
+    scene = {
+        "imgHeight": 60,
+        "imgWidth": 100,
+        "objects": [
+            {"label": str(rng.choice(names)), "polygon": rng.integers((0, 0), (100, 60), size=(5, 2)).tolist(), "deleted": 0}
+            for _ in range(30)
+        ],
+    }
+    scene["objects"] += [
+        {"label": "cargroup", "polygon": [[10, 10], [40, 10], [40, 30]], "deleted": 0},
+        {"label": "person", "polygon": [[10, 10], [40, 10], [40, 30]], "deleted": 1},
+    ]
     path.write_text(json.dumps(scene))
     annotation = Annotation()
     annotation.fromJsonFile(str(path))

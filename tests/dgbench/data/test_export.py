@@ -119,8 +119,10 @@ def test_labels_are_encoded_as_the_published_ones_are(tmp_path: Path) -> None:
     for palette_image in ("gta5/labels/00001.png", *_under(tmp_path, "mapillary/validation/labels/*.png")):
         with Image.open(tmp_path / palette_image) as file:
             assert file.mode == "P"
-            used = {LABEL_MAPS["gta5-ids" if "gta5" in palette_image else "mapillary-robustnet"].classes.get(v) for v in
-                    np.unique(np.asarray(file)).tolist()}  # fmt: skip
+            used = {
+                LABEL_MAPS["gta5-ids" if "gta5" in palette_image else "mapillary-robustnet"].classes.get(v)
+                for v in np.unique(np.asarray(file)).tolist()
+            }
             colors = {tuple(color) for color in np.unique(np.asarray(file.convert("RGB")).reshape(-1, 3), axis=0).tolist()}
             # in colour they look as Cityscapes does: road is purple, what is ignored is black
             assert len(colors) == len(used)
@@ -161,13 +163,17 @@ def test_labels_may_be_written_by_another_of_the_domains_maps(tmp_path: Path) ->
         export(STREETS, "idd", tmp_path / "b", n=1, size=SIZE, label_map="train-ids")
 
 
-@pytest.mark.parametrize("declared", [
-    "encoding: polygons\nlabel_map: {street: road, human: person}\nignored: [unlabeled]",
-    "label_map: {300: road, 2: person}\nignored: [0]",
-    "encoding: panoptic\nlabel_map: {300: road, 2: person}\nignored: [9]",
-    "encoding: rgb16\nlabel_map: {3: road, 2: person}",
-    "encoding: colors",
-], ids=["polygons", "16 bits", "panoptic", "rgb16", "colors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "encoding: polygons\nlabel_map: {street: road, human: person}\nignored: [unlabeled]",
+        "label_map: {300: road, 2: person}\nignored: [0]",
+        "encoding: panoptic\nlabel_map: {300: road, 2: person}\nignored: [9]",
+        "encoding: rgb16\nlabel_map: {3: road, 2: person}",
+        "encoding: colors",
+    ],
+    ids=["polygons", "16 bits", "panoptic", "rgb16", "colors"],
+)
 def test_a_user_domain_is_a_row_like_any_other(declared: str, tmp_path: Path) -> None:
     suffix = ".json" if "polygons" in declared else ".png"
     (tmp_path / "domains").mkdir()
@@ -233,12 +239,15 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["domains"]
 
 
-@pytest.mark.parametrize(("declared", "key"), [
-    ("folder: ../../elsewhere\nsplits: {val: {images: 'img/*.png', labels: {img/: gt/}}}", "folder"),
-    ("splits: {val: {images: 'img/*.png', labels: {img/: OUTSIDE/}}}", "labels"),
-    ("splits: {val: {images: 'img/*.png', labels: {img/: ../../gt/}}}", "labels"),
-    ("splits: {../../val: {images: '*/img/x_*.png', labels: {img/: gt/}}}", "splits"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("declared", "key"),
+    [
+        ("folder: ../../elsewhere\nsplits: {val: {images: 'img/*.png', labels: {img/: gt/}}}", "folder"),
+        ("splits: {val: {images: 'img/*.png', labels: {img/: OUTSIDE/}}}", "labels"),
+        ("splits: {val: {images: 'img/*.png', labels: {img/: ../../gt/}}}", "labels"),
+        ("splits: {../../val: {images: '*/img/x_*.png', labels: {img/: gt/}}}", "splits"),
+    ],
+)
 def test_nothing_is_written_outside_of_the_folder_that_is_given(declared: str, key: str, tmp_path: Path) -> None:
     out = tmp_path / "a/b/out"
     (tmp_path / "mine.yaml").write_text(declared.replace("OUTSIDE", str(tmp_path / "outside")) + "\n")
@@ -262,15 +271,18 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"cityscapes", running.name, other.name}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("streets-city", "--as", "streets-world"), "`streets-world` is rendered and has no files"),
-    (("gta5", "--as", "cityscapes"), "`gta5` is not rendered"),
-    (("streets-city", "--as", "cityscape"), "did you mean `cityscapes`"),
-    (("streets-city", "--as", "bdd", "--layout", "color maps"), "did you mean `colour maps`"),
-    (("streets-city", "--as", "cityscapes", "--split", "test"), "`cityscapes` test cannot be scored here"),
-    (("streets-city", "--as", "mapillary-v2"), "has no agreed map"),
-    (("streets-city", "--as", "bdd", "--size", "16", "64"), "scenes cannot be 16 x 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("streets-city", "--as", "streets-world"), "`streets-world` is rendered and has no files"),
+        (("gta5", "--as", "cityscapes"), "`gta5` is not rendered"),
+        (("streets-city", "--as", "cityscape"), "did you mean `cityscapes`"),
+        (("streets-city", "--as", "bdd", "--layout", "color maps"), "did you mean `colour maps`"),
+        (("streets-city", "--as", "cityscapes", "--split", "test"), "`cityscapes` test cannot be scored here"),
+        (("streets-city", "--as", "mapillary-v2"), "has no agreed map"),
+        (("streets-city", "--as", "bdd", "--size", "16", "64"), "scenes cannot be 16 x 64"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_rendered(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     refused = run("data", "export", *arguments, "--out", tmp_path)
     assert refused.exit_code == 1

@@ -42,9 +42,12 @@ def png(*extra: bytes, size: tuple[int, int] = (8, 4)) -> bytes:
 def readers(path: Path) -> list[Callable[[], object]]:
     row = {"id": "x", "image": {"path": str(path), "bytes": None}, "label": {"path": str(path), "bytes": None}}
     return [
-        lambda: read_image(path), lambda: read_photo(path), lambda: size_of(row), lambda: read_stored(path, MAP),
+        lambda: read_image(path),
+        lambda: read_photo(path),
+        lambda: size_of(row),
+        lambda: read_stored(path, MAP),
         lambda: read_stored(path, MAP, "colors"),
-    ]  # fmt: skip
+    ]
 
 
 def refusals(path: Path) -> list[str]:

@@ -206,8 +206,12 @@ def test_a_condition_of_acdc_is_a_part_of_it(tmp_path: Path):
 def test_vistas_2_has_no_silent_map(tmp_path: Path):
     layout = official("mapillary-v2")
     write_image(tmp_path / "mapillary" / layout.images.replace("*", "a"), 0)
-    write_label(tmp_path / "mapillary" / label_of(layout.images.replace("*", "a"), layout), np.zeros(SIZE, np.uint8),
-                lookup("mapillary").read_by(), "ids")  # fmt: skip
+    write_label(
+        tmp_path / "mapillary" / label_of(layout.images.replace("*", "a"), layout),
+        np.zeros(SIZE, np.uint8),
+        lookup("mapillary").read_by(),
+        "ids",
+    )
     with pytest.raises(DataError, match="`mapillary-v2` has no agreed map"):
         SegDataset(lookup("mapillary-v2"), "val", root=tmp_path)
 
@@ -236,11 +240,17 @@ def test_a_set_of_rows_is_a_domain_of_its_own(tmp_path: Path):
     images = [np.random.default_rng(i).integers(256, size=(*SIZE, 3), dtype=np.uint8) for i in range(2)]
     ids = np.full(SIZE, 26, np.uint8)
     columns = {"id": ["val/0", "val/1"], "image": [png(i) for i in images], "label": [png(ids)] * 2}
-    features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image(decode=False),
-                                  "label": datasets.Image(decode=False)})  # fmt: skip
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "image": datasets.Image(decode=False), "label": datasets.Image(decode=False)}
+    )
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "rain/hub/val")
-    source = {"repository": "someone/rain", "revision": "0123", "encoding": "ids", "label_map": "cityscapes-ids",
-              "splits": {"val": 2}}  # fmt: skip
+    source = {
+        "repository": "someone/rain",
+        "revision": "0123",
+        "encoding": "ids",
+        "label_map": "cityscapes-ids",
+        "splits": {"val": 2},
+    }
     (tmp_path / "rain/hub/source.json").write_text(json.dumps(source))
     data = SegDataset(lookup("rain", tmp_path), "val", root=tmp_path)
     assert [data[i].name for i in range(2)] == ["val/0", "val/1"]

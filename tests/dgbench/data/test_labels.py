@@ -135,10 +135,9 @@ def same_names(names: list[str]) -> dict[int, int]:
         ("idd-autonue", IDD, same_names(IDD) | of_names(IDD, {"terrain": "non-drivable fallback"})),
         ("idd-no-terrain", IDD, same_names(IDD)),
         ("wilddash2-policy", WILDDASH2, same_names(WILDDASH2) | of_names(WILDDASH2, WILDDASH2_POLICY)),
-        ("wilddash2-on-rails", WILDDASH2,
-         same_names(WILDDASH2) | of_names(WILDDASH2, WILDDASH2_POLICY | {"train": "onrails"})),
+        ("wilddash2-on-rails", WILDDASH2, same_names(WILDDASH2) | of_names(WILDDASH2, WILDDASH2_POLICY | {"train": "onrails"})),
     ],
-)  # fmt: skip
+)
 def test_a_map_equals_its_source_by_names(name: str, labels: list[str], expected: dict[int, int]):
     found = LABEL_MAPS[name]
     assert found.classes == expected

@@ -143,8 +143,9 @@ def test_narrow_grey_is_refused_where_both_readings_are_possible(bits: int):
             read(Image.fromarray(samples.astype(bool)), TRAIN_IDS, kind="TIFF")
 
 
-@pytest.mark.parametrize(("name", "label_map", "label"), [
-    ("gta5", GTA5, STREET), ("vistas", VISTAS, blocks([0, 13, 15, 17, 24, 27, 30, 55, 65], 4))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "label_map", "label"), [("gta5", GTA5, STREET), ("vistas", VISTAS, blocks([0, 13, 15, 17, 24, 27, 30, 55, 65], 4))]
+)
 def test_a_published_palette_is_read_by_index_and_refused_in_another_order(name: str, label_map: LabelMap, label: object):
     assert np.array_equal(read_stored(MADE / f"{name}-optipng.png", label_map), label)
     with pytest.raises(DataError, match=rf"{name}-oxipng.png has a palette whose entry \d+ is \(.*\), which is published as the"):
@@ -250,10 +251,15 @@ def test_panoptic_segments_are_read_by_colour_whatever_saved_them(tmp_path: Path
 
 
 @pytest.mark.parametrize("encoding", ["ids", "colors", "panoptic", "rgb16"])
-@pytest.mark.parametrize(("kind", "how", "what"), [
-    ("JPEG", {"quality": 100, "subsampling": 0}, "a JPEG"), ("WEBP", {"quality": 100}, "a lossy WebP"),
-    ("WEBP", {"quality": 100, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}, "a lossy WebP"),
-    ("TIFF", {"compression": "jpeg"}, "a TIFF compressed by jpeg")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "how", "what"),
+    [
+        ("JPEG", {"quality": 100, "subsampling": 0}, "a JPEG"),
+        ("WEBP", {"quality": 100}, "a lossy WebP"),
+        ("WEBP", {"quality": 100, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}, "a lossy WebP"),
+        ("TIFF", {"compression": "jpeg"}, "a TIFF compressed by jpeg"),
+    ],
+)
 def test_labels_stored_with_loss_are_refused(tmp_path: Path, encoding: str, kind: str, how: dict[str, object], what: str):
     path = tmp_path / "panoptic/a.png"
     write_label(path, blocks([0], 0), LABEL_MAPS["wilddash2-policy"], "panoptic")

@@ -103,8 +103,10 @@ def test_there_is_a_view_for_every_scale(size: tuple[int, int] | None) -> None:
     views, _ = as_tested(image, label, replace(UNIFIED, scales=(1.0, 0.5, 1.25)), "streets-city", size)
     height, width = size or (64, 128)
     assert [view.shape[:2] for view in views] == [
-        (height, width), (height // 2, width // 2), (round(height * 1.25), round(width * 1.25)),
-    ]  # fmt: skip
+        (height, width),
+        (height // 2, width // 2),
+        (round(height * 1.25), round(width * 1.25)),
+    ]
 
 
 def test_a_recipes_own_size_goes_before_the_protocols() -> None:

@@ -58,8 +58,10 @@ def test_a_row_is_its_bytes_whatever_path_it_states(path: str | None, here: Path
     converted(here / "set", here / "data/mine")
     kept = rows(here / "data/mine", "val")[0]
     assert kept == {
-        "id": "val/000000", "image": {"bytes": png(7, "RGB"), "path": None}, "label": {"bytes": png(3), "path": None},
-    }  # fmt: skip
+        "id": "val/000000",
+        "image": {"bytes": png(7, "RGB"), "path": None},
+        "label": {"bytes": png(3), "path": None},
+    }
     sample = SegDataset(lookup("mine"), "val")[0]
     assert (sample.image == 7).all()
     assert (sample.label == 3).all()
@@ -97,9 +99,20 @@ def test_a_stored_row_without_bytes_is_refused_and_its_path_left_alone(decoded: 
     arrow = next((here / "data/mine/hub/val").glob("*.arrow"))
     with pa.OSFile(str(arrow), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    (here / "data/mine/hub/source.json").write_text(json.dumps(
-        {"name": "mine", "repository": "a/b", "revision": "c", "columns": COLUMNS, "splits": {"val": 1}, "encoding": "ids",
-         "label_map": "train-ids", "licence": None}))  # fmt: skip
+    (here / "data/mine/hub/source.json").write_text(
+        json.dumps(
+            {
+                "name": "mine",
+                "repository": "a/b",
+                "revision": "c",
+                "columns": COLUMNS,
+                "splits": {"val": 1},
+                "encoding": "ids",
+                "label_map": "train-ids",
+                "licence": None,
+            }
+        )
+    )
     with pytest.raises(DataError, match=r"row val/000000 has no bytes of its image"):
         SegDataset(lookup("mine"), "val")
     # a folder of the user's with such rows in it is no other matter
@@ -113,14 +126,27 @@ def test_splits_that_datasets_calls_alike_stay_apart(here: Path):
     for number, split in enumerate(("train", "val", "valid", "validation"), 1):
         many = [{"bytes": png(number, "RGB"), "path": None}] * number
         parquet(here / f"set/data/{split}-00000-of-00001.parquet", many, many)
-    names = {"configs": [{"config_name": "default", "data_files": [
-        {"split": split, "path": f"data/{split}-*"} for split in ("train", "val", "valid", "validation")]}]}  # fmt: skip
+    names = {
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in ("train", "val", "valid", "validation")],
+            }
+        ]
+    }
     (here / "set/README.md").write_text(f"---\n{json.dumps(names)}\n---\n")
     assert converted(here / "set", here / "data/mine").splits == {"train": 1, "val": 2, "valid": 3, "validation": 4}
 
 
-@pytest.mark.parametrize("path", ["{here}/other/*.parquet", "../other/*.parquet", "https://example.invalid/a.parquet",
-                                  "zip://a.parquet::https://example.invalid/a.zip"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{here}/other/*.parquet",
+        "../other/*.parquet",
+        "https://example.invalid/a.parquet",
+        "zip://a.parquet::https://example.invalid/a.zip",
+    ],
+)
 def test_a_card_leads_to_nothing_outside_of_its_repository(path: str, here: Path):
     one = [{"bytes": png(1, "RGB"), "path": None}]
     for folder in ("set/data", "other"):
@@ -132,8 +158,10 @@ def test_a_card_leads_to_nothing_outside_of_its_repository(path: str, here: Path
         converted(here / "set", here / "data/mine")
 
 
-@pytest.mark.parametrize("changed", [{"splits": {"../../other": 1}}, {"splits": {"val": "x"}}, {"splits": [1]}, {"encoding": 3},
-                                     {"encoding": "panoptic"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [{"splits": {"../../other": 1}}, {"splits": {"val": "x"}}, {"splits": [1]}, {"encoding": 3}, {"encoding": "panoptic"}],
+)
 def test_a_description_that_leads_elsewhere_is_refused(changed: dict[str, object], here: Path):
     told = {"repository": "a/b", "revision": "c", "splits": {"val": 1}, "encoding": "ids", "label_map": "train-ids"}
     (here / "data/described/hub").mkdir(parents=True)

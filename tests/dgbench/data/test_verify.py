@@ -159,8 +159,9 @@ def test_a_report_is_printed_as_json(bdd: Path):
 
 def test_list_names_the_layout_on_the_disk(bdd: Path):
     listed = {row["name"]: row for row in json.loads(run("data", "list", "--root", str(bdd.parent), "--json").stdout)}
-    assert listed["bdd100k"]["here"] == {"val": {"layout": "official", "folder": str(bdd), "n_pairs": 6, "n_expected": 1000,
-                                                "rendered": False}}  # fmt: skip
+    assert listed["bdd100k"]["here"] == {
+        "val": {"layout": "official", "folder": str(bdd), "n_pairs": 6, "n_expected": 1000, "rendered": False}
+    }
     assert listed["bdd100k"]["where"] == str(bdd)
     assert listed["cityscapes"]["where"] is None
     assert listed["mapillary"]["label_maps"] == ["mapillary-robustnet", "mapillary-openseg", "mapillary-wd2-policy"]

@@ -42,8 +42,24 @@ class Site:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificate")
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={HOST}", "-addext",
-               f"subjectAltName=DNS:{HOST}", "-keyout", "key.pem", "-out", "cert.pem"]  # fmt: skip
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        f"/CN={HOST}",
+        "-addext",
+        f"subjectAltName=DNS:{HOST}",
+        "-keyout",
+        "key.pem",
+        "-out",
+        "cert.pem",
+    ]
     subprocess.run(command, cwd=folder, capture_output=True, check=True)
     return folder
 
@@ -108,9 +124,11 @@ def site(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     for name, value in {
-        "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}", "REQUESTS_CA_BUNDLE": str(certificate / "cert.pem"),
-        "XDG_DATA_HOME": str(tmp_path / "share"), "NO_PROXY": "",
-    }.items():  # fmt: skip
+        "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}",
+        "REQUESTS_CA_BUNDLE": str(certificate / "cert.pem"),
+        "XDG_DATA_HOME": str(tmp_path / "share"),
+        "NO_PROXY": "",
+    }.items():
         monkeypatch.setenv(name, value)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.delenv("DGBENCH_OFFLINE", raising=False)

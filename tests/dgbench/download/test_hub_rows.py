@@ -72,9 +72,12 @@ def hub(packed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with serving({**packed, **LOOSE, **URBAN}) as server:
         for name, value in {
-            "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_OFFLINE": False,
-        }.items():  # fmt: skip
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+        }.items():
             monkeypatch.setattr(constants, name, value)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "DGBENCH_OFFLINE"):
             monkeypatch.delenv(name, raising=False)
@@ -164,8 +167,10 @@ def test_a_branch_is_resolved_once_and_the_commit_is_what_is_fetched(hub: Hub, d
     done(run(data, "--hub", "someone/Streets", *COLUMNS, "--yes"))
     source = json.loads((data / "streets/hub/source.json").read_text())
     assert (source["repository"], source["revision"], source["columns"]) == (
-        "someone/Streets", COMMIT, {"image": "picture", "label": "mask"},
-    )  # fmt: skip
+        "someone/Streets",
+        COMMIT,
+        {"image": "picture", "label": "mask"},
+    )
     hub.commit = "beef" * 10
     assert "already here" in done(run(data, "--hub", "someone/Streets", *COLUMNS))
     message = refused(run(data, "--hub", "someone/Streets", *COLUMNS, "--revision", "beef" * 10))

@@ -83,11 +83,14 @@ def test_a_truncated_file_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    ({"state_dict": {"backbone.layer1.weight": torch.rand(2)}}, "is not a checkpoint that the authors of `mfuser`"),
-    ({"state_dict": dict.fromkeys(MARKS, torch.rand(2))}, "tensors missing"),
-    ({"epoch": 3}, "holds no `state_dict` of tensors"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"state_dict": {"backbone.layer1.weight": torch.rand(2)}}, "is not a checkpoint that the authors of `mfuser`"),
+        ({"state_dict": dict.fromkeys(MARKS, torch.rand(2))}, "tensors missing"),
+        ({"epoch": 3}, "holds no `state_dict` of tensors"),
+    ],
+)
 def test_another_models_checkpoint_is_refused(tmp_path, content, reason):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=reason):
@@ -124,5 +127,8 @@ def test_a_full_checkpoint_becomes_a_run(tmp_path, variant):
     done = convert(tmp_path / "iter_20000.pth", tmp_path / "out", token_ids=ids)
     assert done.used + len(done.dead) == len(weights)
     model = checkpoints.load_for(load_recipe(str(tmp_path / "out" / "recipe.yaml")), tmp_path / "out")
-    assert all(torch.equal(value, weights[key]) for key, value in mfuser.to_authors_state_dict(model).items()
-               if weights.keys_of[key]["named"])  # fmt: skip
+    assert all(
+        torch.equal(value, weights[key])
+        for key, value in mfuser.to_authors_state_dict(model).items()
+        if weights.keys_of[key]["named"]
+    )

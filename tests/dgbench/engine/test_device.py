@@ -17,8 +17,14 @@ from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
 
 ROOT = Path(__file__).parents[3]
-SMALL = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=2", "data.val_images=1", "train.batch_size=2",
-         "train.steps=1"]  # fmt: skip
+SMALL = [
+    "data.size=[64, 128]",
+    "data.crop=[64, 64]",
+    "data.train_images=2",
+    "data.val_images=1",
+    "train.batch_size=2",
+    "train.steps=1",
+]
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:15"])

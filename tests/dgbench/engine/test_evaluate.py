@@ -147,8 +147,16 @@ def test_a_score_says_what_its_weights_were_trained_on(run, tmp_path):
     assert (old.source_images, old.source_available, old.source_complete) == (0, 0, None)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"images": true, "available": 1, "rendered": false}', '{"images": 1}',
-                                  '{"images": -1, "available": 1, "rendered": false}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"images": true, "available": 1, "rendered": false}',
+        '{"images": 1}',
+        '{"images": -1, "available": 1, "rendered": false}',
+    ],
+)
 def test_a_damaged_note_of_what_was_trained_on_is_named(run, tmp_path, text):
     shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
     shutil.copy(run / "recipe.yaml", tmp_path)
@@ -219,9 +227,16 @@ def test_absent_classes_count_as_the_protocol_says(free, monkeypatch, files):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"stride": 0.25}, {"flip": True}, {"scales": (1.0, 2.0)}, {"fit": {"cityscapes": (96, 192)}},
-                {"short_edge": 96}, {"fit": {"cityscapes": (40, 80)}, "resize": "pillow-bilinear"}]
-)  # fmt: skip
+    "changed",
+    [
+        {"stride": 0.25},
+        {"flip": True},
+        {"scales": (1.0, 2.0)},
+        {"fit": {"cityscapes": (96, 192)}},
+        {"short_edge": 96},
+        {"fit": {"cityscapes": (40, 80)}, "resize": "pillow-bilinear"},
+    ],
+)
 def test_what_changes_the_view_changes_the_prediction_and_not_the_label(free, monkeypatch, files, changed):
     _, usual = under(free, monkeypatch, "cityscapes", files)
     _, other = under(free, monkeypatch, "cityscapes", files, **changed)
@@ -230,8 +245,10 @@ def test_what_changes_the_view_changes_the_prediction_and_not_the_label(free, mo
 
 
 def test_the_resampling_shows_in_the_prediction(free, monkeypatch, files):
-    pair = [under(free, monkeypatch, "cityscapes", files, fit={"cityscapes": (32, 64)}, resize=by)[1]
-            for by in ("opencv-bilinear", "pillow-bilinear")]  # fmt: skip
+    pair = [
+        under(free, monkeypatch, "cityscapes", files, fit={"cityscapes": (32, 64)}, resize=by)[1]
+        for by in ("opencv-bilinear", "pillow-bilinear")
+    ]
     assert not np.array_equal(*pair)
 
 

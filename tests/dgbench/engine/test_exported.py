@@ -23,9 +23,14 @@ from dgbench.recipe import load_recipe
 SIZE = (64, 128)
 TARGETS = ("cityscapes", "bdd", "mapillary")
 SMALL = (
-    "data.size=null", "data.crop=[64, 64]", "data.train_images=4", "train.steps=2", "train.batch_size=2", "train.workers=0",
+    "data.size=null",
+    "data.crop=[64, 64]",
+    "data.train_images=4",
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.workers=0",
     "eval.batch_size=1",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,27 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    run("train", "mfuser", "--vlm", "tiny", "--source", "gta5", "--targets", *TARGETS, "--set", *SMALL, "--root", root,
-        "--out", runs / "a", "--runs", runs, "--device", "cpu", "--no-eval")  # fmt: skip
+    run(
+        "train",
+        "mfuser",
+        "--vlm",
+        "tiny",
+        "--source",
+        "gta5",
+        "--targets",
+        *TARGETS,
+        "--set",
+        *SMALL,
+        "--root",
+        root,
+        "--out",
+        runs / "a",
+        "--runs",
+        runs,
+        "--device",
+        "cpu",
+        "--no-eval",
+    )
     return runs / "a"
 
 
@@ -61,7 +85,10 @@ def test_training_and_scoring_run_as_on_the_published_sets(root: Path, trained: 
     assert (recipe.data.source, recipe.data.targets) == ("gta5", ("cityscapes", "bdd100k", "mapillary"))
     scored = run("eval", trained, "--targets", *TARGETS, "--root", root, "--device", "cpu", "--json")
     assert [(row["target"], row["n_images"], row["n_available"]) for row in json.loads(scored.stdout)] == [
-        ("cityscapes", 3, 500), ("bdd100k", 3, 1000), ("mapillary", 1, 2000)]  # fmt: skip
+        ("cityscapes", 3, 500),
+        ("bdd100k", 3, 1000),
+        ("mapillary", 1, 2000),
+    ]
     board = run("leaderboard", "--runs", trained.parent, "--no-published", "--targets", *TARGETS, "--json")
     (group,) = [group for group in json.loads(board.stdout)["groups"] if group["source"] == "gta5"]
     assert group["targets"] == ["cityscapes", "bdd100k", "mapillary"]
@@ -74,8 +101,12 @@ def test_training_and_scoring_run_as_on_the_published_sets(root: Path, trained: 
 def test_scores_on_exports_say_so_and_never_share_a_hash_with_the_real_set(trained: Path, tmp_path: Path) -> None:
     export("streets-night", "dark-zurich", tmp_path / "a", n=2, size=(32, 64))
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns(".dgbench-rendered"))
-    scored = [json.loads(run("eval", trained, "--targets", "dark-zurich", "--root", tmp_path / root, "--device", "cpu",
-                             "--json").stdout)[0] for root in "ab"]  # fmt: skip
+    scored = [
+        json.loads(
+            run("eval", trained, "--targets", "dark-zurich", "--root", tmp_path / root, "--device", "cpu", "--json").stdout
+        )[0]
+        for root in "ab"
+    ]
     assert [(row["n_images"], row["n_available"], row["rendered"]) for row in scored] == [(2, 50, True), (2, 50, False)]
     assert scored[0]["miou"] == scored[1]["miou"]
     assert scored[0]["protocol_hash"] != scored[1]["protocol_hash"]
@@ -93,8 +124,9 @@ def test_scores_say_how_much_of_the_source_was_seen(root: Path, trained: Path) -
         assert told.source_complete is False
 
 
-def test_the_official_script_gives_the_score_that_we_record(root: Path, trained: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_official_script_gives_the_score_that_we_record(
+    root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluation = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     labels = pytest.importorskip("cityscapesscripts.helpers.labels")
     run("eval", trained, "--targets", "cityscapes", "--root", root, "--device", "cpu")
@@ -112,10 +144,20 @@ def test_the_official_script_gives_the_score_that_we_record(root: Path, trained:
             (scores,) = mfuser.slide(model, image, crop=recipe.data.crop, stride=stride)
         Image.fromarray(to_id[scores.argmax(0).numpy()]).save(tmp_path / f"{sequence}_pred.png")
     official = Namespace(
-        evalInstLevelScore=False, evalPixelAccuracy=False, evalLabels=[], bold="", nocol="", colorized=False,
-        quiet=True, JSONOutput=False, avgClassSize={}, printRow=5, normalized=True, predictionPath=str(tmp_path),
+        evalInstLevelScore=False,
+        evalPixelAccuracy=False,
+        evalLabels=[],
+        bold="",
+        nocol="",
+        colorized=False,
+        quiet=True,
+        JSONOutput=False,
+        avgClassSize={},
+        printRow=5,
+        normalized=True,
+        predictionPath=str(tmp_path),
         predictionWalk=None,
-    )  # fmt: skip
+    )
     predictions = [evaluation.getPrediction(official, str(truth)) for truth in truths]
     scores = evaluation.evaluateImgLists(predictions, [str(truth) for truth in truths], official)
     capsys.readouterr()

@@ -107,12 +107,14 @@ def test_a_constant_rate_stays_after_warm_up() -> None:
         ({}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
         ({"betas": [0.8, 0.9]}, lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)),
         ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1)),
-        ({"optimizer": "sgd", "momentum": 0.5, "nesterov": True},
-         lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5, nesterov=True, weight_decay=0.1)),
+        (
+            {"optimizer": "sgd", "momentum": 0.5, "nesterov": True},
+            lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5, nesterov=True, weight_decay=0.1),
+        ),
         ({"optimizer": "sgd", "momentum": 0}, lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1)),
     ],
     ids=["adamw", "betas", "sgd", "nesterov", "plain sgd"],
-)  # fmt: skip
+)
 def test_steps_are_those_of_torchs_own_optimizer(given: dict, oracle) -> None:
     ours, theirs = Plain(), Plain()
     ours.no_decay = ()
@@ -149,8 +151,13 @@ def test_keys_left_alone_leave_hashes_and_others_change_them() -> None:
     assert recipe_hash(usual) == HASH
     alone = ["optim.optimizer=adamw", "optim.betas=[0.9, 0.999]", "optim.schedule=poly", "train.init=null"]
     assert recipe_hash(load_recipe("streets/source-only", alone)) == HASH
-    for setting in ("optim.optimizer=sgd", "optim.schedule=constant", "optim.groups.head.lr_factor=2", "train.init=x",
-                    "data.extra.style=x"):  # fmt: skip
+    for setting in (
+        "optim.optimizer=sgd",
+        "optim.schedule=constant",
+        "optim.groups.head.lr_factor=2",
+        "train.init=x",
+        "data.extra.style=x",
+    ):
         assert recipe_hash(load_recipe("streets/source-only", [setting])) != HASH, setting
 
 

@@ -158,8 +158,10 @@ def test_what_was_scored_is_not_scored_again_and_the_seconds_add_up(run, whole):
     records = scores(run, progress=bar)
     check_same(records, whole)
     assert records[0] == first
-    assert bar.notes == ["streets-city was scored before the interruption",
-                         "streets-fog: 4 of 5 images were scored before the interruption"]  # fmt: skip
+    assert bar.notes == [
+        "streets-city was scored before the interruption",
+        "streets-fog: 4 of 5 images were scored before the interruption",
+    ]
     assert bar.images == 5, "four that were done, and one"
     assert all(records[1].seconds[name] > spent for name, spent in seconds["streets-fog"].items())
     assert hidden(run) == []
@@ -238,10 +240,21 @@ def test_leftovers_of_dead_processes_are_removed_and_others_stay(run):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     old = time.time() - 7200
-    removed = [f".recipe.yaml.{dead.pid}.tmp", f".record-x.json.{dead.pid}.tmp", "confusion-lone.npz",
-               f"..scoring-0123456789abcdef.npz.{dead.pid}.tmp", ".scoring-0123456789abcdef.lock"]  # fmt: skip
-    stay = [f".log.jsonl.{os.getpid()}.tmp", "notes.txt", ".mine.tmp", "confusion-new.npz", "confusion-named.npz",
-            f".record-y.json.{dead.pid}.tmp"]  # fmt: skip
+    removed = [
+        f".recipe.yaml.{dead.pid}.tmp",
+        f".record-x.json.{dead.pid}.tmp",
+        "confusion-lone.npz",
+        f"..scoring-0123456789abcdef.npz.{dead.pid}.tmp",
+        ".scoring-0123456789abcdef.lock",
+    ]
+    stay = [
+        f".log.jsonl.{os.getpid()}.tmp",
+        "notes.txt",
+        ".mine.tmp",
+        "confusion-new.npz",
+        "confusion-named.npz",
+        f".record-y.json.{dead.pid}.tmp",
+    ]
     for name in removed + stay:
         (run / name).write_bytes(b"x")
     for name in [*removed[1:3], "confusion-named.npz"]:
@@ -303,8 +316,10 @@ def test_a_checkpoint_that_is_damaged_is_told_at_once(run):
 @pytest.mark.parametrize("absent", ["skip", "unlabelled", "zero"])
 def test_a_domain_without_a_labelled_pixel_has_no_miou_and_one_line_says_so(absent, run, tmp_path, monkeypatch, recwarn, caplog):
     for number in range(3):
-        for array, name in ((np.zeros((64, 128, 3), np.uint8), "rgb_anon/val/night/a/{}_rgb_anon.png"),
-                            (np.full((64, 128), 255, np.uint8), "gt/val/night/a/{}_gt_labelTrainIds.png")):  # fmt: skip
+        for array, name in (
+            (np.zeros((64, 128, 3), np.uint8), "rgb_anon/val/night/a/{}_rgb_anon.png"),
+            (np.full((64, 128), 255, np.uint8), "gt/val/night/a/{}_gt_labelTrainIds.png"),
+        ):
             path = tmp_path / "dark_zurich" / name.format(number)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)

@@ -33,8 +33,17 @@ from dgbench.recipe import load_recipe
 from dgbench.runs import claim_run
 from mfuser import manifest
 
-SETTINGS = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "data.val_images=2", "train.batch_size=2",
-            "train.log_every=1", "train.steps=4", "train.checkpoint_every=2", "train.workers=0"]  # fmt: skip
+SETTINGS = [
+    "data.size=[64, 128]",
+    "data.crop=[64, 64]",
+    "data.train_images=4",
+    "data.val_images=2",
+    "train.batch_size=2",
+    "train.log_every=1",
+    "train.steps=4",
+    "train.checkpoint_every=2",
+    "train.workers=0",
+]
 IN_STEP = ("model.safetensors", "model.json", "optimizer.pt", "source.json", "training.json", "manifest.json")
 
 
@@ -227,8 +236,13 @@ def test_steps_are_in_the_order_of_their_numbers_and_other_names_are_none(run):
     model, optimizer = checkpoints.load_model(run), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     checkpoints.save(model, optimizer, run, 1_000_001)
     assert {p.name for p in folder.iterdir()} == {
-        "step-1000001", "step-9999999-backup", "step-", "step-x", "step-00000५", "step-000004 (copy)",
-    }  # fmt: skip
+        "step-1000001",
+        "step-9999999-backup",
+        "step-",
+        "step-x",
+        "step-00000५",
+        "step-000004 (copy)",
+    }
 
 
 def test_what_dead_processes_left_in_a_run_is_removed_and_that_of_living_ones_is_not(run):
@@ -366,8 +380,12 @@ def test_a_step_that_the_memory_does_not_suffice_for_is_told_in_one_line(tmp_pat
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), before[1]))
     try:
         with pytest.raises(RecipeError, match=r"step 1: the memory does not suffice") as error:
-            train(recipe("data.crop=[256, 512]", "data.size=[256, 512]", "train.batch_size=64", "data.train_images=1"),
-                  tmp_path, progress=Silent(), device="cpu")  # fmt: skip
+            train(
+                recipe("data.crop=[256, 512]", "data.size=[256, 512]", "train.batch_size=64", "data.train_images=1"),
+                tmp_path,
+                progress=Silent(),
+                device="cpu",
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert "\n" not in error.value.message

@@ -19,9 +19,15 @@ from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
 
 SMALL = (
-    "data.size=null", "data.crop=[32, 32]", "data.train_images=3", "train.batch_size=2", "train.workers=0", "train.steps=4",
-    "train.log_every=1", "train.checkpoint_every=2",
-)  # fmt: skip
+    "data.size=null",
+    "data.crop=[32, 32]",
+    "data.train_images=3",
+    "train.batch_size=2",
+    "train.workers=0",
+    "train.steps=4",
+    "train.log_every=1",
+    "train.checkpoint_every=2",
+)
 
 
 def called(*arguments: str | Path) -> Result:
@@ -48,8 +54,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def train(root: Path, out: Path, *settings: str, sources: tuple[str, ...] = ("gta5", "city")) -> Result:
-    return called("train", "source-only", "--source", *sources, "--targets", "bdd", "--set", *SMALL, *settings,
-                  "--root", root, "--out", out, "--device", "cpu", "--no-eval", "--quiet")  # fmt: skip
+    return called(
+        "train",
+        "source-only",
+        "--source",
+        *sources,
+        "--targets",
+        "bdd",
+        "--set",
+        *SMALL,
+        *settings,
+        "--root",
+        root,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--no-eval",
+        "--quiet",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +97,9 @@ def test_records_name_all_sources_sorted_and_sum_up_what_was_seen(root: Path, tr
 def test_scores_and_boards_name_them_and_none_is_a_target(root: Path, trained: Path) -> None:
     scored = json.loads(run("eval", trained, "--root", root, "--device", "cpu", "--json", "--quiet").stdout)
     assert [(row["source"], row["target"]) for row in scored] == [
-        ("cityscapes+gta5", "cityscapes"), ("cityscapes+gta5", "bdd100k")]  # fmt: skip
+        ("cityscapes+gta5", "cityscapes"),
+        ("cityscapes+gta5", "bdd100k"),
+    ]
     for source in (("gta", "cityscapes"), ("cityscapes,gta5",)):
         board = json.loads(run("leaderboard", "--runs", trained.parent, "--no-published", "--source", *source, "--json").stdout)
         (group,) = board["groups"]

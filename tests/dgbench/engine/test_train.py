@@ -91,8 +91,14 @@ def _one_thread():
 )
 def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterrupted_one_bit_for_bit(name, sampling, tmp_path):
     """Seven images, two a step, the checkpoint after six; the killed run has another number of loader workers."""
-    settings = [*SMALL, "train.steps=6", "train.checkpoint_every=3", "data.train_images=7", "train.workers=2",
-                f"data.rare_class_sampling={sampling}"]  # fmt: skip
+    settings = [
+        *SMALL,
+        "train.steps=6",
+        "train.checkpoint_every=3",
+        "data.train_images=7",
+        "train.workers=2",
+        f"data.rare_class_sampling={sampling}",
+    ]
     run = load_recipe(name, settings)
     whole = tmp_path / "whole"
     train(run, whole, progress=Silent(), device="cpu")

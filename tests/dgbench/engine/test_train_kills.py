@@ -16,8 +16,17 @@ from dgbench.engine.train import train
 from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
 
-SETTINGS = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "data.val_images=2", "train.batch_size=2",
-            "train.log_every=1", "train.steps=2", "train.checkpoint_every=1", "train.workers=0"]  # fmt: skip
+SETTINGS = [
+    "data.size=[64, 128]",
+    "data.crop=[64, 64]",
+    "data.train_images=4",
+    "data.val_images=2",
+    "train.batch_size=2",
+    "train.log_every=1",
+    "train.steps=2",
+    "train.checkpoint_every=1",
+    "train.workers=0",
+]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
 

@@ -51,9 +51,24 @@ def conv_forward(xz: Tensor, wx: Tensor, wz: Tensor, gate: bool) -> tuple[Tensor
     batch, length, _ = xz.shape
     x, z = (xz.new_empty(batch, length, wx.shape[0]) for _ in range(2))
     params = _Conv(
-        xz.data_ptr(), wx.data_ptr(), wz.data_ptr(), x.data_ptr(), z.data_ptr(), None, None, None, None, None,
-        *xz.stride()[:2], batch, length, wx.shape[0], _FORWARD_TOKENS, gate, _TYPES[xz.dtype],
-    )  # fmt: skip
+        xz.data_ptr(),
+        wx.data_ptr(),
+        wz.data_ptr(),
+        x.data_ptr(),
+        z.data_ptr(),
+        None,
+        None,
+        None,
+        None,
+        None,
+        *xz.stride()[:2],
+        batch,
+        length,
+        wx.shape[0],
+        _FORWARD_TOKENS,
+        gate,
+        _TYPES[xz.dtype],
+    )
     compiled.library().run("mfuser_mvfuser_conv_fwd", params, like=xz)
     return x, z
 
@@ -65,9 +80,24 @@ def conv_backward(xz: Tensor, wx: Tensor, wz: Tensor, du: Tensor, dx: Tensor, dz
     dxz = xz.new_empty(batch, length, channels)
     partial = torch.empty(batch * -(-length // block), 3 * channels, dtype=torch.float32, device=xz.device)
     params = _Conv(
-        xz.data_ptr(), wx.data_ptr(), wz.data_ptr(), None, None, du.data_ptr(), dx.data_ptr(), dz.data_ptr(),
-        dxz.data_ptr(), partial.data_ptr(), *xz.stride()[:2], batch, length, wx.shape[0], block, gate, _TYPES[xz.dtype],
-    )  # fmt: skip
+        xz.data_ptr(),
+        wx.data_ptr(),
+        wz.data_ptr(),
+        None,
+        None,
+        du.data_ptr(),
+        dx.data_ptr(),
+        dz.data_ptr(),
+        dxz.data_ptr(),
+        partial.data_ptr(),
+        *xz.stride()[:2],
+        batch,
+        length,
+        wx.shape[0],
+        block,
+        gate,
+        _TYPES[xz.dtype],
+    )
     compiled.library().run("mfuser_mvfuser_conv_bwd", params, like=xz)
     return dxz, partial
 
@@ -77,9 +107,21 @@ def norm_forward(y: Tensor, z: Tensor, weight: Tensor, scale: Tensor, eps: float
     half = y.shape[2]
     g = y.new_empty(y.numel() // half, half)
     params = _Norm(
-        y.data_ptr(), z.data_ptr(), weight.data_ptr(), scale.data_ptr(), g.data_ptr(), None, None, None, None,
-        g.shape[0], half, 0, eps, _TYPES[y.dtype],
-    )  # fmt: skip
+        y.data_ptr(),
+        z.data_ptr(),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        g.data_ptr(),
+        None,
+        None,
+        None,
+        None,
+        g.shape[0],
+        half,
+        0,
+        eps,
+        _TYPES[y.dtype],
+    )
     compiled.library().run("mfuser_mvfuser_norm_fwd", params, like=y)
     return g
 
@@ -93,9 +135,21 @@ def norm_backward(
     blocks = min(_NORM_BLOCKS, tokens)
     partial = torch.empty(blocks, half + 1, dtype=torch.float32, device=y.device)
     params = _Norm(
-        y.data_ptr(), z.data_ptr(), weight.data_ptr(), scale.data_ptr(), g.data_ptr(), dg.data_ptr(), dy.data_ptr(),
-        dz.data_ptr(), partial.data_ptr(), tokens, half, blocks, eps, _TYPES[y.dtype],
-    )  # fmt: skip
+        y.data_ptr(),
+        z.data_ptr(),
+        weight.data_ptr(),
+        scale.data_ptr(),
+        g.data_ptr(),
+        dg.data_ptr(),
+        dy.data_ptr(),
+        dz.data_ptr(),
+        partial.data_ptr(),
+        tokens,
+        half,
+        blocks,
+        eps,
+        _TYPES[y.dtype],
+    )
     compiled.library().run("mfuser_mvfuser_norm_bwd", params, like=y)
     return dy, dz, g, partial
 

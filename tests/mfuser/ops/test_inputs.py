@@ -19,17 +19,25 @@ WEIGHTS = ("in_proj", "conv_x", "conv_z", "x_proj", "dt_proj", "dt_bias", "A_log
 
 def scan_inputs(batch: int, length: int, dim: int = 3) -> dict[str, Tensor]:
     shapes = {
-        "u": (batch, length, dim), "delta": (batch, length, dim), "A": (dim, 2), "B": (batch, length, 2), "C": (batch, length, 2),
-        "D": (dim,), "z": (batch, length, dim), "delta_bias": (dim,), "initial_state": (batch, dim, 2),
-    }  # fmt: skip
+        "u": (batch, length, dim),
+        "delta": (batch, length, dim),
+        "A": (dim, 2),
+        "B": (batch, length, 2),
+        "C": (batch, length, 2),
+        "D": (dim,),
+        "z": (batch, length, dim),
+        "delta_bias": (dim,),
+        "initial_state": (batch, dim, 2),
+    }
     return {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
 
 
 def points(batch: int, queries: int, heads: int = 2, dim: int = 4, count: int = 2) -> dict[str, Tensor]:
     shapes = {
-        "value": (batch, 12, heads, dim), "locations": (batch, queries, heads, 1, count, 2),
+        "value": (batch, 12, heads, dim),
+        "locations": (batch, queries, heads, 1, count, 2),
         "weights": (batch, queries, heads, 1, count),
-    }  # fmt: skip
+    }
     return {name: torch.rand(shape).requires_grad_() for name, shape in shapes.items()}
 
 

@@ -125,9 +125,13 @@ def test_a_compiler_and_what_it_started_end_with_the_build(tmp_path: Path, sent:
     for name in ("a.cu", "b.cu"):
         shutil.copy(HEADERS / "probe.cu", sources / name)
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "CUDA_HOME": str(tmp_path / "cuda"), "PIDS": str(pids),
-        "MFUSER_KERNELS": str(tmp_path / "kernels"), "MARK": uuid.uuid4().hex,
-    }  # fmt: skip
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_HOME": str(tmp_path / "cuda"),
+        "PIDS": str(pids),
+        "MFUSER_KERNELS": str(tmp_path / "kernels"),
+        "MARK": uuid.uuid4().hex,
+    }
     script = (
         "import signal, sys, pathlib\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mfuser.ops import compiled\ncompiled.build(['sm_90'], sources=pathlib.Path(sys.argv[1]))"

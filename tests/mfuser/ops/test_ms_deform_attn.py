@@ -392,8 +392,10 @@ def test_triton_compiles_for_a_gpu(dtype, tmp_path):
     script = Path(__file__).with_name("triton_compile.py")
     done = subprocess.run(
         [sys.executable, str(script), "ms_deform_attn", dtype],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert {line.partition(":")[0] for line in done.stdout.splitlines()} == {"_sample", "_bins", "_collect", "_gather", "_add"}
 

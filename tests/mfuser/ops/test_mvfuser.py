@@ -156,10 +156,12 @@ def test_it_equals_the_authors(kernels):
 @pytest.mark.parametrize(
     ("shape", "sane", "dtype"),
     [
-        ((48, 16, 2, 12), False, torch.bfloat16), ((48, 16, 2, 12), True, torch.float16),
-        ((128, 4, 1, 11), True, torch.bfloat16), ((40, 4, 2, 13), False, torch.bfloat16),
+        ((48, 16, 2, 12), False, torch.bfloat16),
+        ((48, 16, 2, 12), True, torch.float16),
+        ((128, 4, 1, 11), True, torch.bfloat16),
+        ((40, 4, 2, 13), False, torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_under_autocast_it_is_as_precise_as_the_composition(kernels, shape, sane, dtype):
     width, state, batch, length = shape
     fuser, joint = make(width, state, sane=sane, device=kernels[1]), tokens(batch, length, width, device=kernels[1])
@@ -354,9 +356,18 @@ def run_backward(fuser: MVFuser, function: Callable[[Tensor], Tensor], joint: Te
 
 def weights_of(fuser: MVFuser) -> list[Tensor]:
     return [
-        fuser.in_proj.weight, fuser.conv1d_x.weight, fuser.conv1d_z.weight, fuser.x_proj.weight, fuser.dt_proj.weight,
-        fuser.dt_proj.bias, fuser.A_log, fuser.D, fuser.norm.weight, fuser.out_proj.weight, fuser.scale,
-    ]  # fmt: skip
+        fuser.in_proj.weight,
+        fuser.conv1d_x.weight,
+        fuser.conv1d_z.weight,
+        fuser.x_proj.weight,
+        fuser.dt_proj.weight,
+        fuser.dt_proj.bias,
+        fuser.A_log,
+        fuser.D,
+        fuser.norm.weight,
+        fuser.out_proj.weight,
+        fuser.scale,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -523,9 +534,11 @@ def test_kernels_refuse_what_they_cannot_take(emulated):
         assert explain("mvfuser", fuser.in_proj.weight.double())["cuda"] == "takes fp32, bf16 and fp16, not torch.float64"
         assert explain("mvfuser", fuser.in_proj.weight.to("meta"))["cuda"] == "takes cpu tensors, not meta"
         for width, state, reason in (
-            (24, 3, "takes 4, 8, ... 64 states, not 3"), (24, 68, "takes 4, 8, ... 64 states, not 68"),
-            (12, 4, "takes a multiple of 4 scanned channels, not 6"), (24, 4, None),
-        ):  # fmt: skip
+            (24, 3, "takes 4, 8, ... 64 states, not 3"),
+            (24, 68, "takes 4, 8, ... 64 states, not 68"),
+            (12, 4, "takes a multiple of 4 scanned channels, not 6"),
+            (24, 4, None),
+        ):
             fuser = make(width, state)
             assert explain("mvfuser", fuser.in_proj.weight, fuser.A_log)["cuda"] == reason
 

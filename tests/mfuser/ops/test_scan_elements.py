@@ -26,11 +26,16 @@ def steep(batch: int, length: int, dim: int, state: int, size: float, dtype: str
         return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
 
     made = {
-        "u": draw(batch, length, dim), "delta": size * (0.9 + draw(batch, length, dim) / 10),
-        "A": -torch.arange(1, state + 1, dtype=torch.float64) * (0.9 + draw(dim, state) / 10), "B": draw(batch, length, state),
-        "C": draw(batch, length, state), "D": draw(dim), "z": draw(batch, length, dim), "delta_bias": draw(dim) / 100,
+        "u": draw(batch, length, dim),
+        "delta": size * (0.9 + draw(batch, length, dim) / 10),
+        "A": -torch.arange(1, state + 1, dtype=torch.float64) * (0.9 + draw(dim, state) / 10),
+        "B": draw(batch, length, state),
+        "C": draw(batch, length, state),
+        "D": draw(dim),
+        "z": draw(batch, length, dim),
+        "delta_bias": draw(dim) / 100,
         "initial_state": draw(batch, dim, state),
-    }  # fmt: skip
+    }
     device = "cuda" if GPU and on in KERNELS else "cpu"
     return {name: tensor.to(device, getattr(torch, dtype)).requires_grad_() for name, tensor in made.items()}
 

@@ -61,10 +61,16 @@ def inputs(batch, length, dim, state, dtype="float64", *, on="reference") -> dic
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     made = {
-        "u": draw(batch, length, dim), "delta": draw(batch, length, dim) - 2, "A": -draw(dim, state).exp(),
-        "B": draw(batch, length, state), "C": draw(batch, length, state), "D": draw(dim), "z": draw(batch, length, dim),
-        "delta_bias": draw(dim) - 1, "initial_state": draw(batch, dim, state),
-    }  # fmt: skip
+        "u": draw(batch, length, dim),
+        "delta": draw(batch, length, dim) - 2,
+        "A": -draw(dim, state).exp(),
+        "B": draw(batch, length, state),
+        "C": draw(batch, length, state),
+        "D": draw(dim),
+        "z": draw(batch, length, dim),
+        "delta_bias": draw(dim) - 1,
+        "initial_state": draw(batch, dim, state),
+    }
     device = "cuda" if GPU and on in KERNELS else "cpu"
     return {name: tensor.to(device, getattr(torch, dtype)).requires_grad_() for name, tensor in made.items()}
 
@@ -94,9 +100,12 @@ def close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: s
         # sums over B and L: the tolerance is of their size, not of their cancelled rest
         scale = max(1.0, float(expected[name].abs().max())) if kind else 1.0
         torch.testing.assert_close(
-            value.cpu().double(), expected[name].cpu().double(), rtol=rtol, atol=atol * scale,
+            value.cpu().double(),
+            expected[name].cpu().double(),
+            rtol=rtol,
+            atol=atol * scale,
             msg=lambda m, n=name: f"{n}: {m}",
-        )  # fmt: skip
+        )
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -114,9 +123,14 @@ def test_the_reference_is_the_recurrence_written_out():
     length, d, a, b, c, skip, u = 6, 0.5, -0.7, 1.3, 0.9, 2.0, 0.4
     full = torch.full((1, length, 1), u, dtype=torch.float64)
     y = selective_scan(
-        full, torch.full_like(full, d), torch.tensor([[a]]).double(), torch.full_like(full, b),
-        torch.full_like(full, c), torch.tensor([skip]).double(), backend="reference",
-    )  # fmt: skip
+        full,
+        torch.full_like(full, d),
+        torch.tensor([[a]]).double(),
+        torch.full_like(full, b),
+        torch.full_like(full, c),
+        torch.tensor([skip]).double(),
+        backend="reference",
+    )
     decay = torch.exp(torch.tensor(d * a, dtype=torch.float64))
     t = torch.arange(1, length + 1)
     torch.testing.assert_close(y[0, :, 0], c * d * b * u * (1 - decay**t) / (1 - decay) + skip * u)
@@ -352,8 +366,11 @@ def test_triton_compiles_for_a_gpu(dtype, tmp_path):
     script = Path(__file__).with_name("triton_compile.py")
     done = subprocess.run(
         [sys.executable, str(script), "selective_scan", dtype],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     kernels = {line.partition(":")[0] for line in done.stdout.splitlines()}
     assert kernels == {"_forward_ends", "_forward", "_backward_ends", "_backward", "_add"}

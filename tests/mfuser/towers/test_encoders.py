@@ -86,8 +86,16 @@ def test_sizes_that_do_not_fit_are_named():
 
 # small models of timm's by class: learned positions; the norm behind the mean; a pooling head; registers; rotary
 # positions with a class token and four registers; rotary tables of each block
-BY_NAME = ["test_vit", "test_vit2", "test_vit3", "vit_wee_patch16_reg1_gap_256", "vit_tiny_patch16_224",
-           "vit_tiny_patch16_dinov3_qkvb", "deit_tiny_distilled_patch16_224", "vit_small_patch16_rope_mixed_224"]  # fmt: skip
+BY_NAME = [
+    "test_vit",
+    "test_vit2",
+    "test_vit3",
+    "vit_wee_patch16_reg1_gap_256",
+    "vit_tiny_patch16_224",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "deit_tiny_distilled_patch16_224",
+    "vit_small_patch16_rope_mixed_224",
+]
 
 
 @pytest.mark.parametrize("training", [False, True])

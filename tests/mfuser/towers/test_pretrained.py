@@ -13,8 +13,12 @@ from mfuser.towers.meta import unfilled
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import WeightsNotFound, files
 
-OPEN_CLIP = {"eva02": "EVA02-L-14-336", "clip": "ViT-L-14-336-quickgelu", "siglip": "ViT-L-16-SigLIP-384",
-             "siglip2": "ViT-L-16-SigLIP2-512"}  # fmt: skip
+OPEN_CLIP = {
+    "eva02": "EVA02-L-14-336",
+    "clip": "ViT-L-14-336-quickgelu",
+    "siglip": "ViT-L-16-SigLIP-384",
+    "siglip2": "ViT-L-16-SigLIP2-512",
+}
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -44,26 +48,46 @@ _RESAMPLED: dict[str, dict[str, tuple]] = {
         **_dino(36, 14),
         "ckpt_eva.visual.pos_embed": ("backbone.pos_embed", "eva02", "pos_embed", (1, 1297, 1024), 1),
         "ckpt_eva.visual.patch_embed.proj.weight": (
-            "backbone.patch_embed.proj.weight", "eva02", "patch_embed.proj.weight", (1024, 3, 14, 14), 1,
+            "backbone.patch_embed.proj.weight",
+            "eva02",
+            "patch_embed.proj.weight",
+            (1024, 3, 14, 14),
+            1,
         ),
         "ckpt_eva.text.positional_embedding": (
-            "text_encoder.positional_embedding", "eva02", "positional_embedding", (13, 768), 0,
+            "text_encoder.positional_embedding",
+            "eva02",
+            "positional_embedding",
+            (13, 768),
+            0,
         ),
     },
     "clip": {
         **_dino(32, 16),
         "ckpt_clip.visual.positional_embedding": (
-            "backbone.positional_embedding", "clip", "pos_embed", (1, 1025, 1024), 1,
+            "backbone.positional_embedding",
+            "clip",
+            "pos_embed",
+            (1, 1025, 1024),
+            1,
         ),
         "ckpt_clip.visual.conv1.weight": (
-            "backbone.conv1.weight", "clip", "patch_embed.proj.weight", (1024, 3, 16, 16), 1,
+            "backbone.conv1.weight",
+            "clip",
+            "patch_embed.proj.weight",
+            (1024, 3, 16, 16),
+            1,
         ),
         "ckpt_clip.positional_embedding": (
-            "text_encoder.positional_embedding", "clip", "positional_embedding", (10, 768), 0,
+            "text_encoder.positional_embedding",
+            "clip",
+            "positional_embedding",
+            (10, 768),
+            0,
         ),
     },
     "siglip": dict(_dino(32, 16)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("vlm", sorted(OPEN_CLIP))
@@ -76,8 +100,12 @@ def test_every_tensor_of_a_tower_is_in_open_clips_own_model(vlm):
     variant = next(v for v, name in VARIANTS.items() if vlm.startswith(name))
     with unfilled():
         model = build(
-            "mfuser", vlm=vlm, vfm="dinov2_l", token_ids=description(f"layout_{variant}")["tokens"], weights="meta",
-        )  # fmt: skip
+            "mfuser",
+            vlm=vlm,
+            vfm="dinov2_l",
+            token_ids=description(f"layout_{variant}")["tokens"],
+            weights="meta",
+        )
     resampled = ("pos_embed", "patch_embed.proj.weight", "positional_embedding")
     used = set()
     for part, module in (("trunk", model.vlm.trunk), ("head", model.embedding), ("text", model.text.tower)):
