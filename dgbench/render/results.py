@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import compare, data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -21,7 +21,7 @@ from dgbench.results import finite
 class Renderer(NamedTuple):
     """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
 
-    tables: Callable[[Any], list[Table]]
+    tables: Callable[..., list[Table]]
     rows: Callable[[Any], list[FlatRow]] = flat_rows
 
 
@@ -43,6 +43,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
     "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
+    "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
@@ -51,11 +52,12 @@ RENDERERS: dict[str, Renderer] = {
 }
 
 
-def show(result: Any, form: str = "text") -> None:
+def show(result: Any, form: str = "text", **how: Any) -> None:
     """Print a typed result, or a list of them, to stdout.
 
     Args:
         form: "text", "csv", "markdown", "latex" or "json".
+        how: what the tables of this class take besides.
     """
     if form == "json":
         readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
@@ -68,7 +70,7 @@ def show(result: Any, form: str = "text") -> None:
         else:
             note("nothing to show")
         return
-    tables = [Table("nothing to show", (), ())] if nothing else _renderer(result).tables(result)
+    tables = [Table("nothing to show", (), ())] if nothing else _renderer(result).tables(result, **how)
     if form in TEXTS:
         write("\n\n".join(TEXTS[form](table) for table in tables))
         return

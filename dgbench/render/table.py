@@ -17,12 +17,15 @@ ABSENT = "–"
 _GAP = "  "
 
 
+Style = Literal["", "best", "dim", "good", "bad", "warn"]
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One cell's text; `style` only underlines what the text already says."""
 
     text: str
-    style: Literal["", "best", "dim", "good", "bad", "warn"] = ""
+    style: Style = ""
 
 
 @dataclass(frozen=True, slots=True)
