@@ -61,7 +61,7 @@ def show(result: Any, form: str = "text", **how: Any) -> None:
     """
     if form == "json":
         readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        write(visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
+        write(visible_json(json.dumps(plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
         return
     nothing = not result
     if form == "csv":
@@ -97,11 +97,11 @@ def _renderer(result: Any) -> Renderer:
     return RENDERERS[f"{type(first).__module__}.{type(first).__qualname__}"]
 
 
-def _plain_data(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain_data(item) for key, item in value.items()}
+        return {str(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_data(item) for item in value]
+        return [plain_data(item) for item in value]
     return finite(value)

@@ -306,7 +306,7 @@ def _notes(name: str, before: Model, after: Model, noise: float | None) -> Itera
 def _differing(before: Model, after: Model) -> str:
     """What differs between the environments in which two models were trained."""
     told: dict[str, tuple[Any, Any]] = {}
-    for key in ("device", "platform", "threads", "python", "torch", "numpy", "timm"):
+    for key in ("device", "cpu", "platform", "threads", "python", "torch", "numpy", "timm"):
         values = [{run.trained.environment.get(key) for run in model.runs if run.trained} for model in (before, after)]
         if values[0] != values[1] and all(values):
             told[key] = (*(" or ".join(sorted(str(v) for v in side)) for side in values),)  # type: ignore[assignment]
