@@ -46,6 +46,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
+    "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
     "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
     "mfuser.towers.hub.Model": Renderer(downloads.model_tables),
