@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,12 +17,16 @@ ABSENT = "–"
 _GAP = "  "
 
 
+MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
+_MARKED = "Higher is better; "
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One cell's text; `style` only underlines what the text already says."""
 
     text: str
-    style: Literal["", "best", "dim", "good", "bad", "warn"] = ""
+    style: Literal["", "best", "second", "dim", "good", "bad", "warn"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Table:
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
     compact: Table | None = None  # says less in less width
+    marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
         """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
@@ -44,6 +49,12 @@ class Table:
         set_(self, "header", tuple(map(visible, self.header)))
         set_(self, "legend", tuple(map(visible, self.legend)))
         set_(self, "rows", tuple(tuple(_rewritten(cell, visible) for cell in row) for row in self.rows))
+
+    def legend_with(self, marks: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the legend, which says how the best and second values are marked, `marks` by style, if there are such."""
+        styles = {cell.style for row in self.rows for cell in row} if self.marked else set()
+        told = [f"{sign} {style}" for style, sign in marks.items() if style in styles]
+        return (f"{_MARKED}{', '.join(told)}.", *self.legend) if told else self.legend
 
     def rewritten(self, change: Callable[[str], str]) -> Table:
         """Return the table with every text of it changed."""
@@ -62,7 +73,7 @@ def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
     return cell if text == cell.text else Cell(text, cell.style)
 
 
-_STYLES = {"": "", "best": "bold", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
+_STYLES = {"": "", "best": "bold", "second": "underline", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
 
 
 def plain(table: Table, width: int = WIDTH) -> str:
@@ -73,7 +84,7 @@ def plain(table: Table, width: int = WIDTH) -> str:
         for row in part:
             cells = (_aligned(cell.text, widths[i], left=i < table.keys or table.left) for i, cell in enumerate(row))
             lines.append(_GAP.join(cells).rstrip())
-    return "\n".join([*lines, *table.legend])
+    return "\n".join([*lines, *table.legend_with(MARKS)])
 
 
 def _aligned(text: str, width: int, *, left: bool) -> str:
@@ -127,5 +138,5 @@ def draw_rich(table: Table, console: Console) -> None:
         for row in part[1:]:
             drawn.add_row(*(Text(cell.text, style=_STYLES[cell.style]) for cell in row))
         console.print(drawn)
-    for line in table.legend:
+    for line in table.legend_with(MARKS):
         console.print(Text(line, style="dim"), soft_wrap=False)
