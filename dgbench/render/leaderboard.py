@@ -125,11 +125,13 @@ def _own(group: Group, labels: Sequence[str], title: str) -> Table:
         style: Literal["", "dim"] = "dim" if row.kind == "reference" else ""
         wide.append(_styled([*keys, *(_score_cell(*pair) for pair in scores), *lost, *more], style))
         narrow.append(_styled([*keys, *(_score_cell(*pair, interval=False) for pair in scores), *lost], style))
-    header = (*first, *scored, "gap", "kept %", "spread", "worst", "images", "date", "commit")
+    header = (*first, *scored, "gap", "retention", "spread", "worst", "images", "date", "commit")
     full = _without_empty(header, wide, len(first) + len(scored))
     less = _without_empty(header[: len(first) + len(scored) + 2], narrow, len(first) + len(scored))
     compact = Table(title, *less, keys=2, legend=_own_legend(group, labels, intervals=False), marked=True)
-    return Table(title, *full, keys=2, legend=_own_legend(group, labels, intervals=True), compact=compact, marked=True)
+    legend = _own_legend(group, labels, intervals=True)
+    together = len(first) + len(scored)
+    return Table(title, *full, keys=2, legend=legend, compact=compact, together=together, marked=True)
 
 
 def _without_empty(
@@ -205,7 +207,7 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
         lines.append("±, of several seeds: standard deviation over them; each value is their mean.")
     lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
     if any(row.shift.gap is not None for row in group.rows):
-        lines.append("gap: source val - mean, in points. kept: mean / source val.")
+        lines.append("gap: source val - mean, in points. retention: mean / source val, in %.")
     if intervals and any(row.shift.spread is not None for row in group.rows):
         lines.append("spread: best target - worst target, in points. worst: the target with the lowest mIoU.")
     lines += _ranks_legend(group, labels)

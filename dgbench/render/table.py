@@ -40,6 +40,7 @@ class Table:
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
     compact: Table | None = None  # says less in less width
+    together: int = 0  # so many columns, which must fit side by side or the compact form is drawn; 0: all
     marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
@@ -97,7 +98,8 @@ def _widths(table: Table) -> list[int]:
 
 def _fitting(table: Table, width: int) -> Table:
     """Return the compact form if only that fits."""
-    needed = sum(_widths(table)) + len(_GAP) * (len(table.header) - 1)
+    widths = _widths(table)[: table.together or None]
+    needed = sum(widths) + len(_GAP) * (len(widths) - 1)
     return table.compact if needed > width and table.compact is not None else table
 
 
