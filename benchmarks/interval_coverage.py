@@ -19,8 +19,10 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from dgbench import metrics
+from dgbench.report.statistics import difference
 
 K = 19
 LEVEL = 0.95
@@ -35,9 +37,12 @@ Interval = tuple[float, float]
 class World:
     """Where images are drawn from, and the truth about them."""
 
-    def __init__(self, rare: int, present: float, rng: np.random.Generator, images: int) -> None:
+    def __init__(
+        self, rare: int, present: float, rng: np.random.Generator, images: int, *, own: float = 0.6, better: float = 0.1
+    ) -> None:
+        """Args: own: deviation of what a model sees of its own in an image's class.  better: of the second model, in log odds."""
         common = K - rare
-        self.rng = rng
+        self.rng, self.own, self.better = rng, own, better
         self.present = np.concatenate([np.linspace(1.0, 0.5, common), np.full(rare, present)])
         self.pixels = np.log(np.concatenate([np.geomspace(3e4, 1e3, common), np.geomspace(8e3, 8e2, max(rare, 1))[:rare]]))
         self.ease = np.concatenate([np.linspace(2.6, 0.3, common), np.linspace(1.0, -0.8, max(rare, 1))[:rare]])
@@ -54,8 +59,8 @@ class World:
         image, place = rng.normal(0, 0.7, (n, 1)), rng.normal(0, 0.8, (n, K))
         taken = rng.gamma(0.3 * K * self.taken, 1.0, (n, K)) + 1e-12
         counts = np.zeros((2, n, K, K), np.int64)
-        for model, better in enumerate((0.0, 0.1)):
-            odds = self.ease + better + image + place + rng.normal(0, 0.6, (n, K))
+        for model, better in enumerate((0.0, self.better)):
+            odds = self.ease + better + image + place + rng.normal(0, self.own, (n, K))
             hits = rng.binomial(labelled, 1 / (1 + np.exp(-odds)))
             misses = (labelled - hits)[..., None] * (taken / taken.sum(axis=1, keepdims=True))[:, None]
             counts[model] = misses  # cut off to whole pixels; what falls on the class itself is a hit
@@ -91,6 +96,10 @@ def drawn(n: int, rng: np.random.Generator, size: int = RESAMPLES) -> Array:
 def between(values: Array, low: float, high: float) -> Interval:
     found = np.nanquantile(values, np.clip((low, high), 0, 1))
     return float(found[0]), float(found[1])
+
+
+def quantile(freedom: float) -> float:
+    return float(special.stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def around(score: float, half: float) -> Interval:
@@ -133,7 +142,7 @@ def linear(x: Array, weights: Array | None = None) -> tuple[Array, Array]:
 
 def delta_method(x: Array, rng: np.random.Generator) -> Interval:
     score, error = linear(x)
-    return around(float(score[0]), metrics.student_quantile((1 + LEVEL) / 2, len(x) - 1) * float(error[0]))
+    return around(float(score[0]), quantile(len(x) - 1) * float(error[0]))
 
 
 def studentised(x: Array, rng: np.random.Generator) -> Interval:
@@ -159,13 +168,13 @@ def pooled(x: Array, rng: np.random.Generator) -> Interval:
     shrunk = (weight * single + 2 * factor * guess * (1 - guess)) / (weight + 2) / np.maximum(images, 1)
     square = ((influence.sum(axis=1) / count) ** 2).sum() * n / (n - 1) + np.maximum(shrunk - own, 0).sum() / count**2
     freedom = min(shrunk.sum() ** 2 / (shrunk**2 / (weight + 2)).sum(), n - 1)
-    return around(float(values.mean()), metrics.student_quantile((1 + LEVEL) / 2, max(freedom, 1)) * float(np.sqrt(square)))
+    return around(float(values.mean()), quantile(max(freedom, 1)) * float(np.sqrt(square)))
 
 
 def jackknife(x: Array, rng: np.random.Generator) -> Interval:
     n, without = len(x), mean(x.sum(axis=0) - x)
     error = np.sqrt((n - 1) * without.var())
-    return around(float(mean(x.sum(axis=0))), metrics.student_quantile((1 + LEVEL) / 2, n - 1) * float(error))
+    return around(float(mean(x.sum(axis=0))), quantile(n - 1) * float(error))
 
 
 def calibrated(x: Array, rng: np.random.Generator) -> Interval:
@@ -207,8 +216,8 @@ def simulate(world: World, n: int, repeats: int, names: list[str]) -> dict[str, 
             low, high = METHODS[name](x, world.rng)
             inside[name].append((bool(low <= truth <= high), bool(low <= seen <= high), False, high - low))
         low, high = metrics.interval(counts[0])
-        _, worst, best = metrics.paired_difference(counts[0], counts[1])
-        apart = bool(worst <= np.nanmean(world.truth[1] - world.truth[0]) <= best)
+        found_ = difference([counts[0]], [counts[1]])
+        apart = bool(found_.low <= np.nanmean(world.truth[1] - world.truth[0]) <= found_.high)
         inside[OURS].append((bool(low <= truth <= high), bool(low <= seen <= high), apart, high - low))
     found = {}
     for name, rows in inside.items():

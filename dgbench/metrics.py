@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -78,8 +77,14 @@ def iou(confusion: NDArray[Any], *, absent: Absent = "skip") -> NDArray[np.float
             `zero`: none; those that occur nowhere have 0.
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    labelled = confusion.sum(axis=-1)
-    union = labelled + confusion.sum(axis=-2) - hits
+    return iou_of(hits, confusion.sum(axis=-1), confusion.sum(axis=-2), absent)
+
+
+def iou_of(
+    hits: NDArray[np.float64], labelled: NDArray[Any], predicted: NDArray[Any], absent: Absent = "skip"
+) -> NDArray[np.float64]:
+    """Return the IoU per class from the diagonal and the sums of rows and columns of a confusion matrix, (..., K) each."""
+    union = labelled + predicted - hits
     counted = labelled > 0 if absent == "unlabelled" else union > 0
     nothing = 0.0 if absent == "zero" else np.nan
     result: NDArray[np.float64] = np.divide(hits, union, out=np.full(hits.shape, nothing), where=counted)
@@ -125,28 +130,6 @@ def interval(
     return _within(score - half, 0.0, 1.0), _within(score + half, 0.0, 1.0)
 
 
-def paired_difference(
-    a: NDArray[Any], b: NDArray[Any], *, level: float = 0.95, classes: Sequence[int] | None = None, absent: Absent = "skip"
-) -> tuple[float, float, float]:
-    """Return mIoU(b) - mIoU(a) on the same images, with its interval, as (difference, low, high).
-
-    Images are left out of both sides at once, so what makes an image hard for both cancels.
-
-    Args:
-        a, b: (n, K, K) counts of two models, image i of one is image i of the other.
-        level, classes, absent: as `interval`'s.
-
-    Raises: ValueError if the shapes differ.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"paired matrices differ in shape: {a.shape} and {b.shape}")
-    difference = miou(b.sum(axis=0), classes=classes, absent=absent) - miou(a.sum(axis=0), classes=classes, absent=absent)
-    if len(a) < 2:
-        return difference, float("nan"), float("nan")
-    half = _half_width(_without_each(b, classes, absent) - _without_each(a, classes, absent), level)
-    return difference, _within(difference - half, -1.0, 1.0), _within(difference + half, -1.0, 1.0)
-
-
 def rare(
     per_image: NDArray[Any], *, fewer_than: int = FEW_IMAGES, classes: Sequence[int] | None = None, absent: Absent = "skip"
 ) -> dict[int, int]:
@@ -175,39 +158,36 @@ def _within(value: float, low: float, high: float) -> float:
     return float(np.clip(value, low, high))
 
 
-def _half_width(without: NDArray[np.float64], level: float) -> float:
-    """Return half the jackknife interval's width from a statistic without each of n >= 2 images, (n,)."""
+def jackknife(without: NDArray[np.float64]) -> tuple[float, float]:
+    """Return a statistic's variance from its values without each of n >= 2 images, (n,), and the degrees of freedom of it.
+
+    The variance of a sum of squares gives the degrees of freedom; those of normal numbers are about n.
+    """
     n = len(without)
     squares = (without - without.mean()) ** 2
     total = float(squares.sum())
     if total == 0:
-        return 0.0
-    # the variance of a sum of squares gives the degrees of freedom; those of normal numbers are about n
+        return 0.0, n - 1.0
     spread = float((squares**2).sum()) - total**2 / n
     freedom = min(n - 1.0, 2 * total**2 / spread) if spread > 0 else n - 1.0
-    return student_quantile(0.5 + level / 2, freedom) * math.sqrt((n - 1) / n * total)
+    return (n - 1) / n * total, freedom
 
 
-def student_quantile(p: float, freedom: float) -> float:
-    """Return Student's t quantile for 0.5 <= p < 1 and any number of degrees of freedom from 1.
+def _half_width(without: NDArray[np.float64], level: float) -> float:
+    """Return half the jackknife interval's width from a statistic without each of n >= 2 images, (n,)."""
+    from scipy import special
 
-    From a table of the distribution, integrated numerically: to 1e-5 for p up to 0.999.
-    """
-    if freedom > 10_000:
-        return NormalDist().inv_cdf(p)
-    # t = sqrt(freedom) tan(angle) makes the density a power of a cosine, smooth on all of 0..pi / 2
-    angles = np.linspace(0.0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    steps = (density[1:] + density[:-1]) / 2
-    cumulative = np.concatenate([[0.0], np.cumsum(steps)])
-    cumulative *= 0.5 / cumulative[-1]
-    angle = float(np.interp(p - 0.5, cumulative, angles))
-    return math.sqrt(freedom) * math.tan(angle)
+    variance, freedom = jackknife(without)
+    return float(special.stdtrit(freedom, 0.5 + level / 2)) * math.sqrt(variance)
 
 
 def _mean(confusion: NDArray[Any], classes: Sequence[int] | None, absent: Absent) -> NDArray[np.float64]:
     """Return the mean IoU over the classes that have one, (..., K, K) -> (...); NaN where none has (and no warning)."""
-    values = iou(confusion, absent=absent)
+    return mean_of_classes(iou(confusion, absent=absent), classes)
+
+
+def mean_of_classes(values: NDArray[np.float64], classes: Sequence[int] | None = None) -> NDArray[np.float64]:
+    """Return the mean over the classes that have an IoU, (..., K) -> (...); NaN where none has (and no warning)."""
     values = values if classes is None else values[..., list(classes)]
     present = ~np.isnan(values)
     # summed class by class, as the Cityscapes scripts do: numpy's own order differs from theirs in the last bit

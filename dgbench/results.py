@@ -218,23 +218,35 @@ def query(root: Path | str = RUNS) -> list[Record]:
 
     Raises: ResultError if there is no such folder; only the usual one may be missing, before the first run.
     """
+    records, problems = scan(root)
+    for problem in problems:
+        _log.warning("%s; it is left out", problem)
+    return records
+
+
+def scan(root: Path | str = RUNS) -> tuple[list[Record], list[str]]:
+    """Return all records below a folder, oldest first, and a line for each file or folder that cannot be read.
+
+    Raises: as `query`.
+    """
     root = Path(root)
     if root == Path(RUNS) and not root.exists():
-        return []
+        return [], []
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "there is no such folder"
         raise ResultError(f"no runs in {root}: {what}", "name the folder that holds them: --runs FOLDER")
-    found = []
-    for path in sorted(_record_files(str(root))):
+    found: list[Record] = []
+    problems: list[str] = []
+    for path in sorted(_record_files(str(root), problems)):
         try:
             found.append(read(Path(path)))
         except ResultError as error:
-            _log.warning("%s; it is left out", error.message)
-    return sorted(found, key=lambda record: (record.created, record.id))
+            problems.append(error.message)
+    return sorted(found, key=lambda record: (record.created, record.id)), problems
 
 
-def _record_files(root: str) -> Iterator[str]:
-    """Paths of records at any depth; links to folders are not followed."""
+def _record_files(root: str, problems: list[str]) -> Iterator[str]:
+    """Paths of records at any depth; links to folders are not followed. Folders that cannot be listed go into `problems`."""
     folders = [root]
     while folders:
         folder = folders.pop()
@@ -246,7 +258,7 @@ def _record_files(root: str) -> Iterator[str]:
                     elif entry.name.startswith("record-") and entry.name.endswith(".json"):
                         yield entry.path
         except OSError as error:
-            _log.warning("%s cannot be listed: %s; it is left out", folder, error.strerror)
+            problems.append(f"{folder} cannot be listed: {error.strerror}")
 
 
 def read_matrices(record: Record) -> Matrices:
@@ -276,7 +288,7 @@ def read_confusion(record: Record) -> NDArray[np.int64]:
 
 
 def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the matrices of two records for `metrics.paired_difference`: (n, K, K) each, matched by the images' ids.
+    """Return the matrices of two records for `report.statistics.difference`: (n, K, K) each, matched by the images' ids.
 
     Raises: ResultError if they are scores of different things, a file has no ids, or the ids differ.
     """

@@ -10,8 +10,10 @@ import typer
 from dgbench.cli import completion
 from dgbench.cli.options import Format, FormatOpt, RunsOpt, TableOpt, TargetsOpt, listed
 from dgbench.cli.program import Command
+from dgbench.errors import ResultError
 
 panel = typer.Typer()
+_SIDE = "A run, a record, a folder of runs, a stored baseline, or `latest`."
 
 
 @panel.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench leaderboard --targets streets-fog")
@@ -57,6 +59,42 @@ def leaderboard(
         detail=Detail(per_class, per_condition),
     )
     render.show(board, form, table)
+
+
+@panel.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench compare baseline latest --max-drop 1.0")
+def compare(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=_SIDE, autocompletion=completion.runs)],
+    head: Annotated[
+        str, typer.Argument(metavar="HEAD", help="The same, after the change.", autocompletion=completion.runs)
+    ] = "latest",
+    max_drop: Annotated[
+        float, typer.Option(metavar="POINTS", min=0, max=100, help="A significant drop up to this is no regression.")
+    ] = 0.0,
+    max_slowdown: Annotated[
+        float | None, typer.Option(metavar="PERCENT", min=0, max=1000, help="Speed decides, too; default: it does not.")
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", min=0, max=100, help="Deviation between training runs, for sides of one run."),
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of classes for each target.")] = False,
+    runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
+) -> None:
+    """Compare runs before and after a change; exit 1 on a regression, 3 if they cannot be compared."""
+    from dgbench import render
+    from dgbench.report import compare as comparing
+    from dgbench.report import sides
+
+    try:
+        both = [sides.find(text, runs) for text in (base, head)]
+    except ResultError as error:
+        render.failure(error.message, error.hint)
+        raise typer.Exit(3) from None
+    found = comparing.compare(*both, max_drop=max_drop, max_slowdown=max_slowdown, noise=noise)
+    render.show(found, form, table, per_class=per_class)
+    raise typer.Exit(found.exit_code)
 
 
 @panel.command(cls=Command, rich_help_panel="Compare", epilog="Example: dgbench protocols paper-half")

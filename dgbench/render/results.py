@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgbench import atomic
-from dgbench.render import data, doctor, downloads, expected, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -23,7 +23,7 @@ from dgbench.results import finite
 class Renderer(NamedTuple):
     """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
 
-    tables: Callable[[Any], list[Table]]
+    tables: Callable[..., list[Table]]
     rows: Callable[[Any], list[FlatRow]] = flat_rows
 
 
@@ -45,6 +45,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
     "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
+    "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
@@ -53,22 +54,23 @@ RENDERERS: dict[str, Renderer] = {
 }
 
 
-def show(result: Any, form: str = "text", file: Path | None = None) -> None:
+def show(result: Any, form: str = "text", file: Path | None = None, **how: Any) -> None:
     """Print a typed result, or a list of them, to stdout, or write it whole to a file.
 
     Args:
         form: "text", "csv", "markdown", "latex", "html" or "json".
+        how: what the tables of this class take besides.
     """
     if file is not None:
-        atomic.write(file, _written(result, form) + "\n")
+        atomic.write(file, _written(result, form, **how) + "\n")
         note(f"written: {file}")
     elif form == "text":
-        _show_text(_tables(result))
-    elif text := _written(result, form, ascii_only=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")):
+        _show_text(_tables(result, **how))
+    elif text := _written(result, form, ascii_only=not (sys.stdout.encoding or "utf-8").lower().startswith("utf"), **how):
         write(text)
 
 
-def _written(result: Any, form: str, *, ascii_only: bool = False) -> str:
+def _written(result: Any, form: str, *, ascii_only: bool = False, **how: Any) -> str:
     if form == "json":
         return visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=ascii_only, allow_nan=False))
     if form == "csv":
@@ -77,12 +79,12 @@ def _written(result: Any, form: str, *, ascii_only: bool = False) -> str:
         note("nothing to show")
         return ""
     if form == "text":
-        return "\n\n".join(plain(table) for table in _tables(result))
-    return TEXTS[form](_tables(result))
+        return "\n\n".join(plain(table) for table in _tables(result, **how))
+    return TEXTS[form](_tables(result, **how))
 
 
-def _tables(result: Any) -> list[Table]:
-    return _renderer(result).tables(result) if result else [Table("nothing to show", (), ())]
+def _tables(result: Any, **how: Any) -> list[Table]:
+    return _renderer(result).tables(result, **how) if result else [Table("nothing to show", (), ())]
 
 
 def _show_text(tables: Sequence[Table]) -> None:

@@ -19,6 +19,7 @@ _GAP = "  "
 
 MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
 _MARKED = "Higher is better; "
+Style = Literal["", "best", "second", "dim", "good", "bad", "warn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Cell:
     """One cell's text; `style` only underlines what the text already says."""
 
     text: str
-    style: Literal["", "best", "second", "dim", "good", "bad", "warn"] = ""
+    style: Style = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import t as student_t
 
-from dgbench.metrics import Absent, confusion, interval, iou, miou, paired_difference, rare, student_quantile
+from dgbench.metrics import Absent, confusion, interval, iou, miou, rare
 from dgbench.protocol import CLASS_SETS
 
 # two 10 x 10 images of three classes; class 2 is predicted in the first, but is no label in either
@@ -256,32 +257,8 @@ def test_intervals_equal_a_plain_jackknife_over_the_protocols_classes(absent: Ab
         return sum(found) / len(found)
 
     error, freedom = plain_half_width(list(a), score)
-    middle, half = score(a.sum(axis=0)), student_quantile(0.95, freedom) * error
+    middle, half = score(a.sum(axis=0)), student_t.ppf(0.95, freedom) * error
     assert interval(a, level=0.9, classes=classes, absent=absent) == pytest.approx((max(0, middle - half), min(1, middle + half)))
-
-    both = [np.stack(pair) for pair in zip(a, b, strict=True)]
-    error, freedom = plain_half_width(both, lambda pair: score(pair[1]) - score(pair[0]))
-    middle, half = score(b.sum(axis=0)) - score(a.sum(axis=0)), student_quantile(0.975, freedom) * error
-    assert paired_difference(a, b, classes=classes, absent=absent) == pytest.approx((middle, middle - half, middle + half))
-
-
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    # from printed tables
-    [
-        (0.975, 1, 12.706),
-        (0.975, 2, 4.303),
-        (0.975, 5, 2.571),
-        (0.975, 30, 2.042),
-        (0.95, 7, 1.895),
-        (0.995, 1, 63.657),
-        (0.995, 4, 4.604),
-        (0.975, 1e6, 1.960),
-        (0.5, 3, 0.0),
-    ],
-)
-def test_student_quantiles_are_those_of_the_tables(p: float, freedom: float, expected: float) -> None:
-    assert student_quantile(p, freedom) == pytest.approx(expected, abs=5e-4)
 
 
 def test_an_interval_repeats_itself_and_brackets_the_score() -> None:
@@ -296,9 +273,6 @@ def test_a_score_that_hangs_on_one_image_has_no_interval() -> None:
     one = simulated(1, np.random.default_rng(0))
     assert np.isnan(interval(one)).all()
     assert np.isnan(interval(np.concatenate([one, np.zeros_like(one)]))).all()
-    difference, *ends = paired_difference(one, one)
-    assert difference == 0
-    assert np.isnan(ends).all()
 
 
 def test_the_interval_of_a_whole_validation_set_takes_no_time() -> None:
@@ -319,22 +293,3 @@ def test_classes_of_few_images_are_told() -> None:
     assert rare(counts, classes=(0, 1, 2)) == {1: 3}
     assert rare(counts, fewer_than=11) == {1: 3, 2: 10, 3: 0}
     assert rare(counts, fewer_than=3, absent="unlabelled") == {}
-
-
-def test_paired_difference_sees_what_unpaired_intervals_do_not() -> None:
-    rng = np.random.default_rng(2)
-    a = simulated(100, rng)
-    b = a.copy()
-    b[:, 0, 0] += np.minimum(1, b[:, 0, 1])
-    b[:, 0, 1] -= np.minimum(1, b[:, 0, 1])
-    difference, low, high = paired_difference(a, b)
-    assert difference == pytest.approx(miou(b.sum(axis=0)) - miou(a.sum(axis=0)))
-    assert 0 < low < difference < high
-    assert interval(a)[1] > interval(b)[0]
-
-
-def test_paired_difference_of_equals_is_nothing() -> None:
-    counts = simulated(30, np.random.default_rng(4))
-    assert paired_difference(counts, counts) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="differ in shape"):
-        paired_difference(counts, counts[:10])
