@@ -236,11 +236,11 @@ def _ranks_legend(group: Group, labels: Sequence[str]) -> list[str]:
     for row, label in ranked:
         if row.untested:
             untested.setdefault(row.untested, []).append(label)
-    lines += [f"Ranked by the mean alone, not tested for ties: {_listed(some)}: {why}." for why, some in untested.items()][
-        :_NAMED
-    ]
-    if len(untested) > _NAMED:
-        lines.append(f"Not tested for ties for other reasons: {len(untested) - _NAMED} more rows.")
+    for why, some in list(untested.items())[:_NAMED]:
+        which = f" of {_listed(some)}" if len(some) < len(ranked) else ""
+        lines.append(f"No test of ties{which}, ranked by the mean alone: {why}.")
+    if more := list(untested.values())[_NAMED:]:
+        lines.append(f"No test of ties, for other reasons, of {sum(map(len, more))} more.")
     return lines
 
 

@@ -28,7 +28,7 @@ def published_table(group: Group) -> Table:
     header = ("", "method", "backbone", *group.targets, *(["mean"] if averaged else []), "tested", "hand")
     header = (*header, "from") if read_in else header
     apart = f", {group.title}" if group.title else ""
-    title = f"Published{apart}, trained on {group.source}: mIoU in % as printed, protocols differ by row, not ranked"
+    title = f"Published{apart}, trained on {group.source}: mIoU in %, protocols differ by row, not ranked"
     return Table(title, header, tuple(rows), keys=3, legend=_legend(group, read_in))
 
 

@@ -74,11 +74,11 @@ def _compare(entries: Sequence[Entry]) -> tuple[dict[int, int], dict[int, str]]:
     # rows of other images than most have cannot be paired with these
     usual = Counter(ids for ids, _ in found.values()).most_common(1)
     for place in [place for place, (ids, _) in found.items() if ids != usual[0][0]]:
-        reasons[place] = "its matrices are of other images than those of the other rows"
+        reasons[place] = "matrices of other images than the other rows have"
         del found[place]
     pairs = list(combinations(found, 2))
     if not pairs:
-        return {}, {**dict.fromkeys(found, "no other row has matrices to compare it with"), **reasons}
+        return {}, {**dict.fromkeys(found, "no other row has per-image matrices"), **reasons}
     differences = [statistics.compared(found[a][1], found[b][1]) for a, b in pairs]
     significant = statistics.holm([difference.p for difference in differences])
     better = dict.fromkeys(found, 0)
@@ -96,13 +96,13 @@ def _summarized(entry: Entry) -> tuple[tuple[tuple[str, ...], ...], Summary]:
     from dgbench.report import statistics
 
     if any(model.records[column].confusion is None for model in entry.models for column in entry.row.scores):
-        raise ResultError("there are no per-image matrices")
+        raise ResultError("no per-image matrices")
     ids, side = [], {}
     rules = rules_of(entry.models[0].newest)
     for column in entry.row.scores:
         read = [by_image(model.records[column]) for model in entry.models]
         if len({names for names, _ in read}) > 1:
-            raise ResultError("the matrices of its seeds are of different images")
+            raise ResultError("matrices of seeds that are of different images")
         ids.append(read[0][0])
         side[column] = [counts for _, counts in read]
     try:
