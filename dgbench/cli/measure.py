@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RunsOpt
+from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RunsOpt, TableOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -75,6 +75,7 @@ def profile(
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
@@ -111,7 +112,7 @@ def profile(
             records=results.query(runs),
             passes=passes,
         )
-        render.show(layers, form)
+        render.show(layers, form, table)
         if plot is not None:
             render.note(f"plot: {render.draw_fusion(layers, plot)}")
         return
@@ -133,7 +134,7 @@ def profile(
         by_module=by_module,
         passes=passes,
     )
-    render.show(found, form)
+    render.show(found, form, table)
     if plot is not None:
         from dgbench.cost.tradeoff import tradeoff
 

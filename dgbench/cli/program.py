@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
+from dgbench.cli.options import ENDINGS
 from dgbench.cli.refusals import full_disk, refusal
 from dgbench.errors import DgbenchError, StoppedError, Terminated
 
@@ -88,11 +90,26 @@ class Command(TyperCommand):
             if ctx.params["form"] not in ("text", "json"):
                 raise typer.BadParameter("another format is given, too", ctx=ctx, param_hint="'--json'")
             ctx.params["form"] = "json"
+        elif not ctx.resilient_parsing and (table := ctx.params.get("table")) is not None:
+            _take_format_of(table, ctx)
         if ctx.resilient_parsing:
             # completion goes back `nargs` words to see whose value it completes: here, as far as there is no other flag
             for option in lists.values():
                 option.nargs = len(args) + 1
         return rest
+
+
+def _take_format_of(table: Path, ctx: Context) -> None:
+    """Let the ending of a result's file name its format, unless `--format` does, and refuse a wrong one before the work."""
+    source = ctx.get_parameter_source("form")
+    if source is not None and source.name == "DEFAULT":
+        if table.suffix.lower() not in ENDINGS:
+            raise typer.BadParameter(
+                f"{table} must end in {', '.join(ENDINGS)}, or name its format with --format", ctx=ctx, param_hint="'--out'"
+            )
+        ctx.params["form"] = ENDINGS[table.suffix.lower()]
+    if table.is_dir():
+        raise typer.BadParameter(f"{table} is a folder", ctx=ctx, param_hint="'--out'")
 
 
 def _refuse_empty(args: Sequence[str], ctx: Context) -> None:

@@ -19,6 +19,7 @@ from dgbench.cli.options import (
     QuietOpt,
     RootOpt,
     RunsOpt,
+    TableOpt,
     TargetsOpt,
     VfmOpt,
     VlmOpt,
@@ -151,6 +152,7 @@ def eval_(
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
@@ -186,7 +188,7 @@ def eval_(
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
         raise _stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
-    render.show(records, form)
+    render.show(records, form, table)
 
 
 @panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")

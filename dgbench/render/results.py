@@ -1,4 +1,4 @@
-"""A typed result is shown: as the tables that are drawn of its class, as CSV, or as JSON."""
+"""A typed result is shown or written: as the tables that are drawn of its class, as CSV, or as JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from dgbench.render import compare, data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench import atomic
+from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -44,7 +46,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
-    "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
+    "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
@@ -53,28 +55,40 @@ RENDERERS: dict[str, Renderer] = {
 }
 
 
-def show(result: Any, form: str = "text", **how: Any) -> None:
-    """Print a typed result, or a list of them, to stdout.
+def show(result: Any, form: str = "text", file: Path | None = None, **how: Any) -> None:
+    """Print a typed result, or a list of them, to stdout, or write it whole to a file.
 
     Args:
-        form: "text", "csv", "markdown", "latex" or "json".
+        form: "text", "csv", "markdown", "latex", "html" or "json".
         how: what the tables of this class take besides.
     """
+    if file is not None:
+        atomic.write(file, _written(result, form, **how) + "\n")
+        note(f"written: {file}")
+    elif form == "text":
+        _show_text(_tables(result, **how))
+    elif text := _written(result, form, ascii_only=not (sys.stdout.encoding or "utf-8").lower().startswith("utf"), **how):
+        write(text)
+
+
+def _written(result: Any, form: str, *, ascii_only: bool = False, **how: Any) -> str:
     if form == "json":
-        readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        write(visible_json(json.dumps(plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
-        return
-    nothing = not result
+        return visible_json(json.dumps(plain_data(result), indent=1, ensure_ascii=ascii_only, allow_nan=False))
     if form == "csv":
-        if rows := [] if nothing else _renderer(result).rows(result):
-            write(csv(rows))
-        else:
-            note("nothing to show")
-        return
-    tables = [Table("nothing to show", (), ())] if nothing else _renderer(result).tables(result, **how)
-    if form in TEXTS:
-        write("\n\n".join(TEXTS[form](table) for table in tables))
-        return
+        if rows := _renderer(result).rows(result) if result else []:
+            return csv(rows)
+        note("nothing to show")
+        return ""
+    if form == "text":
+        return "\n\n".join(plain(table) for table in _tables(result, **how))
+    return TEXTS[form](_tables(result, **how))
+
+
+def _tables(result: Any, **how: Any) -> list[Table]:
+    return _renderer(result).tables(result, **how) if result else [Table("nothing to show", (), ())]
+
+
+def _show_text(tables: Sequence[Table]) -> None:
     # before they are laid out: a stand-in may be wider
     tables = [table.rewritten(lambda text: writable(text, sys.stdout)) for table in tables]
     console = open_console() if may_draw() else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +17,9 @@ ABSENT = "–"
 _GAP = "  "
 
 
-Style = Literal["", "best", "dim", "good", "bad", "warn"]
+MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
+_MARKED = "Higher is better; "
+Style = Literal["", "best", "second", "dim", "good", "bad", "warn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Table:
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
     compact: Table | None = None  # says less in less width
+    together: int = 0  # so many columns, which must fit side by side or the compact form is drawn; 0: all
+    marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
         """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
@@ -47,6 +51,12 @@ class Table:
         set_(self, "header", tuple(map(visible, self.header)))
         set_(self, "legend", tuple(map(visible, self.legend)))
         set_(self, "rows", tuple(tuple(_rewritten(cell, visible) for cell in row) for row in self.rows))
+
+    def legend_with(self, marks: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the legend, which says how the best and second values are marked, `marks` by style, if there are such."""
+        styles = {cell.style for row in self.rows for cell in row} if self.marked else set()
+        told = [f"{sign} {style}" for style, sign in marks.items() if style in styles]
+        return (f"{_MARKED}{', '.join(told)}.", *self.legend) if told else self.legend
 
     def rewritten(self, change: Callable[[str], str]) -> Table:
         """Return the table with every text of it changed."""
@@ -65,7 +75,7 @@ def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
     return cell if text == cell.text else Cell(text, cell.style)
 
 
-_STYLES = {"": "", "best": "bold", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
+_STYLES = {"": "", "best": "bold", "second": "underline", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
 
 
 def plain(table: Table, width: int = WIDTH) -> str:
@@ -76,7 +86,7 @@ def plain(table: Table, width: int = WIDTH) -> str:
         for row in part:
             cells = (_aligned(cell.text, widths[i], left=i < table.keys or table.left) for i, cell in enumerate(row))
             lines.append(_GAP.join(cells).rstrip())
-    return "\n".join([*lines, *table.legend])
+    return "\n".join([*lines, *table.legend_with(MARKS)])
 
 
 def _aligned(text: str, width: int, *, left: bool) -> str:
@@ -89,7 +99,8 @@ def _widths(table: Table) -> list[int]:
 
 def _fitting(table: Table, width: int) -> Table:
     """Return the compact form if only that fits."""
-    needed = sum(_widths(table)) + len(_GAP) * (len(table.header) - 1)
+    widths = _widths(table)[: table.together or None]
+    needed = sum(widths) + len(_GAP) * (len(widths) - 1)
     return table.compact if needed > width and table.compact is not None else table
 
 
@@ -130,5 +141,5 @@ def draw_rich(table: Table, console: Console) -> None:
         for row in part[1:]:
             drawn.add_row(*(Text(cell.text, style=_STYLES[cell.style]) for cell in row))
         console.print(drawn)
-    for line in table.legend:
+    for line in table.legend_with(MARKS):
         console.print(Text(line, style="dim"), soft_wrap=False)

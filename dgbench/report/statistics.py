@@ -117,29 +117,64 @@ def mean_difference(
 
     Raises: ValueError if targets, shapes, or the numbers of training runs of a side differ.
     """
-    if a.keys() != b.keys() or not a:
-        raise ValueError(f"the targets differ: {sorted(a)} and {sorted(b)}")
-    sides = [[[_reduced(run) for run in side[target]] for target in a] for side in (a, b)]
-    runs = [{len(seeds) for seeds in side} for side in sides]
-    if any(len(counts) != 1 or 0 in counts for counts in runs):
+    return compared(summary(a, classes=classes, absent=absent), summary(b, classes=classes, absent=absent), level=level)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a comparison needs of one model; many pairs of a few models take it from each of them once.
+
+    Attributes:
+        shapes: (n, 3, K) by target.
+        scores: mean mIoU over the targets of each training run.
+        without: by target, the mIoU without image i, (n,), the mean over training runs.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scores: NDArray[np.float64]
+    without: Mapping[str, NDArray[np.float64]]
+
+
+def summary(side: Mapping[str, Seeds], *, classes: Sequence[int] | None = None, absent: metrics.Absent = "skip") -> Summary:
+    """Summarize one side of a comparison, given as to `mean_difference`.
+
+    Raises: ValueError if the numbers of training runs differ, or the shapes on one target.
+    """
+    if len({len(runs) for runs in side.values()}) != 1 or not all(side.values()):
         raise ValueError("a side needs the same number of training runs, one or more, on each target")
-    shapes = [{run.shape for side in sides for run in side[place]} for place in range(len(a))]
-    if uneven := [shape for shape in shapes if len(shape) > 1]:
-        raise ValueError(f"paired matrices differ in shape: {sorted((s[0], s[2], s[2]) for s in uneven[0])}")
+    shapes, scores, without = {}, [], {}
+    for target, runs in side.items():
+        reduced = [_reduced(run) for run in runs]
+        shapes[target] = reduced[0].shape
+        if uneven := {run.shape for run in reduced} - {shapes[target]}:
+            raise ValueError(_uneven({shapes[target], *uneven}))
+        totals = [run.sum(axis=0) for run in reduced]
+        scores.append([float(_means(total, classes, absent)) for total in totals])
+        each = [_means(total - run, classes, absent) for total, run in zip(totals, reduced, strict=True)]
+        without[target] = np.mean(each, axis=0)
+    return Summary(shapes, np.array(scores).mean(axis=0), without)
 
-    def score(run: NDArray[np.float64]) -> float:
-        return float(_means(run.sum(axis=0), classes, absent))
 
-    scores = [np.array([[score(run) for run in seeds] for seeds in side]).mean(axis=0) for side in sides]  # a mean per run
-    value = float(scores[1].mean() - scores[0].mean())
+def compared(a: Summary, b: Summary, *, level: float = LEVEL) -> Difference:
+    """Return the difference of the means over targets, b - a.
+
+    Raises: ValueError if targets or shapes differ.
+    """
+    if a.shapes.keys() != b.shapes.keys():
+        raise ValueError(f"the targets differ: {sorted(a.shapes)} and {sorted(b.shapes)}")
+    if uneven := [target for target in a.shapes if a.shapes[target] != b.shapes[target]]:
+        raise ValueError(_uneven({a.shapes[uneven[0]], b.shapes[uneven[0]]}))
     variance = NONE
-    for of_a, of_b in zip(*sides, strict=True):
-        without = [np.mean([_means(run.sum(axis=0) - run, classes, absent) for run in seeds], axis=0) for seeds in (of_a, of_b)]
-        variance += _of_jackknife(without[1] - without[0]) * (1 / len(a) ** 2)
-    for runs_ in scores:
-        if len(runs_) > 1:
-            variance += Variance(float(runs_.var(ddof=1)) / len(runs_), len(runs_) - 1.0)
-    return _tested(value, variance, (len(scores[0]), len(scores[1])), level)
+    for target in a.without:
+        variance += _of_jackknife(b.without[target] - a.without[target]) * (1 / len(a.without) ** 2)
+    for scores in (a.scores, b.scores):
+        if len(scores) > 1:
+            variance += Variance(float(scores.var(ddof=1)) / len(scores), len(scores) - 1.0)
+    return _tested(float(b.scores.mean() - a.scores.mean()), variance, (len(a.scores), len(b.scores)), level)
+
+
+def _uneven(shapes: set[tuple[int, ...]]) -> str:
+    return f"paired matrices differ in shape: {sorted((s[0], s[2], s[2]) for s in shapes)}"
 
 
 def widened(change: Difference, variance: float, level: float = LEVEL) -> Difference:

@@ -18,7 +18,7 @@ from dgbench.streets.plan import Plan
 from dgbench.streets.raster import paint, shadows
 from dgbench.streets.sensor import develop
 from dgbench.streets.shade import Pixels, Table, shade, table
-from dgbench.streets.style import STYLES, Style
+from dgbench.streets.style import STYLES, WEATHERS, Style
 
 VERSION = 1
 CLASSES = 19
@@ -96,6 +96,16 @@ def render(
     view = View(_pose(Dice(*key, "camera"), style, plan), (int(size[0]), int(size[1])))
     look = draw_look(Dice(*key, "look"), style, weather, severity)
     return _picture(scene, view, look, Dice(*key, "sensor"))
+
+
+def weather(domain: str, split: str, index: int) -> str:
+    """Return the weather of an image of a procedural domain: "" or one of `WEATHERS`.
+
+    Raises: ValueError for an unknown domain.
+    """
+    place, _, named, _ = _parse(domain)
+    # the first draw of a look, see `draw_look`
+    return Dice(VERSION, place, split, int(index), "look").pick(WEATHERS) if named == "any" else named
 
 
 def _picture(scene: Scene, view: View, look: Look, dice: Dice) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
