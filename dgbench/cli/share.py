@@ -75,9 +75,11 @@ def pull(
     ] = None,
     revision: Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.")] = None,
     runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
 ) -> None:
-    """Fetch a run that was pushed, and check every file of it."""
-    from dgbench import render, share
+    """Fetch a run that was pushed, check every file of it, and show its scores."""
+    from dgbench import render, results, share
 
     folder = share.pull(repo, out or runs / repo.rpartition("/")[2], revision=revision)
+    render.show([record for record in results.query(folder) if record.kind == "eval"], form)
     render.note(f"run: {folder}")

@@ -73,17 +73,8 @@ class Comparison:
     costs: tuple[costs.Cost, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    regressions: tuple[str, ...] = field(init=False)
-    verdict: Literal["pass", "regression", "not comparable"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """A regression that was found stands; otherwise anything that could not be compared keeps it from being a pass."""
-        regressions = [f"{score.model}: mIoU on {score.target}" for score in self.scores if score.verdict == "worse"]
-        if self.max_slowdown is not None:
-            regressions += [f"{cost.model}: {cost.name}" for cost in self.costs if cost.verdict == "worse"]
-        open_ = self.problems or not self.scores or any(s.verdict in ("missing", "not comparable") for s in self.scores)
-        object.__setattr__(self, "regressions", tuple(regressions))
-        object.__setattr__(self, "verdict", "regression" if regressions else "not comparable" if open_ else "pass")
+    regressions: tuple[str, ...] = ()
+    verdict: Literal["pass", "regression", "not comparable"] = "not comparable"
 
     @property
     def exit_code(self) -> int:
@@ -118,8 +109,22 @@ def compare(
     scores += [
         Score(model.label, target, None, _stored(model, key), "new") for model in only_head for target, key in _targets(model)
     ]
+    regressions = [f"{score.model}: mIoU on {score.target}" for score in scores if score.verdict == "worse"]
+    if max_slowdown is not None:
+        regressions += [f"{one.model}: {one.name}" for one in cost if one.verdict == "worse"]
+    unknown = problems or not scores or any(score.verdict in ("missing", "not comparable") for score in scores)
     return Comparison(
-        base.name, head.name, max_drop, max_slowdown, tuple(scores), tuple(cost), tuple(problems), tuple(dict.fromkeys(notes))
+        base.name,
+        head.name,
+        max_drop,
+        max_slowdown,
+        tuple(scores),
+        tuple(cost),
+        tuple(problems),
+        tuple(dict.fromkeys(notes)),
+        tuple(regressions),
+        # a regression that was found stands; otherwise what could not be compared keeps it from being a pass
+        "regression" if regressions else "not comparable" if unknown else "pass",
     )
 
 
