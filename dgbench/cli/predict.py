@@ -204,9 +204,9 @@ def _refuse_misplaced(ctx: typer.Context, mode: str, flags: Sequence[str], shape
     """Raise a usage error for options that say nothing together."""
     for flag in flags:
         if flag not in _GOES_WITH[mode]:
-            others = " or ".join(other for other, its in _GOES_WITH.items() if flag in its and other != flag)
-            what = f"goes with {others}" if others else "stands alone"
-            raise _wrong(ctx, flag, f"{what}, not with {mode}")
+            others = " or ".join(other for other, its in _GOES_WITH.items() if flag in its)
+            rule = f"{mode} takes no photographs" if flag == "PHOTO" else f"goes with {others}, not with {mode}"
+            raise _wrong(ctx, flag, rule)
     if "--limit" in flags and "--ids" in flags:
         raise _wrong(ctx, "--limit", "says how many are taken where no --ids say which: give one of the two")
     for flag in ("--opacity", "--contours"):

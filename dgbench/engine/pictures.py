@@ -53,7 +53,7 @@ class Picture:
     path: Path
     models: tuple[str, ...]
     shares: dict[str, float]  # class name -> share of the pixels, largest first; empty for several models
-    redistributable: bool  # the licences of the images let pictures of them be passed on
+    redistributable: bool | None  # the images' licences let everybody pass pictures on; None: the user's own photographs
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Subject:
     load: Callable[[], tuple[Pixels, Pixels | None]]  # image and truth
     segment: Callable[[Tested, Pixels], Pixels]
     file: Path | None = None  # a photograph's, which nothing may replace
-    redistributable: bool = True
+    redistributable: bool | None = None
 
 
 def of_photos(given: Sequence[Path]) -> list[Subject]:

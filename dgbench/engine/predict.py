@@ -70,8 +70,8 @@ def predict(
     model = checkpoints.load_model(run).to(on)
     height = _trained_height(run)
     results = []
-    progress = progress or Silent()
-    progress.start("segmenting", len(files), "photographs")
+    progress = progress if progress and len(files) > 1 else Silent()
+    progress.start("segmenting", len(files), "images")
     try:
         for file, target in zip(files, targets, strict=True):
             image = read_photo(file)

@@ -103,7 +103,7 @@ def images_of(name: str, root: Path | None = None, folder: Path | None = None, *
     if not found:
         first = server.globs[0]
         raise DataError(
-            f"no image of {row.title}'s test split in {where or data_root(root)}",
+            f"no test image of {row.title} in {where or data_root(root)}",
             f"unpack them so that `{data_root(root) / row.folders[0] / first}` finds them, or name their folder: --images FOLDER",
         )
     if twice := next((path for path, n in Counter(path.name for path in found).items() if n > 1), None):
@@ -111,7 +111,9 @@ def images_of(name: str, root: Path | None = None, folder: Path | None = None, *
     if len(found) != server.count and not partial:
         advice = "unpack the rest of the split" if len(found) < server.count else "--images takes the folder of this split alone"
         raise DataError(
-            f"{len(found)} images of {row.title}'s test split are in {where}, the whole split has {server.count}",
+            f"{len(found)} of the {server.count} test images of {row.title} are in {where}"
+            if len(found) < server.count
+            else f"{len(found)} test images of {row.title} are in {where}, the split has {server.count}",
             f"{advice}, or try the archive with --partial: the server takes whole ones only",
         )
     return sorted(found, key=lambda path: path.name)
@@ -167,7 +169,7 @@ def submit(name: str, images: Sequence[Path], model: Tested, out: Path, *, progr
     atomic.write(out, content.getvalue())
     if odd := {size: n for size, n in sizes.items() if size != row.size}:
         told = ", ".join(f"{n} of {size}" for size, n in odd.items())
-        _log.warning(f"{row.title}'s images are {row.size} (H x W), here are {told}: the server wants the published size")
+        _log.warning(f"images of {row.title} are {row.size} (H x W), here are {told}: the server wants the published size")
     return Submission(
         name,
         out,

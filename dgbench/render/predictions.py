@@ -26,14 +26,14 @@ def picture_tables(pictures: Sequence[Picture]) -> list[Table]:
     rows = tuple(
         (
             Cell(picture.image),
+            Cell(", ".join(picture.models)),
             Cell(picture.content),
             Cell(str(picture.path)),
-            Cell(", ".join(picture.models)),
             Cell(_largest(picture.shares) or ABSENT),
         )
         for picture in pictures
     )
-    return [Table("", ("image", "content", "file", "model", "largest classes"), rows, keys=2, left=True)]
+    return [Table("", ("image", "model", "content", "file", "largest classes"), rows, keys=3, left=True)]
 
 
 def submission_tables(done: Submission) -> list[Table]:
