@@ -15,7 +15,6 @@ from PIL import Image
 from dgbench.data.dataset import read_photo
 from dgbench.data.index import stem
 from dgbench.data.labels import IGNORE
-from dgbench.data.panels import Row, panels
 from dgbench.data.sheet import color_map, label_ids, overlay, save_image
 from dgbench.engine import photos
 from dgbench.engine.predict import segment, shares, with_legend
@@ -23,6 +22,7 @@ from dgbench.engine.scenes import Scene
 from dgbench.engine.tested import Tested
 from dgbench.errors import DataError
 from dgbench.progress import Progress
+from dgbench.render.panels import Row, panels
 
 Pixels = NDArray[np.uint8]
 
