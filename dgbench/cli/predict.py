@@ -158,7 +158,7 @@ def predict(
         render.show(submit(submission.value, files, model, path, progress=progress), form)
         return
     alpha = 0.6 if opacity is None else opacity
-    if mode == "PHOTO" and shape == ("overlay",) and len(folders) == 1 and not side_by_side:
+    if mode == "PHOTO" and shape == ("overlay",) and len(folders) == 1 and not (side_by_side or titles):
         from dgbench.engine.predict import predict as segment
 
         found = segment(photos, folders[0], out or Path(), device=device, opacity=alpha, contours=contours, progress=progress)

@@ -185,7 +185,9 @@ def draw_figure(found: Sequence[Scene], models: Sequence[Tested], out: Path, sty
     finally:
         progress.stop()
     save_image(panels(rows, ("Image", "Ground truth", *titles), sorted(classes), _CELL), out)
-    return Picture(f"{len(rows)} images", "figure", out, titles, {}, all(one.redistributable for one in found))
+    return Picture(
+        f"{len(rows)} image{'s' * (len(rows) > 1)}", "figure", out, titles, {}, all(one.redistributable for one in found)
+    )
 
 
 def _row(title: str, subject: Subject, models: Sequence[Tested], style: Style) -> tuple[Row, list[int], list[dict[str, float]]]:
