@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgbench import atomic
-from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, predictions, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -43,7 +43,9 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.download.command.Stored": Renderer(downloads.downloaded_tables),
     "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
-    "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
+    "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
+    "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
+    "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
