@@ -4,66 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dgbench.render.outside import visible
 from dgbench.render.table import MARKS, Cell, Table
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
-section { margin-bottom: 2.5em; overflow-x: auto }
-h2 { font-size: 1.1em }
-table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; font-variant-numeric: tabular-nums }
-th { border-bottom: 1px solid }
-th, td { padding: .2em .7em; text-align: right; white-space: nowrap }
-.left { text-align: left }
-.dim { color: #666 }
-.good { color: #176117 }
-.bad { color: #a40000; font-weight: bold }
-.warn { color: #7a4b00 }
-ul { color: #555; padding-left: 1.2em }
-</style>
-</head>
-<body>
-{% for table in tables %}
-<section>
-{% if table.title %}
-<h2>{{ table.title }}</h2>
-{% endif %}
-{% if table.rows %}
-<table>
-<thead><tr>{% for name in table.header %}<th{{ left(loop.index0, table) }}>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in table.rows %}
-<tr>{% for cell in row %}{% set shown = parts(cell, table) %}<td{{ left(loop.index0, table, cell.style) }}>
-{%- if shown.element == "b" %}<b>{{ shown.number }}</b>
-{%- elif shown.element == "u" %}<u>{{ shown.number }}</u>
-{%- else %}{{ shown.number }}{% endif %}{{ shown.rest }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-{% endif %}
-{% if table.legend_with(marks) %}
-<ul>
-{% for line in table.legend_with(marks) %}
-<li>{{ line }}</li>
-{% endfor %}
-</ul>
-{% endif %}
-</section>
-{% endfor %}
-</body>
-</html>"""
-
+    from jinja2 import Environment
 
 class _Parts(NamedTuple):
     element: str  # around the number, "" for none
@@ -78,14 +26,33 @@ def html(tables: Sequence[Table], marks: Mapping[str, str]) -> str:
         marks: how the legend calls the marks of the best and second values, by style.
     """
     title = next((table.title for table in tables if table.title), "dgbench")
-    return _template().render(tables=tables, title=title, marks=marks, left=_attribute, parts=_parts)
+    return page("tables.html", tables=tables, title=title, marks=marks)
+
+
+def page(template: str, **content: Any) -> str:
+    """Return a whole document. Every value is escaped, and control characters in it are written out."""
+    return _environment().get_template(template).render(content)
 
 
 @cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_inert,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals |= {"left": _attribute, "parts": _parts}
+    return made
+
+
+def _inert(value: object) -> object:
+    # what is markup already was made of values that passed here
+    return visible(value) if type(value) is str else value
 
 
 def _attribute(column: int, table: Table, style: str = "") -> object:

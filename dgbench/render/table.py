@@ -28,6 +28,8 @@ class Cell:
 
     text: str
     style: Style = ""
+    link: str = ""  # in HTML: the element of the same page that it leads to
+    anchor: str = ""  # in HTML: its own id
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Table:
 
 def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
     text = change(cell.text)
-    return cell if text == cell.text else Cell(text, cell.style)
+    return cell if text == cell.text else dataclasses.replace(cell, text=text)
 
 
 _STYLES = {"": "", "best": "bold", "second": "underline", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
