@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,8 @@ def describe_environment(device: str = "cpu", threads: int | None = None) -> dic
         "platform": platform.platform(),
         "device": device,
     }
+    if device == "cpu":
+        found["cpu"] = cpu_name()
     if threads is not None:
         found["threads"] = str(threads)
     for package in ("torch", "torchvision", "timm", "open_clip_torch", "accelerate", "numpy", "pillow", "triton"):
@@ -31,6 +34,16 @@ def describe_environment(device: str = "cpu", threads: int | None = None) -> dic
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def cpu_name() -> str:
+    """Return the model of the processor as the system names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 @cache

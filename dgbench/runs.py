@@ -71,6 +71,15 @@ def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "rec
     return folder
 
 
+def scored_run(text: str, root: Path | str = RUNS) -> Path:
+    """Return the run folder meant by `text`, whose checkpoint is to be used.
+
+    Raises: ResultError saying which runs exist.
+    """
+    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
+    return find_run(text, root, needs="checkpoint" if text == "latest" else "recipe.yaml")
+
+
 def _age(run: Path) -> tuple[str, str]:
     # the name tells the time even after a copy has changed the files' dates
     if stamp := _STAMP.match(run.name):

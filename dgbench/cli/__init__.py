@@ -1,7 +1,7 @@
 """The command line: each command parses, calls one function and shows its typed result.
 
-A file for each panel of `dgbench --help`, and one for each group of commands. Heavy imports live in the commands' bodies,
-so that `--help` and completion need nothing beyond Typer.
+A file for each panel of `dgbench --help`, one for a command of it that is long, and one for each group of commands. Heavy
+imports live in the commands' bodies, so that `--help` and completion need nothing beyond Typer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli import compare, data, get, help, kernels, measure, run, share
+from dgbench.cli import ci, compare, data, get, help, kernels, measure, predict, run, share
 from dgbench.cli.options import TargetsOpt
 from dgbench.cli.program import Command, Program
 
@@ -30,7 +30,7 @@ app = typer.Typer(
 app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
 # without a name, a panel's commands are the program's own, in this order
-for part in (get, share, run, measure, compare, help):
+for part in (get, share, run, predict, measure, compare, ci, help):
     app.add_typer(part.panel)
 
 

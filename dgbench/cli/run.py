@@ -1,4 +1,4 @@
-"""Run: train, score a checkpoint, segment photographs."""
+"""Run: train, score a checkpoint."""
 
 from __future__ import annotations
 
@@ -161,12 +161,13 @@ def eval_(
     from dgbench.data.catalog import rows
     from dgbench.needs import check_scoring, scoring
     from dgbench.recipe import load_recipe
+    from dgbench.runs import scored_run
 
     if run is not None and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     rules = protocols.lookup(protocol).name if protocol else None
     try:
-        folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+        folder = scored_run(run or checkpoint or "latest", runs)
     except ResultError as error:
         check_scoring([("target", row, "val") for row in rows(targets or (), root)], root, error)
         raise
@@ -191,29 +192,6 @@ def eval_(
     render.show(records, form, table)
 
 
-@panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
-def predict(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size, or folders of them.")],
-    checkpoint: Annotated[
-        str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=completion.runs)
-    ] = "latest",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
-    ] = Path(),
-    device: DeviceOpt = None,
-    runs: RunsOpt = Path("runs"),
-    form: FormatOpt = Format.TEXT,
-) -> None:
-    """Segment photographs and draw the classes over them."""
-    from dgbench import render
-
-    saved = Path(checkpoint)
-    folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
-    from dgbench.engine.predict import predict as segment
-
-    render.show(segment(photos, folder, out, device=device), form)
-
-
 def _has_checkpoint(run: Path) -> bool:
     # the names that mfuser.checkpoints writes, told without torch
     return any(path.name.removeprefix("step-").isdecimal() for path in (run / "checkpoint").glob("step-*"))
@@ -234,10 +212,3 @@ def _stopped(stop: BaseException, advice: str) -> StoppedError:
 
         return StoppedError(f"stopped by {signal.Signals(stop.signum).name}; {advice}", code=128 + stop.signum)
     return StoppedError(f"interrupted; {advice}")
-
-
-def _run_with_checkpoint(text: str, runs: Path) -> Path:
-    from dgbench.runs import find_run
-
-    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
-    return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")

@@ -17,6 +17,8 @@ UNFINISHED = ".dgbench-incomplete"  # a file in a domain's folder while `dgbench
 # no glob of a layout may match it
 RENDERED = ".dgbench-rendered"
 
+_FREE = ("Apache-2.0", "MIT", "CC0", "CC BY")  # how licences begin that let everybody pass images on
+
 Role = Literal["source", "target", "both"]
 Access = Literal["procedural", "open", "account", "request", "own"]
 
@@ -73,6 +75,11 @@ class Domain:
     @property
     def procedural(self) -> bool:
         return self.access == "procedural"
+
+    @property
+    def redistributable(self) -> bool:
+        """Whether its licence lets everybody pass its images on; where none is known, or a purpose is excluded, it does not."""
+        return self.licence.startswith(_FREE) and not self.licence.startswith(("CC BY-NC", "CC BY-ND"))
 
     @property
     def base(self) -> str:

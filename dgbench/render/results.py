@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgbench import atomic
-from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, predictions, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -43,11 +43,14 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.download.command.Stored": Renderer(downloads.downloaded_tables),
     "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
-    "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
+    "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
+    "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
+    "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
+    "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
     "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
     "mfuser.towers.hub.Model": Renderer(downloads.model_tables),
@@ -72,7 +75,7 @@ def show(result: Any, form: str = "text", file: Path | None = None, **how: Any) 
 
 def _written(result: Any, form: str, *, ascii_only: bool = False, **how: Any) -> str:
     if form == "json":
-        return visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=ascii_only, allow_nan=False))
+        return visible_json(json.dumps(plain_data(result), indent=1, ensure_ascii=ascii_only, allow_nan=False))
     if form == "csv":
         if rows := _renderer(result).rows(result) if result else []:
             return csv(rows)
@@ -111,11 +114,11 @@ def _renderer(result: Any) -> Renderer:
     return RENDERERS[f"{type(first).__module__}.{type(first).__qualname__}"]
 
 
-def _plain_data(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain_data(item) for key, item in value.items()}
+        return {str(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_data(item) for item in value]
+        return [plain_data(item) for item in value]
     return finite(value)

@@ -73,17 +73,8 @@ class Comparison:
     costs: tuple[costs.Cost, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    regressions: tuple[str, ...] = field(init=False)
-    verdict: Literal["pass", "regression", "not comparable"] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """A regression that was found stands; otherwise anything that could not be compared keeps it from being a pass."""
-        regressions = [f"{score.model}: mIoU on {score.target}" for score in self.scores if score.verdict == "worse"]
-        if self.max_slowdown is not None:
-            regressions += [f"{cost.model}: {cost.name}" for cost in self.costs if cost.verdict == "worse"]
-        open_ = self.problems or not self.scores or any(s.verdict in ("missing", "not comparable") for s in self.scores)
-        object.__setattr__(self, "regressions", tuple(regressions))
-        object.__setattr__(self, "verdict", "regression" if regressions else "not comparable" if open_ else "pass")
+    regressions: tuple[str, ...] = ()
+    verdict: Literal["pass", "regression", "not comparable"] = "not comparable"
 
     @property
     def exit_code(self) -> int:
@@ -118,8 +109,22 @@ def compare(
     scores += [
         Score(model.label, target, None, _stored(model, key), "new") for model in only_head for target, key in _targets(model)
     ]
+    regressions = [f"{score.model}: mIoU on {score.target}" for score in scores if score.verdict == "worse"]
+    if max_slowdown is not None:
+        regressions += [f"{one.model}: {one.name}" for one in cost if one.verdict == "worse"]
+    unknown = problems or not scores or any(score.verdict in ("missing", "not comparable") for score in scores)
     return Comparison(
-        base.name, head.name, max_drop, max_slowdown, tuple(scores), tuple(cost), tuple(problems), tuple(dict.fromkeys(notes))
+        base.name,
+        head.name,
+        max_drop,
+        max_slowdown,
+        tuple(scores),
+        tuple(cost),
+        tuple(problems),
+        tuple(dict.fromkeys(notes)),
+        tuple(regressions),
+        # a regression that was found stands; otherwise what could not be compared keeps it from being a pass
+        "regression" if regressions else "not comparable" if unknown else "pass",
     )
 
 
@@ -306,7 +311,7 @@ def _notes(name: str, before: Model, after: Model, noise: float | None) -> Itera
 def _differing(before: Model, after: Model) -> str:
     """What differs between the environments in which two models were trained."""
     told: dict[str, tuple[Any, Any]] = {}
-    for key in ("device", "platform", "threads", "python", "torch", "numpy", "timm"):
+    for key in ("device", "cpu", "platform", "threads", "python", "torch", "numpy", "timm"):
         values = [{run.trained.environment.get(key) for run in model.runs if run.trained} for model in (before, after)]
         if values[0] != values[1] and all(values):
             told[key] = (*(" or ".join(sorted(str(v) for v in side)) for side in values),)  # type: ignore[assignment]

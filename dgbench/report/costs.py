@@ -21,7 +21,7 @@ Verdict = Literal["better", "worse", "same", "not comparable"]
 
 NOISE = 0.03
 """Relative change below which two times on one machine are taken for equal: docs/profile.md."""
-_MACHINE = ("device", "platform", "threads")
+_MACHINE = ("device", "cpu", "platform", "threads")
 _LOG_BYTES = 1 << 26
 
 
