@@ -22,6 +22,9 @@ def leaderboard(
         typer.Option(metavar="NAME...", help="Only models trained on this.", autocompletion=completion.domains, callback=listed),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Also runs that a newer one of the same recipe replaces.")] = False,
+    as_matrix: Annotated[
+        bool, typer.Option("--matrix", help="Sources by targets: mean and deviation over seeds; --all: a row a run, too.")
+    ] = False,
     no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
@@ -34,6 +37,11 @@ def leaderboard(
 
     columns = [row.name for row in rows(targets)] if targets else None
     only = joined(row.name for row in rows(source)) if source else None
+    if as_matrix:
+        from dgbench.report.matrix import matrices
+
+        render.show(matrices(results.query(runs), targets=columns, source=only, each=every), form)
+        return
     board = arrange(results.query(runs), references(), targets=columns, source=only, every=every, published=not no_published)
     render.show(board, form)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import data, doctor, downloads, kernels, leaderboard, matrix, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -44,6 +44,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
+    "dgbench.report.matrix.Matrix": Renderer(matrix.matrix_tables, matrix.matrix_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
     "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
