@@ -5,6 +5,7 @@ A file for each kind of result turns it into tables; `table` draws them, `texts`
 """
 
 from dgbench.render.bars import progress, transfers
+from dgbench.render.curves import draw_curves
 from dgbench.render.numbers import duration, percent
 from dgbench.render.pictures import draw_fusion, draw_tradeoff
 from dgbench.render.results import show, tell
@@ -16,6 +17,7 @@ __all__ = [
     "WIDTH",
     "Cell",
     "Table",
+    "draw_curves",
     "draw_fusion",
     "draw_tradeoff",
     "duration",
