@@ -104,7 +104,7 @@ def train(
     except (KeyboardInterrupt, Terminated) as stop:
         if not (run / "recipe.yaml").is_file():
             raise
-        raise _stopped(stop, f"go on with: dgbench train --resume {shlex.quote(str(run))}") from None
+        raise stopped(stop, f"go on with: dgbench train --resume {shlex.quote(str(run))}") from None
     finally:
         # a run that failed before its first file is no run
         with contextlib.suppress(OSError):
@@ -117,7 +117,7 @@ def train(
     try:
         records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
     except (KeyboardInterrupt, Terminated) as stop:
-        raise _stopped(stop, f"training is complete, score it with: dgbench eval {shlex.quote(str(run))}") from None
+        raise stopped(stop, f"training is complete, score it with: dgbench eval {shlex.quote(str(run))}") from None
     if form in (Format.JSON, Format.CSV):
         render.show([trained, *records], form)
         return
@@ -164,7 +164,7 @@ def eval_(
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     rules = protocols.lookup(protocol).name if protocol else None
     try:
-        folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+        folder = run_with_checkpoint(run or checkpoint or "latest", runs)
     except ResultError as error:
         check_scoring([("target", row, "val") for row in rows(targets or (), root)], root, error)
         raise
@@ -185,7 +185,7 @@ def eval_(
         words = [str(folder)]
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
-        raise _stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
+        raise stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
     render.show(records, form)
 
 
@@ -206,7 +206,7 @@ def predict(
     from dgbench import render
 
     saved = Path(checkpoint)
-    folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
+    folder = saved if (saved / "model.json").is_file() else run_with_checkpoint(checkpoint, runs)
     from dgbench.engine.predict import predict as segment
 
     render.show(segment(photos, folder, out, device=device), form)
@@ -225,7 +225,7 @@ def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     return None
 
 
-def _stopped(stop: BaseException, advice: str) -> StoppedError:
+def stopped(stop: BaseException, advice: str) -> StoppedError:
     """What to say about a command that was stopped, with the exit status that shells give it."""
     if isinstance(stop, Terminated):
         import signal
@@ -234,7 +234,7 @@ def _stopped(stop: BaseException, advice: str) -> StoppedError:
     return StoppedError(f"interrupted; {advice}")
 
 
-def _run_with_checkpoint(text: str, runs: Path) -> Path:
+def run_with_checkpoint(text: str, runs: Path) -> Path:
     from dgbench.runs import find_run
 
     # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it

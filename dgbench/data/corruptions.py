@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dgbench.data.domain import Domain
 from dgbench.errors import DataError, unknown
 
 VERSION = 1  # raised with any change of a pixel; part of a score's protocol hash
@@ -60,6 +61,14 @@ class Corruption:
         seed = hashlib.sha256(f"{self.name}\0{key}".encode()).digest()[:8]
         draws = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big")))
         return CORRUPTIONS[self.name](image, self.level - 1, draws)
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """A domain whose images are corrupted before they are scored."""
+
+    domain: Domain
+    corruption: Corruption
 
 
 _Draws = np.random.Generator
