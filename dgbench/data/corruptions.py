@@ -1,10 +1,10 @@
 """Common corruptions of images at five levels: those of ImageNet-C that leave every object where its label is.
 
 Names, levels and parameters are those of Hendrycks and Dietterich (ICLR 2019, `ImageNet-C/create_c` of their repository), on
-images of any size as Michaelis et al. (2019) have them: the parameters are in pixels and do not grow with the image, the fog's
-fractal does. Of their 15, three are left out: `elastic_transform` moves objects, `frost` needs photographs, `glass_blur` swaps
-pixels one after another. Differences from the published scripts: values are rounded, not cut off; the image is not kept as a JPEG
-afterwards; draws are fixed by the image's name (`Corruption.of`).
+images of any size as Michaelis et al. (2019, `imagecorruptions`) have them: the parameters are in pixels and do not grow with
+the image, the fog's fractal does. Of the 15, three are left out: `elastic_transform` moves objects, `frost` needs photographs,
+`glass_blur` swaps pixels one after another. Differences from the published scripts: values are rounded, not cut off; the image
+is not kept as a JPEG afterwards; draws are fixed by the image's name (`Corruption.of`).
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _pixelate(image: Pixels, level: int, draws: _Draws) -> Pixels:
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
     height, width = image.shape[:2]
     small = (max(1, int(width * share)), max(1, int(height * share)))
-    box = Image.Resampling.BOX
-    return np.array(Image.fromarray(image).resize(small, box).resize((width, height), box))
+    blocks = Image.fromarray(image).resize(small, Image.Resampling.BOX)
+    return np.array(blocks.resize((width, height), Image.Resampling.NEAREST))
 
 
 def _jpeg_compression(image: Pixels, level: int, draws: _Draws) -> Pixels:
