@@ -70,6 +70,11 @@ class Corrupted:
     domain: Domain
     corruption: Corruption
 
+    @property
+    def name(self) -> str:
+        """As `cityscapes+fog@3`."""
+        return f"{self.domain.name}+{self.corruption}"
+
 
 _Draws = np.random.Generator
 

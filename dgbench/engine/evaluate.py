@@ -105,6 +105,8 @@ def evaluate(
     chosen = chosen_targets(recipe, rules, wanted, root, limit)
     kept = stored_records(recipe, rules, chosen, run) if reuse else {}
     if len(kept) == len(chosen):
+        begun = [target.about(kept[target.name].checkpoint, rules) for target in chosen]
+        partial.tidy(run, lambda about: dict(about) in begun)  # by an evaluation that was ended before it could
         return [kept[target.name] for target in chosen]
     found = _checkpoint(recipe, run, on)
     if kept:

@@ -144,7 +144,7 @@ def measure(
     """
     from dgbench.engine.evaluate import evaluate
 
-    targets = {_name(target): target for sweep in wanted for target in sweep.targets}
+    targets = {target.name: target for sweep in wanted for target in sweep.targets}
     scored = evaluate(
         run,
         list(targets.values()),
@@ -169,10 +169,6 @@ def measure(
     )
 
 
-def _name(target: Domain | Corrupted) -> str:
-    return f"{target.domain.name}+{target.corruption}" if isinstance(target, Corrupted) else target.name
-
-
 def curves(wanted: Sequence[Sweep], records: dict[str, results.Record]) -> list[Curve]:
     """Return a curve for each sweep, and behind those of several corruptions of one domain their mean.
 
@@ -184,7 +180,7 @@ def curves(wanted: Sequence[Sweep], records: dict[str, results.Record]) -> list[
     found: list[Curve] = []
     for domain in dict.fromkeys(sweep.domain for sweep in wanted):
         own = [sweep for sweep in wanted if sweep.domain == domain]
-        columns = [[records[_name(target)] for target in sweep.targets] for sweep in own]
+        columns = [[records[target.name] for target in sweep.targets] for sweep in own]
         counts = _matrices([record for column in columns for record in column])
         found += [
             _curve(domain, sweep.corruption, sweep.severities, [[record] for record in column], counts)

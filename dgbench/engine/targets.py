@@ -10,7 +10,7 @@ from typing import Literal
 
 from dgbench import protocol, results
 from dgbench.data import corruptions
-from dgbench.data.corruptions import Corruption
+from dgbench.data.corruptions import Corrupted, Corruption
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domain import Domain
 from dgbench.engine import checkpoints
@@ -30,8 +30,8 @@ class Target:
     @property
     def name(self) -> str:
         """The domain's; of corrupted images `cityscapes+fog@3`."""
-        name = self.dataset.domain.name
-        return name if self.corruption is None else f"{name}+{self.corruption}"
+        domain = self.dataset.domain
+        return domain.name if self.corruption is None else Corrupted(domain, self.corruption).name
 
     def protocol_hash(self, rules: protocol.Protocol, size: protocol.Size | None) -> str:
         """Return what its score is measured under; `size` is that of `size_of`."""
