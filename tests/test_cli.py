@@ -162,6 +162,7 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
 def test_towers_devices_and_backends_are_completed() -> None:
     assert completed("dgbench train --vlm s") == ["siglip_b", "siglip", "siglip2_b", "siglip2", "small"]
     assert completed("dgbench profile --vfm dinov3") == ["dinov3_s", "dinov3_b", "dinov3_l"]
+    assert completed("dgbench severity --corruptions mot") == ["motion_blur"]
     assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
     assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]
     assert completed("dgbench kernels bench --backend t") == ["triton", "torch"]

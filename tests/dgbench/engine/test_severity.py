@@ -214,6 +214,12 @@ def test_a_record_whose_matrices_are_gone_is_scored_again(run):
     assert again.curves[0].points[1].records != (old.id,)
 
 
+def test_rare_classes_of_the_same_scenes_are_told_once(run, caplog):
+    scored(run, "streets-adverse", steps=[0, 0.5, 1])
+    told = [each.getMessage() for each in caplog.records if "fewer than 5 of the scored images" in each.getMessage()]
+    assert [line.split()[0] for line in told] == ["streets-adverse@0"]
+
+
 def test_no_leaderboard_shows_scores_of_corrupted_or_of_fewer_images(run):
     scored(run, "streets-city", corruptions=["contrast"], levels=[5])
     scored(run, "streets-night", steps=[0, 1])
