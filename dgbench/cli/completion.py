@@ -59,6 +59,12 @@ def label_maps(incomplete: str) -> list[str]:
     return [name for name in LABEL_MAPS if name.startswith(incomplete)]
 
 
+def corruptions(incomplete: str) -> list[str]:
+    from dgbench.data.corruptions import CORRUPTIONS
+
+    return [name for name in CORRUPTIONS if name.startswith(incomplete)]
+
+
 def operators(incomplete: str) -> list[str]:
     from dgbench.names import backends as known
 

@@ -23,6 +23,7 @@ from dgbench.render import (
     profile,
     protocols,
     runs,
+    severity,
 )
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
@@ -59,6 +60,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
     "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
     "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
+    "dgbench.engine.severity.Severity": Renderer(severity.severity_tables, severity.severity_rows),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
