@@ -267,6 +267,7 @@ def test_what_draws_writes_tables_and_asks_the_gpu_is_imported_in_one_place_each
     assert anywhere("pynvml") == {"dgbench.cost.timing"}
     assert anywhere("fvcore") == {"dgbench.cost.count"}
     assert anywhere("tabulate") == {"dgbench.render.texts"}
+    assert anywhere("jinja2") == {"dgbench.render.pages"}
     assert not anywhere("pandas")
 
 

@@ -55,7 +55,7 @@ def tradeoff(
     Args:
         size: (H, W) to count at; by default each recipe's crop.
     """
-    board = leaderboard(records, references())
+    board = leaderboard(records, references(), tested=False)
     groups = [*board.groups, *board.published]
     costs: dict[str, float] = {}
     progress.start("counting", sum(len(group.rows) for group in groups), "rows")

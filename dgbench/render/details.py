@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from dgbench.data.labels import NAMES
 from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ _Values = Mapping[str, float | None]
 
 def class_tables(group: Group, labels: Sequence[str], title: str) -> list[Table]:
     """Return a table of IoU by class for each target, and one of their means; none where they were not asked for."""
+
+    from dgbench.data.labels import NAMES
 
     def of(score: Score | None) -> _Values:
         return dict(zip(NAMES, score.iou, strict=False)) if score is not None else {}

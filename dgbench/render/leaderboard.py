@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from dgbench.data.labels import NAMES
 from dgbench.render.details import class_tables, condition_tables
 from dgbench.render.flat import FlatRow, flat_row, flatten
 from dgbench.render.numbers import percent
@@ -65,6 +64,8 @@ def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
 
 
 def _flat_scores(row: Row) -> FlatRow:
+    from dgbench.data.labels import NAMES
+
     values: FlatRow = {}
     for name, score in {"source_val": row.source_score, **row.scores, "mean": row.mean}.items():
         if score is not None:
