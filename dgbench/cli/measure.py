@@ -152,6 +152,8 @@ def profile(
 
         points = tradeoff(kept, progress, convention=convention, size=crop)
         render.note(f"plot: {render.draw_tradeoff(points, plot)}")
+        if missing := sorted({label.partition(" (")[0] for panel in points.panels for label in panel.left_out}, key=str.lower):
+            render.note(f"not drawn, no model here to count: {', '.join(missing)}")
 
 
 @panel.command(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe
 from dgbench.report.expected import references
 from dgbench.report.leaderboard import leaderboard
-from dgbench.report.rows import Group, Row
+from dgbench.report.rows import Group, Leaderboard, Row
 from dgbench.results import Record
 
 
@@ -55,7 +56,13 @@ def tradeoff(
     Args:
         size: (H, W) to count at; by default each recipe's crop.
     """
-    board = leaderboard(records, references(), tested=False)
+    return of_board(leaderboard(records, references(), tested=False), progress, convention=convention, size=size)
+
+
+def of_board(
+    board: Leaderboard, progress: Progress, *, convention: str = "mac", size: tuple[int, int] | None = None
+) -> Tradeoff:
+    """Count the models of a leaderboard's rows; `size` as that of `tradeoff`."""
     groups = [*board.groups, *board.published]
     costs: dict[str, float] = {}
     progress.start("counting", sum(len(group.rows) for group in groups), "rows")
@@ -80,12 +87,28 @@ def _panel(group: Group, convention: str, size: tuple[int, int] | None, costs: d
             points.append(Point(label, row.kind, costs[key], row.mean.miou, row.mean.half))
         progress.advance()
     published = group.rows and group.rows[0].kind == "published"
-    rules = group.rows[0].origin if published else f"protocol {group.protocol}"
-    return Panel(f"{group.source} to {', '.join(group.targets)}\n{rules}", tuple(points), tuple(left_out))
+    rules = _short_origin(group.rows[0].origin) if published else f"protocol {group.protocol}"
+    return Panel(f"{group.source} → {_short_names(group.targets)}\n{rules}", tuple(points), tuple(left_out))
+
+
+def _short_names(targets: Sequence[str]) -> str:
+    """`streets-city, -adverse, -world`: what the names begin with alike is said once."""
+    first, *others = targets
+    prefix = f"{first.partition('-')[0]}-"
+    alike = bool(others) and all(name.startswith(prefix) for name in targets)
+    return ", ".join([first, *(f"-{name.removeprefix(prefix)}" if alike else name for name in others)])
+
+
+def _short_origin(origin: str) -> str:
+    """Of `authors, title, venue, arXiv:number, Table 1 (read ...)` the authors, the venue and the table."""
+    parts = [part.strip() for part in origin.partition(" (read ")[0].split(",")]
+    venues = [part for part in parts if re.fullmatch(r"[A-Za-z]+ (19|20)\d\d", part)]
+    return ", ".join(dict.fromkeys((parts[0], *venues, parts[-1])))
 
 
 def _recipe_of(row: Row) -> Recipe | None:
-    """The recipe that says what the row's model is; of a run, its own copy."""
+    """The recipe that says what the row's model is; of a run, its own copy, None where that is gone."""
     if row.kind == "run":
-        return load_recipe(Path(row.origin) / "recipe.yaml")
+        path = Path(row.origin) / "recipe.yaml"
+        return load_recipe(path) if path.is_file() else None
     return load_recipe(row.recipe) if row.recipe else None

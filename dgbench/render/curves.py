@@ -23,22 +23,36 @@ def draw_curves(found: Curves, path: Path) -> Path:
     Raises: OSError if it cannot be written.
     """
     figure, axes = _figure(3 if found.scores else 2, columns=3)
-    style: dict[str, Any] = {"marker": "." if len(found.steps) <= _MOST else "", "linewidth": 1.2}
-    for number, (name, values) in enumerate(found.losses.items()):
-        axes[0].plot(found.steps, values, label=_as_it_is(name), **style, **_line(number))
-    if all(value > 0 for values in found.losses.values() for value in values):
-        axes[0].set_yscale("log")
-    if len(found.losses) > 1:
-        axes[0].legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15), handlelength=3)
-    axes[0].set(title="losses", xlabel="step")
-    axes[1].plot(found.steps, found.rate, color=_COLOURS[0], **style)
-    axes[1].set(title="learning rate", xlabel="step")
-    axes[1].ticklabel_format(axis="y", scilimits=(-2, 2))
+    draw_losses(found, axes[0])
+    draw_rate(found, axes[1])
     if found.scores:
         _draw_scores(found, axes[2])
-    for axis in axes:
-        axis.grid(alpha=0.3)
+        axes[2].grid(alpha=0.3)
     return _written(figure, path)
+
+
+def draw_losses(found: Curves, axis: Axes) -> None:
+    """Draw the loss, and its terms where there are several."""
+    for number, (name, values) in enumerate(found.losses.items()):
+        axis.plot(found.steps, values, label=_as_it_is(name), **_points(found), **_line(number))
+    if all(value > 0 for values in found.losses.values() for value in values):
+        axis.set_yscale("log")
+    if len(found.losses) > 1:
+        axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15), handlelength=3)
+    axis.set(title="losses", xlabel="step")
+    axis.grid(alpha=0.3)
+
+
+def draw_rate(found: Curves, axis: Axes) -> None:
+    """Draw the learning rate."""
+    axis.plot(found.steps, found.rate, color=_COLOURS[0], **_points(found))
+    axis.set(title="learning rate", xlabel="step")
+    axis.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axis.grid(alpha=0.3)
+
+
+def _points(found: Curves) -> dict[str, Any]:
+    return {"marker": "." if len(found.steps) <= _MOST else "", "linewidth": 1.2}
 
 
 def _line(number: int) -> dict[str, Any]:

@@ -22,7 +22,16 @@ _NAMED = 5  # rows that a line of the legend names
 
 
 def leaderboard_tables(board: Leaderboard) -> list[Table]:
-    tables: list[Table] = []
+    """Return a table for each group, behind it those of its details, and the published tables last."""
+    tables = [table for _, of_group in group_tables(board) for table in of_group]
+    if not tables:
+        tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
+    return tables + [published_table(group) for group in board.published]
+
+
+def group_tables(board: Leaderboard) -> list[tuple[Group, list[Table]]]:
+    """Return each group with its table, whose rows are the group's in their order, and those of its details."""
+    found = []
     titles: set[str] = set()
     names = _names(board.groups)
     for group, labels in zip(board.groups, names, strict=True):
@@ -30,15 +39,10 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
         # what two groups of one title differ in is inside their protocol hashes
         key = f"{title} {group.targets}"
         alike = "; at another image size or label map than the table above" if key in titles else ""
-        tables += [
-            _own(group, labels, title + alike),
-            *class_tables(group, labels, title),
-            *condition_tables(group, labels, title),
-        ]
+        own = _own(group, labels, title + alike)
+        found.append((group, [own, *class_tables(group, labels, title), *condition_tables(group, labels, title)]))
         titles.add(key)
-    if not tables:
-        tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
-    return tables + [published_table(group) for group in board.published]
+    return found
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:

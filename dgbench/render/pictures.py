@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,14 +74,15 @@ def draw_tradeoff(found: Tradeoff, path: Path) -> Path:
     """
     figure, axes = _figure(len(found.panels), columns=2)
     for panel, axis in zip(found.panels, axes, strict=False):
-        _draw_panel(panel, axis)
-        axis.set_xlabel(f"{found.unit} a crop (convention {found.convention})")
+        draw_panel(panel, found, axis)
     for axis in axes[len(found.panels) :]:
         axis.set_axis_off()
     return _written(figure, path)
 
 
-def _draw_panel(panel: Panel, axis: Axes) -> None:
+def draw_panel(panel: Panel, found: Tradeoff, axis: Axes) -> None:
+    """Draw mIoU against operations of one group of comparable models."""
+    axis.set_xlabel(f"{found.unit} a crop (convention {found.convention})", fontsize=9)
     for kind, (meaning, style) in _KINDS.items():
         points = [point for point in panel.points if point.kind == kind]
         if not points:
@@ -105,19 +106,28 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
     costs, scores = [point.cost for point in panel.points], [100 * point.miou for point in panel.points]
     axis.set_xscale("log")
     axis.set_xlim(min(costs) / 2.5, 2.5 * max(costs))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="x", which="both", labelsize=7)
+    _label_costs(axis)
+    halves = [point.half if point.half is not None and math.isfinite(point.half) else 0.0 for point in panel.points]
+    ends = [100 * (point.miou + sign * half) for point, half in zip(panel.points, halves, strict=True) for sign in (-1, 1)]
     margin = max(1.0, 0.25 * (max(scores) - min(scores)))
-    axis.set_ylim(min(scores) - margin, max(scores) + margin)
-    axis.set_ylabel("mIoU in %, mean over unseen domains")
-    lines = panel.title.splitlines()
-    if panel.left_out:
-        names = ", ".join(sorted({label.partition(" (")[0] for label in panel.left_out}, key=str.lower))
-        lines.append(f"not drawn, no model here to count: {names}")
-    axis.set_title("\n".join(_as_it_is(part) for line in lines for part in textwrap.wrap(line, 84)), fontsize=8)
-    axis.grid(alpha=0.3, which="both")
+    axis.set_ylim(max(0.0, min(*ends, min(scores) - margin)), min(100.0, max(*ends, max(scores) + margin)))
+    axis.set_ylabel("mIoU in %, mean over unseen domains", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.set_title("\n".join(_as_it_is(textwrap.shorten(line, 64, placeholder=" …")) for line in panel.title.splitlines()), fontsize=9)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower right")
+
+
+def _label_costs(axis: Axes) -> None:
+    """Label 1, 2 and 5 of each decade, and nothing between them; powers alone where there are many decades."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def draw_severity(found: Severity, path: Path) -> Path:
@@ -125,22 +135,33 @@ def draw_severity(found: Severity, path: Path) -> Path:
 
     Raises: OSError if it cannot be written.
     """
-    panels: dict[str, list[Curve]] = {}
-    for curve in found.curves:
-        panels.setdefault(curve.domain if curve.corruption else "", []).append(curve)
+    panels = severity_panels(found)
     figure, axes = _figure(len(panels), columns=2, width=7)
     for (domain, curves), axis in zip(panels.items(), axes, strict=False):
-        _draw_curves(curves, axis)
-        n, of = curves[0].n_images, curves[0].n_available
-        count = f"{n} of {of} images" if curves[0].partial else f"{n} images"
-        name = domain or "weather of rendered streets"
-        axis.set_title(_as_it_is(f"{name}{' (rendered)' * curves[0].rendered}, {count}"), fontsize=10)
-        axis.set_xlabel("level of corruption, 0: clean" if domain else "severity")
+        draw_severity_panel(domain, curves, axis)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     variant = f" ({found.variant})" if found.variant else ""
     figure.suptitle(_as_it_is(f"{found.method}{variant}, trained on {found.source}"), fontsize=11)
     return _written(figure, path)
+
+
+def severity_panels(found: Severity) -> dict[str, list[Curve]]:
+    """Return the curves of each panel by the corrupted domain; those of weather are under ""."""
+    panels: dict[str, list[Curve]] = {}
+    for curve in found.curves:
+        panels.setdefault(curve.domain if curve.corruption else "", []).append(curve)
+    return panels
+
+
+def draw_severity_panel(domain: str, curves: Sequence[Curve], axis: Axes) -> None:
+    """Draw the curves of weather, or of one corrupted domain."""
+    _draw_curves(curves, axis)
+    n, of = curves[0].n_images, curves[0].n_available
+    count = f"{n} of {of} images" if curves[0].partial else f"{n} images"
+    name = domain or "weather of rendered streets"
+    axis.set_title(_as_it_is(f"{name}{' (rendered)' * curves[0].rendered}, {count}"), fontsize=10)
+    axis.set_xlabel("level of corruption, 0: clean" if domain else "severity")
 
 
 def _draw_curves(curves: Sequence[Curve], axis: Axes) -> None:
@@ -181,13 +202,13 @@ def _as_it_is(text: str) -> str:
     return visible(text).replace("$", r"\$")
 
 
-def _figure(panels: int, columns: int = 2, width: float = 6) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, columns: int = 2, width: float = 6, height: float = 4.2) -> tuple[Figure, list[Axes]]:
     # not pyplot, which keeps its figures and asks for a display
     from matplotlib.figure import Figure
 
     across = min(columns, panels)
     down = math.ceil(panels / across)
-    figure = Figure(figsize=(width * across, 4.2 * down), layout="constrained")
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
     return figure, list(figure.subplots(down, across, squeeze=False).flat)
 
 
@@ -200,3 +221,21 @@ def _written(figure: Figure, path: Path) -> Path:
     with rc_context({"svg.hashsalt": "dgbench"}):
         figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)
     return atomic.write(path, buffer.getvalue())
+
+
+def svg_of(draw: Callable[[Axes], None], *, width: float = 6, height: float = 3.8) -> bytes:
+    """Return one panel as SVG without a background, whose texts are text in a font of the page that shows it.
+
+    Args:
+        draw: draws on the panel.
+        width, height: in inches.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    nobody = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.hashsalt": "dgbench", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure, (axis,) = _figure(1, width=width, height=height)
+        draw(axis)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nobody)
+    return buffer.getvalue()
