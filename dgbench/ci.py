@@ -8,6 +8,7 @@ the versions differ, the spread between the baseline's seeds widens the interval
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ from dgbench.report import sides
 from dgbench.report.compare import Comparison, compare
 from dgbench.report.sides import Model, Side
 from dgbench.runs import new_run
+
+_log = logging.getLogger(__name__)
 
 RECIPE = "streets/ci"
 BASELINE = Path("dgbench-baseline")
@@ -148,6 +151,21 @@ def _with_seeds_of(base: Side, head: Side) -> Side:
         return dataclasses.replace(model, runs=runs) if runs else model
 
     return dataclasses.replace(base, models=tuple(map(shared, base.models)))
+
+
+def write_page(found: Comparison, runs: Path, out: Path, *, progress: Progress, device: str | None = None) -> tuple[Path, ...]:
+    """Write the comparison and these runs as one file of HTML, and return its path; none, with a warning, if that fails.
+
+    The verdict stands whether there is a page or not.
+    """
+    from dgbench import html_report, results
+
+    try:
+        page = html_report.build(results.query(runs), progress=progress, comparison=found, device=device)
+    except DgbenchError as error:
+        _log.warning("no report.html: %s", error.message)
+        return ()
+    return (html_report.write(page, out / "report.html").file,)
 
 
 def write_reports(found: Comparison, out: Path) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ SCRIPT = f"""#!/bin/sh
 # Trains and scores dgbench's small benchmark, and compares it with the baseline in dgbench-baseline/.
 # Any CI system can call this in a checkout with Python 3.11 or newer.
 # Exit status: 0 pass, 1 regression, 2 usage, 3 not comparable.
-# Afterwards keep the folder dgbench-ci/: summary.md and comment.md (Markdown), junit.xml (JUnit), comparison.json.
+# Afterwards keep the folder dgbench-ci/: summary.md and comment.md (Markdown), junit.xml (JUnit), comparison.json, report.html.
 # GitLab:   artifacts: {{when: always, paths: [dgbench-ci], reports: {{junit: dgbench-ci/junit.xml}}}}
 # Jenkins:  junit 'dgbench-ci/junit.xml'; archiveArtifacts 'dgbench-ci/*'
 # A new baseline: dgbench ci --update-baseline, then commit dgbench-baseline/.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dgbench import atomic, results
@@ -13,6 +14,17 @@ from dgbench.report.compare import Comparison
 from dgbench.report.page import Page, gather
 from dgbench.results import Record
 from dgbench.runs import find_run
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A report's file."""
+
+    file: Path
+    bytes: int
+    runs: int
+    pictures: int
+    notes: tuple[str, ...]  # what is missing in it, and why
 
 
 def records_of(given: Sequence[str], runs: Path) -> list[Record]:
@@ -62,12 +74,11 @@ def build(
     from dgbench.engine import swept
 
     page = gather(records, comparison=comparison)
-    by_run = {run.folder: [r for r in records if r.run == run.folder and r.checkpoint == run.newest.checkpoint] for run in page.runs}
-    page = dataclasses.replace(
-        page,
-        tradeoff=of_board(page.board, progress),
-        runs=tuple(dataclasses.replace(run, severities=swept.of_run(run.folder, by_run[run.folder], root)) for run in page.runs),
-    )
+    runs = []
+    for run in page.runs:
+        own = [one for one in records if one.run == run.folder and one.checkpoint == run.newest.checkpoint]
+        runs.append(dataclasses.replace(run, severities=swept.of_run(run.folder, own, root)))
+    page = dataclasses.replace(page, tradeoff=of_board(page.board, progress), runs=tuple(runs))
     if not gallery:
         return page
     from dgbench.engine.gallery import with_pictures
@@ -75,8 +86,13 @@ def build(
     return with_pictures(page, progress=progress, device=device, root=root, locked=with_images)
 
 
-def write(page: Page, path: Path) -> Path:
-    """Write a report whole, and return its path."""
+def write(page: Page, path: Path) -> Written:
+    """Write a report whole."""
     from dgbench.render.report import report_page
 
-    return atomic.write(path, report_page(page))
+    text = report_page(page)
+    atomic.write(path, text)
+    targets = [target for run in page.runs for target in run.targets]
+    pictures = sum(len(example.pictures) for target in targets for example in target.examples)
+    notes = dict.fromkeys(note for run in page.runs for note in (*run.notes, *(target.note for target in run.targets)) if note)
+    return Written(path, len(text.encode()), len(page.runs), pictures, tuple(notes))

@@ -75,7 +75,8 @@ def ci(
     except ResultError as error:
         render.failure(error.message, error.hint)
         raise typer.Exit(3) from None
-    files = benchmark.write_reports(found, out)
+    files = [*benchmark.write_reports(found, out)]
+    files += benchmark.write_page(found, folder, out, progress=render.progress(quiet=quiet), device=device)
     render.show(found, form)
     render.note(f"reports: {', '.join(map(str, files))}")
     raise typer.Exit(found.exit_code)

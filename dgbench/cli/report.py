@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, QuietOpt, RootOpt, RunsOpt
+from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RootOpt, RunsOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -34,6 +34,7 @@ def report(
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
     quiet: QuietOpt = False,
 ) -> None:
     """Write one HTML file: leaderboard, classes, confusion, examples, severities, cost, curves, protocol, environment."""
@@ -49,4 +50,4 @@ def report(
     page = html_report.build(
         records, progress=render.progress(quiet=quiet), gallery=not no_gallery, with_images=with_images, device=device, root=root
     )
-    render.note(f"written: {html_report.write(page, out)}")
+    render.show(html_report.write(page, out), form)

@@ -59,9 +59,7 @@ def tradeoff(
     return of_board(leaderboard(records, references(), tested=False), progress, convention=convention, size=size)
 
 
-def of_board(
-    board: Leaderboard, progress: Progress, *, convention: str = "mac", size: tuple[int, int] | None = None
-) -> Tradeoff:
+def of_board(board: Leaderboard, progress: Progress, *, convention: str = "mac", size: tuple[int, int] | None = None) -> Tradeoff:
     """Count the models of a leaderboard's rows; `size` as that of `tradeoff`."""
     groups = [*board.groups, *board.published]
     costs: dict[str, float] = {}

@@ -24,10 +24,15 @@ def comparison_tables(found: Comparison, *, per_class: bool = False) -> list[Tab
     if found.scores:
         tables.append(_scores(found))
     if per_class:
-        tables += [_classes(score) for score in found.scores if score.classes]
+        tables += class_changes(found)
     if found.costs:
         tables.append(_costs(found))
     return tables
+
+
+def class_changes(found: Comparison) -> list[Table]:
+    """Return a table of classes for each score."""
+    return [_classes(score) for score in found.scores if score.classes]
 
 
 def comparison_rows(found: Comparison) -> list[FlatRow]:

@@ -1,14 +1,15 @@
-"""What runs ran on, and how long they took, as tables of a report."""
+"""What runs ran on and how long they took, as tables of a report, and what is said of its file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dgbench.render.numbers import duration
+from dgbench.render.numbers import byte_size, duration
 from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
+    from dgbench.html_report import Written
     from dgbench.report.page import Run
     from dgbench.results import Record
 
@@ -54,6 +55,12 @@ def machine_tables(runs: Sequence[Run]) -> list[Table]:
         )
         for facts, done in found.items()
     ]
+
+
+def written_tables(found: Written) -> list[Table]:
+    """Return what a report's file holds, and what is missing in it."""
+    row = (Cell(str(found.file)), Cell(byte_size(found.bytes)), Cell(str(found.runs)), Cell(str(found.pictures)))
+    return [Table("", ("report", "size", "runs", "pictures"), (row,), legend=tuple(f"{note}." for note in found.notes))]
 
 
 def _facts(record: Record) -> tuple[tuple[str, str], ...]:

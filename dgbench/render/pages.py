@@ -13,6 +13,7 @@ from dgbench.render.table import MARKS, Cell, Table
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+
 class _Parts(NamedTuple):
     element: str  # around the number, "" for none
     number: str

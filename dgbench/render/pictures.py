@@ -113,7 +113,8 @@ def draw_panel(panel: Panel, found: Tradeoff, axis: Axes) -> None:
     axis.set_ylim(max(0.0, min(*ends, min(scores) - margin)), min(100.0, max(*ends, max(scores) + margin)))
     axis.set_ylabel("mIoU in %, mean over unseen domains", fontsize=9)
     axis.tick_params(labelsize=8)
-    axis.set_title("\n".join(_as_it_is(textwrap.shorten(line, 64, placeholder=" …")) for line in panel.title.splitlines()), fontsize=9)
+    lines = (textwrap.shorten(line, 64, placeholder=" …") for line in panel.title.splitlines())
+    axis.set_title("\n".join(map(_as_it_is, lines)), fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower right")
 

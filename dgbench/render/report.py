@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dgbench.data.labels import CLASSES
-from dgbench.render.compare import comparison_tables
+from dgbench.render.compare import class_changes, comparison_tables
 from dgbench.render.confusion import Heat, heat
 from dgbench.render.curves import draw_losses, draw_rate
 from dgbench.render.leaderboard import group_tables
@@ -20,7 +20,7 @@ from dgbench.render.pictures import draw_panel, draw_severity_panel, severity_pa
 from dgbench.render.plots import Plots
 from dgbench.render.protocols import preset_tables, with_hash
 from dgbench.render.severity import severity_tables
-from dgbench.render.table import ABSENT, Cell, Table
+from dgbench.render.table import ABSENT, Table
 from dgbench.report.rows import Score
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def report_page(found: Page) -> str:
         title=f"dgbench: {found.runs[0].name}" if len(found.runs) == 1 else f"dgbench: {len(found.runs)} runs",
         newest=newest[:16].replace("T", " "),
         notes=found.notes,
-        comparison=comparison_tables(found.comparison, per_class=True) if found.comparison else [],
+        comparison=comparison_tables(found.comparison) if found.comparison else [],
+        changed_classes=class_changes(found.comparison) if found.comparison else [],
         boards=boards,
         costs=_linked_rows(cost_table(found.runs), [names[run.folder].to for run in found.runs], 0),
         tradeoff=_tradeoff(found, plots),
@@ -116,7 +117,8 @@ def _name(domain: str) -> str:
 
 def _boards(found: Page, ids: Mapping[str, str]) -> tuple[list[_Board], dict[str, list[_Link]]]:
     """Return the leaderboard's tables, whose rows lead to runs, and the rows in which each run stands."""
-    boards, rows = [], {}
+    boards: list[_Board] = []
+    rows: dict[str, list[_Link]] = {}
     for number, (group, (own, *details)) in enumerate(group_tables(found.board)):
         linked = []
         for place, (row, cells) in enumerate(zip(group.rows, own.rows, strict=True)):
