@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dgbench.cost.fusion import FusionProfile
-    from dgbench.cost.tradeoff import Panel, Tradeoff
+    from dgbench.cost.tradeoff import Panel, Point, Tradeoff
     from dgbench.engine.severity import Curve, Severity
 
 # colours that the colour-blind can tell apart (Okabe and Ito, 2008), and markers for print without colour
@@ -91,18 +91,6 @@ def draw_panel(panel: Panel, found: Tradeoff, axis: Axes) -> None:
         for point in points:
             if point.half is not None and math.isfinite(point.half):
                 axis.errorbar(point.cost, 100 * point.miou, yerr=100 * point.half, color="0.5", capsize=2, zorder=2)
-    # by height, left and right in turn, so that labels do not lie on each other
-    for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
-        side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
-        axis.annotate(
-            _as_it_is(point.label),
-            (point.cost, 100 * point.miou),
-            xytext=(shift, 0),
-            textcoords="offset points",
-            fontsize=7,
-            ha=side,
-            va="center",
-        )
     costs, scores = [point.cost for point in panel.points], [100 * point.miou for point in panel.points]
     axis.set_xscale("log")
     axis.set_xlim(min(costs) / 2.5, 2.5 * max(costs))
@@ -111,6 +99,7 @@ def draw_panel(panel: Panel, found: Tradeoff, axis: Axes) -> None:
     ends = [100 * (point.miou + sign * half) for point, half in zip(panel.points, halves, strict=True) for sign in (-1, 1)]
     margin = max(1.0, 0.25 * (max(scores) - min(scores)))
     axis.set_ylim(max(0.0, min(*ends, min(scores) - margin)), min(100.0, max(*ends, max(scores) + margin)))
+    _label_points(panel.points, axis)
     axis.set_ylabel("mIoU in %, mean over unseen domains", fontsize=9)
     axis.tick_params(labelsize=8)
     lines = (textwrap.shorten(line, 64, placeholder=" …") for line in panel.title.splitlines())
@@ -119,12 +108,49 @@ def draw_panel(panel: Panel, found: Tradeoff, axis: Axes) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 
+def _label_points(points: Sequence[Point], axis: Axes) -> None:
+    """Write each point's label where it lies on no other label and on no point, as far as there is such a place."""
+    width, height = (72 / axis.figure.dpi * pixels for pixels in (axis.bbox.width, axis.bbox.height))
+    to_place = (axis.transScale + axis.transLimits).transform  # 0..1 of the panel
+    places = [to_place((point.cost, 100 * point.miou)) * (width, height) for point in points]
+    taken = [(x - 4.0, y - 4.0, x + 4.0, y + 4.0) for x, y in places]
+    for point, (x, y) in sorted(zip(points, places, strict=True), key=lambda pair: pair[0].miou):
+        wide, high = _LETTER * len(point.label), 9.0
+        choices = [
+            ("left", "center", 7.0, 0.0, (x + 5, y - high / 2, x + 7 + wide, y + high / 2)),
+            ("right", "center", -7.0, 0.0, (x - 7 - wide, y - high / 2, x - 5, y + high / 2)),
+            ("center", "bottom", 0.0, 6.0, (x - wide / 2, y + 5, x + wide / 2, y + 6 + high)),
+            ("center", "top", 0.0, -6.0, (x - wide / 2, y - 6 - high, x + wide / 2, y - 5)),
+        ]
+        inside = [one for one in choices if one[4][0] >= 0 and one[4][2] <= width] or choices
+        best = min(inside, key=lambda one: sum(_overlap(one[4], other) for other in taken))
+        taken.append(best[4])
+        ha, va, across, up, _ = best
+        axis.annotate(
+            _as_it_is(point.label),
+            (point.cost, 100 * point.miou),
+            xytext=(across, up),
+            textcoords="offset points",
+            fontsize=7,
+            ha=ha,
+            va=va,
+        )
+
+
+_LETTER = 3.9  # points of width of a letter of size 7, about
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+def _overlap(a: _Box, b: _Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
 def _label_costs(axis: Axes) -> None:
-    """Label 1, 2 and 5 of each decade, and nothing between them; powers alone where there are many decades."""
+    """Label 1, 2, 3 and 5 of each decade and nothing between them; powers alone where there are many decades."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_xlim()
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 1000 else (1,)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))

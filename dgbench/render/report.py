@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
     from dgbench.report.page import Example, Page, Run, Target
 
-_MARKS = {"best": "bold: best", "second": "underlined: second"}
+_MARKS = {"best": "bold", "second": "underlined"}
+_PANEL, _TALL = (
+    {"width": 4.8, "height": 3.3},
+    {"width": 4.8, "height": 4.2},
+)  # inches: on a narrow page its letters are as large as they are drawn
 _KINDS = ("image", "truth", "prediction", "error")
 
 
@@ -98,7 +102,7 @@ def report_page(found: Page) -> str:
         costs=_linked_rows(cost_table(found.runs), [names[run.folder].to for run in found.runs], 0),
         tradeoff=_tradeoff(found, plots),
         severities=[
-            plots.plot(_name(domain), partial(draw_severity_panel, domain, curves), width=7)
+            plots.plot(_name(domain), partial(draw_severity_panel, domain, curves), width=5.8, height=3.4)
             for one in severities
             for domain, curves in severity_panels(one).items()
         ],
@@ -149,7 +153,7 @@ def _tradeoff(found: Page, plots: Plots) -> list[Markup]:
     if (tradeoff := found.tradeoff) is None:
         return []
     return [
-        plots.plot(f"mIoU against {tradeoff.unit}: {panel.title}", partial(draw_panel, panel, tradeoff))
+        plots.plot(f"mIoU against {tradeoff.unit}: {panel.title}", partial(draw_panel, panel, tradeoff), **_PANEL)
         for panel in tradeoff.panels
     ]
 
@@ -158,8 +162,8 @@ def _section(run: Run, ids: Mapping[str, str], rows: Mapping[str, Sequence[_Link
     curves = []
     if run.curves is not None:
         curves = [
-            plots.plot(f"losses of {run.name}", partial(draw_losses, run.curves), height=4.2),
-            plots.plot(f"learning rate of {run.name}", partial(draw_rate, run.curves), height=4.2),
+            plots.plot(f"losses of {run.name}", partial(draw_losses, run.curves), **_TALL),
+            plots.plot(f"learning rate of {run.name}", partial(draw_rate, run.curves), **_TALL),
         ]
     own = ids[str(run.folder)]
     return _Section(
