@@ -48,12 +48,12 @@ def test_the_release_is_the_default_and_another_function_than_sane():
     assert default.options["variant"] == "release"
 
 
-def test_every_adapter_and_the_enhancer_are_sane():
+def test_every_adapter_and_the_enhancer_add_the_bias_and_gate_once():
     from mfuser.fusion import MVFuser
 
-    for variant, expected in (("release", False), ("sane", True)):
+    for variant, expected in (("release", (True, True)), ("sane", (False, False))):
         model = mfuser.build("mfuser", **TINY, variant=variant, fuser="mvfuser_bidir")
-        scans = [m.sane for m in model.modules() if isinstance(m, MVFuser)]
+        scans = [(m.double_bias, m.double_gate) for m in model.modules() if isinstance(m, MVFuser)]
         assert scans == [expected] * 4  # three blocks and MTEnhancer
 
 
@@ -72,7 +72,7 @@ def test_the_pixel_decoder_has_the_configured_width():
 def test_clips_class_embedding_is_added_once_and_no_path_is_dropped():
     assert full("release", "clip").vlm.class_token_twice
     assert not full("sane", "clip").vlm.class_token_twice
-    tower = VisionEncoder("clip", (64, 64), depth=3, embed_dim=64, num_heads=2, sane=True)
+    tower = VisionEncoder("clip", (64, 64), depth=3, embed_dim=64, num_heads=2, class_token_twice=False, drop_path=False)
     fill(tower)
     with torch.no_grad():
         for parameter in tower.parameters():

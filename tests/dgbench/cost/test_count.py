@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import mfuser
 from dgbench.cost.count import CONVENTIONS, Cost, CountError, count
-from mfuser.decoder.mask_decoder import MaskDecoder
 from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.decoder.queries import TextMaskDecoder
 from mfuser.fusion import FUSERS, MTEnhancer, MVFuser, Site
 from mfuser.ops import ms_deform_attn, selective_scan
 
@@ -310,7 +310,7 @@ def mask_decoder_cost(g: int, text: int, dim: int = 256, layers: int = 9, *, las
 @pytest.mark.parametrize("last", [True, False])
 def test_the_mask_decoder(last: bool) -> None:
     maps = [meta(1, 256, side, side) for side in (8, 16, 32)]
-    decoder = MaskDecoder(768).to("meta")
+    decoder = TextMaskDecoder(768).to("meta")
     found = counted(
         lambda text, pixels, d: d(maps, pixels, text, last=last), meta(1, 19, 768), meta(1, 256, 64, 64), parts=(decoder,)
     )
