@@ -361,7 +361,14 @@ class MTEnhancerLayer(nn.Module):
     """Texts attend to each other, then are scanned before and after the image tokens, then an MLP."""
 
     def __init__(
-        self, dim: int, heads: int, state: int, dropout: float, backend: str, double_bias: bool, double_gate: bool
+        self,
+        dim: int,
+        heads: int,
+        state: int,
+        dropout: float,
+        backend: str,
+        double_bias: bool = True,
+        double_gate: bool = True,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)

@@ -93,7 +93,7 @@ class PixelDecoder(nn.Module):
 
     Args:
         in_channels: channels of every feature map, or of each, finest first.
-        text_dim: width of the text embeddings that every layer looks at; None: no text.
+        text_dim: width of the text embeddings that every layer looks at; None: no text, as in Mask2Former.
         classes: K, the number of texts.    dim: D, the decoder's width.    groups: of the group norms.
 
     Raises: ValueError for another number of maps than four.
@@ -131,7 +131,8 @@ class PixelDecoder(nn.Module):
             PixelDecoderLayer(dim, heads, self.SCALES, points, ffn_dim, text=text_dim is not None, backend=backend)
             for _ in range(layers)
         )
-        self.post_norm = nn.LayerNorm(dim)
+        # after the last layer's own: tqdm's encoder has it, Mask2Former's has not
+        self.post_norm = nn.Identity() if text_dim is None else nn.LayerNorm(dim)
         self.lateral_conv = ConvNorm(channels[0], dim, 1, groups=groups, bias=False)
         self.output_conv = ConvNorm(dim, dim, 3, groups=groups, bias=False)
         self.mask_feature = nn.Conv2d(dim, dim, 1)
