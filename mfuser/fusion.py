@@ -110,7 +110,7 @@ class MVFuser(JointFuser):
             double_gate=self.double_gate,
             backends=backends,
         )
-        dropped: Tensor = self.dropout(out)
+        dropped: Tensor = self.dropout(out) if self.dropout.training else out
         return dropped
 
     def _weights(self) -> tuple[Tensor, ...]:

@@ -332,7 +332,7 @@ def test_the_operators_are_well_formed(kernels):
     weights = weights_of(fuser)
     for dtype in (torch.float32, torch.bfloat16):
         joint = tokens(2, 2, 8, device=device).requires_grad_()
-        options = (fuser.norm.eps, False, dtype, name, SCANS[name])
+        options = (fuser.norm.eps, True, False, dtype, name, SCANS[name])
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint, weights, *options, True))
         detached = [w.detach() for w in weights]
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint.detach(), detached, *options, False))
