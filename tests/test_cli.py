@@ -205,7 +205,9 @@ def test_help_needs_no_heavy_import_and_little_time(terminal: bool) -> None:
     assert ours < 3 * seconds_of_help(BARE.format(names=names))
 
 
-@pytest.mark.parametrize("arguments", [["leaderboard"], ["data", "list"], ["protocols"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["leaderboard"], ["data", "list"], ["protocols"], ["methods"], ["methods", "mfuser"], ["--version"]]
+)
 def test_light_commands_run_without_torch(arguments: list[str], here: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {arguments}; from dgbench.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

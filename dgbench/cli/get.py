@@ -1,4 +1,4 @@
-"""Get: what training needs from elsewhere, domains and towers."""
+"""Get: what training needs from elsewhere, domains and towers, and the methods that use them."""
 
 from __future__ import annotations
 
@@ -125,3 +125,17 @@ def models(form: FormatOpt = Format.TEXT) -> None:
     from mfuser.towers.hub import models as towers
 
     render.show(towers(), form)
+
+
+@panel.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench methods mfuser")
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them, with its options.", autocompletion=completion.methods)
+    ] = None,
+    form: FormatOpt = Format.TEXT,
+) -> None:
+    """List the methods: paper, towers, licence of the weights, whether the authors' code is followed, recipes."""
+    from dgbench import render
+    from dgbench.methods import details, listing
+
+    render.show(listing() if name is None else details(name), form)
