@@ -397,6 +397,13 @@ def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
         ("train --seed x", "error: invalid value for '--seed': expected an integer, got `x`"),
         ("profile --convention x", "error: invalid value for '--convention': 'x' is not one of 'mac', 'flop', 'paper'"),
         ("train --seed", "error: option '--seed' requires an argument"),
+        (
+            "train --source streets-game mfuser",
+            "error: invalid value for '--source': `mfuser` is a method, but was read as a value of --source: put the method "
+            "first, as in `dgbench train mfuser --source streets-game`",
+        ),
+        ("train --targets streets-city streets/mfuser", "as in `dgbench train streets/mfuser --targets streets-city`"),
+        ("train --set train.steps=2 source-only", "as in `dgbench train source-only --set train.steps=2`"),
         ("--nosuch", "error: no such option: --nosuch"),
     ],
 )
