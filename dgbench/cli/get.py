@@ -30,7 +30,9 @@ def download(
     ] = None,
     from_paths: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="PATH...", help="What you have: archives, folders of them, an unpacked tree."),
+        typer.Option(
+            "--from", metavar="PATH...", help="What you have: archives, folders of them, an unpacked tree, a tower's weights."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is needed and what is here.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept the terms of the data sets, which are shown.")] = False,
