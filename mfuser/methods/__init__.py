@@ -211,6 +211,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         chosen = dataclasses.replace(chosen, token_ids=tokenize(spoken, CITYSCAPES))
     model: Segmentor = _on_meta(made.MODEL, chosen) if weights == "meta" else made.MODEL(chosen)
     model.method, model.options = name, dataclasses.asdict(chosen)
+    model.random_towers = weights == "random"
     for option, parts in its_towers.items():
         if (tower := getattr(chosen, option)) in files:
             modules = {part: model.get_submodule(path) for part, path in parts.items()}
