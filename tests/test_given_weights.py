@@ -176,6 +176,14 @@ def test_a_file_that_fits_none_of_the_towers_says_how_it_differs_from_each(hub: 
     assert "dgbench models" in said
 
 
+def test_a_file_of_another_kind_is_refused_and_not_passed_over(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "weights.zip").write_bytes(b"PK")
+    said = refused("download", "dinov2_s", "--from", tmp_path / "weights.zip")
+    assert said.startswith(
+        f"error: {tmp_path}/weights.zip is no file of a tower by its name\n\nhint: weights end in .safetensors, "
+    )
+
+
 def test_files_in_a_given_folder_go_to_the_towers_that_they_fit(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

@@ -181,7 +181,7 @@ def _worked_out(
             why = "there is one of that name" if taken else "use letters a-z, digits, - and _ only"
             raise DataError(f"`{name}` cannot be the name of a new domain: {why}", "choose another with --as")
         wanted[root / name] = orders.hub_order(name, what, root)
-    return towers, matched(towers, options.from_paths), list(wanted.values())
+    return towers, matched(towers, options.from_paths, alone=not rows and wish is None), list(wanted.values())
 
 
 def _tower(name: str, root: Path) -> str:

@@ -32,10 +32,14 @@ class GivenWeights:
         return given.take(self.tower, self.file, self.path)
 
 
-def matched(towers: Sequence[str], paths: Sequence[Path]) -> list[GivenWeights]:
+def matched(towers: Sequence[str], paths: Sequence[Path], *, alone: bool) -> list[GivenWeights]:
     """Those of the given files, and of the files in given folders, that are missing files of the towers.
 
-    Raises: DataError for a file of weights or a tokenizer that is given itself and fits none of the towers.
+    Args:
+        alone: nothing but towers is asked for, so that a given file can be of nothing else.
+
+    Raises: DataError for a file of weights or a tokenizer that is given itself and fits none of the towers, and, where towers
+        are asked for alone, for any other file.
     """
     candidates = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
     if not towers or not candidates:
@@ -43,6 +47,11 @@ def matched(towers: Sequence[str], paths: Sequence[Path]) -> list[GivenWeights]:
     from mfuser.towers import given
     from mfuser.towers.weights import files
 
+    if alone and (others := [path for path in paths if path.is_file() and not given.may_be_of_a_tower(path)]):
+        endings = ", ".join((*given.SAFE, *given.TORCH))
+        raise DataError(
+            f"{others[0]} is no file of a tower by its name", f"weights end in {endings}; a tokenizer is called tokenizer.json"
+        )
     found: list[GivenWeights] = []
     reasons: dict[Path, list[str]] = {}
     for tower in towers:

@@ -33,6 +33,11 @@ def kind_fits(file: HubFile, path: Path) -> bool:
     return path.name in TOKENIZER if file.file in TOKENIZER else path.suffix in (*SAFE, *TORCH)
 
 
+def may_be_of_a_tower(path: Path) -> bool:
+    """Whether a path has the name of any file that a tower may have."""
+    return path.name in TOKENIZER or path.suffix in (*SAFE, *TORCH)
+
+
 def difference(name: str, file: HubFile, path: Path) -> str | None:
     """Say why a file is not one of a tower's; None if it is. Of safetensors only the head is read, and no pickle is run.
 
