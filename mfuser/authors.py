@@ -77,7 +77,8 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
 def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
     """The method and release that a checkpoint is of, told by its tensors' names.
 
-    Returns: several where a checkpoint leaves out what would tell them apart, as one without its frozen tower does.
+    Returns: several where a checkpoint leaves out what would tell them apart, as one without its frozen tower does. Of two
+        releases with the same options, one with the tower and one without, that with more marks.
 
     Raises: ValueError if it is of none.
     """
@@ -89,7 +90,12 @@ def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
             f"is not a checkpoint that the authors of {kinds} published: the tensors that tell it are not among its "
             f"{len(state)} ({', '.join(sorted(state)[:3])}, ...)"
         )
-    return found
+    return [(name, release) for name, release in found if release is _fullest(release, [r for n, r in found if n == name])]
+
+
+def _fullest(release: Release, others: Iterable[Release]) -> Release:
+    """The release with the most marks among those with the same options."""
+    return max((other for other in others if other.options == release.options), key=lambda other: len(other.marks))
 
 
 def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor]) -> LoadReport:
@@ -102,7 +108,7 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
 
     Raises: ValueError for other options than the release's, or naming tensors that are missing, unknown, or of another shape.
     """
-    release = release_of(model)
+    release = release_of(model, state)
     target = model.state_dict()
     sources = sources_of(model, release, target)
     used = {key for source in sources.values() for key in source.keys}
@@ -114,9 +120,11 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
             f"this is not an authors' checkpoint of `{model.method}` with {release.named}: {len(missing)} tensors missing "
             f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])})"
         )
-    if empty := [name for name, tensor in target.items() if tensor.is_meta and name not in sources]:
+    empty = [name for name, tensor in target.items() if tensor.is_meta and name not in sources]
+    if empty or (release.absent and model.random_towers):
+        left = empty or [name for name in target if name not in sources]
         raise ValueError(
-            f"the checkpoint leaves out {len(empty)} tensors ({', '.join(empty[:3])}), as of a frozen tower; "
+            f"the checkpoint leaves out {len(left)} tensors ({', '.join(left[:3])}), as of a frozen tower; "
             'build the model with weights="published"'
         )
     values = {}
@@ -141,8 +149,11 @@ def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
     return written
 
 
-def release_of(model: Segmentor) -> Release:
+def release_of(model: Segmentor, state: Mapping[str, torch.Tensor] | None = None) -> Release:
     """The release whose weights a model takes.
+
+    Args:
+        state: a checkpoint's; of releases with the same options, which of them it is of.
 
     Raises: ValueError naming the option that is none of the authors'.
     """
@@ -156,9 +167,10 @@ def release_of(model: Segmentor) -> Release:
                     f"the authors' weights are those of {option} `{value}`, not of `{has}`, {why}; "
                     f'build the model with {option}="{value}"'
                 )
-    for release in releases:
-        if all(model.options.get(option) == value for option, value in release.options.items()):
-            return release
+    fitting = [row for row in releases if all(model.options.get(option) == value for option, value in row.options.items())]
+    if fitting:
+        marked = [row for row in fitting if state is not None and all(mark in state for mark in row.marks)]
+        return _fullest(fitting[0], marked) if marked else fitting[0]
     mine = " + ".join(str(model.options.get(option)) for option in releases[0].options)
     raise ValueError(
         f"the authors released no `{model.method}` with {mine}; there are: {', '.join(release.named for release in releases)}"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mfuser.towers.key_rules import Rules
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Source:
 
         Raises: KeyError for a foreign tensor that is not there.
         """
+        # here and not above: what a release says of itself need not wait for torch
+        import torch
+
         parts = [state[key] for key in self.keys]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         return value.T if self.transposed else value

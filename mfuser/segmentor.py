@@ -96,6 +96,7 @@ class Segmentor(nn.Module):
 
     Attributes:
         method: the name it is built by.    options: JSON-able arguments that rebuild its structure, no network needed.
+        random_towers: it was built with towers that were drawn, in place of their published weights.
         classes: names of the K classes.    image_size: (H, W) that `forward` takes.
         ops: the operators of `mfuser.ops` that it runs.    backend: who runs them, "auto" or a name.
         extras: streams of images that a training step needs besides its batch.
@@ -108,6 +109,7 @@ class Segmentor(nn.Module):
 
     method: str
     options: dict[str, Any]
+    random_towers: bool = False
     classes: tuple[str, ...] = CITYSCAPES
     image_size: tuple[int, int]
     ops: tuple[str, ...] = ()

@@ -205,7 +205,9 @@ def test_help_needs_no_heavy_import_and_little_time(terminal: bool) -> None:
     assert ours < 3 * seconds_of_help(BARE.format(names=names))
 
 
-@pytest.mark.parametrize("arguments", [["leaderboard"], ["data", "list"], ["protocols"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["leaderboard"], ["data", "list"], ["protocols"], ["methods"], ["methods", "mfuser"], ["--version"]]
+)
 def test_light_commands_run_without_torch(arguments: list[str], here: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {arguments}; from dgbench.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -395,6 +397,13 @@ def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
         ("train --seed x", "error: invalid value for '--seed': expected an integer, got `x`"),
         ("profile --convention x", "error: invalid value for '--convention': 'x' is not one of 'mac', 'flop', 'paper'"),
         ("train --seed", "error: option '--seed' requires an argument"),
+        (
+            "train --source streets-game mfuser",
+            "error: invalid value for '--source': `mfuser` is a method, but was read as a value of --source: put the method "
+            "first, as in `dgbench train mfuser --source streets-game`",
+        ),
+        ("train --targets streets-city streets/mfuser", "as in `dgbench train streets/mfuser --targets streets-city`"),
+        ("train --set train.steps=2 source-only", "as in `dgbench train source-only --set train.steps=2`"),
         ("--nosuch", "error: no such option: --nosuch"),
     ],
 )

@@ -84,6 +84,12 @@ def keys(incomplete: str) -> list[str]:
     return [f"{path}=" for path in key_paths() if path.startswith(incomplete)]
 
 
+def methods(incomplete: str) -> list[str]:
+    from dgbench.names import methods as known
+
+    return [name for name in known() if name.startswith(incomplete)]
+
+
 def recipes(incomplete: str) -> list[str]:
     from dgbench.names import methods
     from dgbench.resources import recipes_dir

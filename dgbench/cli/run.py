@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,6 +85,7 @@ def train(
         recipe = load_recipe(run / "recipe.yaml", root=root)
         recipe_name = recipe.name
     else:
+        _refuse_late_name(ctx, {"--source": source, "--targets": targets, "--set": settings}, root)
         recipe_name, flags = resolve(
             name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed, root=root
         )
@@ -210,6 +212,21 @@ def predict(
     from dgbench.engine.predict import predict as segment
 
     render.show(segment(photos, folder, out, device=device), form)
+
+
+def _refuse_late_name(ctx: typer.Context, given: Mapping[str, Sequence[str] | None], root: Path | None) -> None:
+    """Refuse a method or recipe behind an option that takes all words up to the next one: it was meant as the argument."""
+    from dgbench.data.catalog import names
+    from dgbench.names import methods
+    from dgbench.recipe import recipe_names
+
+    for option, values in given.items():
+        last = values[-1] if values else ""
+        kind = "method" if last in methods() else "recipe" if last in recipe_names() else None
+        if kind is not None and last not in names(root):
+            typed = shlex.join([*ctx.command_path.split(), last, option, *((values or ())[:-1] or ["..."])])
+            problem = f"`{last}` is a {kind}, but was read as a value of {option}: put the {kind} first, as in `{typed}`"
+            raise typer.BadParameter(problem, ctx=ctx, param_hint=f"'{option}'")
 
 
 def _has_checkpoint(run: Path) -> bool:

@@ -67,8 +67,9 @@ def san_saw(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def self_supervised(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Distort as self-supervised training does (MoCo v2, Chen et al., 2020).
+    """Distort as self-supervised training does (MoCo v2, Chen et al., 2020, arXiv 2003.04297).
 
+    What its authors' code has with `--aug-plus` (facebookresearch/moco at 010242b, main_moco.py), but for crop and mirror:
     ColorJitter(0.4, 0.4, 0.4, 0.1) in 80 % of the draws, grey in 20 %, Pillow's Gaussian blur with a radius out of [0.1, 2]
     pixels in 50 %.
     """

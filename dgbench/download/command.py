@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,8 +19,9 @@ from dgbench.data.places import data_root
 from dgbench.download import csdownload, given, orders
 from dgbench.download.acquire import Problem, Problems, Work, acquire, by_hand_hint, told
 from dgbench.download.addresses import check_mirror
+from dgbench.download.given_weights import GivenWeights, matched
 from dgbench.download.hub_rows import HubWish
-from dgbench.download.orders import Need, Order, Plan
+from dgbench.download.orders import Need, Order, Plan, State
 from dgbench.download.sources import source
 from dgbench.download.stage import Manifest, read_manifest
 from dgbench.download.transfer import Patience, Transfer
@@ -80,14 +81,14 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
     """
     options = options or Options()
     problems = Problems()
-    towers, wanted = _worked_out(names, options, wish, problems)
+    towers, weights, wanted = _worked_out(names, options, wish, problems)
     if problems.found:
         raise DataError(problems.found[0].message, problems.found[0].hint)
     transfer = Transfer(options.patience)
     for order, refusal in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
         order.note = refusal.message
     transfer.close()
-    return orders.plan(wanted, _tower_needs(towers), data_root(options.root), options.jobs)
+    return orders.plan(wanted, _tower_needs(towers, weights), data_root(options.root), options.jobs)
 
 
 def download(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Outcome:
@@ -101,7 +102,7 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
     """
     options = options or Options()
     problems = Problems()
-    towers, wanted = _worked_out(names, options, wish, problems)
+    towers, weights, wanted = _worked_out(names, options, wish, problems)
     root = data_root(options.root)
     moving = [order for order in wanted if not order.here and (order.given or not order.by_hand)]
     again = f"run again: {options.command}"
@@ -136,8 +137,8 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
         moving = [order for order in moving if order not in problems.orders]
         wanted = [order for order in wanted if order not in problems.orders]
         if moving:
-            _check_room_and_terms(wanted, towers, root, options)
-        rows: list[Fetched | Stored] = list(_towers(towers, options.bars, problems))
+            _check_room_and_terms(wanted, _tower_needs(towers, weights), root, options)
+        rows: list[Fetched | Stored] = list(_towers(towers, weights, options.bars, problems))
         acquire(moving, Work(transfer, options.bars, options.patience, options.jobs, again), problems)
         for order in wanted:
             if order.by_hand:
@@ -149,8 +150,8 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
 
 def _worked_out(
     names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None, problems: Problems
-) -> tuple[list[str], list[Order]]:
-    """The towers among the names, and an order for each domain that can be worked out."""
+) -> tuple[list[str], list[GivenWeights], list[Order]]:
+    """The towers among the names, what the user has of them, and an order for each domain that can be worked out."""
     given.check(options.from_paths)
     if options.mirror is not None:
         check_mirror(options.mirror)
@@ -180,7 +181,7 @@ def _worked_out(
             why = "there is one of that name" if taken else "use letters a-z, digits, - and _ only"
             raise DataError(f"`{name}` cannot be the name of a new domain: {why}", "choose another with --as")
         wanted[root / name] = orders.hub_order(name, what, root)
-    return towers, list(wanted.values())
+    return towers, matched(towers, options.from_paths, alone=not rows and wish is None), list(wanted.values())
 
 
 def _tower(name: str, root: Path) -> str:
@@ -207,26 +208,45 @@ def _tower(name: str, root: Path) -> str:
     return name
 
 
-def _towers(towers: Sequence[str], bars: Bars, problems: Problems) -> list[Fetched]:
+def _towers(towers: Sequence[str], weights: Sequence[GivenWeights], bars: Bars, problems: Problems) -> list[Fetched]:
     if not towers:
         return []
     from mfuser.towers import hub
 
-    if hub.offline():
-        return hub.download(towers, bars.note)  # which names all that is not here in one message
+    taken: dict[tuple[str, str | None, str | None], Fetched] = {}
+    failed: list[str] = []
     rows: list[Fetched] = []
-    for tower in towers:
-        try:
-            with told():
+    for given_file in weights:
+        with _told_of_tower(given_file.tower, failed, problems):
+            row = given_file.take()
+            taken[row.name, row.repo, row.file] = row
+    towers = [tower for tower in towers if tower not in failed]
+    if hub.offline():
+        rows += hub.download(towers, bars.note)  # which names all that is not here in one message
+    else:
+        for tower in towers:
+            with _told_of_tower(tower, failed, problems):
                 rows += hub.download([tower], bars.note)
-        except hub.DownloadError as error:
-            problems.add_name(tower, DataError(error.message, error.hint))
-        except DataError as error:
-            problems.add_name(tower, error)
-    return rows
+    return [taken.get((row.name, row.repo, row.file), row) for row in rows]
 
 
-def _tower_needs(towers: Sequence[str]) -> list[Need]:
+@contextmanager
+def _told_of_tower(tower: str, failed: list[str], problems: Problems) -> Iterator[None]:
+    """Within, what goes wrong is a problem of one tower."""
+    from mfuser.towers.hub import DownloadError
+
+    try:
+        with told():
+            yield
+        return
+    except DownloadError as error:
+        problems.add_name(tower, DataError(error.message, error.hint))
+    except DataError as error:
+        problems.add_name(tower, error)
+    failed.append(tower)
+
+
+def _tower_needs(towers: Sequence[str], weights: Sequence[GivenWeights]) -> list[Need]:
     if not towers:
         return []
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -236,14 +256,17 @@ def _tower_needs(towers: Sequence[str]) -> list[Need]:
     needs = []
     for name in towers:
         missing = [file for file in files(name) if file.where is None]
+        given_files = [row.file for row in weights if row.tower == name]
+        state: State = "here" if not missing else "to copy" if len(given_files) == len(missing) else "to fetch"
+        missing = missing if state == "to copy" else [file for file in missing if file not in given_files]
         size = int(sum(file.gigabytes for file in missing) * 1e9)
         licence = next((file.licence for file in files(name)), "")
-        needs.append(Need(name, "tower", "to fetch" if missing else "here", len(missing), size, licence, HF_HUB_CACHE, ""))
+        needs.append(Need(name, "tower", state, len(missing), size, licence, HF_HUB_CACHE, ""))
     return needs
 
 
-def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[str], root: Path, options: Options) -> None:
-    made = orders.plan(wanted, _tower_needs(towers), root, options.jobs)
+def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[Need], root: Path, options: Options) -> None:
+    made = orders.plan(wanted, towers, root, options.jobs)
     options.show(made)
     if made.room > made.free:
         raise DataError(

@@ -28,7 +28,8 @@ def check(paths: Sequence[Path]) -> None:
     for path in paths:
         if not path.exists():
             raise DataError(
-                f"no such file or folder: {path}", "--from takes a folder of archives, an archive, or an unpacked tree"
+                f"no such file or folder: {path}",
+                "--from takes an archive, a folder of archives, an unpacked tree, or a tower's file of weights",
             )
 
 

@@ -25,7 +25,7 @@ from dgbench.download.stage import Stage, read_manifest
 from dgbench.download.transfer import Transfer
 from dgbench.errors import DataError
 
-State = Literal["here", "to fetch", "to unpack", "to link", "by hand"]
+State = Literal["here", "to fetch", "to copy", "to unpack", "to link", "by hand"]
 
 # licences under which anybody may use a set for anything; before all others a user is asked
 _FREE = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-3.0", "cc-by-sa-3.0", "odbl", "pddl", "unlicense")
@@ -50,7 +50,7 @@ class Plan:
     """What a command would do, and whether there is room for it."""
 
     needs: tuple[Need, ...]
-    bytes: int  # to be transferred or unpacked from here, as far as known
+    bytes: int  # to be transferred, copied or unpacked from here, as far as known
     room: int  # that the data folder must have free for it
     free: int  # that it has
     place: str
@@ -276,7 +276,7 @@ def ask_servers(orders: Sequence[Order], transfer: Transfer) -> list[tuple[Order
 def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: int) -> Plan:
     """The plan of a command."""
     needs = (*towers, *(order.need() for order in orders))
-    moving = [need.bytes or 0 for need in needs if need.state in ("to fetch", "to unpack")]
+    moving = [need.bytes or 0 for need in needs if need.state in ("to fetch", "to copy", "to unpack")]
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     return Plan(needs, sum(moving), sum(o.room(at_once) for o in orders), shutil.disk_usage(place).free, str(place))
 

@@ -36,6 +36,14 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in paths)
 
 
+def by_method() -> dict[str, list[str]]:
+    """Return the shipped recipes of each method."""
+    found: dict[str, list[str]] = {}
+    for name in recipe_names():
+        found.setdefault(_peek(name)["method"], []).append(name)
+    return found
+
+
 def find(
     method: str,
     vlm: str | None = None,

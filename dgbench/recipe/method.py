@@ -17,7 +17,7 @@ from dgbench.spec import Problem, problems_of, shown, strictly
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
-_SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
+SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
 
 
 class MethodSpec(BaseModel):
@@ -71,10 +71,10 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
         message, hint = unknown("method", name, names())
         return [Problem(("method", "name"), f"{message}, {hint}")]
     problems = []
-    known = [key for key in option_names(name) if key not in _SET_ELSEWHERE]
+    known = [key for key in option_names(name) if key not in SET_ELSEWHERE]
     for key, value in method.items():
-        if key in _SET_ELSEWHERE:
-            problems.append(Problem(("method", key), _SET_ELSEWHERE[key]))
+        if key in SET_ELSEWHERE:
+            problems.append(Problem(("method", key), SET_ELSEWHERE[key]))
         elif key != "name" and key not in known:
             close = suggest(str(key), known)
             more = f"did you mean `{close}`?" if close else f"choose from {', '.join(sorted(known))}"
@@ -100,7 +100,7 @@ def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
     name = method["name"]
     options = mfuser.options(name)
     hints = get_type_hints(options)
-    fields = (f for f in dataclass_fields(options) if f.name not in _SET_ELSEWHERE)
+    fields = (f for f in dataclass_fields(options) if f.name not in SET_ELSEWHERE)
     defaults: dict[str, Any] = {f.name: (strictly(hints[f.name]), _default(f)) for f in fields}
     checked = create_model("Options", __config__=ConfigDict(extra="forbid"), **defaults)
     try:
@@ -112,7 +112,7 @@ def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
         resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
     except ValueError as error:
         return {}, [Problem(("method",), str(error))]
-    return {"name": name, **{key: value for key, value in resolved.items() if key not in _SET_ELSEWHERE}}, []
+    return {"name": name, **{key: value for key, value in resolved.items() if key not in SET_ELSEWHERE}}, []
 
 
 def _default(field: DataclassField[Any]) -> Any:

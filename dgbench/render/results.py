@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dgbench.render import data, doctor, downloads, kernels, leaderboard, profile, protocols, runs
+from dgbench.render import data, doctor, downloads, kernels, leaderboard, methods, profile, protocols, runs
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -42,6 +42,8 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
     "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
+    "dgbench.methods.Method": Renderer(methods.method_tables),
+    "dgbench.methods.MethodDetails": Renderer(methods.detail_tables, methods.detail_rows),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),

@@ -22,7 +22,8 @@ from mfuser.towers.weights import WeightsNotFound, files, how_to_get
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
 
-Check = Literal["size and sha256", "size and git-sha1", "size"]
+Check = Literal["size and sha256", "size and git-sha1", "size", "names and shapes"]
+BY_TENSORS: Check = "names and shapes"  # of what the Hub states nothing
 
 # answers after which huggingface_hub asks again, a bounded number of times
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -47,7 +48,7 @@ class Fetched:
     """One file after `download`."""
 
     name: str  # the tower's, as it was asked for
-    state: Literal["downloaded", "here", "nothing to fetch"]
+    state: Literal["downloaded", "copied", "here", "nothing to fetch"]
     repo: str | None = None
     file: str | None = None
     path: str | None = None
@@ -126,6 +127,9 @@ def download(towers: Sequence[str], tell: Callable[[str], None] | None = None) -
             else:
                 row = _fetch(tower, file, tell or (lambda _: None))
             fetched.append(row)
+        for file in files(tower):
+            if file.where is None:  # `main` has moved on from the commit that a file was copied to
+                _fetch(tower, file, tell or (lambda _: None))
         if not files(tower):
             fetched.append(Fetched(tower, "nothing to fetch"))
     return fetched
@@ -176,13 +180,22 @@ def _check_space(file: HubFile, stated: HfFileMetadata) -> None:
         )
 
 
-def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Check:
-    """Hold a file against what the Hub states; one that differs is removed."""
-    name, size, etag = f"{file.repo}/{file.file}", path.stat().st_size, stated.etag or ""
-    hint = f"it is removed; run again: dgbench download {tower}. If it happens twice, a proxy or a mirror changes files"
-    if stated.size is not None and size != stated.size:
-        _remove(path)
-        raise DownloadError(f"{name} has {size:,} bytes, the Hub states {stated.size:,}", hint)
+def stated(file: HubFile) -> HfFileMetadata | None:
+    """What the Hub states of a file; None where that is forbidden, and where it does not answer."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if offline():
+        return None
+    check_token()
+    try:
+        return get_hf_file_metadata(hf_hub_url(file.repo, file.file))
+    except (OSError, RuntimeError, transport_error()):
+        return None
+
+
+def compared(path: Path, stated: HfFileMetadata) -> tuple[Check, str | None]:
+    """What a file is compared by with what the Hub states, and how it differs; None if it does not."""
+    size, etag = path.stat().st_size, stated.etag or ""
     # the Hub's etag is the sha256 of a large file, and git's object id of a small one
     checked: Check
     if re.fullmatch(r"[0-9a-f]{64}", etag):
@@ -190,13 +203,27 @@ def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Che
     elif re.fullmatch(r"[0-9a-f]{40}", etag):
         checked, digest = "size and git-sha1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     else:
-        return "size"
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 20):
+        checked, digest = "size", hashlib.sha256()
+    if stated.size is not None and size != stated.size:
+        return checked, f"it has {size:,} bytes, the Hub states {stated.size:,}"
+    if checked == "size":
+        return checked, None
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
             digest.update(block)
-    if (found := digest.hexdigest()) != etag:
+    found = digest.hexdigest()
+    return checked, None if found == etag else f"its {checked.split()[-1]} is {found}, the Hub states {etag}"
+
+
+def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Check:
+    """Hold a file against what the Hub states; one that differs is removed."""
+    checked, problem = compared(path, stated)
+    if problem is not None:
         _remove(path)
-        raise DownloadError(f"{name} is damaged: its {checked.split()[-1]} is {found}, the Hub states {etag}", hint)
+        raise DownloadError(
+            f"{file.repo}/{file.file} is damaged: {problem}",
+            f"it is removed; run again: dgbench download {tower}. If it happens twice, a proxy or a mirror changes files",
+        )
     return checked
 
 
