@@ -13,7 +13,7 @@ from dgbench.recipe import recipe_names
 
 
 def rows() -> list[Subject]:
-    """What `dgbench profile` counts without arguments, and the recipes' models at their own sizes."""
+    """Return what `dgbench profile` counts without arguments, and the recipes' models at their own sizes."""
     return [*subjects(), *subjects(recipe_names())]
 
 

@@ -67,7 +67,7 @@ class World:
 
 
 def sums(counts: NDArray[np.int64]) -> Array:
-    """(n, K, K) to (n, 3, K): all that an IoU needs."""
+    """Reduce (n, K, K) to (n, 3, K), all that an IoU needs."""
     return np.stack([np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)], axis=1).astype(np.float64)
 
 
@@ -102,7 +102,7 @@ def percentile(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
-    """BCa (Efron 1987)."""
+    """Return the BCa interval (Efron 1987)."""
     values, score, without = mean(weighted(x, drawn(len(x), rng))), mean(x.sum(axis=0)), mean(x.sum(axis=0) - x)
     normal = NormalDist()
     below = float(np.mean(values < score) + np.mean(values == score) / 2)
@@ -114,13 +114,13 @@ def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bayesian(x: Array, rng: np.random.Generator) -> Interval:
-    """Percentiles under Dirichlet weights (Rubin 1981), by which no class is lost."""
+    """Return percentiles under Dirichlet weights (Rubin 1981), which never remove a class."""
     weights = rng.exponential(size=(RESAMPLES, len(x)))
     return between(mean(weighted(x, weights)), (1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def linear(x: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """The mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
+    """Return the mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
     n = len(x)
     weights = np.ones((1, n)) if weights is None else weights
     total, union = weighted(x, weights), x[:, 1] + x[:, 2] - x[:, 0]
@@ -144,7 +144,7 @@ def studentised(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def pooled(x: Array, rng: np.random.Generator) -> Interval:
-    """The delta method, where classes of few images borrow from the others' variance by image, IoU (1 - IoU) apart."""
+    """Apply the delta method with pooled variances: rare classes use the others' variance by image, scaled by IoU (1 - IoU)."""
     n, total = len(x), x.sum(axis=0)
     of_class, union = iou(total), x[:, 1] + x[:, 2] - x[:, 0]
     seen = ~np.isnan(of_class)
@@ -169,7 +169,7 @@ def jackknife(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def calibrated(x: Array, rng: np.random.Generator) -> Interval:
-    """The percentile method at the levels that a bootstrap of itself says (Loh 1987)."""
+    """Apply the percentile method at levels that are calibrated by a bootstrap of the bootstrap (Loh 1987)."""
     n, score = len(x), float(mean(x.sum(axis=0)))
     places = []
     for weights in drawn(n, rng, 100):
@@ -196,7 +196,7 @@ OURS = "jackknife, Satterthwaite: `metrics.interval`"
 
 
 def simulate(world: World, n: int, repeats: int, names: list[str]) -> dict[str, tuple[float, float, float, float]]:
-    """By method: coverage of the mIoU, of that over the classes seen, of a difference (ours alone), and the median width."""
+    """Return by method: coverage of the mIoU, of that over classes seen, of a difference (ours alone); the median width."""
     inside: dict[str, list[tuple[bool, bool, bool, float]]] = defaultdict(list)
     truth = np.nanmean(world.truth[0])
     for _ in range(repeats):

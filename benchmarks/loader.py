@@ -206,7 +206,7 @@ def rate(load: Callable[[int], object], positions: range) -> float:
 
 
 def floors(root: Path, repeats: int) -> dict[str, float]:
-    """Median milliseconds of what cannot be left out, on the first files."""
+    """Return the median milliseconds of the steps that cannot be left out, on the first files."""
     png = [path.read_bytes() for path in sorted((root / "gta5/images").glob("*.png"))[:8]]
     jpg = [path.read_bytes() for path in sorted((root / "bdd100k/images/10k/train").glob("*.jpg"))[:8]]
     mask = [path.read_bytes() for path in sorted((root / "gta5/labels").glob("*.png"))[:8]]

@@ -113,7 +113,7 @@ def _check(
 
 
 def _domains(wanted: Iterable[Wanted], root: Path | None) -> tuple[dict[str, str], list[DgbenchError]]:
-    """Those that are not here at all, each with its role, and what is wrong with others."""
+    """Return the domains that are missing completely, each with its role, and the errors of others."""
     absent: dict[str, str] = {}
     odd: dict[str, DgbenchError] = {}
     base = data_root(root)
@@ -136,7 +136,7 @@ def _holds_anything(row: Domain, base: Path) -> bool:
 
 
 def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, list[HubFile]]:
-    """The files of each tower that are not here."""
+    """Return the missing files of each tower."""
     from mfuser.towers.table import TOWERS
     from mfuser.towers.weights import files
 

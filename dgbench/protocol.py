@@ -197,7 +197,7 @@ def presets(name: str | None = None) -> list[Preset]:
 
 
 def _in_words(p: Protocol) -> dict[str, str]:
-    """Every field that enters the hash; sizes as H x W."""
+    """Return every field that enters the hash; sizes as H x W."""
     sizes = {}
     for domain in ("cityscapes", "bdd100k", "mapillary", "acdc"):
         box = p.fit.get(domain)

@@ -46,7 +46,7 @@ _KNOWN_MODULES = ("mmengine", "mmcv", "mmseg", "numpy", "_codecs")
 
 
 def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
-    """The `state_dict` of a checkpoint file that mmcv or mmengine wrote, read without running any code of it.
+    """Read the `state_dict` of a checkpoint file that mmcv or mmengine wrote, without running any code of it.
 
     Raises: ValueError for a file that is no such checkpoint, is damaged, or asks for code to be run.
     """
@@ -75,7 +75,7 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
-    """The method and release that a checkpoint is of, told by its tensors' names.
+    """Return the method and release that a checkpoint belongs to, recognised by its tensors' names.
 
     Returns: several where a checkpoint leaves out what would tell them apart, as one without its frozen tower does.
 
@@ -130,7 +130,7 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
 
 
 def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
-    """The model's tensors by the authors' names, without those that their model holds and never reads.
+    """Return the model's tensors by the authors' names, without those that their model holds and never reads.
 
     Raises: ValueError for options that the authors' code has not, or would run otherwise.
     """
@@ -142,7 +142,7 @@ def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
 
 
 def release_of(model: Segmentor) -> Release:
-    """The release whose weights a model takes.
+    """Return the release whose weights a model takes.
 
     Raises: ValueError naming the option that is none of the authors'.
     """
@@ -166,7 +166,7 @@ def release_of(model: Segmentor) -> Release:
 
 
 def sources_of(model: Segmentor, release: Release, names: Iterable[str]) -> dict[str, Source]:
-    """Where each of a model's tensors is in a release's checkpoint; those that are not in it are left out."""
+    """Return the key of each of a model's tensors in a release's checkpoint, for those that are in it."""
     towers = methods.towers(model.method)
     absent = tuple(f"{path}." for option in release.absent for path in towers[option].values())
     found = {name: release.source(name) for name in names if not name.startswith(absent)}

@@ -1,7 +1,7 @@
-"""Models on disk: `model.safetensors` with the weights, `model.json` with what rebuilds the structure, `manifest.json` with
-what these files were when they were written.
+"""Models on disk.
 
-Nothing is unpickled and nothing is fetched: a folder written here is loaded without network, tokenizer or recipe.
+`model.safetensors` holds the weights, `model.json` what rebuilds the structure, and `manifest.json` size and SHA-256 of these
+files. Nothing is unpickled and nothing is downloaded: a folder written here is loaded without network, tokenizer or recipe.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ _STEP = re.compile(r"step-(\d{1,18})", re.ASCII)
 
 
 def steps(run: Path | str) -> list[Path]:
-    """The complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last; other names are no checkpoints."""
+    """Return the complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last; other names are skipped."""
     found = [path for path in (Path(run) / "checkpoint").glob("step-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 if its name is none's."""
+    """Return the step in the name of a checkpoint's folder; -1 if the name has none."""
     found = _STEP.fullmatch(folder.name)
     return int(found[1]) if found else -1
 
@@ -136,7 +136,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
-    """Method, options and classes of a saved model."""
+    """Read method, options and classes of a saved model."""
     path = folder / _DESCRIPTION
     try:
         text = manifest.read_text(path, _LARGEST)
@@ -163,7 +163,7 @@ def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
 
 
 def _as_declared(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method, of the types that it declares and no larger than any model's.
+    """Return the options of a method with their declared types and within the limits of any model.
 
     Raises: ValueError naming the option that is not.
     """

@@ -35,7 +35,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Offsets look in as many directions as there are heads, 1..P cells away; all weights start equal."""
+        """Let offsets look in as many directions as there are heads, 1..P cells away; all weights start equal."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
 
 
 def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Reference points of a map's own tokens, (H * W, 2) of (x, y) in 0..1, row by row."""
+    """Return reference points of a map's own tokens, (H * W, 2) of (x, y) in 0..1, row by row."""
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)

@@ -21,7 +21,7 @@ def slide(
     *,
     windows_at_once: int = 16,
 ) -> Tensor:
-    """Scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 where the model's are): no graph is kept.
+    """Return scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 for fp64 models); no graph is kept.
 
     Windows start at multiples of the stride; the last one of a row or column is shifted back to the border. Images
     smaller than the window are padded with zeros on the right and below, and the padding is cut off again. Each window is
@@ -62,7 +62,7 @@ def bands(
     windows_at_once: int = 16,
     device: torch.device | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The scores of `slide`, part by part along one axis: never those of the whole image at once.
+    """Yield the scores of `slide` in parts along one axis, never those of the whole image at once.
 
     Args:
         images: floating point as `slide` takes, or uint8 (B, 3, H, W) in 0..255, of which each window is divided by 255.
@@ -111,7 +111,7 @@ def bands(
 
 
 def mixes_batch(model: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a model, or what `functools.partial` makes of one, declares that it mixes the images of a batch."""
+    """Return whether a model, or a `functools.partial` of one, declares that it mixes the images of a batch."""
     if isinstance(model, partial):
         return any(mixes_batch(argument) for argument in (model.func, *model.args))
     return bool(getattr(model, "mixes_batch", False))
@@ -127,7 +127,7 @@ def _window(
 
 
 def _covered(starts: list[int], window: int, side: int) -> Tensor:
-    """How many windows see each place of one axis."""
+    """Return the number of windows that cover each position of one axis."""
     count = torch.zeros(side)
     for start in starts:
         count[start : start + window] += 1
@@ -139,7 +139,7 @@ def _precise(scores: Tensor) -> torch.dtype:
 
 
 def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Where the windows over an image of `size` begin: (rows, columns). All are (H, W)."""
+    """Return where the windows over an image of `size` begin: (rows, columns). All are (H, W)."""
     rows, columns = (
         [min(i * step, max(0, side - window)) for i in range(max(0, math.ceil((side - window) / step)) + 1)]
         for side, window, step in zip(size, crop, stride, strict=True)

@@ -28,7 +28,7 @@ class Source:
     bare: bool = False
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Our tensor, up to dimensions of size 1.
+        """Return our tensor, up to dimensions of size 1.
 
         Raises: KeyError for a foreign tensor that is not there.
         """
@@ -37,7 +37,7 @@ class Source:
         return value.T if self.transposed else value
 
     def write(self, value: Tensor) -> dict[str, Tensor]:
-        """The foreign tensors that `read` would take `value` from."""
+        """Return the foreign tensors that `read` would take `value` from."""
         value = value.T if self.transposed else value
         while self.bare and value.shape[0] == 1:
             value = value[0]
@@ -55,7 +55,7 @@ def renamed(name: str, rules: Rules) -> Source:
 
 
 def _split(name: str) -> list[str]:
-    """`a.{q,k,v}_proj.weight` stands for three tensors stacked by rows."""
+    """Expand `a.{q,k,v}_proj.weight`, which means three tensors stacked by rows."""
     found = re.search(r"\{(.*?)\}", name)
     if not found:
         return [name]

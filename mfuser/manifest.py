@@ -33,7 +33,7 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def check(folder: Path, name: str) -> bool:
-    """Whether a file of `folder` is what was written; False if nothing says what that was, as in older folders.
+    """Check a file of `folder` against the manifest; False if there is none, as in older folders.
 
     Raises: ValueError naming the file that is damaged, missing, or not of this folder.
     """
@@ -80,7 +80,7 @@ def write(path: Path, text: str) -> None:
 
 
 def read_text(path: Path, largest: int) -> str:
-    """The text of a regular file.
+    """Return the text of a regular file.
 
     Raises: FileNotFoundError, or ValueError naming the file if it is larger, cannot be read or is no text.
     """

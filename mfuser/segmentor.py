@@ -124,18 +124,18 @@ class Segmentor(nn.Module):
     no_decay_types: tuple[type[nn.Module], ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
+        """Return class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Class logits (B, Q, K + 1), the last "no object", and mask logits (B, Q, h, w) that `forward` mixes to scores.
+        """Return class logits (B, Q, K + 1), the last "no object", and mask logits (B, Q, h, w), which `forward` combines.
 
         None for a method that scores pixels without masks.
         """
         return None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is what is minimised."""
+        """Return named loss terms, already weighted; their sum is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def enter_training(self) -> None:
@@ -201,7 +201,7 @@ class Segmentor(nn.Module):
             resolve(op, self.backend)
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay` and `no_decay_types`."""
+        """Return parameter groups for the optimizer: with weight decay, and without by `no_decay` and `no_decay_types`."""
         spared = [m for m in self.modules() if isinstance(m, self.no_decay_types)]
         exempt = {id(p) for module in spared for p in module.parameters(recurse=False)}
         decay: list[nn.Parameter] = []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _without_types_of_flags(params: list[AnyParameter]) -> list[AnyParameter]:
-    """A flag takes no value: nothing stands behind it in a list of options."""
+    """Remove the types of flags, which take no value, from a list of options."""
     for param in params:
         if isinstance(param, TyperOption) and param.is_flag:
             param.metavar = ""
@@ -42,7 +42,7 @@ def _help_names(ctx: Context) -> list[str]:
 
 @cache
 def _json_flag() -> AnyParameter:
-    """`--json` as Typer makes it of a function, which is the only way that it makes options."""
+    """Return `--json` as Typer makes it from a function, its only way to make options."""
     app = typer.Typer(add_completion=False)
 
     @app.command()
@@ -70,7 +70,7 @@ class Command(TyperCommand):
         return _without_types_of_flags(super().get_params(ctx))
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
-        """`-h` and `--help`."""
+        """Return `-h` and `--help`."""
         return _help_names(ctx)
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
@@ -96,7 +96,7 @@ class Command(TyperCommand):
 
 
 def _refuse_empty(args: Sequence[str], ctx: Context) -> None:
-    """An empty value is what a shell makes of a variable that is not set; as a path it would mean the current folder."""
+    """Refuse an empty value, which a shell makes of an unset variable; as a path it would mean the current folder."""
     for before, given in zip(("", *args), args, strict=False):
         flag, equals, value = given.partition("=")
         if not given or (given.startswith("--") and equals and not value):
@@ -139,7 +139,7 @@ class Program(TyperGroup):
         return _without_types_of_flags(super().get_params(ctx))
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
-        """`-h` and `--help`."""
+        """Return `-h` and `--help`."""
         return _help_names(ctx)
 
     def main(self, *args: Any, **settings: Any) -> Any:

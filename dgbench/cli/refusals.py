@@ -35,7 +35,7 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
 
 
 def _said(error: BaseException | None) -> Iterator[str]:
-    """The texts of an error and of those that it came of."""
+    """Yield the texts of an error and of its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
@@ -67,7 +67,7 @@ def _limit() -> str:
 
 
 def _out_of_memory(error: BaseException, text: str) -> str | None:
-    """What is said of a lack of memory behind the words; None if it is something else."""
+    """Return what the message says about the lack of memory; None if the error is something else."""
     if type(error).__name__ == "OutOfMemoryError":
         return f" on the GPU: {(text.splitlines() or [''])[0]}"
     torchs = isinstance(error, RuntimeError) and (

@@ -226,7 +226,7 @@ def _as_shipped(name: str, root: Path | None) -> Recipe | None:
 
 
 def _stopped(stop: BaseException, advice: str) -> StoppedError:
-    """What to say about a command that was stopped, with the exit status that shells give it."""
+    """Return the error for a command that was stopped, with the exit status that shells give it."""
     if isinstance(stop, Terminated):
         import signal
 

@@ -40,17 +40,17 @@ class Case:
     products: int = 0
 
     def forward(self, backend: str) -> Tensor:
-        """The operator's result."""
+        """Return the operator's result."""
         with torch.no_grad():
             return self.call(backend)
 
     def both(self, backend: str) -> tuple[Tensor, ...]:
-        """The result and the gradient of every leaf."""
+        """Return the result and the gradient of every leaf."""
         out = self.call(backend)
         return out, *torch.autograd.grad(out, self.leaves, self.dout)
 
     def precise(self) -> Case:
-        """The same numbers in fp64, to compare with."""
+        """Return the same case in fp64, to compare with."""
         return self.remake(tuple(leaf.detach().double().requires_grad_() for leaf in self.leaves), self.dout.double())
 
 
@@ -66,7 +66,7 @@ def scan_case(
     gated: bool = False,
     seed: int = 0,
 ) -> Case:
-    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
+    """Return the selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
 
     Args:
         shift: of the raw steps, whose bias is drawn around -1 already; -40 makes steps tiny, 30 large.
@@ -138,7 +138,7 @@ def deform_case(
     spread: str = "near",
     seed: int = 0,
 ) -> Case:
-    """Deformable self-attention over square maps: every cell of every map is a query; places and weights in fp32.
+    """Make deformable self-attention over square maps: every cell of every map is a query; locations and weights in fp32.
 
     Args:
         spread: "near", 1..P cells from the query's own place in a direction per head, as such layers start
@@ -194,7 +194,7 @@ def _deform(leaves: tuple[Tensor, ...], dout: Tensor, *, sides: tuple[int, ...],
 def block_case(
     dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0
 ) -> Case:
-    """A whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
+    """Return a whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
     draw = _Draw(dtype, device, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

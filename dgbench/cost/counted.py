@@ -111,7 +111,7 @@ def built(subject: Subject, *, weights: Literal["random", "meta"] = "random", **
 
 @functools.cache
 def sources(method: str, models: Path = Path(mfuser.__file__).parent, rules: Path = Path(__file__).parent) -> str:
-    """The hash of all that decides a method's counts: its file, what methods are built of, and the rules that count them."""
+    """Return the hash of all that decides a method's counts: its file, the code it is built of, and the rules of counting."""
     its_file = method_file(method)
     inside = models / "methods" / its_file.name
     files = [path for path in models.rglob("*.py") if _is_shared(path.relative_to(models))]
@@ -126,14 +126,16 @@ def sources(method: str, models: Path = Path(mfuser.__file__).parent, rules: Pat
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether a file of the models' package can decide what another method costs: a backend computes what its operator's rule
-    counts, and no method imports another."""
+    """Return whether a file of `mfuser` can affect the counts of several methods.
+
+    A backend cannot, since its operator's rule counts for it, and no method imports another.
+    """
     its_own = path.parent.as_posix() == "methods" and path.name != "__init__.py"
     return not its_own and not path.name.endswith("_backend.py")
 
 
 def key(subject: Subject) -> str:
-    """What tells one count from another under the same sources: the method with all its options, and the size."""
+    """Return the key of a count under the same sources: the method with all its options, and the size."""
     options = {name: value for name, value in subject.method.options.items() if name not in ("backend", "token_ids")}
     return json.dumps([subject.method.name, options, subject.size], sort_keys=True, separators=(",", ":"))
 
@@ -152,7 +154,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def known(subject: Subject) -> Tally | None:
-    """The count that ships, or that was kept here; None if there is none of these very sources."""
+    """Return the count that is shipped or cached; None if there is none of these exact sources."""
     shipped, method = _shipped(SHIPPED), subject.method.name
     if (row := shipped.get("rows", {}).get(key(subject))) is not None and shipped["sources"].get(method) == sources(method):
         made, here = shipped["made with"], _versions(_TOWERS)

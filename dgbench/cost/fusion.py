@@ -154,7 +154,7 @@ def profile_fusion(
 
 
 def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
-    """Where a fuser stands between two towers, for images of any size."""
+    """Return the towers around a fuser, for images of any size."""
     try:
         patch = tower(vlm).patch
         with unfilled():
@@ -168,7 +168,7 @@ def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
 
 
 def _widths(*towers: str) -> set[int]:
-    """How wide towers are; none for one that is not known."""
+    """Return the widths of towers; none for an unknown one."""
     return {width for name in towers for width in _width(name)}
 
 
@@ -207,7 +207,7 @@ class _Bench:
     def point(
         self, size: tuple[int, int], taken: _Taken, accuracy: Mapping[str, Accuracy], printed: Mapping[str, Mapping[str, float]]
     ) -> FusionPoint:
-        """Every fuser on images of this size."""
+        """Count and time every fuser on images of this size."""
         site = self.site(size)
         tokens, rows = self._tokens(size, site), []
         for name in FUSERS:
@@ -268,7 +268,7 @@ class _Bench:
         return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
 
     def _peak(self, call: Call) -> float | None:
-        """GiB beyond what is there already; None if it does not fit."""
+        """Return the GiB in addition to those in use; None if it does not fit."""
         if self.device is None or self.device.type != "cuda":
             return 0.0
         call()  # buffers that stay

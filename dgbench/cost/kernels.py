@@ -72,7 +72,7 @@ def listing() -> KernelList:
 
 
 def candidates(op: str, device: torch.device) -> list[dispatch.Backend]:
-    """The backends worth timing on a device, whether "auto" takes them or not.
+    """Return the backends worth timing on a device, whether "auto" takes them or not.
 
     Left out are the reference's loop and, on a CPU, kernels for a GPU, which run there interpreted or emulated at best.
     """
@@ -191,7 +191,7 @@ class Machine:
     ghz: float = 0.0
 
     def floor_ms(self, case: Case, *, backward: bool) -> tuple[float, str]:
-        """Milliseconds below which no implementation gets, and what sets them. The backward is with its forward.
+        """Return the lower bound of any implementation's time in ms, and what sets it. The backward includes its forward.
 
         The backward needs every exponential once more, since nobody stores (B, L, D, N) of them.
         """
@@ -299,7 +299,7 @@ def bench(
 
 
 def _plan(case: Case, named: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The backends to be timed, in the order asked for, and why others are not."""
+    """Return the backends to be timed, in the order asked for, and the reasons why others are not."""
     rows = {row.name: row for row in dispatch.TABLE[case.op]}
     wanted = list(named) or [row.name for row in candidates(case.op, case.dout.device)]
     reasons = {

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 @contextmanager
 def on_shapes() -> Iterator[None]:
-    """Within, `torch.jit` may trace models whose parameters and inputs are on the meta device."""
+    """Let `torch.jit` trace models whose parameters and inputs are on the meta device, within the context."""
     with torch.no_grad(), ThreadPoolExecutor(1) as thread, _Elsewhere(thread), _Convolutions():
         yield
 

@@ -34,7 +34,7 @@ class Times:
 
 
 def median_ms(call: Call, device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True) -> float:
-    """Median time of a call in milliseconds; see `times`."""
+    """Return the median time of a call in milliseconds; see `times`."""
     return times(call, device, at_most=at_most, least=least, flush=flush).median
 
 
@@ -137,7 +137,7 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def nvidia_smi(what: str, device: torch.device) -> str | None:
-    """A value that nvidia-smi tells of a GPU, without its unit; None where it does not."""
+    """Return a value that nvidia-smi states for a GPU, without its unit; None if it does not state it."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
@@ -148,7 +148,7 @@ def nvidia_smi(what: str, device: torch.device) -> str | None:
 
 
 def joules(call: Call, device: torch.device, *, seconds: float = 1.5) -> float | None:
-    """Energy of a call in joules, by the GPU's own counter over `seconds` of calls; None where it has none."""
+    """Return the energy of a call in joules, by the GPU's counter over `seconds` of calls; None where it has none."""
     if device.type != "cuda":
         return None
     import pynvml

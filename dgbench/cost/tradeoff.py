@@ -85,7 +85,7 @@ def _panel(group: Group, convention: str, size: tuple[int, int] | None, costs: d
 
 
 def _recipe_of(row: Row) -> Recipe | None:
-    """The recipe that says what the row's model is; of a run, its own copy."""
+    """Return the recipe that defines the row's model; for a run, its own copy."""
     if row.kind == "run":
         return load_recipe(Path(row.origin) / "recipe.yaml")
     return load_recipe(row.recipe) if row.recipe else None

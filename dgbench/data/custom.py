@@ -166,7 +166,7 @@ class UserDomain(Spec):
         return given
 
     def digest(self) -> str:
-        """12 hex digits of what fixes pairs and labels: not of title, folder, licence and the like."""
+        """Return a 12-digit hash of what determines pairs and labels: not of title, folder, licence and the like."""
         splits = {name: [split.images, list(split.labels.items())] for name, split in self.splits.items()}
         label_map = self.label_map if isinstance(self.label_map, str) else sorted(map(list, self.label_map.items()), key=str)
         content = [splits, self.encoding, label_map, sorted(self.ignored, key=str)]
@@ -223,7 +223,7 @@ def find(name: str, root: Path | None = None) -> Declared | None:
 
 
 def discover(root: Path | None = None) -> dict[str, Declared]:
-    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
+    """Return declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
 
     A file that is wrong is warned about, and so is a name that two files declare, differently: whoever does not ask for it
     goes on.
@@ -235,7 +235,7 @@ def discover(root: Path | None = None) -> dict[str, Declared]:
 
 
 def _discovered(root: Path | None) -> tuple[dict[str, Declared], dict[str, DataError]]:
-    """The declarations, and what is wrong with names that are declared twice."""
+    """Return the declarations, and the errors of names that are declared twice."""
     found: dict[str, Declared] = {}
     twice: dict[str, DataError] = {}
     for path in _files(root):
@@ -268,7 +268,7 @@ def _files(root: Path | None) -> list[Path]:
 
 
 def read(path: Path) -> Declared:
-    """A declaration as a file has it.
+    """Read a declaration from a file.
 
     Raises: DataError listing every problem with its key path.
     """
@@ -292,7 +292,7 @@ def _read(path: Path, _changed: int) -> Declared:
 
 
 def build(name: str, spec: UserDomain) -> Domain:
-    """The row of a declared domain."""
+    """Return the row of a declared domain."""
     splits = {
         split: Split(rule.count, (Layout("declared", rule.images, tuple(rule.labels.items()), spec.encoding),))
         for split, rule in spec.splits.items()

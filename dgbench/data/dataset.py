@@ -126,7 +126,7 @@ class SegDataset:
         return self.domain.revision() if self.found is None else self.found.revision()
 
     def name(self, index: int) -> str:
-        """The sample's stable name: its path below the domain's folder, or its index."""
+        """Return the sample's stable name: its path below the domain's folder, or its index."""
         return f"{index:06d}" if self.found is None else str(self._rows[index]["id"])
 
     def __getitem__(self, index: int) -> Sample:
@@ -149,7 +149,7 @@ class SegDataset:
         return Sample(row["id"], image, label)
 
     def image(self, index: int, part: Part | None = None) -> NDArray[np.uint8]:
-        """Only the image, (H, W, 3) RGB at the dataset's size, or only a part of it: cheaper than the whole sample."""
+        """Return only the image, (H, W, 3) RGB at the dataset's size, or a part of it: cheaper than the whole sample."""
         if self.found is None:
             image = self._rendered().image(index)
         elif self.size is None:
@@ -159,7 +159,7 @@ class SegDataset:
         return image if part is None else part.of(image)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """(H, W) at which `image` comes, told by the file's header."""
+        """Return (H, W) of `image`, from the file's header."""
         return self.size or size_of(self._rows[index])
 
     @property
@@ -168,7 +168,7 @@ class SegDataset:
         return None if self.found is None else self.found.folder
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a label may have changed: names, sizes and times of the files, and the label map."""
+        """Return a 16-digit hash that changes with the labels: of names, sizes and times of the files, and the label map."""
         digest = hashlib.sha256()
 
         def enter(*what: object) -> None:
@@ -183,7 +183,7 @@ class SegDataset:
         return digest.hexdigest()[:16]
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
+        """Return only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
         if self.found is None:
             return self._rendered().label(index)
         return self._read_label(self._rows[index])
@@ -230,12 +230,12 @@ def _warn(text: str) -> None:
 
 
 def label_path(row: dict[str, Any]) -> Path:
-    """The file of a row's label; of rows that hold bytes, what to call them: it is not opened."""
+    """Return the file of a row's label; for rows that hold bytes, a name for messages, which is not opened."""
     return Path(row["label"]["path"] or row["id"])
 
 
 def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
+    """Return (H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
 
     Raises: DataError naming the file or the row when it cannot be read as an image, or when its EXIF turns it and its label
         is not turned so.
@@ -252,7 +252,7 @@ def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]
 
 
 def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of a row's image or of a part of it, from what `image_bytes` gave.
+    """Return (H, W, 3) RGB of a row's image or of a part of it, from the result of `image_bytes`.
 
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
@@ -261,7 +261,7 @@ def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArr
 
 
 def turned_apart(row: dict[str, Any], data: bytes) -> str:
-    """What is wrong with a pair whose image is to be turned when shown, and whose label is not; "" where nothing is."""
+    """Return what is wrong with a pair whose image has an EXIF rotation and whose label has another; "" if nothing is."""
     turned = orientation(data)
     if turned == 1:
         return ""
@@ -272,7 +272,7 @@ def turned_apart(row: dict[str, Any], data: bytes) -> str:
 
 
 def image_bytes(row: dict[str, Any]) -> bytes:
-    """The content of a row's image file.
+    """Return the content of a row's image file.
 
     Raises: DataError naming the file when it cannot be read.
     """
@@ -285,7 +285,7 @@ def _image_name(row: dict[str, Any]) -> str:
 
 
 def size_of(row: dict[str, Any]) -> tuple[int, int]:
-    """(H, W) of a row's image, by its header.
+    """Return (H, W) of a row's image, by its header.
 
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
@@ -302,7 +302,7 @@ def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file as a viewer shows it: turned as its EXIF says.
+    """Return (H, W, 3) RGB of an image file as a viewer shows it, with its EXIF orientation applied.
 
     Raises: DataError naming the file when it cannot be read as an image.
     """
@@ -311,7 +311,7 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased); or a part of that.
+    """Return (H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased); or a part of that.
 
     Raises: DataError naming the file when it cannot be read as an image.
     """
@@ -324,7 +324,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | 
 
 @contextmanager
 def _explained(path: Path | str) -> Iterator[None]:
-    """Within, what is wrong with an image file becomes a DataError that names it."""
+    """Turn errors of an image file into a DataError that names it."""
     try:
         yield
     except UnsuitableError as error:

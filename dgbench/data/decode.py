@@ -30,7 +30,7 @@ _GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in
 
 
 def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> NDArray[np.uint8]:
-    """(H, W) train ids of a label file.
+    """Return (H, W) train ids of a label file.
 
     Args:
         path: the file; only its name is used when `data` holds its bytes.
@@ -59,7 +59,7 @@ def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: byt
 
 
 def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> Stored:
-    """(H, W) values as the file stores them, not yet looked up in the map.
+    """Return (H, W) values as the file stores them, not yet looked up in the map.
 
     Raises: DataError naming the file if it is missing, damaged, or of another encoding.
     """
@@ -74,7 +74,7 @@ def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: by
 
 
 def present(stored: Stored) -> list[int]:
-    """The values that occur, rising."""
+    """Return the values that occur, in ascending order."""
     return [int(value) for value in np.flatnonzero(np.bincount(stored.ravel()))]
 
 
@@ -84,7 +84,7 @@ def _span(label_map: LabelMap) -> str:
 
 
 def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """SYNTHIA: a 16-bit colour PNG, the class in red (green has the instance). Pillow would keep the high bytes: zeros."""
+    """Decode SYNTHIA: 16-bit colour PNG, class in red (instance in green). Pillow would keep the high bytes: zeros."""
     depth, kind = pixels.png_header(content)
     if (depth, kind) != (16, pixels.COLOR):
         what = f" but a PNG of {depth}-bit {pixels.KINDS.get(kind, 'unknown')}" if depth else ""
@@ -104,7 +104,7 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
 
 
 def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """Colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
+    """Convert colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
     if pixels.png_header(content) == (8, pixels.GREY):  # the usual case of those, in a third of the time
         grey = pixels.values(content, path, label_map)
         if not set(pixels.used(grey.astype(np.uint8, copy=False)).tolist()) <= _GREY_COLORS:
@@ -129,7 +129,7 @@ def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """IDD, Cityscapes: JSON objects with a label's name and a polygon, each drawn over those before it."""
+    """Draw IDD's and Cityscapes' JSON objects, each a label's name and a polygon, in their order."""
     try:
         scene: dict[str, Any] = json.loads(content)
         size = int(scene["imgWidth"]), int(scene["imgHeight"])
@@ -157,7 +157,7 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """WildDash2, COCO: colours are segments, `<folder>.json` beside the folder says which category each is; 0 is void."""
+    """Decode WildDash2 and COCO: colours are segments, whose categories are in `<folder>.json` next to the folder; 0 is void."""
     table_file = path.parent.with_suffix(".json")
     if not table_file.is_file():
         raise DataError(f"no {table_file.name} beside the folder of {path}", "unpack the official label archive again")
@@ -202,7 +202,7 @@ def _color_table() -> NDArray[np.uint16]:
 
 @lru_cache(4)
 def _segments(path: Path, _changed: int) -> dict[str, dict[int, int]]:
-    """File name of a panoptic PNG -> segment -> category."""
+    """Map the file name of each panoptic PNG to its segments' categories."""
     try:
         annotations = json.loads(files.content(path, "table of segments"))["annotations"]
         return {a["file_name"]: {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]} for a in annotations}

@@ -79,17 +79,17 @@ class Domain:
         return self.name.partition("@")[0]
 
     def roots(self, data_root: Path) -> Iterator[Path]:
-        """The folders below `data_root` in which its files may lie, the outer ones first."""
+        """Return the folders below `data_root` in which its files may lie, the outer ones first."""
         outer = [data_root / f for f in self.folders if (data_root / f).is_dir()]
         yield from outer
         yield from (folder / f for folder in outer for f in self.folders if (folder / f).is_dir())
 
     def root(self, data_root: Path) -> Path | None:
-        """The domain's folder below `data_root`, or None when there is none."""
+        """Return the domain's folder below `data_root`, or None when there is none."""
         return next(self.roots(data_root), None)
 
     def revision(self) -> str:
-        """What pins the data that a score was computed on; part of the protocol hash."""
+        """Return what identifies the data that a score was computed on; part of the protocol hash."""
         if self.procedural:
             from dgbench.streets import VERSION
 
@@ -107,7 +107,7 @@ class Domain:
         return ", ".join(f"`{s}`" for s in self.splits)
 
     def read_by(self, label_map: str | None = None) -> LabelMap:
-        """The label map of this name, by default the domain's own.
+        """Return the label map of this name, by default the domain's own.
 
         Raises: DataError for an unknown name, or if the domain has no default.
         """
@@ -126,12 +126,12 @@ class Domain:
 
 
 def replaced(path: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """`path` after replacements, one after another."""
+    """Return `path` after replacements, one after another."""
     for old, new in pairs:
         path = path.replace(old, new)
     return path
 
 
 def outside(path: str) -> bool:
-    """Whether a relative path may lead out of the folder that it is taken from."""
+    """Return whether a relative path may lead outside its base folder."""
     return path.startswith("/") or (".." in path and ".." in path.split("/")) or "\0" in path

@@ -39,7 +39,7 @@ def _ids_or_train_ids(
     count: int | None = None,
     only: tuple[str, ...] = (),
 ) -> tuple[Layout, Layout]:
-    """The published labels, and train ids that a converter wrote beside them."""
+    """Return the published labels, and train ids that a converter wrote next to them."""
     mapped = (*renamed, (".png", "_labelTrainIds.png"))
     return (
         Layout(name, images, renamed, encoding, only=only, count=count),
@@ -48,7 +48,7 @@ def _ids_or_train_ids(
 
 
 def _gta(split: str = "", folders: tuple[str, ...] = (), count: int | None = None) -> tuple[Layout, ...]:
-    """RobustNet's part of GTA5, in a folder of its own or listed in its text file; by default everything."""
+    """Return RobustNet's splits of GTA5, in a folder of their own or listed in text files; by default everything."""
     renamed = (("images/", "labels/"),)
     if not split:
         # RobustNet leaves 15 images of one colour out of its train part
@@ -62,7 +62,7 @@ def _gta(split: str = "", folders: tuple[str, ...] = (), count: int | None = Non
 
 
 def _synthia(split: str = "") -> tuple[Layout, ...]:
-    """RobustNet's part of SYNTHIA, by default everything."""
+    """Return RobustNet's splits of SYNTHIA, by default everything."""
     renamed = (("RGB/", "GT/LABELS/"),)
     if not split:
         parts = _ids_or_train_ids("all of RobustNet's parts", "RGB/*/*.png", renamed, "rgb16")

@@ -176,7 +176,7 @@ def _plan(row: Domain, split: str, layout_name: str | None, label_map_name: str 
 
 
 def _inverse(label_map: LabelMap, never: Sequence[str]) -> tuple[Stored, tuple[int, ...]]:
-    """The stored value of each train id, and which train ids have none."""
+    """Return the stored value of each train id, and which train ids have none."""
     table = np.full(256, label_map.stored(IGNORE), np.uint16)
     has = set(label_map.classes.values())
     inexpressible = tuple(i for i, name in enumerate(NAMES) if i not in has or name in never)
@@ -242,7 +242,7 @@ class _Writer:
             Path(place, RENDERED).write_text(note, encoding="utf-8")
 
     def _path(self, plan: _Plan, i: int, count: int) -> str:
-        """The next path that the glob of images matches, in an order that sorting keeps."""
+        """Return the next path that the glob of images matches, in an order that sorting keeps."""
         digest = hashlib.sha256(f"{self.streets} {plan.split} {i}".encode()).hexdigest()
         values: dict[str, Any] = {
             "i": self._given,
@@ -279,7 +279,7 @@ def _write_ids(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
 
 
 def _write_rgb16(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
-    """The class in red, the number of the object in green."""
+    """Write the class in red and the number of the object in green."""
     import cv2
 
     objects, given = np.zeros(train_ids.shape, np.uint16), 0
@@ -296,7 +296,7 @@ def _write_colors(path: Path, train_ids: NDArray[np.uint8], _: _Plan) -> None:
 
 
 def _write_polygons(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
-    """A rectangle for each stretch of rows in which a run of pixels is the same; what is ignored stays bare."""
+    """Write a rectangle for each block of rows in which a run of pixels is the same; ignored pixels have no polygon."""
     names = {value: name for name, value in plan.label_map.names.items()}
     objects = [
         {"label": names[int(plan.stored[train_id])], "polygon": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}
@@ -308,7 +308,7 @@ def _write_polygons(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> No
 
 
 def _rectangles(labels: NDArray[np.uint8]) -> list[tuple[int, int, int, int, int]]:
-    """Rectangles that together cover a label map: value, and the first and last column and row as x0, y0, x1, y1."""
+    """Return rectangles that cover a label map: value, and the first and last column and row as x0, y0, x1, y1."""
     done, growing = [], dict[tuple[int, int, int], int]()  # (value, x0, x1) -> the row in which it began
     for y, row in enumerate(labels):
         edges = np.flatnonzero(np.diff(row)) + 1
@@ -320,7 +320,7 @@ def _rectangles(labels: NDArray[np.uint8]) -> list[tuple[int, int, int, int, int
 
 
 def _write_panoptic(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> _Annotation:
-    """A segment for each class, numbered beyond what one colour channel holds."""
+    """Write a segment for each class, with ids greater than one colour channel holds."""
     values = plan.stored[train_ids].astype(np.uint32)
     numbers = 256 * values + 1
     Image.fromarray(np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], -1).astype(np.uint8)).save(path, "PNG")

@@ -180,7 +180,7 @@ def _stream(
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files below a folder that end so, in an order that no file system decides."""
+    """Return the files below a folder with these suffixes, in an order that does not depend on the file system."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
     hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return sorted(set(found) - set(hidden), key=lambda path: path.relative_to(folder).as_posix())

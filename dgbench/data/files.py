@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def opened(path: Path | str, what: str) -> BinaryIO:
-    """A regular file, or one that a link leads to, open for reading. `what` is expected: "image", "label".
+    """Open a regular file, or one that a link leads to, for reading. `what` is expected: "image", "label".
 
     Raises: DataError naming the path if there is none, it may not be read, is larger than `MOST`, or no file.
     """
@@ -70,7 +70,7 @@ def opened(path: Path | str, what: str) -> BinaryIO:
 
 
 def content(path: Path | str, what: str) -> bytes:
-    """The bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Raises: DataError as `opened`, and if reading fails.
     """
@@ -82,7 +82,7 @@ def content(path: Path | str, what: str) -> bytes:
 
 
 def damage(error: BaseException) -> tuple[str, str | None]:
-    """What one of `DAMAGED` says about an image in a line, and what to do if that is something else than for damage."""
+    """Return what one of `DAMAGED` says about an image in a line, and what to do, if that is not the usual advice for damage."""
     said = (str(error).splitlines() or [""])[0]
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -24,12 +24,12 @@ BESIDE = ("panoptic",)  # encodings of which a part lies beside the labels
 
 
 def names(root: Path) -> list[str]:
-    """The folders below the data root that hold such rows."""
+    """Return the folders below the data root that hold such rows."""
     return sorted(path.parents[1].name for path in root.glob(f"*/{SOURCE}"))
 
 
 def domain(name: str, root: Path) -> Domain | None:
-    """The row of a fetched set; None if there is none of this name.
+    """Return the row of a downloaded data set; None if there is none of this name.
 
     Raises: DataError if its description is damaged.
     """
@@ -54,7 +54,7 @@ def domain(name: str, root: Path) -> Domain | None:
 
 
 def layout(folder: Path, split: str) -> Layout | None:
-    """How the rows of a split in a domain's folder are read; None if there are none. `images` is the folder of the rows.
+    """Return how the rows of a split in a domain's folder are read; None if there are none. `images` is the folder of the rows.
 
     Raises: DataError if their description is damaged.
     """
@@ -68,7 +68,7 @@ def layout(folder: Path, split: str) -> Layout | None:
 
 
 def opened(path: Path) -> datasets.Dataset:
-    """The rows of a folder: `id` (string), `image` and `label`, each {"bytes", "path"} with the bytes as stored.
+    """Return the rows of a folder: `id` (string), `image` and `label`, each {"bytes", "path"} with the bytes as stored.
 
     A path or an address that a row states is of the machine that wrote it, or of somebody's choosing: it reads None here, and
     a row without bytes is refused when it is read.

@@ -60,7 +60,7 @@ class Found:
         return max(0, len(self) - self.expected)
 
     def label_files(self, count: int) -> list[Path]:
-        """The files that hold the labels of the first `count` pairs."""
+        """Return the files that hold the labels of the first `count` pairs."""
         if self.rows:
             return sorted(path for path in (self.folder / self.layout.images).rglob("*") if path.is_file())
         labels = [self.folder / label for _, label in self.pairs[:count]]
@@ -69,7 +69,7 @@ class Found:
         return [*labels, *sorted(path for path in beside if path.is_file())]
 
     def revision(self) -> str:
-        """What pins pixels and labels: the domain's revision, and what makes these files differ from the published ones."""
+        """Return what identifies pixels and labels: the domain's revision, and how these files differ from the published ones."""
         layout = "" if self.layout.revision == "official" else self.layout.revision
         return ", ".join(filter(None, (self.domain.revision(), layout, "rendered" if self.rendered else "")))
 
@@ -103,7 +103,7 @@ def require(domain: Domain, split: str, root: Path | None = None) -> Found:
 
 
 def rows_of(found: Found) -> datasets.Dataset:
-    """The pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
+    """Return the pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
     import datasets
 
     if found.rows:
@@ -184,7 +184,7 @@ def _complete(found: Found) -> Found:
 
 
 def _rendered(found: Found) -> bool:
-    """Whether a folder in which its files lie, or one above it, was made by an export."""
+    """Return whether a folder of its files, or one above it, was made by an export."""
     folders = {""}
     for path in (found.layout.images,) if found.rows else (path for pair in found.pairs for path in pair):
         parent = path if found.rows else path.rpartition("/")[0]
@@ -195,7 +195,7 @@ def _rendered(found: Found) -> bool:
 
 
 def label_of(image: str, layout: Layout) -> str:
-    """The path of an image's label, both relative to the domain's folder.
+    """Return the path of an image's label, both relative to the domain's folder.
 
     Raises: DataError if it is not below it, as the name of a file can make it by what is replaced.
     """
@@ -209,7 +209,7 @@ def label_of(image: str, layout: Layout) -> str:
 
 
 def stem(path: str) -> str:
-    """A file's name without folders and suffix."""
+    """Return a file's name without folders and suffix."""
     return path.rpartition("/")[2].rpartition(".")[0]
 
 
@@ -217,7 +217,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 def mismatch(image: Path, label: Path) -> str | None:
-    """What is wrong with a pair as far as the files' heads tell; None if nothing is."""
+    """Return what is wrong with a pair according to the files' headers; None if nothing is."""
     sizes = []
     for path in (image, label):
         try:
@@ -244,7 +244,7 @@ class _Files:
         self.listed = cache(self._listed)
 
     def _listed(self, relative: str) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of everything in a folder, and of the folders among them."""
+        """Return the names of everything in a folder, and of the folders among them."""
         try:
             # names that start with a dot are other programs' companions of a file
             entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
@@ -257,7 +257,7 @@ class _Files:
         return name in self.listed(parent)[0]
 
     def matching(self, pattern: str) -> list[str]:
-        """The paths that match a glob, sorted; `*` does not cross a `/`."""
+        """Return the paths that match a glob, sorted; `*` does not cross a `/`."""
         return sorted(self._walk("", pattern.split("/")))
 
     def _walk(self, parent: str, parts: Sequence[str]) -> Iterator[str]:

@@ -78,11 +78,11 @@ class LabelMap:
         return 256 if max((*self.classes, *self.ignored), default=0) < 256 else 65536
 
     def strangers(self, values: Iterable[int]) -> list[int]:
-        """Those of the stored values that the map does not know."""
+        """Return the stored values that are not in the map."""
         return [v for v in values if v >= self._length or not self.known[v]]
 
     def stored(self, train_id: int) -> int:
-        """The smallest value that stands for a train id, 255 for what is ignored; inverts the map for writing files.
+        """Return the smallest value that maps to a train id, 255 for ignored; inverts the map for writing files.
 
         Raises: DataError where the map has no value for that class (SYNTHIA has no terrain).
         """
@@ -295,7 +295,7 @@ LABEL_MAPS: dict[str, LabelMap] = {
 
 
 def named(name: str) -> LabelMap:
-    """The label map of this name.
+    """Return the label map of this name.
 
     Raises: DataError naming the nearest one.
     """
@@ -305,7 +305,7 @@ def named(name: str) -> LabelMap:
 
 
 def palette() -> NDArray[np.uint8]:
-    """(256, 3) RGB by train id; ignored pixels are black."""
+    """Return (256, 3) RGB by train id; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(CLASSES)] = [c.color for c in CLASSES]
     return table

@@ -101,7 +101,7 @@ def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | 
 
 
 def usual_split(name: str, root: Path | None = None) -> str:
-    """The split that a command looks at when none is named: val if there is one."""
+    """Return the split that a command uses when none is named: val if there is one."""
     splits = catalog.lookup(name, root).splits
     return "val" if "val" in splits else next(iter(splits))
 

@@ -37,11 +37,11 @@ class Captured:
             sys.stderr = os.fdopen(copy, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
     def size(self) -> int:
-        """Bytes so far: more of them after a call than before it, and it (or another thread's) has written."""
+        """Return the bytes so far: if they grow during a call, it (or another thread's) has written."""
         return os.fstat(self._file).st_size
 
     def text(self) -> str:
-        """All that was written."""
+        """Return all that was written."""
         return os.pread(self._file, min(self.size(), 1 << 20), 0).decode(errors="replace")
 
     def end(self) -> None:
@@ -63,7 +63,7 @@ _LIBRARIES = ("JPEG", "JFIF", "Huffman", "libpng", "SOS", "progression sequence"
 
 @contextlib.contextmanager
 def captured() -> Iterator[Captured]:
-    """Within, nothing that is written by C reaches the terminal. Threads that do so at once share one capture."""
+    """Keep what C code writes to stderr off the terminal. Threads that do so at once share one capture."""
     global _ours
     with _LOCK:
         _ours = told = _ours or Captured()

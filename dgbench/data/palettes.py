@@ -158,7 +158,7 @@ _PALETTE_FILES = ("gta5-ids", "mapillary-robustnet", "mapillary-openseg", "mapil
 
 
 def values_of(used: NDArray[np.int64], stored: NDArray[np.int16], label_map: LabelMap, path: Path) -> NDArray[np.uint8] | None:
-    """(256,) the label of each index of a palette image, or None where the indices are the labels.
+    """Return the label of each index of a palette image, (256,), or None if the indices are the labels.
 
     Args:
         used: the indices that occur, rising.
@@ -199,7 +199,7 @@ def _is_grey(stored: NDArray[np.int16]) -> NDArray[np.bool_]:
 
 
 def _shows(used: NDArray[np.int64], colors: list[Color], label_map: LabelMap) -> bool:
-    """Whether the colours are those that go with the indices: the set's own, or the 19 classes'."""
+    """Return whether the palette is a known one in its published order: the data set's, or that of the 19 classes."""
     published = _PUBLISHED.get(label_map.name, ())
     if all(i < len(published) and color == published[i] for i, color in zip(used, colors, strict=True)):
         return True

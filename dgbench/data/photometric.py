@@ -133,7 +133,7 @@ def _blur(image: Pixels, radius: float) -> Pixels:
 
 
 def _affine(values: Pixels, gain: float, offset: float) -> Pixels:
-    """A look-up table: eight-bit values have no more than 256 results."""
+    """Apply gain and offset by a look-up table: eight-bit values have no more than 256 results."""
     table = np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
     mapped: Pixels = cv2.LUT(values, table)
     return mapped

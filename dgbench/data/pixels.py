@@ -32,7 +32,7 @@ KINDS = {0: "grey", 2: "colour", 3: "palette", 4: "grey + alpha", 6: "colour + a
 
 
 def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """(H, W) values of a file that stores a number for each pixel.
+    """Return (H, W) values of a file that stores a number for each pixel.
 
     8-bit and 16-bit grey as they are; a palette by its index, or by its grey values where those are the labels
     (`palettes`); colour whose channels are equal, as programs save grey. Narrower grey, which means multiples of 255 but is
@@ -67,7 +67,7 @@ def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 
 def colors(content: bytes, path: Path) -> NDArray[np.uint32]:
-    """(H, W) R + 256 G + 65536 B of a file that stores a colour for each pixel, in whatever kind a program saved it.
+    """Return (H, W) values R + 256 G + 65536 B of a file that stores a colour for each pixel, in any kind of PNG.
 
     Raises: DataError naming the file if it holds anything else than 8-bit colours.
     """
@@ -82,13 +82,13 @@ def colors(content: bytes, path: Path) -> NDArray[np.uint32]:
 
 
 def color_of(code: int) -> tuple[int, int, int]:
-    """R, G, B of one of `colors`."""
+    """Return R, G, B of one of `colors`."""
     return code & 255, code >> 8 & 255, code >> 16
 
 
 @contextmanager
 def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
-    """A label file, open.
+    """Open a label file.
 
     Raises: DataError naming the file if it is stored with loss; what Pillow raises if it is none of `FORMATS`.
     """
@@ -107,7 +107,7 @@ def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
 
 
 def used(indices: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The values that occur in an 8-bit image, rising."""
+    """Return the values that occur in an 8-bit image, in ascending order."""
     import cv2  # NumPy takes ten times as long
 
     counts = cv2.calcHist([np.ascontiguousarray(indices)], [0], None, [256], [0, 256])
@@ -115,7 +115,7 @@ def used(indices: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def png_header(content: bytes) -> tuple[int, int]:
-    """Bits per sample and colour type of a PNG, (0, -1) of anything else."""
+    """Return bits per sample and colour type of a PNG, (0, -1) for anything else."""
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
         return 0, -1
     depth, kind = struct.unpack(">BB", content[24:26])
@@ -137,7 +137,7 @@ def _lossy(path: Path, what: str) -> DataError:
 
 
 def _lossless_webp(content: bytes) -> bool:
-    """Whether the pixels of a WebP are in the lossless chunk; the extended form has chunks before it, animations none."""
+    """Return whether the pixels of a WebP are in the lossless chunk; the extended form has chunks before it, animations none."""
     place = 12
     while place + 8 <= len(content):
         kind, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
@@ -148,7 +148,7 @@ def _lossless_webp(content: bytes) -> bool:
 
 
 def _bits(content: bytes, file: Image.Image) -> int:
-    """Bits per sample, as far as Pillow's mode does not tell them; of a palette 8."""
+    """Return the bits per sample that Pillow's mode does not tell; 8 for a palette."""
     depth, kind = png_header(content)
     if depth:
         return 8 if kind == 3 else depth
@@ -160,7 +160,7 @@ def _bits(content: bytes, file: Image.Image) -> int:
 
 
 def _narrow(scaled: NDArray[np.uint8], bits: int, path: Path, label_map: LabelMap) -> Stored:
-    """A sample of 1, 2 or 4 bits means a share of white: 8-bit grey that an optimiser narrowed has the values `scaled`."""
+    """Return the values of samples of 1, 2 or 4 bits, which are fractions of white; `scaled` holds them as 8-bit grey."""
     numbers = scaled // np.uint8(255 // (2**bits - 1))
     if np.array_equal(numbers, scaled) or label_map.strangers(used(numbers).tolist()):
         return scaled
@@ -186,7 +186,7 @@ def _of_palette(file: Image.Image, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _refuse_see_through(file: Image.Image, path: Path) -> None:
-    """Values under transparent pixels are whatever a program left there."""
+    """Refuse transparent pixels, whose values are arbitrary."""
     if not file.has_transparency_data:
         return
     alpha = np.asarray(file.convert("RGBA"))[..., 3]

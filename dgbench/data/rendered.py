@@ -45,17 +45,17 @@ class Rendered:
     revision: str
 
     def pair(self, index: int) -> tuple[Pixels, Pixels]:
-        """(H, W, 3) RGB and (H, W) train ids, from the cache or rendered and kept there."""
+        """Return (H, W, 3) RGB and (H, W) train ids, from the cache or rendered and kept there."""
         image, label = self._kept(index, _IMAGE), self._kept(index, _LABEL)
         return self._render(index) if image is None or label is None else (image, label)
 
     def image(self, index: int) -> Pixels:
-        """The image alone: cheaper than the pair."""
+        """Return the image alone, which is cheaper than the pair."""
         image = self._kept(index, _IMAGE)
         return self._render(index)[_IMAGE] if image is None else image
 
     def label(self, index: int) -> Pixels:
-        """The label alone: cheaper than the pair."""
+        """Return the label alone, which is cheaper than the pair."""
         label = self._kept(index, _LABEL)
         return self._render(index)[_LABEL] if label is None else label
 
@@ -109,7 +109,7 @@ class Rendered:
         return self._folder() / f"{index:06d}{('', '_labelTrainIds')[which]}.png"
 
     def _head(self, index: int, which: int) -> bytes:
-        """The bytes with which the file begins: size and kind of its pixels, and whose they are."""
+        """Return the bytes with which the file begins: size and kind of its pixels, and the image that they belong to."""
         height, width = self.size
         kind = ("image", "label")[which]
         name = f"{self.revision} {self.domain} {self.split} {index:06d} {width}x{height} {kind}"
@@ -117,7 +117,7 @@ class Rendered:
         return _SIGNATURE + _chunk(b"IHDR", shape) + _chunk(b"tEXt", b"dgbench\0" + name.encode("latin-1"))
 
     def _begins_right(self, index: int) -> bool:
-        """Whether both files are there and this pair's, by their first bytes; damage further on is found when they are read."""
+        """Return whether both files exist and are this pair's, by their first bytes; other damage is found when they are read."""
         for which in (_IMAGE, _LABEL):
             head = self._head(index, which)
             try:
@@ -129,7 +129,7 @@ class Rendered:
         return True
 
     def _kept(self, index: int, which: int) -> Pixels | None:
-        """What the cache has, None where that is nothing, damaged or of something else."""
+        """Return the cached pixels, None if there are none or they are damaged or of something else."""
         try:
             data = self._path(index, which).read_bytes()
         except OSError:
@@ -180,7 +180,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _whole(data: bytes, start: int) -> bool:
-    """Whether from byte `start` on there are chunks with right checksums up to the end mark, and nothing behind it."""
+    """Return whether all chunks from byte `start` have correct checksums up to the end marker, and nothing follows it."""
     view = memoryview(data)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(view[start : start + 4], "big")

@@ -77,7 +77,7 @@ class UniformSampler:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def draw(self, position: int) -> tuple[int, Wanted | None]:
-        """The image of the `position`-th draw, and nothing that the crop should hold."""
+        """Return the image of the `position`-th draw, with no requirement on the crop."""
         epoch, offset = divmod(position, self.count)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
@@ -116,7 +116,7 @@ class RareClassSampler:
             self._images[int(c)] = enough if len(enough) else np.flatnonzero(counts[:, c] > 0)
 
     def draw(self, position: int) -> tuple[int, Wanted | None]:
-        """The image of the `position`-th draw, and what its crop should hold."""
+        """Return the image of the `position`-th draw, and what its crop should contain."""
         rng = np.random.default_rng([self.seed, 1, position])
         c = int(rng.choice(self.classes, p=self.probability))
         return int(rng.choice(self._images[c])), Wanted(c, self._in_crop)
@@ -184,7 +184,7 @@ class ClassUniformSampler:
         return int(image), Around(float(y), float(x))
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        """Images, and tiles behind them."""
+        """Return shuffled images, followed by tiles."""
         rng = np.random.default_rng([self.seed, 4, epoch])
         parts = [np.resize(rng.permutation(self.count), self.uniform)]
         for c in self.classes:
@@ -304,7 +304,7 @@ def _looked_up(
 
 
 def _cache_files(dataset: SegDataset, what: str) -> list[Path]:
-    """Where they may lie, the preferred place first."""
+    """Return the folders in which they may be, the preferred one first."""
     name = f"{what}-{dataset.domain.name}-{dataset.split}-{dataset.fingerprint()}.npy"
     beside = [dataset.folder / ".dgbench" / name] if dataset.folder is not None else []
     return [*beside, cache_root() / "class-counts" / name]

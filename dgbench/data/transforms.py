@@ -136,7 +136,7 @@ def draw_window(
 
 
 def resized(image: Pixels, size: tuple[int, int], crop: tuple[int, int]) -> Pixels:
-    """A window's image (h, w, 3) at `size` = (H, W), padded with black to `crop`.
+    """Return a window's image (h, w, 3) at `size` = (H, W), padded with black to `crop`.
 
     By OpenCV's bilinear, without antialiasing, as mmsegmentation does.
     """

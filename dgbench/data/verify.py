@@ -76,7 +76,7 @@ class Report:
 
 
 def splits_to_verify(name: str, root: Path | None = None) -> list[str]:
-    """Of train and val (or of all splits, if it has neither) those of which something lies on the disk.
+    """Return those of train and val (or of all splits, if it has neither) of which files exist.
 
     Raises: DataError if that is none of them.
     """
@@ -299,7 +299,7 @@ def _meaning(value: int, label_map: LabelMap) -> str:
 
 
 def _legend(found: Found) -> dict[int, str]:
-    """The data set's own names for its values, from the JSON that it comes with (Mapillary's form)."""
+    """Return the data set's own names for its values, from the JSON that it comes with (Mapillary's form)."""
     path = found.folder / found.domain.legend
     if not found.domain.legend or not path.is_file():
         return {}

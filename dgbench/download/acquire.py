@@ -1,5 +1,7 @@
-"""Doing what orders say: packages through their downloader, repositories, and archives a few at a time, each put into place
-when its last file is there. One order's failure leaves the others alone; a full disk and Ctrl-C end them all.
+"""Execution of orders.
+
+Packages are fetched through their downloader, repositories from the Hub, and archives a few at a time; each domain is put into
+place when its last file is there. One order's failure leaves the others alone; a full disk and Ctrl-C end them all.
 """
 
 from __future__ import annotations
@@ -56,13 +58,13 @@ class Problems:
             self.add_name(order.name, error)
 
     def add_name(self, name: str, error: DgbenchError) -> None:
-        """For what there is no order for: a tower, a domain that could not be looked at."""
+        """Add a problem that has no order: of a tower, or of a domain that could not be examined."""
         self.found.append(Problem(name, error.message, error.hint))
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Within, a refusal of the file system is a problem of one order, and not the end of the others."""
+    """Record errors of the file system as problems of one order, and continue with the others."""
     try:
         yield
     except OSError as error:
@@ -76,7 +78,7 @@ def told() -> Iterator[None]:
 
 
 def _refusal(error: OSError) -> DataError:
-    """What the file system said, of which file, in one line."""
+    """Return the file system's error and its file in one line."""
     files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
@@ -273,5 +275,5 @@ def _link(order: Order) -> None:
 
 
 def by_hand_hint(name: str) -> str:
-    """What a user can do who would rather download in a browser."""
+    """Return how to download in a browser instead."""
     return f"download it in a browser, then run: dgbench download {name} --from FOLDER"

@@ -14,14 +14,14 @@ _QUERY = re.compile(r"(://[^\s?#'\"`]*)\?[^\s#'\"`]*")
 
 
 def without_secrets(text: str) -> str:
-    """A text with the addresses in it shorn of what stands before `@`, and of what follows `?`."""
+    """Return a text whose URLs are without what is before `@` and after `?`."""
     if "://" not in text:
         return text
     return _QUERY.sub(r"\1?...", _ODD_LOGIN.sub("", _LOGIN.sub("", text)))
 
 
 def login_of(url: str) -> tuple[str, tuple[str, str] | None]:
-    """An address without name and password, and these two."""
+    """Return a URL without name and password, and these two."""
     found = _LOGIN.search(url)
     if found is None:
         return url, None
@@ -49,6 +49,6 @@ def check_mirror(url: str) -> None:
 
 
 def below(base: str, path: str) -> str:
-    """The address of a path below another address, whose `?...` stays at the end."""
+    """Return the URL of a path below another URL, whose query string stays at the end."""
     parts = urlsplit(base)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{path}", fragment=""))

@@ -77,17 +77,17 @@ class Member:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file has the name of an archive; the volumes before a split zip's last do not count."""
+    """Return whether a file has the name of an archive; the volumes before a split zip's last do not count."""
     return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 def packed_size(path: Path) -> int:
-    """Bytes of the archive with all its volumes."""
+    """Return the bytes of the archive with all its volumes."""
     return sum(volume.stat().st_size for volume in volumes(path))
 
 
 def members(path: Path, limit: int | None = None) -> list[str]:
-    """The paths of an archive's files, at most the first `limit`; of a rar none, as telling needs a program.
+    """Return the paths of an archive's files, at most the first `limit`; none for a rar, which needs a program to be listed.
 
     Raises: ArchiveError as `unpack` does.
     """
@@ -155,7 +155,7 @@ def unpack(
 
 
 def safe_path(name: str) -> str | None:
-    """A member's path with forward slashes, or None if it could leave the folder.
+    """Return a member's path with forward slashes, or None if it could leave the folder.
 
     Backslashes separate folders in archives packed on Windows (SYNTHIA's is one); a drive letter, a leading slash or `..`
     would leave it.
@@ -291,7 +291,7 @@ def _checked(path: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name from outside in a message: one line, of bounded length."""
+    """Return a name from outside for a message: one line, of bounded length."""
     cut = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     return cut if cut.isprintable() else ascii(cut)[1:-1]
 

@@ -74,7 +74,7 @@ class Options:
 
 
 def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Plan:
-    """What `download` would do. Servers are asked for sizes unless DGBENCH_OFFLINE=1; one that does not answer is told of.
+    """Return what `download` would do. Sizes are asked of servers unless DGBENCH_OFFLINE=1; one that fails is reported.
 
     Raises: DataError for an unknown name.
     """
@@ -150,7 +150,7 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
 def _worked_out(
     names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None, problems: Problems
 ) -> tuple[list[str], list[Order]]:
-    """The towers among the names, and an order for each domain that can be worked out."""
+    """Return the towers among the names, and an order for each domain that can be resolved."""
     given.check(options.from_paths)
     if options.mirror is not None:
         check_mirror(options.mirror)
@@ -302,7 +302,7 @@ def _by_hand(order: Order) -> DataError:
 
 
 def _forbidden(order: Order) -> str | None:
-    """The variable that forbids what an order would transfer, as `DGBENCH_OFFLINE=1`."""
+    """Return the variable that forbids an order's transfer, as `DGBENCH_OFFLINE=1`."""
     if not order.uses_network:
         return None
     if os.environ.get("DGBENCH_OFFLINE") == "1":

@@ -38,7 +38,7 @@ def check(by_hand: str) -> None:
 
 
 def credentials(downloader: ModuleType) -> Path:
-    """Where the downloader stores a login if it is told to."""
+    """Return where the downloader stores a login if it is told to."""
     return Path(downloader.appdirs.user_data_dir("cityscapesscripts", "cityscapes"), "credentials.json")
 
 

@@ -33,7 +33,7 @@ def check(paths: Sequence[Path]) -> None:
 
 
 def archives_for(source: Source, paths: Sequence[Path]) -> list[Given]:
-    """Those archives in or below the given folders (one deep) that belong to a source; each of its table at most once.
+    """Return the archives in or below the given folders (one deep) that belong to a source; each of its table at most once.
 
     Raises: DataError for an archive that has an official name and other content.
     """
@@ -53,7 +53,7 @@ def archives_for(source: Source, paths: Sequence[Path]) -> list[Given]:
 
 
 def trees(row: Domain, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Folders that may hold a domain unpacked: those given, and those just below that bear its name, the inner ones first."""
+    """Return folders that may hold a domain unpacked: the given ones and those just below with its name, inner ones first."""
     folders = [path for path in paths if path.is_dir()]
     named = [child for path in folders for child in sorted(path.iterdir()) if child.is_dir() and child.name in row.folders]
     # bdd100k/bdd100k: some archives repeat the name
@@ -62,18 +62,18 @@ def trees(row: Domain, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def holds_all(folder: Path, source: Source) -> bool:
-    """Whether a folder holds what all archives of a source give."""
+    """Return whether a folder holds the content of all archives of a source."""
     needed = [archive for archive in source.archives if archive.needed]
     return bool(needed) and all(holds(folder, archive) for archive in needed)
 
 
 def holds(folder: Path, archive: Archive) -> bool:
-    """Whether a folder holds what an archive gives: at least one file for each glob."""
+    """Return whether a folder holds an archive's content: at least one file for each glob."""
     return all(any(next(folder.glob(one), None) for one in glob.split("|")) for glob in archive.gives)
 
 
 def lacks(archive: Archive, files: Iterable[str]) -> str | None:
-    """The first glob of an archive that none of the paths matches."""
+    """Return the first glob of an archive that none of the paths matches."""
     paths = list(files)
     return next((glob for glob in archive.gives if not any(matches(path, glob) for path in paths)), None)
 
@@ -88,7 +88,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def official_name(path: Path) -> str:
-    """An archive's name without what browsers add to a second download: `set (1).zip`."""
+    """Return an archive's name without a browser's suffix for a second download: `set (1).zip`."""
     return re.sub(r" ?\(\d+\)(?=\.)", "", path.name)
 
 

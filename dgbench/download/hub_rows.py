@@ -58,7 +58,7 @@ class HubWish:
 
 
 def read(folder: Path) -> HubSet | None:
-    """Where a folder's rows are from; None if it did not come from the Hub."""
+    """Return where a folder's rows are from; None if it did not come from the Hub."""
     try:
         return HubSet(**json.loads((folder / SOURCE).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -68,7 +68,7 @@ def read(folder: Path) -> HubSet | None:
 
 
 def rows(folder: Path, split: str) -> datasets.Dataset:
-    """The rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded; every path is None.
+    """Return the rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded; every path is None.
 
     Raises: DataError if the folder is no set from the Hub, has no such split, or is damaged.
     """
@@ -86,7 +86,7 @@ def rows(folder: Path, split: str) -> datasets.Dataset:
 def wish_of(
     repo: str, columns: Sequence[str], revision: str | None, name: str | None, *, encoding: str, label_map: str, split: str
 ) -> tuple[str, HubWish]:
-    """The name of the domain to be and what a user wants of the Hub, checked as far as that goes without a network.
+    """Return the name of the new domain and the user's request, checked as far as possible without a network.
 
     Raises: DataError for columns, an encoding or a label map that cannot be.
     """
@@ -107,7 +107,7 @@ def wish_of(
 
 
 def columns_of(pairs: Sequence[str]) -> dict[str, str]:
-    """`image=COLUMN label=COLUMN` as a dictionary.
+    """Return `image=COLUMN label=COLUMN` as a dictionary.
 
     Raises: DataError unless both are given, once each, both columns or both globs with as many stars.
     """
@@ -128,7 +128,7 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def patterns_of(columns: Mapping[str, str]) -> list[str]:
-    """What to fetch of a repository whose columns are these."""
+    """Return the patterns of files to download from a repository with these columns."""
     globs = [column for column in columns.values() if _is_glob(column)]
     return [*(globs or _PARQUET), "README.md", "LICENSE*"]
 
@@ -264,7 +264,7 @@ def _damaged(repo: str, name: str, error: Exception) -> DataError:
 
 
 def first_parquet(wanted: Listed, repo: str) -> str:
-    """The smallest Parquet file, to look at before the rest is fetched.
+    """Return the smallest Parquet file, to inspect before the rest is downloaded.
 
     Raises: DataError if there is none.
     """
@@ -278,7 +278,7 @@ def first_parquet(wanted: Listed, repo: str) -> str:
 
 
 def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
-    """Which files make up which split, as `datasets` reads the repository's card and file names."""
+    """Return the files of each split, as `datasets` reads the repository's card and file names."""
     import datasets
 
     _check_card(wanted, folder / "README.md")
@@ -299,7 +299,7 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
 
 
 def _with_usual_names(wanted: Listed, folder: Path) -> Path:
-    """The folder, or one of links in which `.pq` and `.PARQUET` are called `.parquet`, the only name that `datasets` knows."""
+    """Return a folder whose files are called `.parquet`, the only suffix that `datasets` knows: this one, or one of links."""
     odd = [name for name in wanted.files if _is_parquet(name) and not name.endswith(".parquet")]
     if not odd:
         return folder

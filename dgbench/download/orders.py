@@ -107,7 +107,7 @@ class Order:
         return self.uses_network and bool(self.terms)
 
     def need(self) -> Need:
-        """Its row of the plan."""
+        """Return its row of the plan."""
         state: State = "to fetch"
         missing = [self.sizes.get(a.name) for a in self.wanted]
         files = len(self.wanted)
@@ -128,7 +128,7 @@ class Order:
         return Need(self.name, "domain", state, 0 if self.here else files, size, self.licence, str(self.stage.target), self.note)
 
     def room(self, at_once: int) -> int:
-        """Bytes that getting it takes on the disk at most: everything unpacked, and `at_once` archives beside it."""
+        """Return the disk space that it needs at most, in bytes: everything unpacked, and `at_once` archives."""
         if self.here or self.tree is not None:
             return 0
         if self.wish:
@@ -195,7 +195,7 @@ def domain_order(
 
 
 def _folder(row: Domain, source: Source | None, root: Path) -> Path:
-    """Where a domain lies or is to lie; not in a folder that by its name is another's (Mapillary has two versions)."""
+    """Return the folder of a domain; not one whose name is another domain's (Mapillary has two versions)."""
     family = {row.name, *((source.domain, *source.also) if source else ())}
     others = {other.folders[0] for other in domains.DOMAINS.values() if other.folders and other.name not in family}
     mine = [f for f in row.folders if f not in others]
@@ -274,7 +274,7 @@ def ask_servers(orders: Sequence[Order], transfer: Transfer) -> list[tuple[Order
 
 
 def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: int) -> Plan:
-    """The plan of a command."""
+    """Return the plan of a command."""
     needs = (*towers, *(order.need() for order in orders))
     moving = [need.bytes or 0 for need in needs if need.state in ("to fetch", "to unpack")]
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
@@ -282,7 +282,7 @@ def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: i
 
 
 def readable(row: Domain, root: Path) -> tuple[str, Path | None]:
-    """What can be read of a domain's splits from files that are there, and from which folder; None if a split is missing."""
+    """Return what can be read of a domain's splits from existing files, and their folder; None if a split is missing."""
     told, whole, folder = [], True, None
     for split in [split for split in row.splits if split in ("train", "val")]:
         try:

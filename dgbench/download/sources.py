@@ -55,7 +55,7 @@ class Source:
         return bool(self.terms)
 
     def place(self, member: str) -> str:
-        """Where a member of one of its archives belongs, below the domain's folder."""
+        """Return where a member of one of its archives belongs, below the domain's folder."""
         parts = member.split("/")
         # deeper than this it is a folder of the set that happens to bear such a name
         for depth, part in enumerate(parts[:4]):
@@ -64,13 +64,13 @@ class Source:
         return member
 
     def known_md5(self, name: str) -> str | None:
-        """The checksum that the owner states for an archive of this name."""
+        """Return the checksum that the owner states for an archive of this name."""
         listed = {archive.name: archive.md5 for archive in self.archives} | dict(self.md5)
         return listed.get(name)
 
 
 def matches(path: str, glob: str) -> bool:
-    """Whether a relative path matches a glob in which `*` stays within one folder; `|` separates alternatives."""
+    """Return whether a relative path matches a glob in which `*` stays within one folder; `|` separates alternatives."""
     parts = path.split("/")
     for alternative in glob.split("|"):
         wanted = alternative.split("/")

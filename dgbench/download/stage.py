@@ -51,23 +51,23 @@ class Manifest:
     revision: str | None = None  # of a Hub repository
 
     def lost(self, folder: Path) -> set[str]:
-        """The archives of the table of which files are gone, or have another size now."""
+        """Return the archives of the table of which files are missing or have another size now."""
         sizes = sizes_below(folder)
         return {
             name for r in self.receipts for name in r.covers if any(sizes.get(path) != size for path, size in r.files.items())
         }
 
     def covered(self) -> set[str]:
-        """The archives of the table that are in the folder."""
+        """Return the archives of the table that are in the folder."""
         return {name for receipt in self.receipts for name in receipt.covers}
 
     def totals(self) -> tuple[int, int]:
-        """Number of files and bytes."""
+        """Return number of files and bytes."""
         return sum(len(r.files) for r in self.receipts), sum(sum(r.files.values()) for r in self.receipts)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if dgbench did not make it, or has not finished it."""
+    """Return the manifest of a folder; None if dgbench did not make it, or has not finished it."""
     return None if (folder / UNFINISHED).exists() else _stored(folder)
 
 
@@ -82,7 +82,7 @@ def _stored(folder: Path) -> Manifest | None:
 
 
 def sizes_below(folder: Path) -> dict[str, int]:
-    """Size of every file below a folder by its relative path."""
+    """Return the size of every file below a folder by its relative path."""
     found: dict[str, int] = {}
     stack = [(str(folder), "")]
     while stack:
@@ -112,7 +112,7 @@ class Stage:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within, no other dgbench works on this folder.
+        """Lock this folder against other dgbench processes.
 
         Raises: DataError if one does.
         """
@@ -137,7 +137,7 @@ class Stage:
                     root.rmdir()
 
     def archive(self, name: str) -> Path:
-        """Where an archive of this name is transferred to."""
+        """Return where an archive of this name is transferred to."""
         return self.home / "archives" / name
 
     @property
@@ -147,13 +147,13 @@ class Stage:
         return self._tree
 
     def covered(self) -> set[str]:
-        """The archives of the table that need no transfer: in the folder and whole, or unpacked and waiting."""
+        """Return the archives of the table that need no transfer: complete in the folder, or unpacked and waiting."""
         stored = _stored(self._real)
         in_place = stored.covered() - stored.lost(self._real) if stored else set()
         return in_place | {name for receipt in self.receipts() for name in receipt.covers}
 
     def receipts(self) -> list[Receipt]:
-        """Of the archives that are unpacked and wait for the others."""
+        """Return the receipts of archives that are unpacked and wait for the others."""
         found = []
         for path in sorted(self._parts.glob("*.receipt.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -161,7 +161,7 @@ class Stage:
         return found
 
     def kept_bytes(self) -> int:
-        """Bytes of archives that earlier tries have brought here, whole or in part."""
+        """Return the bytes of archives from earlier tries, whole or in part."""
         return sum(path.stat().st_size for path in self.archive("x").parent.glob("*") if path.suffix != ".json")
 
     def unpack(
@@ -280,7 +280,7 @@ class Stage:
 
 
 def _one_owner_each(receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
-    """Archives of one set hold the same README: it counts for the first."""
+    """Assign each file to one archive: where several hold the same README, to the first."""
     taken: set[str] = set()
     owners = []
     for receipt in receipts:

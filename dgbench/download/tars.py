@@ -33,7 +33,7 @@ class TooMuchError(Exception):
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file begins as a tar, packed or not."""
+    """Return whether a file begins like a tar, compressed or not."""
     try:
         with _stream(path) as stream:
             tarfile.TarFile(fileobj=_Forward(stream, 2 * _HEADERS))  # type: ignore[arg-type]
@@ -48,13 +48,13 @@ def is_tar(path: Path) -> bool:
 
 @contextmanager
 def open_tar(path: Path, most: int) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]]:
-    """The entries of a tar file, as `tar_entries` gives them."""
+    """Return the entries of a tar file, as `tar_entries` gives them."""
     with _stream(path) as stream:
         yield tar_entries(stream, most)
 
 
 def tar_entries(stream: IO[bytes], most: int) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """Each entry of a tar stream with its content (None of what is no file), to be read before the next is asked for.
+    """Yield each entry of a tar stream with its content (None if it is no file), to be read before the next is requested.
 
     Args:
         most: unpacked bytes of the stream, headers and padding included.
@@ -141,7 +141,7 @@ class _Forward:
         return block
 
     def close(self) -> None:
-        """The stream is its owner's to close."""
+        """Do nothing: the owner of the stream closes it."""
 
     def _check(self, position: int) -> None:
         if position > self._most:

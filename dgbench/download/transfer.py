@@ -111,7 +111,7 @@ class Transfer:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def client(self) -> httpx2.Client:
-        """The one connection pool; proxies are those of HTTPS_PROXY and its like."""
+        """Return the shared connection pool; its proxies are those of HTTPS_PROXY and similar variables."""
         import httpx2
 
         with self._lock:
@@ -124,7 +124,7 @@ class Transfer:
 
     @contextmanager
     def _answer(self, method: str, url: str, headers: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
-        """The answer behind all redirections, its body not yet read.
+        """Request a URL and return the answer after all redirections, its body not yet read.
 
         A name and a password go to the server that they were given for, and nothing goes on over a line that others can read
         where it began on one that they cannot.
@@ -157,7 +157,7 @@ class Transfer:
             self._client.close()
 
     def size(self, url: str) -> int | None:
-        """The file's size in bytes as the server states it; None if it does not, or cannot be reached."""
+        """Return the file's size in bytes as the server states it; None if it does not, or cannot be reached."""
         import httpx2
 
         try:
@@ -320,7 +320,7 @@ class Transfer:
 
 
 def hashes(files: Sequence[Path], stop: threading.Event) -> tuple[str, str]:
-    """The sha256 and the md5 of files, one after the other as if they were one, read once."""
+    """Return the sha256 and the md5 of the concatenation of files, read once."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     for path in files:
         with path.open("rb") as file:
@@ -334,7 +334,7 @@ def hashes(files: Sequence[Path], stop: threading.Event) -> tuple[str, str]:
 
 @contextmanager
 def full_disk(path: Path, size: int | None, again: str) -> Iterator[None]:
-    """Within, a disk that fills up is told with what is kept of `path`, of `size` bytes, and how to go on."""
+    """Report a full disk with what is kept of `path`, of `size` bytes, and how to continue."""
     try:
         yield
     except OSError as error:
@@ -366,7 +366,7 @@ class _Pace:
 
 
 def answer_host(url: str) -> str:
-    """The server's name in an address, for messages."""
+    """Return the server's name of a URL, for messages."""
     return login_of(url)[0].partition("://")[2].partition("/")[0] or without_secrets(url)
 
 
@@ -409,7 +409,7 @@ def _sync(path: Path) -> None:
 
 
 def _content_range(text: str) -> tuple[int | None, int | None]:
-    """First byte and whole size of `bytes 5-9/10`."""
+    """Return first byte and whole size of `bytes 5-9/10`."""
     unit, _, rest = text.partition(" ")
     span, _, whole = rest.partition("/")
     first = span.partition("-")[0]
@@ -417,12 +417,12 @@ def _content_range(text: str) -> tuple[int | None, int | None]:
 
 
 def _number(text: str | None) -> int | None:
-    """A number of a header. Digits of other scripts are none, nor is one that no file has."""
+    """Return a number of a header; None for digits of other scripts and for numbers that no file size has."""
     return int(text) if text and len(text) <= 18 and text.isascii() and text.isdigit() else None
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3)."""
     if not text:
         return None
     text = text.strip()

@@ -23,7 +23,7 @@ _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
 
 def volumes(path: Path) -> list[Path]:
-    """All files of an archive in order, the given one last; just the given one where it is not split.
+    """Return all files of an archive in order, the given one last; only that one if it is not split.
 
     Raises: DataError naming the first volume that is missing.
     """
@@ -46,7 +46,7 @@ def volumes(path: Path) -> list[Path]:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive with all its volumes, opened for reading."""
+    """Return the archive with all its volumes, opened for reading."""
     files = volumes(path)
     with ExitStack() as stack:
         opened: list[BinaryIO] = [stack.enter_context(volume.open("rb")) for volume in files]
@@ -66,8 +66,10 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 class _Bounded:
-    """A file of which no single read is larger than a table of contents may be: zipfile reads it in one, and keeps ten
-    times its size."""
+    """A file whose single reads are limited to the size of a table of contents.
+
+    zipfile reads that in one call, and keeps ten times its size in memory.
+    """
 
     def __init__(self, file: BinaryIO | io.BufferedReader) -> None:
         self._file = file
@@ -128,7 +130,7 @@ class _Joined(io.RawIOBase):
 
 
 def _tail(file: BinaryIO) -> bytes:
-    """The bytes in which the end records are: at most 64 KiB of comment and what stands before them."""
+    """Return the bytes in which the end records are: at most 64 KiB of comment and what precedes them."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - (1 << 16) - 256))
     return file.read()

@@ -161,13 +161,13 @@ def clean(run: Path) -> None:
 
 
 def newest(run: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint of a run and its step, or None."""
+    """Return the newest complete checkpoint of a run and its step, or None."""
     complete = steps(run)
     return (complete[-1], step_of(complete[-1])) if complete else None
 
 
 def folder_of(path: Path) -> Path:
-    """The model folder meant by `path`: a run, or a folder that holds a model itself.
+    """Return the model folder meant by `path`: a run, or a folder that holds a model itself.
 
     Raises: CheckpointError when there is neither.
     """
@@ -184,7 +184,7 @@ def folder_of(path: Path) -> Path:
 
 
 def seen_by(folder: Path) -> Seen | None:
-    """What the model in a folder was trained on; None where nothing says it: older checkpoints, converted ones.
+    """Return what the model in a folder was trained on; None if that is not recorded: older checkpoints, converted ones.
 
     Raises: CheckpointError if the file that says it is damaged.
     """
@@ -210,12 +210,12 @@ def _plausible(triple: Any) -> bool:
 
 
 def in_record(seen: Seen | None) -> dict[str, Any]:
-    """The fields of a record that say what was trained on."""
+    """Return the fields of a record that say what was trained on."""
     return {} if seen is None else {f"source_{name}": getattr(seen, name) for name in ("images", "available", "rendered")}
 
 
 def made_how(folder: Path) -> Made | None:
-    """How the model in a folder was trained; None where nothing says it: older checkpoints, converted ones.
+    """Return how the model in a folder was trained; None if that is not recorded: older checkpoints, converted ones.
 
     Raises: CheckpointError if the file that says it is damaged, or of another step than the folder's name.
     """
@@ -238,7 +238,7 @@ def made_how(folder: Path) -> Made | None:
 
 
 def load_model(path: Path) -> Segmentor:
-    """The model of a run or model folder, in evaluation mode.
+    """Return the model of a run or model folder, in evaluation mode.
 
     Raises: CheckpointError when the files are missing, damaged or do not fit together, or when the weights are not those
         that the record of their training names.
@@ -264,7 +264,7 @@ def _check(folder: Path, name: str) -> None:
 
 
 def _advice(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Return what to do about a damaged checkpoint."""
     older = [other for other in steps(folder.parent.parent) if step_of(other) < step_of(folder)]
     if older:
         return f"restore the file, or remove {folder} to go on from step {step_of(older[-1])}"
@@ -283,7 +283,7 @@ def _check_recorded(folder: Path) -> None:
 
 
 def trainings(run: Path) -> list[results.Record]:
-    """The records of trainings that a run holds, oldest first; those that cannot be read are left out."""
+    """Return the records of trainings that a run holds, oldest first; those that cannot be read are left out."""
     found = []
     for path in sorted(run.glob("record-*.json")):
         try:
@@ -294,7 +294,7 @@ def trainings(run: Path) -> list[results.Record]:
 
 
 def load_for(recipe: Recipe, path: Path) -> Segmentor:
-    """The model of a run or model folder, if it is what the recipe trains.
+    """Return the model of a run or model folder, if it is what the recipe trains.
 
     Raises: CheckpointError when it is another method's, was built with other options, or cannot be loaded.
     """
@@ -312,7 +312,7 @@ def load_for(recipe: Recipe, path: Path) -> Segmentor:
 
 
 def sha256(folder: Path) -> str:
-    """What identifies the weights in a model folder."""
+    """Return the hash that identifies the weights in a model folder."""
     with (folder / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -334,7 +334,7 @@ def begin_with(model: Segmentor, path: Path) -> str:
 
 
 def init_folder(path: Path) -> Path:
-    """The model folder that `train.init` means.
+    """Return the model folder that `train.init` means.
 
     Raises: CheckpointError when there is none.
     """

@@ -81,7 +81,7 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
 
 
 def read_token_ids(path: Path) -> list[list[int]]:
-    """Token ids (19, 5) from a JSON file.
+    """Read token ids (19, 5) from a JSON file.
 
     Raises: CheckpointError for anything else.
     """

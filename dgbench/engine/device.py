@@ -22,7 +22,7 @@ _HINT = "use `cpu`, `cuda` or `cuda:1`"
 
 
 def check_device(name: str) -> str:
-    """The name as it is if it says `cpu`, `cuda` or `cuda:N`. Whether this machine has it, `pick_device` tells.
+    """Return the name if it is `cpu`, `cuda` or `cuda:N`. Whether this machine has it is checked by `pick_device`.
 
     Raises: DgbenchError for any other name.
     """
@@ -34,7 +34,7 @@ def check_device(name: str) -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the GPU when there is one and the CPU otherwise. A named device is used or refused.
+    """Return the named device, or by default the GPU if there is one, else the CPU. A named device is used or refused.
 
     `cuda:N` becomes the process's current device, too: kernels are launched and host memory is pinned there.
 
@@ -58,7 +58,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def accelerator_on(device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+    """Return Accelerate's handle of this device; a process of a launcher takes the GPU that the launcher assigned.
 
     Raises: DgbenchError if such a process is to take `cuda:N`.
     """
@@ -80,14 +80,14 @@ def accelerator_on(device: torch.device, precision: str) -> Accelerator:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`: what a record says it ran on."""
+    """Return the GPU's name, or `cpu`, for records."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_gib(device: torch.device) -> float:
-    """GiB that this process held at most: of the GPU's memory as torch allocated it, or resident on a CPU."""
+    """Return the peak GiB of this process: GPU memory as allocated by torch, or resident memory on a CPU."""
     if device.type == "cuda":
         import torch
 
@@ -100,7 +100,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 def memory_refused(error: BaseException) -> str | None:
-    """What the machine's memory, not a GPU's, did not suffice for, in words; None if that is not what went wrong."""
+    """Return what the machine's memory (not a GPU's) was too small for; None if the error is something else."""
     # torch's error for a GPU; OpenCV's own has that word in its text
     if type(error).__name__ == "OutOfMemoryError":
         return None

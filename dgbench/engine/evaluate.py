@@ -125,7 +125,7 @@ class _Checkpoint:
 
 
 def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
-    """The newest checkpoint. A training may replace it at any moment: then the next one is taken.
+    """Return the newest checkpoint; if a training replaces it meanwhile, the next one.
 
     Raises: CheckpointError.
     """
@@ -151,7 +151,7 @@ _TRIES = 20
 
 
 def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
-    """What tells the files of a folder from others of their names; None if it is gone."""
+    """Return what distinguishes the files of a folder from others of the same names; None if it is gone."""
     try:
         states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     except OSError:
@@ -302,7 +302,7 @@ def _fill(
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the images' files; of rows of a Hub the fingerprint of labels has them all."""
+    """Return names, sizes and times of the images' files; for rows of a Hub, the labels' fingerprint includes them."""
     if dataset.found is None:
         return []
     paths = [dataset.found.folder / image for image, _ in dataset.found.pairs[: len(dataset)]]
@@ -328,7 +328,7 @@ def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol
 
 
 def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
-    """Each batch as lists of items of one size, and the seconds spent waiting for it."""
+    """Yield each batch as lists of items of one size, and the seconds spent waiting for it."""
     workers = min(recipe.train.workers, usable_cores())
     loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
     before = time.perf_counter()
@@ -350,7 +350,7 @@ def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, dev
 
 
 def _confusion(prediction: Tensor, label: Tensor) -> NDArray[np.int64]:
-    """`metrics.confusion` in parts: counting takes many times the memory of a label, and some have 100 million pixels."""
+    """Compute `metrics.confusion` in parts: it takes many times the memory of a label, and some have 100 million pixels."""
     rows = max(1, (1 << 24) // label.shape[1])
     parts = zip(prediction.split(rows), label.split(rows), strict=True)
     total = np.zeros((len(labels.CLASSES),) * 2, np.int64)

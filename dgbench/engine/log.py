@@ -51,14 +51,14 @@ class Log:
         self._size += len(line)
 
     def sealed(self) -> tuple[int, str]:
-        """Size and SHA-256 of what was written so far, which is on the disk then."""
+        """Flush the log to the disk and return size and SHA-256 of what was written so far."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         return self._size, self._digest.hexdigest()
 
 
 def _lines_until(step: int, content: bytes) -> Iterator[bytes]:
-    """The lines of a log of an older version, of which no digest is known."""
+    """Yield the lines of a log of an older version, which has no digest."""
     for line in content.splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:

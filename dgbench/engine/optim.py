@@ -38,7 +38,7 @@ class Rate:
 
 
 def _left(step: int, steps: int, optim: OptimSpec) -> float:
-    """(1 - t)^power, 1 until the end of warm-up."""
+    """Return (1 - t)^power, 1 until the end of warm-up."""
     if optim.schedule == "constant" or step < optim.warmup_steps:
         return 1.0
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)

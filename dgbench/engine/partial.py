@@ -66,7 +66,7 @@ class Partial:
         self.backends.clear()
 
     def record(self) -> results.Record | None:
-        """The record of this very evaluation, if it was interrupted after it had been written."""
+        """Return the record of this evaluation, if it was interrupted after it had been written."""
         path = self.run / f"record-{results.file_stem(self.id, 'eval', self.about['target'], self.about['split'])}.json"
         if not path.exists():
             return None
@@ -118,7 +118,7 @@ class Partial:
 
 @contextmanager
 def opened(run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], classes: int) -> Iterator[Partial]:
-    """What is kept in `run` under `key`, or nothing yet; within, no other process keeps it."""
+    """Return what is stored in `run` under `key`, or an empty one; no other process stores it meanwhile."""
     counts = np.zeros((len(ids), classes, classes), np.int64)
     lock = _lock(run, key)
     with locks.held(lock) as ours:
@@ -134,7 +134,7 @@ def opened(run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], cl
 
 
 def key_of(**what: Any) -> str:
-    """16 hex digits of all that matrices depend on, the code that runs among it."""
+    """Return a 16-digit hash of all that matrices depend on, including the code."""
     text = json.dumps({**what, "code": _code()}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -176,7 +176,7 @@ def _of_training(name: str) -> bool:
 
 
 def _temporaries(run: Path) -> list[tuple[Path, re.Match[str]]]:
-    """The unfinished files of processes that are not running here."""
+    """Return the unfinished files of processes that are not running on this machine."""
     found = [(path, _TEMPORARY.fullmatch(path.name)) for path in run.glob(".*.tmp")]
     return [(path, parts) for path, parts in found if parts is not None and not temporaries.runs(int(parts["pid"]))]
 
@@ -213,7 +213,7 @@ def _if_free(lock: Path) -> Iterator[bool]:
 
 
 def _note(found: matrices.Matrices) -> dict[str, Any]:
-    """What was noted beside the matrices. Raises: ValueError if it is anything else than `Partial.save` writes."""
+    """Return the note stored with the matrices. Raises: ValueError if it is anything else than `Partial.save` writes."""
     note = untrusted.read_object(found.note.encode()) or {}
     texts = [note.get("about"), note.get("backends")]
     if not all(isinstance(t, dict) and all(isinstance(value, str) for value in t.values()) for t in texts):
@@ -245,7 +245,7 @@ def _age(path: Path) -> float:
 
 @cache
 def _code() -> str:
-    """A hash of the code itself: a commit does not tell the changes of a working tree."""
+    """Return a hash of the code itself: a commit does not include changes of a working tree."""
     digest = hashlib.sha256()
     ours, models = Path(__file__).parents[1], Path(mfuser.__file__).parent
     for root in (ours, models, ours.parent / "cuda"):

@@ -81,14 +81,14 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
 
 
 def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pixels of each class; NumPy makes numbers of eight bytes of what it counts, so a large label goes in parts."""
+    """Count the pixels of each class, in parts, since NumPy converts labels to eight bytes per pixel for it."""
     flat, part = label.ravel(), 1 << 24
     parts = [np.bincount(flat[i : i + part], minlength=len(NAMES)) for i in range(0, label.size, part)]
     return np.asarray(np.sum(parts, axis=0), np.int64)
 
 
 def _listed(given: Sequence[Path]) -> list[Path]:
-    """The files, with the images of folders in their place, each once."""
+    """Return the files, with folders replaced by their images, each once."""
     found: dict[Path, Path] = {}
     for path in given:
         files = [path]
@@ -109,7 +109,7 @@ def _place(path: Path) -> Path:
 
 
 def _targets(photos: Sequence[Path], folder: Path) -> list[Path]:
-    """An overlay's file for each photograph: named after it; where that is not enough, after its folders and suffix, too."""
+    """Return an overlay's file for each photograph, with its name and, if these clash, its folders and suffix."""
     stems = Counter(photo.stem.casefold() for photo in photos)
     names = [photo.stem if stems[photo.stem.casefold()] == 1 else _long_name(photo, photos) for photo in photos]
     if len({name.casefold() for name in names}) < len(names):
@@ -140,7 +140,7 @@ def _refuse_unreadable(photos: Sequence[Path]) -> None:
 
 @torch.inference_mode()
 def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
-    """(H, W) train ids of one RGB image (H, W, 3), by sliding window.
+    """Return (H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
     `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
     to at least the model's window.
@@ -160,7 +160,7 @@ def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, he
 
 
 def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
-    """As `segment`, in parts: the same windows, for which a score may differ in its last bit."""
+    """Segment as `segment`, in parts: the same windows, for which a score may differ in its last bit."""
     full = (image.shape[0], image.shape[1])
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
     if size == full:
@@ -195,7 +195,7 @@ def _warn(text: str) -> None:
 
 
 def window_stride(crop: tuple[int, int]) -> tuple[int, int]:
-    """Two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
+    """Return two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
     return crop[0] * 2 // 3, crop[1] * 2 // 3
 
 

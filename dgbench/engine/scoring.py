@@ -83,7 +83,7 @@ def first_of(seen: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
 
 
 def _strip(scores: Tensor, top: int, bottom: int, grid: tuple[int, int]) -> Tensor:
-    """Rows `top` up to `bottom` of scores upsampled to `grid`, bilinear without aligned corners."""
+    """Return rows `top` up to `bottom` of scores upsampled to `grid`, bilinear without aligned corners."""
     height = scores.shape[2]
     place = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * height / grid[0] - 0.5
     place = place.clamp(0, height - 1)
@@ -119,7 +119,7 @@ def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rule
 
 
 def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
-    """Scores (B, K, H, W) of images (B, 3, H, W)."""
+    """Return scores (B, K, H, W) of images (B, 3, H, W)."""
     ask = _asked(model, rules)
     if rules.window == "crop":
         return mfuser.slide(ask, images, crop=model.image_size, stride=rules.stride_of(model.image_size))
@@ -142,7 +142,7 @@ def _asked(model: Segmentor, rules: Protocol) -> Callable[[Tensor], Tensor]:
 
 
 def _upsampled(model: Segmentor, order: str, images: Tensor) -> Tensor:
-    """Scores with the masks upsampled before they are mixed (`masks`) or after (`scores`); a method without masks has one way."""
+    """Return scores, masks upsampled before combining them (`masks`) or after (`scores`); without masks there is one way."""
     found = model.masks(images)
     if found is None:
         scores: Tensor = model(images)

@@ -61,5 +61,5 @@ class Stops:
             raise self.error()
 
     def error(self) -> BaseException:
-        """What the signal raises."""
+        """Return the exception that the signal raises."""
         return KeyboardInterrupt() if self.asked in (signal.SIGINT, None) else Terminated(self.asked)

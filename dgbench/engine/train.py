@@ -232,7 +232,7 @@ def _record(
     *,
     write: bool,
 ) -> results.Record:
-    """The record of a complete training; of a resumed one, seconds and speed are those of its last part.
+    """Return the record of a complete training; if it was resumed, seconds and speed are those of its last part.
 
     One that these weights have already is returned; a kill may have come before it was written.
     """
@@ -294,12 +294,12 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
 
 
 def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
-    """sha256 of the weights that a training began with: of `train.init` as `init`, or of its towers."""
+    """Return the sha256 of the weights that a training started from: of `train.init` as `init`, or of its towers."""
     return _tower_weights(recipe) if recipe.train.init is None else {"init": made.init}
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
+    """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # trunks that no table of towers has
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
@@ -307,7 +307,7 @@ def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
-    """The recipe that the settings were made for, where that is one with other towers."""
+    """Return the recipe that the settings were made for, if that is one with other towers."""
     name = settings_of(recipe.name, recipe.method.options)
     return {"settings_of": name} if name else {}
 
@@ -326,7 +326,7 @@ def _source(recipe: Recipe, root: Path | None) -> SegDataset | Union:
 
 
 def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> checkpoints.Seen | None:
-    """What is trained on; None for the rest of a training whose beginning did not say it.
+    """Return the source of the training; None when resuming a training that did not record it.
 
     Raises: CheckpointError if the beginning saw other images.
     """
@@ -349,7 +349,7 @@ def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> ch
 
 
 def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tuple[Segmentor, str | None]:
-    """The model as the training, or its rest, begins with it, and the SHA-256 of the weights that `train.init` gave."""
+    """Return the model at the start of the training (or of its rest), and the SHA-256 of `train.init`'s weights."""
     seed, init = recipe.train.seed, before.init if before else None
     set_seed(seed)
     if checkpoint is not None:
@@ -398,7 +398,7 @@ def _check_resumable(recipe: Recipe, run: Path, root: Path | None) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One 31-bit seed from several numbers."""
+    """Return one 31-bit seed from several numbers."""
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

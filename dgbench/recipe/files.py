@@ -108,7 +108,7 @@ def resolve(
 
 
 def settings_of(name: str, options: Mapping[str, Any]) -> str | None:
-    """The shipped recipe of this name, if its settings were made for other towers than a method's options name; else None."""
+    """Return the shipped recipe of this name if its settings were made for other towers than the given ones, else None."""
     if name not in recipe_names():
         return None
     has = _peek(name)
@@ -116,7 +116,7 @@ def settings_of(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def setting(key: str, content: Any) -> str:
-    """`key=value` that reads back as this value."""
+    """Return `key=value` that reads back as this value."""
     if isinstance(content, list):
         return f"{key}=[{', '.join(setting('', item)[1:] for item in content)}]"
     return f"{key}={content if isinstance(content, int) or _PLAIN.fullmatch(content) else json.dumps(content)}"
@@ -137,7 +137,7 @@ def _domain(source: str | Sequence[str] | None, root: Path | None) -> str | None
 
 
 def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-    """The method as it is spelled, and its shipped recipes."""
+    """Return the method's name in its own spelling, and its shipped recipes."""
     rows = [(name, _peek(name)) for name in recipe_names()]
     methods = {row["method"] for _, row in rows if row["method"]}
     known = spelled(method, methods)
@@ -150,7 +150,7 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
 
 
 def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """A tower as it is spelled.
+    """Return a tower's name in its own spelling.
 
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
@@ -175,7 +175,7 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
 
 
 def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]]]) -> Sequence[tuple[str, dict[str, str]]]:
-    """The recipes that serve these towers: their own, else those of one family and size, of one size, or as much trained."""
+    """Return the recipes for these towers: their own, else of the same family and size, the same size, or trained the same."""
     near = list(rows)
     for kind in ("vlm", "vfm", "backbone"):
         if asked := towers.get(kind):
@@ -189,7 +189,7 @@ def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]
 
 
 def _remoteness(asked: str, has: str) -> int:
-    """How far the settings for one tower are from those for another: 0 for the same tower."""
+    """Return how much the settings for one tower differ from those for another: 0 for the same tower."""
     from mfuser.towers.table import TOWERS
 
     if _same_tower(asked, has):
@@ -204,7 +204,7 @@ def _remoteness(asked: str, has: str) -> int:
 
 
 def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """The recipe that a method's name stands for among these.
+    """Return the recipe that is meant by a method's name alone.
 
     Raises: RecipeError for several that are equally near.
     """
@@ -243,7 +243,7 @@ def _listed(source: Any) -> str:
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The file of a recipe's name, in capitals or not, or of a path.
+    """Return the file of a recipe's name, in lower or upper case, or of a path.
 
     Raises: RecipeError if there is none.
     """
@@ -260,12 +260,12 @@ def locate(name_or_path: str | Path) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """What a recipe without a `name` is called."""
+    """Return the default name of a recipe without a `name`."""
     return path.relative_to(recipes_dir()).with_suffix("").as_posix() if is_shipped(path) else path.stem
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether a file came with the package."""
+    """Return whether a file came with the package."""
     return path.is_relative_to(recipes_dir())
 
 
@@ -303,7 +303,7 @@ _UNSEALED = re.compile(rb"# Resolved recipe [^\n]*, hash [0-9a-f]{12}\.\n.*", re
 
 
 def sealed(head: str, text: str) -> str:
-    """A run's `recipe.yaml`: `head` and the digest of all the rest in the first line, then the recipe."""
+    """Return a run's `recipe.yaml`: `head` and the digest of the rest in the first line, then the recipe."""
     digest = hashlib.sha256(f"{head}\n{text}".encode()).hexdigest()
     return f"{head}, sha256 {digest}.\n{text}"
 
@@ -358,7 +358,7 @@ class Given:
     option: str  # `--set train.steps`, or `--vlm`
 
     def covers(self, keys: Sequence[str | int]) -> bool:
-        """Whether a problem at `keys` is about what was set: at the key, within its value, or of a section that holds it."""
+        """Return whether a problem at `keys` concerns what was set: at the key, within its value, or in its section."""
         shared = min(len(self.keys), len(keys))
         return bool(keys) and self.keys[:shared] == tuple(keys[:shared])
 

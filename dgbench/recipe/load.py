@@ -73,7 +73,7 @@ def _listed(head: str, problems: Sequence[Problem]) -> str:
 
 
 def _where(path: Path, given: Sequence[Given], problems: Sequence[Problem]) -> str:
-    """What to change: the options that set the keys at fault, and the file that holds the others."""
+    """Return what to change: the options that set the wrong keys, and the file with the others."""
     options = [one.option for one in given if any(one.covers(problem.keys) for problem in problems)]
     steps = [f"check {', '.join(dict.fromkeys(options))}"] if options else []
     if any(not any(one.covers(problem.keys) for one in given) for problem in problems):

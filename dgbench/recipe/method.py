@@ -59,7 +59,7 @@ def spell(content: dict[str, Any]) -> None:
 
 
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
+    """Return problems of a method's name, its keys and its towers, as far as possible without importing torch."""
     from mfuser.methods import backbone_names, names, option_names
     from mfuser.towers.table import TIMM, TOWERS, with_text
 
@@ -94,7 +94,7 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
 
 
 def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """A method with every option written out, or what is wrong with those that are given. This imports the method and torch."""
+    """Return a method with every option written out, or the problems of the given ones. This imports the method and torch."""
     import mfuser
 
     name = method["name"]

@@ -29,7 +29,7 @@ def progress(*, quiet: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def transfers(*, quiet: bool = False) -> Iterator[Bars]:
-    """Within, downloads are told on stderr: on a terminal a bar each, elsewhere lines; --quiet silences other libraries, too."""
+    """Show downloads on stderr: a bar each on a terminal, else lines; --quiet silences other libraries, too."""
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not quiet:
@@ -134,7 +134,7 @@ class _TransferLines:
         note(text)
 
     def close(self) -> None:
-        """Nothing is drawn that would have to end."""
+        """Do nothing: no bar is drawn."""
 
 
 def _fields(values: Mapping[str, float | str]) -> str:

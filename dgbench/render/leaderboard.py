@@ -37,7 +37,7 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
-    """A row for each model of each table, which are numbered: what it is, its scores and, of each, whether it is partial."""
+    """Return a row for each model of each numbered table: what it is, its scores and whether each is partial."""
     return [
         flat_row(
             row,
@@ -140,7 +140,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _settings(row: Row) -> str:
-    """`streets/mfuser, train.steps=40, seed 1`; without known settings what the hash form says, which comes next."""
+    """Return `streets/mfuser, train.steps=40, seed 1`; for unknown settings the text for the hash that follows."""
     texts = [f"seed {value}" if key == "train.seed" else f"{key}={_short(value)}" for key, value in row.settings.items()]
     return ", ".join([row.recipe, *texts]) if texts else _hash(row)
 
@@ -245,7 +245,7 @@ def expected_tables(found: Expected) -> list[Table]:
 
 
 def expected_rows(found: Expected) -> list[FlatRow]:
-    """A row for each score that a range is known of, or one that says why there is none."""
+    """Return a row for each score with an expected range, or one that says why there is none."""
     if found.reason:
         return [{"recipe": found.recipe, "reason": found.reason}]
     return [

@@ -25,7 +25,7 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def may_draw() -> bool:
-    """Whether stdout may be what Rich takes for a terminal; else its import, a fifth of a short command, is spared."""
+    """Return whether Rich may treat stdout as a terminal; if not, its import, a fifth of a short command, is saved."""
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE"))
 
 

@@ -112,7 +112,7 @@ def ablation(records: Iterable[Record], fits: Callable[[str, str], bool] = lambd
 
 
 def _mean(recipe: Recipe, scored: Iterable[Record]) -> float | None:
-    """Over the recipe's targets, by the newest record of each; None unless all are there in full."""
+    """Return the mean over the recipe's targets, by the newest record of each; None unless all are complete."""
     found: dict[str, Record] = {}
     for record in sorted(scored, key=lambda record: (record.created, record.id)):
         if record.complete and record.protocol == recipe.eval.protocol:

@@ -58,7 +58,7 @@ def _enters(model: Scored, own: frozenset[str], columns: frozenset[str]) -> bool
 
 
 def _named(models: Sequence[Scored]) -> list[frozenset[str]]:
-    """The set of targets of each model's recipe; of unknown recipes the nearest that is known, else what is usual."""
+    """Return the set of targets of each model's recipe; for unknown recipes the nearest known set, else the usual one."""
     known = Counter(frozenset(model.named) for model in models if model.named is not None)
     ranked = [own for own, _ in known.most_common()]
     rest = [model for model in models if model.named is None and not any(own <= model.full for own in ranked)]
@@ -70,7 +70,7 @@ def _named(models: Sequence[Scored]) -> list[frozenset[str]]:
 
 
 def _usual(models: Sequence[Scored]) -> frozenset[str]:
-    """The set that fills the most cells with models scored on all of it; severities that not all were scored on apart."""
+    """Return the set that fills most cells with models scored on all of it; severities only if all were scored on them."""
     scored = [model.full for model in models if model.full] or [model.some for model in models]
     if not scored:
         return frozenset()

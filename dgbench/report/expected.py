@@ -156,7 +156,7 @@ def mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 
 def _published_set(record: Record) -> bool:
-    """Whether both what was trained on and what was scored are the published images, all and no others."""
+    """Return whether training and scoring used exactly the published images."""
     trained = not record.source_rendered and record.source_complete is not False
     return trained and record.complete and not record.n_extra and not record.rendered
 

@@ -46,7 +46,7 @@ class _Model:
         return self.newest.method, self.newest.variant, self.newest.recipe_hash
 
     def source_images(self) -> tuple[int, int]:
-        """How many images it was trained on, and how many its source has; (0, 0) if these are equal, or unknown."""
+        """Return the number of training images and that of its source; (0, 0) if these are equal, or unknown."""
         record = next((r for r in self.records.values() if r.source_complete is False), None)
         return (0, 0) if record is None else (record.source_images, record.source_available)
 
@@ -109,7 +109,7 @@ def _age(record: Record) -> tuple[str, str]:
 
 
 def _whole(record: Record) -> bool:
-    """Whether the images that were scored are those of the published split, all and no others."""
+    """Return whether exactly the images of the published split were scored."""
     return record.complete and not record.n_extra
 
 
@@ -153,7 +153,7 @@ def _read_settings(models: Iterable[_Model]) -> None:
 
 
 def _belongs(reference: Reference, measured: Measured, hashes: Mapping[str, str]) -> bool:
-    """Whether a reference was scored as the models of a group were."""
+    """Return whether a reference was scored as the models of a group were."""
     shared = hashes.keys() & reference.hashes.keys()
     same = all(hashes[column] == reference.hashes[column] for column in shared)
     return reference.measured == measured and same
@@ -240,7 +240,7 @@ def _group(
 
 
 def _table_order() -> Order:
-    """Columns follow the table of domains, a severity its domain, whatever order they were scored in."""
+    """Order columns as in the table of domains, a severity after its domain, independently of when they were scored."""
     known = {name: place for place, name in enumerate(names())}
     return lambda column: (known.get(column.partition("@")[0], len(known)), column)
 

@@ -21,10 +21,10 @@ class Plan:
     tram: bool
 
     def shift(self, z: float) -> float:
-        """How far the street has bent to the right at z."""
+        """Return how far the street has bent to the right at z."""
         ahead = max(z, 0.0)
         return self.bend * ahead * ahead
 
     def edge(self, side: float) -> float:
-        """x of the far edge of the sidewalk on a straight street."""
+        """Return x of the far edge of the sidewalk on a straight street."""
         return side * (self.half + self.verge[side] + self.sidewalk[side])

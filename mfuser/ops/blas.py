@@ -49,7 +49,7 @@ def cublas() -> ctypes.CDLL:
 
 
 def _mapped() -> list[str]:
-    """The paths of libraries in this process that are called like cuBLAS."""
+    """Return the paths of libraries in this process that are named like cuBLAS."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def compute_type(dtype: torch.dtype) -> int:
 
 
 def sums_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether the user forbids that partial sums of products are added in bf16 or fp16."""
+    """Return whether the user forbids that partial sums of products are added in bf16 or fp16."""
     matmul = torch.backends.cuda.matmul
     if dtype is torch.bfloat16:
         return not matmul.allow_bf16_reduced_precision_reduction

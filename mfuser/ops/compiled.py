@@ -270,7 +270,7 @@ def build(
 
 
 def sources_dir() -> Path:
-    """The folder of the kernel sources: at the repository's top level, and inside the package in a wheel."""
+    """Return the folder of the kernel sources: at the repository's top level, and inside the package in a wheel."""
     package = Path(__file__).parents[1]
     packaged = package / "cuda"
     return packaged if packaged.is_dir() else package.parent / "cuda"
@@ -278,7 +278,7 @@ def sources_dir() -> Path:
 
 @functools.cache
 def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
-    """The library, or why there is none. The arguments are those variables of the environment that decide where it is."""
+    """Return the library, or why there is none. The arguments are the environment variables that decide its path."""
     sources = sources_dir()
     if not _kernels(sources):
         return f"there are no kernel sources in {sources}"
@@ -312,7 +312,7 @@ def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
 
 
 def _architecture() -> str:
-    """The current GPU's "sm_<number>", or why there is none."""
+    """Return the current GPU's "sm_<number>", or why there is none."""
     if torch.version.cuda is None:
         return "this torch build has no CUDA"
     if not torch.cuda.is_available():
@@ -339,7 +339,7 @@ def _parsed(architecture: str) -> tuple[int, int, str]:
 
 
 def _runs(built: str, present: str) -> bool:
-    """Machine code runs on later minor versions of its architecture; that of sm_90a and the like on its own alone."""
+    """Return whether machine code runs: also on later minor versions of its architecture, but that of sm_90a on its own only."""
     (major, minor, special), (gpu_major, gpu_minor, _) = _parsed(built), _parsed(present)
     return major == gpu_major and (minor == gpu_minor if special else minor <= gpu_minor)
 
@@ -357,7 +357,7 @@ def _folder(sources: Path) -> Path:
 
 
 def _built(sources: Path) -> list[Path]:
-    """The libraries of these sources, the newest first."""
+    """Return the libraries of these sources, the newest first."""
     return sorted(_folder(sources).glob("sm_*-cuda*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -406,7 +406,7 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
 
 @contextmanager
 def _tether() -> Iterator[tuple[int, Callable[[], None]]]:
-    """A standard input for `child.py`, and what kills all commands that have it; the end of this process does, too."""
+    """Yield a standard input for `child.py`, and a function that kills all commands that have it, as our end does."""
     line, held = os.pipe()
     with os.fdopen(line, "rb", 0), os.fdopen(held, "wb", 0) as end:
         yield line, end.close

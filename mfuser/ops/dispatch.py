@@ -178,7 +178,7 @@ def named(op: str, requested: str) -> str:
 
 
 def _wanted(op: str, requested: str) -> str:
-    """The one name that `requested` has for `op`."""
+    """Return the one name that `requested` has for `op`."""
     if "=" not in requested:
         return requested
     names = {}
@@ -192,7 +192,7 @@ def _wanted(op: str, requested: str) -> str:
 
 
 def watched() -> bool:
-    """Whether someone looks at operators: a compiler, the tracer of `torch.jit`, or a mode that counts or fakes them.
+    """Return whether operators are traced: by a compiler, `torch.jit`, or a mode that counts or fakes them.
 
     Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
     """

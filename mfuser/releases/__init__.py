@@ -41,5 +41,5 @@ class Release:
         return " + ".join(self.options.values())
 
     def is_dead(self, key: str) -> bool:
-        """Whether a tensor of such a checkpoint is one that nothing reads."""
+        """Return whether a tensor of such a checkpoint is unused."""
         return any(re.search(pattern, key) for pattern in self.dead)

@@ -60,7 +60,7 @@ class DownloadError(WeightsNotFound):
 
 
 def models() -> list[Model]:
-    """Every tower, by its name in recipes and in `dgbench download`."""
+    """Return every tower, by its name in recipes and in `dgbench download`."""
     found: list[Model] = []
     for name, row in TOWERS.items():
         if (file := row.weights) is None:  # trained from scratch
@@ -89,13 +89,13 @@ def check_token() -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text with the addresses in it (HF_ENDPOINT's, a proxy's) shorn of name and password, and of what follows `?`."""
+    """Return a text whose URLs (HF_ENDPOINT's, a proxy's) are without name, password and query string."""
     bare = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
     return re.sub(r"(://[^\s?#'\"`]*)\?[^\s#'\"`]*", r"\1?...", bare)
 
 
 def offline() -> str | None:
-    """The variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
+    """Return the variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
     from huggingface_hub import constants
 
     if os.environ.get("DGBENCH_OFFLINE") == "1":
@@ -158,7 +158,7 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
 
 
 def transport_error() -> type[Exception]:
-    """The error of the HTTP library beneath huggingface_hub, which is not the same one in all its versions."""
+    """Return the error class of the HTTP library that huggingface_hub uses, which depends on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception))
@@ -210,7 +210,7 @@ def _remove(path: Path) -> None:
 
 
 def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
-    """The error as a user can act on it."""
+    """Return the error in words that a user can act on."""
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 

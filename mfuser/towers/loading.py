@@ -64,7 +64,7 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
 def taken(
     tower: str, part: str, module: nn.Module, state: Mapping[str, Tensor], file: Path
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a part of a tower from its published file, and the file's names that they come from.
+    """Return the tensors of a part of a tower from its published file, and the file's names that they come from.
 
     Raises: ValueError naming the tensor that is missing or does not fit.
     """
@@ -104,7 +104,7 @@ def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int, gr
 
 
 def resampled_positions(table: Tensor, grid: tuple[int, int], prefix: int, mode: str) -> Tensor:
-    """Position table (prefix + s*s, C) of a square grid to (prefix + rows * columns, C); class rows are kept.
+    """Resample a square grid's position table (prefix + s*s, C) to (prefix + rows * columns, C); class rows are kept.
 
     Raises: ValueError if the table is not a square's.
     """

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Within, parameters of new modules are on the meta device; buffers are real."""
+    """Put parameters of new modules on the meta device, within the context; buffers are real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

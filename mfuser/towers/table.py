@@ -1,5 +1,7 @@
-"""The table of towers: a row says how a tower is built, where its weights are, how their file names its tensors, and what
-text tower it has. Nothing heavy is imported for it.
+"""The table of towers.
+
+A row says how a tower is built, where its weights are, how their file names its tensors, and which text encoder it has.
+Importing it needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class HubFile:
         return path if path.exists() else None
 
     def sha256(self) -> str | None:
-        """64 hex digits of the file in the local Hub cache, read as a whole; None if it is not there."""
+        """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""
         if (path := self.where) is None:
             return None
         with path.open("rb") as file:
@@ -325,12 +327,12 @@ _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transf
 
 
 def with_text() -> list[str]:
-    """The towers that have a text tower, too, and can stand for `vlm`."""
+    """Return the towers that also have a text encoder and can be used as `vlm`."""
     return [name for name, row in TOWERS.items() if row.text]
 
 
 def tower(name: str) -> Tower:
-    """The row of a tower: one of TOWERS, or for `timm:<model>` what timm says of it.
+    """Return the row of a tower: one of TOWERS, or for `timm:<model>` one made from timm's description.
 
     Raises: ValueError for a name that neither knows, and for a model that is no plain transformer.
     """

@@ -91,7 +91,7 @@ def _attend_bwd(
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """`gradient` in the type and layout that the fake kernel promises; a copy only where it has another."""
+    """Return `gradient` in the type and layout that the fake kernel promises; a copy only if it has another."""
     if gradient.dtype == tensor.dtype and gradient.stride() == torch.empty_like(tensor, device="meta").stride():
         return gradient
     return torch.empty_like(tensor).copy_(gradient)

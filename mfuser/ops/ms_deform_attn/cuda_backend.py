@@ -135,10 +135,10 @@ def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    """`tensor.contiguous()`, which takes long even where there is nothing to do."""
+    """Return `tensor.contiguous()`, which is slow even if there is nothing to do."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _rows(value: Tensor) -> Tensor:
-    """`value` with the channels of a row next to each other."""
+    """Return `value` with the channels of a row next to each other."""
     return value if value.stride(3) == 1 else value.contiguous()

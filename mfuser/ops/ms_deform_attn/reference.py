@@ -44,8 +44,11 @@ def _precise(value: Tensor) -> torch.dtype:
 
 
 def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield, per scale and corner: the scale, the cells' values (B, Q, M, P, D), their bilinear shares (B, Q, M, P), the
-    shares' slopes by location (B, Q, M, P, 2) and the cells' rows in `value` (B, Q, M, P)."""
+    """Yield the four neighbours of each point, per scale and corner.
+
+    They are the scale, the cells' values (B, Q, M, P, D), their bilinear shares (B, Q, M, P), the shares' derivatives by
+    location (B, Q, M, P, 2) and the cells' rows in `value` (B, Q, M, P).
+    """
     precise = _precise(value)
     batch = torch.arange(len(value), device=value.device)[:, None, None, None]
     head = torch.arange(value.shape[2], device=value.device)[:, None]

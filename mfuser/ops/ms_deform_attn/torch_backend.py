@@ -49,7 +49,7 @@ def _precise(value: Tensor) -> torch.dtype:
 
 
 def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """Inner products of dout[i] with table[rows[i, j]]: (I, D), (R, D), (I, J) -> (I, J)."""
+    """Return inner products of dout[i] with table[rows[i, j]]: (I, D), (R, D), (I, J) -> (I, J)."""
     step = len(dout) if dout.device.type != "cpu" else max(1, _CHUNK // (rows.shape[1] * dout.shape[1]))
     out = dout.new_empty(rows.shape)
     for start in range(0, len(dout), step):
@@ -85,7 +85,7 @@ class _Points:
         self.base = (row * self.width).add_(column).mul_(self.heads).add_((image + table[..., 2]) * self.heads + head)
 
     def table(self, value: Tensor) -> Tensor:
-        """(B, cells, M, D) -> rows of a bordered table (B * bordered cells * M, D)."""
+        """Return (B, cells, M, D) as rows of a bordered table (B * bordered cells * M, D)."""
         maps, start = [], 0
         for height, width in self.shapes:
             part = value[:, start : start + height * width].to(self.fraction.dtype).unflatten(1, (height, width))
@@ -94,13 +94,13 @@ class _Points:
         return torch.cat(maps, 1).flatten(0, 2)
 
     def rows(self) -> Tensor:
-        """Table rows of the four neighbours: (B Q M, S P 4)."""
+        """Return table rows of the four neighbours: (B Q M, S P 4)."""
         down = self.width * self.heads  # (S, 1)
         steps = torch.stack([torch.zeros_like(down), torch.full_like(down, self.heads), down, down + self.heads], -1)
         return (self.base[..., None] + steps).reshape(self.base.shape[:3].numel(), -1)
 
     def shares(self, weights: Tensor) -> Tensor:
-        """The neighbours' bilinear shares times the points' weights: (B Q M, S P 4)."""
+        """Return the neighbours' bilinear shares times the points' weights: (B Q M, S P 4)."""
         x, y = self.fraction.unbind(-1)
         out = weights.new_empty(*weights.shape, 4)
         lower = weights * y
@@ -112,7 +112,7 @@ class _Points:
         return out.view(weights.shape[:3].numel(), -1)
 
     def slope(self) -> Tensor:
-        """Cells per unit of location; none beyond the border, where all is zero: (B, Q, M, S, P, 2)."""
+        """Return cells per unit of location; none beyond the border, where all is zero: (B, Q, M, S, P, 2)."""
         return self.size * ((self.at > -1) & (self.at < self.size))
 
     def scatter(self, dout: Tensor, weights: Tensor) -> Tensor:

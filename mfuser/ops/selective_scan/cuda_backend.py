@@ -62,12 +62,12 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward`: the state before every 16th step, (B, ceil(L / 16), D, N), padded."""
+    """Return the shape of what `forward` stores for `backward`: every 16th state, (B, ceil(L / 16), D, N), padded."""
     return kept_shape(*u.shape[:2], *A.shape)
 
 
 def kept_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
-    """The same by sizes."""
+    """Return the same by sizes."""
     return batch, -(-length // _SUB), _fours(dim), _fours(state)
 
 
@@ -130,7 +130,7 @@ def backward(
 def sized(
     batch: int, length: int, dim: int, state: int, multiprocessors: int, *, backward: bool
 ) -> tuple[Params, tuple[tuple[str, int], ...], int]:
-    """What a launch takes for a shape, whose dim and state are multiples of four.
+    """Return the arguments of a launch for a shape, whose dim and state are multiples of four.
 
     Returns: the arguments that are sizes (to be copied); the names and byte offsets of those that are scratch memory, and
     how many bytes that is.
@@ -238,7 +238,7 @@ class _Call:
     # `empty_like` alone takes a third of the time of an allocation by shape, type and device
 
     def tokens(self, name: str, like: Tensor) -> Tensor:
-        """An output (B, L, channels) as `like`, contiguous unless it is cut."""
+        """Return an output (B, L, channels) as `like`, contiguous unless it is cut."""
         batch, length, channels = like.shape
         if channels % 4:
             return self._point(name, like.new_empty(batch, length, _fours(channels), dtype=self.dtype))[..., :channels]
@@ -247,7 +247,7 @@ class _Call:
         return self._point(name, like.new_empty(batch, length, channels, dtype=self.dtype))
 
     def states(self, name: str, A: Tensor, *batch: int) -> Tensor:
-        """An output (D, N) like A, or (batch, D, N)."""
+        """Return an output (D, N) like A, or (batch, D, N)."""
         if self.wide_dim != self.dim or self.wide_state != self.state:
             return self.buffer(name, *batch, self.wide_dim, self.wide_state)[..., : self.dim, : self.state]
         if batch or A.dtype is not torch.float32 or not A.is_contiguous():
@@ -255,14 +255,14 @@ class _Call:
         return self._point(name, torch.empty_like(A))
 
     def channels(self, name: str, given: Tensor | None) -> Tensor | None:
-        """An output (D,), None where its input is; the kernels write it in any case."""
+        """Return an output (D,), None where its input is; the kernels write it in any case."""
         if given is not None and given.dtype is torch.float32 and self.wide_dim == self.dim and given.is_contiguous():
             return self._point(name, torch.empty_like(given))
         whole = self.buffer(name, self.wide_dim)
         return None if given is None else whole[: self.dim]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """A buffer in fp32."""
+        """Return a buffer in fp32."""
         return self._point(name, torch.empty(*shape, dtype=torch.float32, device=self.u.device))
 
     def _point(self, name: str, tensor: Tensor) -> Tensor:
@@ -307,12 +307,12 @@ def _fours(size: int) -> int:
 
 
 def _channels(state: int, *, backward: bool) -> int:
-    """Channels per block."""
+    """Return the channels per block."""
     return next(channels[backward] for most, channels in _CHANNELS.items() if state <= most)
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many the tensor's GPU has; 1 for a CPU."""
+    """Return the number of multiprocessors of the tensor's GPU; 1 for a CPU."""
     return _multiprocessors(tensor.get_device()) if tensor.is_cuda else 1
 
 
@@ -322,6 +322,6 @@ def _multiprocessors(index: int) -> int:
 
 
 def _common(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of all activations, or fp32 where they differ: none is rounded."""
+    """Return the dtype of all activations, or fp32 where they differ: none is rounded."""
     found = {tensor.dtype for tensor in tensors if tensor is not None}
     return found.pop() if len(found) == 1 else torch.float32

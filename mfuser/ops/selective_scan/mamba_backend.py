@@ -51,7 +51,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: x, (B, D, chunks, 2 N)."""
+    """Return the shape of what `forward` stores for `backward`: x, (B, D, chunks, 2 N)."""
     return (u.shape[0], u.shape[2], -(-u.shape[1] // _CHUNK), 2 * A.shape[1])
 
 
@@ -108,7 +108,7 @@ def backward(
 def _arguments(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
 ) -> tuple[Any, ...]:
-    """The first arguments of both functions, in their layout and types."""
+    """Return the first arguments of both functions, in their layout and types."""
     dtype = u.dtype
     for tensor in (delta, B, C, z):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: nothing."""
+    """Return the shape of what `forward` stores for `backward`: nothing."""
     return (0,)
 
 

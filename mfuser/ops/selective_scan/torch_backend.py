@@ -19,7 +19,7 @@ _DEVICE_BLOCK = 2**26
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: the state before each block, (blocks, B, N, D)."""
+    """Return the shape of what `forward` stores for `backward`: the state before each block, (blocks, B, N, D)."""
     return (-(-u.shape[1] // _block(u, A)), u.shape[0], A.shape[1], A.shape[0])
 
 
@@ -160,7 +160,7 @@ class _Steps:
         self.steps = self.whole.unbind(0) if x.device.type == "cpu" else ()
 
     def first(self, part: slice) -> Tensor:
-        """The part of the buffer that a block of this length uses."""
+        """Return the part of the buffer that a block of this length uses."""
         return self.whole[: part.stop - part.start]
 
     def take(self, value: Tensor) -> _Steps:
@@ -197,7 +197,7 @@ def _expand(
 
 
 def _scan(decay: _Steps, states: _Steps, length: int, h: Tensor) -> None:
-    """states[t] += decay[t] states[t-1] over the first `length` steps, with `h` before the first."""
+    """Compute states[t] += decay[t] states[t-1] over the first `length` steps, with `h` before the first."""
     if not states.steps:
         states.take(_scan_segments(decay.whole[:length], states.whole[:length], h))
         return
@@ -206,7 +206,7 @@ def _scan(decay: _Steps, states: _Steps, length: int, h: Tensor) -> None:
 
 
 def _scan_back(decay: _Steps, g: _Steps, length: int) -> None:
-    """g[t] += decay[t+1] g[t+1] over the first `length` steps, from last to first."""
+    """Compute g[t] += decay[t+1] g[t+1] over the first `length` steps, from last to first."""
     if not g.steps:
         # the same recurrence read backwards; nothing flows into the last step
         a, values = decay.whole[:length], g.whole[:length]
@@ -218,7 +218,7 @@ def _scan_back(decay: _Steps, g: _Steps, length: int) -> None:
 
 
 def _scan_segments(decay: Tensor, source: Tensor, h: Tensor) -> Tensor:
-    """The same recurrence in about 2 sqrt(T) steps: segments side by side from zero, then each one's end handed on."""
+    """Compute the same recurrence in about 2 sqrt(T) steps: segments in parallel from zero, then their last states in order."""
     length, rest = source.shape[0], source.shape[1:]
     width = max(1, math.isqrt(length))
     pad = -length % width
