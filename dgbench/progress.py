@@ -1,4 +1,4 @@
-"""How long work tells where it is. The engine speaks to this face; what is drawn is up to `dgbench.render`."""
+"""Interface by which the engine reports progress; `dgbench.render` implements what is drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Bars(Protocol):
     """Several transfers at once, each by its name; every method may be called from any thread."""
 
     def begin(self, name: str, total: int | None, done: int = 0) -> None:
-        """Begin a transfer of `total` bytes, None where nobody says, of which `done` are there from an earlier try."""
+        """Begin a transfer of `total` bytes (None: unknown), of which `done` are there from an earlier try."""
 
     def advance(self, name: str, n: int) -> None:
         """Count `n` more bytes as received; a negative number if a transfer started again."""

@@ -1,6 +1,6 @@
-"""Which device to run on, what it is called, and how much memory was used there.
+"""The device to run on, its name, and how much memory was used there.
 
-Torch is imported in the functions: the command line refuses a name without waiting for it.
+Torch is imported inside the functions, so that the command line can refuse a name without waiting for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NAME = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,3}))?")
-# devices that torch knows and nothing here was tried on; any other word is no device
+# devices that torch knows but dgbench was not tested on; any other word is no device
 _OTHERS = ("mps", "xpu", "meta", "hip", "xla", "npu", "hpu", "mtia", "vulkan", "privateuseone")
 _HINT = "use `cpu`, `cuda` or `cuda:1`"
 
@@ -73,7 +73,7 @@ def accelerator_on(device: torch.device, precision: str) -> Accelerator:
                 "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
             )
         return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    # its state is one a process, and would keep the device of an earlier training
+    # its state is shared in the process, and would keep the device of an earlier training
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(ACCELERATE_TORCH_DEVICE=str(device)):
         return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
@@ -101,7 +101,7 @@ def peak_gib(device: torch.device) -> float:
 
 def memory_refused(error: BaseException) -> str | None:
     """Return what the machine's memory (not a GPU's) was too small for; None if the error is something else."""
-    # torch's error for a GPU; OpenCV's own has that word in its text
+    # torch's class for a GPU; OpenCV's error contains this word in its text
     if type(error).__name__ == "OutOfMemoryError":
         return None
     words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")

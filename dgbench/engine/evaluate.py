@@ -79,7 +79,7 @@ def evaluate(
         include_source: score the validation split of each source that has one, too, first.
         protocol_name: score under this protocol instead of the recipe's.
 
-    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can mend. Domains scored before
+    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix. Domains scored before
         an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
     """
     on = pick_device(device)  # refused before any time is spent
@@ -97,7 +97,7 @@ def evaluate(
             d,
             "val",
             root=root,
-            # files are read as they are: what brings them to a size is the protocol's to choose
+            # files are read at their own size: resizing is defined by the protocol
             size=recipe.data.size if d.procedural else None,
             limit=recipe.data.val_images,
             label_map=protocol.label_map(rules, d),
@@ -109,11 +109,11 @@ def evaluate(
     with ExitStack() as stack:
         parts: list[partial.Partial] = []
         records = [_score(recipe, rules, found, dataset, run, on, progress, stack, parts) for dataset in datasets]
-        # all or none: an evaluation that is interrupted is gone on with, and leaves one record of each domain
+        # all or none: an interrupted evaluation is continued, and writes one record per domain
         for part in parts:
             part.remove()
     scored = [dict(part.about) for part in parts]
-    partial.tidy(run, lambda about: dict(about) in scored)  # begun with other code, or on another device
+    partial.tidy(run, lambda about: dict(about) in scored)  # started with other code, or on another device
     return records
 
 
@@ -235,7 +235,7 @@ def _score(
         dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
     )
-    part.save()  # with the id: whatever happens now, there will be one record
+    part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
     return results.write(record, run, counts, ids)
 
 
@@ -249,7 +249,7 @@ def _fill(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Score the images that are not done yet, in the batches in which all would be: a batch may decide the last bit."""
+    """Score the remaining images in the same batches as without an interruption, which may affect the last bit."""
     started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
     n, by = len(dataset), recipe.eval.batch_size
     whole = [list(range(i, min(i + by, n))) for i in range(0, n, by)]
@@ -296,7 +296,7 @@ def _fill(
                 part.save()
     mixed = ops.ran_since(ran)
     if any(earlier.get(op, name) != name for op, name in mixed.items()):
-        # another backend than before the interruption rounds otherwise
+        # a different backend than before the interruption would round differently
         part.restart()
         _fill(part, recipe, rules, model, dataset, size, device, progress)
 
@@ -310,7 +310,7 @@ def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
 
 
 def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
-    """Return one line that names the classes whose IoU a few images decide, with their number of images."""
+    """Return a warning that names the classes which occur in few images, with their number of images."""
     first = sorted(few, key=lambda k: (few[k], k))[:6]
     named = ", ".join(f"{labels.CLASSES[k].name} ({few[k]})" for k in first)
     if len(few) > len(first):
@@ -322,7 +322,7 @@ def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
 
 
 def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol) -> dict[str, float | str | None]:
-    """Return the means over fewer classes that a source's papers report: SYNTHIA cannot teach 3 of the 19."""
+    """Return the means over fewer classes that a source's papers report: SYNTHIA lacks 3 of the 19."""
     subsets = (16, 13) if source == "synthia" else ()
     return {f"miou{n}": metrics.miou(total, classes=protocol.CLASS_SETS[n], absent=rules.absent_classes) for n in subsets}
 

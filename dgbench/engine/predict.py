@@ -34,7 +34,7 @@ _OVERLAY = "-overlay"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was found in one photograph."""
+    """Classes found in one photograph."""
 
     photo: Path
     overlay: Path
@@ -43,12 +43,12 @@ class Prediction:
 
 
 def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None = None) -> list[Prediction]:
-    """Write an overlay with a legend for each photograph, as a viewer shows it: turned as its EXIF says.
+    """Write an overlay with a legend for each photograph, with its EXIF orientation applied.
 
     Args:
         photos: image files of any size, or folders of them.
         run: a run folder or a saved model.
-        out: the overlay's file for one photograph, or a folder. Photographs of one name are told apart by their folders.
+        out: the overlay's file for one photograph, or a folder. For photographs of the same name, their folders are added.
 
     Raises: DataError naming every file that cannot be read, before anything is written; CheckpointError.
     """
@@ -60,7 +60,7 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
     targets = _targets(photos, out) if to_folder else [out]
     if over := next((target for target in targets if _place(target) in {_place(photo) for photo in photos}), None):
         raise DataError(f"{over} is one of the photographs: its overlay would replace it", "give another --out")
-    _refuse_unreadable(photos)  # all of them first: a bad file costs no model time
+    _refuse_unreadable(photos)  # all of them first, before the model is loaded
     on = pick_device(device)
     model = checkpoints.load_model(run).to(on)
     height = _trained_height(run)
@@ -142,7 +142,7 @@ def _refuse_unreadable(photos: Sequence[Path]) -> None:
 def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
     """Return (H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
-    `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
+    `height` is the image height that the model was trained at: the photograph is resized to it first, and in any case
     to at least the model's window.
     """
     crop = model.image_size
@@ -165,7 +165,7 @@ def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.dev
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
     if size == full:
         return first_of_bands(model, pixels, model.image_size, window_stride(model.image_size), device)
-    if _area(size) > max(LARGE, _area(full)):  # a stripe, brought to the window
+    if _area(size) > max(LARGE, _area(full)):  # a long narrow image, resized to the window
         shrink = math.sqrt(LARGE / _area(size))
         smaller = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
         _warn(

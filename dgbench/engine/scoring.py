@@ -1,4 +1,4 @@
-"""How a protocol lets a model look at an image: windows or the whole, where masks are upsampled, mirrored and scaled."""
+"""Scoring of images as a protocol defines it: by windows or as a whole, with upsampling, flips and scales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STRIP = 1 << 26  # scores, one number each, that are held of a large image
 
 
 def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
-    """Return the train ids (B, *grid) of a batch of images of one size: what `score` puts first.
+    """Return the train ids (B, *grid) of a batch of images of one size: the argmax of `score`.
 
     Images of more than `LARGE` pixels go one by one, and in parts: the same windows and weights, for which a score may
     differ in its last bit.

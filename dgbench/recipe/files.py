@@ -1,4 +1,4 @@
-"""Where recipes come from: shipped ones by name, method or flags, files with their parents, and values set on top of them."""
+"""Lookup of recipes: shipped ones by name, method or flags, files with their parents, and values set on top of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dgbench.yaml_text import field_type, parse, value
 
 RESOLVED = "recipe.yaml"  # of a run
 
-# keys that options of their own set
+# keys with command-line options of their own
 FLAGS = {
     **{f"method.{kind}": f"--{kind}" for kind in ("vlm", "vfm", "backbone")},
     "data.source": "--source",
@@ -80,7 +80,7 @@ def resolve(
 ) -> tuple[str, list[str]]:
     """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
 
-    A method's name picks among its recipes by the flags; whatever the picked recipe does not already say is overridden. A
+    For a method's name, one of its recipes is chosen by the flags; flags that differ from the chosen recipe override it. A
     tower without a recipe of its own takes that of the nearest tower, and a warning says so.
 
     Raises: RecipeError for an unknown name or tower, or a method that has no such tower.
@@ -96,7 +96,7 @@ def resolve(
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
     near, domain = _nearest(towers, rows), _domain(source, root)
     on_it = [(found, row) for found, row in near if row["source"] == domain]
-    # where no recipe of this method trains on that source: its usual one with the source changed
+    # if no recipe of this method trains on that source: its default one with the source changed
     found = _first(method, on_it or near)
     has = _peek(found)
     changed = {f"method.{kind}": text for kind, text in towers.items() if not _same_tower(text, has[kind])}
@@ -280,7 +280,7 @@ def with_parent(path: Path) -> dict[str, Any]:
         return child
     if not isinstance(parent_name, str):
         raise RecipeError(f"{path}: extends: expected one file name, got {parent_name!r}", "a recipe has one parent")
-    # a parent lies beside its child, or among the shipped ones
+    # a parent is in the folder of its child, or among the shipped ones
     places = [path.parent / parent_name, recipes_dir() / parent_name]
     parent_path = next((place for place in places if place.is_file()), None)
     if parent_path is None:
@@ -316,30 +316,30 @@ def _check_seal(path: Path) -> None:
     parts = _SEALED.fullmatch(content)
     if parts is None or hashlib.sha256(parts[1] + b"\n" + parts[3]).hexdigest().encode() != parts[2]:
         raise RecipeError(
-            f"{path} is damaged or was changed: its text is not what its first line says",
-            "restore it; if the change is meant, remove the first line",
+            f"{path} is damaged or was changed: its text does not match the digest in its first line",
+            "restore it; if you changed it on purpose, remove the first line",
         )
 
 
 def _read(path: Path) -> dict[str, Any]:
     from dgbench.recipe.model import Recipe
 
-    if path.name == RESOLVED:  # copies under other names are there to be changed
+    if path.name == RESOLVED:  # copies under other names may be changed
         _check_seal(path)
     content = parse(path, RecipeError, "recipes/streets/mfuser.yaml", Recipe)
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("domains"), list):
-        # files lie beside the recipe that names them
+        # paths are relative to the recipe that names them
         data["domains"] = [str(path.parent / file) if isinstance(file, str) else file for file in data["domains"]]
     return content
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` on top: mappings merge, everything else replaces."""
+    """Return `base` updated by `over`: mappings are merged, everything else is replaced."""
     result = dict(base)
     for key, content in over.items():
         below = base.get(key)
-        # another method's options would be nonsense for this one
+        # another method's options have no meaning for this one
         replaces = key == "method" and isinstance(content, dict) and isinstance(below, dict) and _other_method(below, content)
         both = isinstance(below, dict) and isinstance(content, dict)
         result[key] = _merged(below or {}, content) if both and not replaces else content
