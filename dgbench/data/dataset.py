@@ -1,7 +1,7 @@
-"""One class that reads every domain: an index of samples, each decoded to an RGB image and a map of train ids.
+"""The dataset class for all domains: an index of samples, each decoded to an RGB image and a map of train ids.
 
-Rendered domains are kept in the cache folder (`dgbench.data.rendered`). Files of other domains are read in place, with labels
-mapped on the fly and checked.
+Images of rendered domains are cached (`dgbench.data.rendered`). Files of other domains are read in place, with labels
+mapped and checked when they are read.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class SegDataset:
             antialiasing) and their labels are left as they are. None keeps files as they are; rendered domains then
             are 256x512.
         limit: use the first `limit` samples only.
-        label_map: read labels by this map instead of the domain's own (Mapillary has three in use). Where only labels that
-            someone has already mapped are on the disk, those are read, and `label_map` says so.
+        label_map: read labels by this map instead of the domain's own (Mapillary has three in use). If only converted labels
+            (train ids) are on the disk, those are read, and `label_map` says so.
 
-    `available` is the number of images in the complete split, `extra` how many lie on the disk beyond them, `found` what lies
-    there (None if rendered), `label_map` what the files are read by, `policy` the name under which a score of these labels is
+    `available` is the number of images in the complete split, `extra` how many more are on the disk, `found` the files
+    (None if rendered), `label_map` the map that they are read by, `policy` the name under which a score of these labels is
     recorded.
 
     Raises: DataError when the folder, a file or a label is missing or malformed. A few labels are read at once, so that
@@ -95,7 +95,7 @@ class SegDataset:
         layout = self.found.layout
         if layout.label_map is not None:
             self.label_map = self.domain.read_by(layout.label_map)
-            # equal labels have one name, whether they are mapped here or were before
+            # equal labels have the same name, whether they are mapped here or were before
             self.policy = self.policy if layout.revision == "official" else layout.label_map
         self.available, self.extra = self.found.expected, self.found.extra
         self._count = min(len(self._rows), limit or len(self._rows))
@@ -122,7 +122,7 @@ class SegDataset:
 
     @property
     def revision(self) -> str:
-        """What pins pixels and labels; part of the protocol hash."""
+        """Identifier of pixels and labels; part of the protocol hash."""
         return self.domain.revision() if self.found is None else self.found.revision()
 
     def name(self, index: int) -> str:
@@ -177,7 +177,7 @@ class SegDataset:
         enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
         enter(self.label_map.name, sorted(self.label_map.classes.items()), pixels.VERSION)
         for path in [] if self.found is None else self.found.label_files(len(self)):
-            with suppress(FileNotFoundError):  # a link that leads nowhere: told when it is read
+            with suppress(FileNotFoundError):  # a broken link: reported when it is read
                 state = path.stat()
                 enter(path.name, state.st_size, state.st_mtime_ns)
         return digest.hexdigest()[:16]
@@ -197,13 +197,13 @@ class SegDataset:
         return Rendered(self.domain.name, self.split, self.size, self.domain.revision())
 
     def prepare(self, progress: Progress, workers: int | None = None) -> None:
-        """Render what is not in the cache yet, in parallel. Folder domains have nothing to prepare."""
+        """Render images that are not in the cache, in parallel. Does nothing for other domains."""
         if self.domain.procedural:
             self._rendered().prepare(self._count, progress, workers)
 
 
 def _tell(found: Found) -> None:
-    """Say once what a user should know about the files that are read."""
+    """Warn once about the files that are read, where they differ from the published ones."""
     what = f"{found.domain.name} {found.split}"
     known = found.domain.splits[found.split].known_bad
     for kind, paths in (("images without a label", found.unlabelled), ("labels without an image", found.imageless)):

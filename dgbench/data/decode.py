@@ -1,8 +1,8 @@
-"""Label files to the values that they store, and on to train ids, by the encoding that a layout names.
+"""Decoding of label files: to stored values and then to train ids, by the encoding that a layout names.
 
 Readers disagree about labels: Pillow reads SYNTHIA's 16-bit colours as zeros, OpenCV turns palette indices into colours,
-torchvision misreads 4-bit palettes, none with an error. Each encoding here is read by what reads it right, and refuses a
-file that is of another kind; `pixels` says what a pixel's value is.
+torchvision misreads 4-bit palettes, all without an error. Each encoding is read by a library that reads it right; a
+file of another kind is refused. `pixels` defines a pixel's value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dgbench.data.palettes import IGNORED_COLORS
 from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
-_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # JSON of anybody's making
+_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # from untrusted JSON
 _UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
 _GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
@@ -40,7 +40,7 @@ def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: byt
     """
     stored = read_stored(path, label_map, encoding, data)
     if stored.max() < 256 and len(label_map.table) == 256:
-        # OpenCV's tables: counting and indexing in NumPy take ten times as long, more than the decoding
+        # OpenCV's look-up tables: in NumPy, counting and indexing take ten times as long, more than the decoding
         import cv2
 
         narrow = np.ascontiguousarray(stored, np.uint8)
@@ -95,7 +95,7 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
     import cv2
 
     with pixels.opened(content, path) as file:
-        file.verify()  # the checksums of all chunks: OpenCV returns what it got of a damaged file
+        file.verify()  # the checksums of all chunks: OpenCV returns a part of a damaged file
     decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None:
         raise OSError("OpenCV cannot decode it")
@@ -105,7 +105,7 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
 
 def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     """Convert colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
-    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case of those, in a third of the time
+    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case, in a third of the time
         grey = pixels.values(content, path, label_map)
         if not set(pixels.used(grey.astype(np.uint8, copy=False)).tolist()) <= _GREY_COLORS:
             return grey
@@ -114,7 +114,7 @@ def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     if (train_ids != _UNKNOWN).all():
         if not packed.any() and pixels.png_header(content)[1] not in (pixels.COLOR, pixels.COLOR_ALPHA):
             raise DataError(
-                f"{path} is black all over: as a colour map it is unlabeled, as a map of train ids it is road",
+                f"{path} is completely black: as a colour map it is unlabeled, as a map of train ids it is road",
                 "move the image and its label out of the folder, or save the label as RGB",
             )
         return train_ids.astype(np.uint8)
@@ -144,7 +144,7 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     image = Image.new("L", size, label_map.names.get("unlabeled", IGNORE))
     drawer = ImageDraw.Draw(image)
     for label, polygon in objects:
-        # a `cargroup` is several cars that could not be told apart
+        # a `cargroup` is several cars that were not annotated separately
         name = label if label in label_map.names else str(label).removesuffix("group")
         if name not in label_map.names:
             raise DataError(

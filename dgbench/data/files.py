@@ -1,7 +1,7 @@
-"""Image and label files on a disk: opened only if they are files, and what is wrong with their content in our words.
+"""Opening of image and label files, only if they are regular files, and error texts for damaged content.
 
-A data folder comes from anywhere. A pipe in it would hang its reader and a link to an endless device fill its memory; a
-program that looks at the suffix, or at every format that it knows, may start another one (Pillow: Ghostscript for EPS).
+A data folder may come from anywhere. A pipe in it would make a reader hang and a link to an endless device fill its memory; a
+library that goes by the suffix, or tries all its formats, may start another program (Pillow: Ghostscript for EPS).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from dgbench.errors import DataError
 
-MOST = 2 << 30  # bytes: what Pillow's limit of pixels takes at 16 bits a channel fits
+MOST = 2 << 30  # bytes: enough for Pillow's limit of pixels at 16 bits per channel
 
-# what Pillow raises for one image or another that is damaged, or made to do damage
+# exceptions that Pillow raises for damaged or malicious images
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -35,7 +35,7 @@ DAMAGED = (
     Image.DecompressionBombError,
 )
 
-# of images that Pillow reads all the same; those of twice as many pixels it refuses
+# for images that Pillow still reads; it refuses those with twice as many pixels
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -56,7 +56,7 @@ def opened(path: Path | str, what: str) -> BinaryIO:
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, {_a(what)} file was expected") from None
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # which says nothing about this file
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not a problem of this file
             raise
         raise DataError(f"{path} cannot be opened: {error.strerror}", f"{_a(what)} file was expected") from None
     state = os.fstat(descriptor)
@@ -86,7 +86,7 @@ def damage(error: BaseException) -> tuple[str, str | None]:
     said = (str(error).splitlines() or [""])[0]
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"it says to have more than {most:,} pixels, which are not read", "save it smaller, or cut it into parts"
+        return f"its header states more than {most:,} pixels, the limit", "save it smaller, or cut it into parts"
     if "MAX_TEXT" in said:
         return "it holds more than 1 MB of text", "save it without metadata (exiftool -all= FILE)"
     plain = isinstance(error, OSError | SyntaxError) and said

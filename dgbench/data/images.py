@@ -2,8 +2,8 @@
 
 OpenCV takes about four fifths of Pillow's time for a PNG or a JPEG of 1914x1052 (torchvision takes the same, and has
 deprecated its decoders). But Pillow can stop early: rows of a PNG that lie below the wanted part need not be decoded.
-benchmarks/loader.md has the times. What OpenCV's libjpeg writes to the terminal about damaged data is kept from it; `verify`
-asks for it.
+benchmarks/loader.md has the times. libjpeg's warnings about damaged data, which OpenCV prints, are suppressed; `verify`
+reports them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dgbench.data import files, native_stderr
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 
-# of a PNG's rows: up to here, Pillow's part of the work is less than OpenCV's whole
+# fraction of a PNG's rows up to which decoding them with Pillow is faster than decoding all with OpenCV
 _WORTH = 0.8
 
 
@@ -49,9 +49,9 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
 
     PNG and JPEG with 8-bit grey or RGB take the fast path, everything else Pillow's. Of 16-bit grey, 65535 becomes 255; of
     16-bit colours and of grey with alpha, Pillow keeps the high bytes, which differ from that by one level at most. Alpha is
-    dropped. Nothing is rotated by EXIF (but Pillow does so with a TIFF).
+    dropped. The EXIF orientation is not applied (but Pillow does so with a TIFF).
 
-    Raises: UnsuitableError for what has no agreed way to 8 bits; what Pillow raises for a file that is damaged or no image.
+    Raises: UnsuitableError for values without a standard conversion to 8 bits; Pillow's errors for damaged files.
     """
     with opened(data) as file:
         # Pillow calls 16-bit RGB `RGB`, too, and keeps the high bytes
@@ -66,7 +66,7 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
             if whole is not None:
                 pixels: NDArray[np.uint8] = np.asarray(whole)
                 return pixels if part is None else part.of(pixels)
-            # Pillow says what is wrong in words that a user knows
+            # Pillow's error message is clearer
         return _pillow(file, part)
 
 
@@ -87,7 +87,7 @@ def orientation(data: bytes) -> int:
         return 1
     try:
         with opened(data) as file:
-            # Pillow decodes a whole PNG to look for the chunk behind the pixels
+            # Pillow decodes a whole PNG to find a chunk after the pixels
             exif = Image.Image.getexif(file)
             if data[:8] == _PNG and (chunk := _png_chunk(data, b"eXIf")):
                 exif.load(b"Exif\0\0" + chunk)
@@ -117,7 +117,7 @@ def decoder_warning(data: bytes) -> str:
 
 
 class UnsuitableError(Exception):
-    """An image whose values have no agreed way to 8 bits."""
+    """An image whose values have no standard conversion to 8 bits."""
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"

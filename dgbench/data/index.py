@@ -1,7 +1,7 @@
-"""What of a split lies on the disk: which layout, which pairs of image and label, and what has no counterpart.
+"""The files of a split on the disk: its layout, pairs of image and label, and files without a counterpart.
 
-Pairs are made by path: an image's path leads to its label's. `index` puts them into a `datasets.Dataset`, the same columns
-whether the files lie in folders (paths) or in rows that were fetched from a Hub (bytes).
+Pairs are made by path: a label's path is derived from its image's. `index` returns a `datasets.Dataset` with the same columns
+for files in folders (paths) and rows that were fetched from a Hub (bytes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Found:
     imageless: tuple[str, ...] = ()  # labels whose image is missing
     left_out: Mapping[str, str] = field(default_factory=dict)  # image of a known bad pair -> what is wrong with it
     rows: int = 0  # of a Hub's rows; `pairs` is empty then
-    rendered: bool = False  # written by `dgbench data export`: scenes of ours, not the published set
+    rendered: bool = False  # written by `dgbench data export`: rendered scenes, not the published set
 
     def __len__(self) -> int:
         return self.rows or len(self.pairs)
@@ -64,7 +64,7 @@ class Found:
         if self.rows:
             return sorted(path for path in (self.folder / self.layout.images).rglob("*") if path.is_file())
         labels = [self.folder / label for _, label in self.pairs[:count]]
-        # what some encodings keep beside the folder of labels: which segment is which category
+        # the file beside the folder of labels that gives each segment's category, in some encodings
         beside = {path.parent.with_suffix(".json") for path in labels}
         return [*labels, *sorted(path for path in beside if path.is_file())]
 
@@ -133,7 +133,7 @@ def _is_text(path: str) -> bool:
 
 
 def find(domain: Domain, split: str, root: Path | None = None) -> Found:
-    """Find a split's files: of all layouts the one with the most pairs, of equals the first.
+    """Find a split's files: the layout with the most pairs, in case of a tie the first.
 
     Raises: DataError if there is no folder, or no image in any layout.
     """
@@ -162,7 +162,7 @@ def find(domain: Domain, split: str, root: Path | None = None) -> Found:
 
 
 def _complete(found: Found) -> Found:
-    """Add what only the chosen layout is asked for: labels without images, and a look at known bad pairs."""
+    """Add what is only searched in the chosen layout: labels without images, and checks of known bad pairs."""
     rendered = _rendered(found)
     if found.rows:
         return replace(found, rendered=rendered)
@@ -197,7 +197,7 @@ def _rendered(found: Found) -> bool:
 def label_of(image: str, layout: Layout) -> str:
     """Return the path of an image's label, both relative to the domain's folder.
 
-    Raises: DataError if it is not below it, as the name of a file can make it by what is replaced.
+    Raises: DataError if the replacements lead outside this folder.
     """
     label = replaced(image, layout.to_label)
     if outside(label):
@@ -237,7 +237,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class _Files:
-    """A folder whose sub-folders are listed once each: asking a file server 25,000 times whether a file exists is slow."""
+    """A folder whose sub-folders are listed once each, since asking a file server for 25,000 single files is slow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -246,7 +246,7 @@ class _Files:
     def _listed(self, relative: str) -> tuple[frozenset[str], frozenset[str]]:
         """Return the names of everything in a folder, and of the folders among them."""
         try:
-            # names that start with a dot are other programs' companions of a file
+            # names that start with a dot are files of other programs
             entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
             entries = []

@@ -1,6 +1,6 @@
-"""What libraries in C write to the process's standard error, kept from the terminal and read.
+"""Capture of what C libraries write to the process's standard error.
 
-libjpeg's warnings about damaged data go there from inside OpenCV, without a way to ask for them.
+OpenCV lets libjpeg print its warnings about damaged data there, and offers no other way to get them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import TextIO
 
 _LOCK = threading.Lock()
-_ours: Captured | None = None  # while anybody captures
+_ours: Captured | None = None  # the active capture, shared by all threads
 
 
 class Captured:
-    """What was written so far."""
+    """The text captured so far."""
 
     def __init__(self) -> None:
         self.users = 0
@@ -45,7 +45,7 @@ class Captured:
         return os.pread(self._file, min(self.size(), 1 << 20), 0).decode(errors="replace")
 
     def end(self) -> None:
-        """Put everything back; what is not an image library's goes on to the terminal."""
+        """Restore standard error; text that is not an image library's is written to the terminal."""
         if self._replaced is not None:
             stand_in, sys.stderr = sys.stderr, self._replaced
             stand_in.close()

@@ -1,7 +1,7 @@
-"""Photometric distortions of training images, by the name of the code that they are from.
+"""Photometric distortions of training images, named after the code that they are from.
 
 Each takes an RGB image (H, W, 3), uint8, and a generator, and returns a new image of the same shape. Those of the CNN-era
-methods are torchvision's `ColorJitter` on Pillow images; what it draws comes from our generator, and Pillow does the rest.
+methods are torchvision's `ColorJitter` on Pillow images, with random numbers from our generator.
 """
 
 from __future__ import annotations

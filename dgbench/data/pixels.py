@@ -1,6 +1,6 @@
-"""What a pixel of a label file stands for, decided here for every kind of image file and nowhere else.
+"""The value of a pixel of a label file, for every kind of image file.
 
-Values that went through a lossy codec are no labels, whatever they look like: such files are refused.
+Label files with lossy compression are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dgbench.errors import DataError
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 
-VERSION = 2  # raised when a file is read as other labels than before: what was counted of them is then counted again
+VERSION = 2  # raised when files are read as other labels than before: stored class counts are then made again
 FORMATS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")  # that can keep values without loss
 _TIFF_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000", "lerc")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
@@ -36,9 +36,9 @@ def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
     8-bit and 16-bit grey as they are; a palette by its index, or by its grey values where those are the labels
     (`palettes`); colour whose channels are equal, as programs save grey. Narrower grey, which means multiples of 255 but is
-    sometimes written as numbers, only where one of both can be meant. Alpha may not tell pixels apart.
+    sometimes written as numbers, only if one of both fits the label map. Alpha must be the same everywhere.
 
-    Raises: DataError naming the file where that says nothing certain.
+    Raises: DataError naming the file if its values are ambiguous.
     """
     with opened(content, path) as file:
         bits = _bits(content, file)
@@ -60,7 +60,7 @@ def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
             first = channels[..., 0]
             if file.mode == "LA":
                 return np.ascontiguousarray(first)
-            # black alone is what renderings show "unlabeled" as, too
+            # renderings also show "unlabeled" as black
             if first.any() and (first == channels[..., 1]).all() and (first == channels[..., 2]).all():
                 return np.ascontiguousarray(first)
         raise _no_label_map(path, file.mode)
@@ -90,7 +90,7 @@ def color_of(code: int) -> tuple[int, int, int]:
 def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
     """Open a label file.
 
-    Raises: DataError naming the file if it is stored with loss; what Pillow raises if it is none of `FORMATS`.
+    Raises: DataError naming the file if it has lossy compression; Pillow's error if it is none of `FORMATS`.
     """
     if content[:3] == b"\xff\xd8\xff":
         raise _lossy(path, "a JPEG")
@@ -165,7 +165,7 @@ def _narrow(scaled: NDArray[np.uint8], bits: int, path: Path, label_map: LabelMa
     if np.array_equal(numbers, scaled) or label_map.strangers(used(numbers).tolist()):
         return scaled
     raise DataError(
-        f"{path} is a {bits}-bit grey image, whose values every reader scales up to 255: it cannot be seen whether "
+        f"{path} is a {bits}-bit grey image, whose values every reader scales up to 255: it is ambiguous whether "
         f"{used(numbers)[-1]} or {used(scaled)[-1]} was meant",
         "save it as 8-bit grey, or unpack the official label archive again",
     )
@@ -192,6 +192,6 @@ def _refuse_see_through(file: Image.Image, path: Path) -> None:
     alpha = np.asarray(file.convert("RGBA"))[..., 3]
     if alpha.min() != alpha.max() or not alpha.max():
         raise DataError(
-            f"{path} is transparent in places, where its values mean nothing",
+            f"{path} has transparent pixels, whose values have no meaning",
             "save the labels without alpha, with the value for ignored pixels there",
         )

@@ -1,7 +1,7 @@
-"""Rendered images and labels, kept as PNG files in the cache folder: a second run reads what the first rendered.
+"""Cache of rendered images and labels: PNG files that a later run reads instead of rendering.
 
-Each file says in a text chunk what it holds. Decoders look neither at that nor at the checksums of pixel data; both are
-compared here, and what is damaged or another image's is rendered again.
+Each file names its content in a text chunk. Decoders ignore this and the checksums of pixel data; both are
+checked here, and an image whose file is damaged or another image's is rendered again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores
 
-_FEW = 16  # images that are rendered sooner than a pool of processes starts
+_FEW = 16  # number of images that are rendered faster than a pool of processes starts
 _CHUNK = 8  # images that a process is given at a time
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IMAGE, _LABEL = 0, 1
@@ -37,7 +37,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One split of a rendered domain at one size; `revision` is the renderer's and pins every byte."""
+    """One split of a rendered domain at one size; `revision` is the renderer's and identifies every byte."""
 
     domain: str
     split: str
@@ -89,7 +89,7 @@ class Rendered:
                     for done in as_completed(pending):
                         progress.advance(done.result())
                 except BaseException:
-                    held.close()  # they end at once, whatever they are doing
+                    held.close()  # ends them at once
                     pool.shutdown(cancel_futures=True)
                     raise
         except BrokenProcessPool:
@@ -160,7 +160,7 @@ class Rendered:
         path = self._path(index, which)
         temporary = temporaries.beside(path)
         try:
-            # behind the first chunk goes the text; a crash of the machine may leave less than this, which reading notices
+            # the text chunk follows the first chunk; a crash of the machine may cut the file, which reading detects
             temporary.write_bytes(head + encoded.getvalue()[len(_SIGNATURE) + _IHDR :])
             os.replace(temporary, path)
         except OSError as error:

@@ -76,7 +76,7 @@ def legend(train_ids: Sequence[int], width: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the suffix tells the format, PNG when there is none."""
+    """Write a picture atomically; the suffix gives the format, PNG if there is none."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     atomic.write(path, buffer.getvalue())

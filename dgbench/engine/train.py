@@ -64,7 +64,7 @@ def train(
 ) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
-    SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one is raised at once.
+    SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised, a second signal does not.
 
     Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated.
     """
