@@ -1,7 +1,7 @@
-"""What `dgbench download` fetches by name: the towers' weights, the domains' official archives, sets from the Hub.
+"""`dgbench download`: towers' weights, domains' official archives, and data sets of the Hub, by name.
 
-First everything is worked out and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
-domain's failure does not keep the others from coming.
+First the plan is made and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
+domain's failure does not affect the others.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Stored:
     name: str
     state: Literal["downloaded", "unpacked", "linked", "here"]
     folder: str
-    files: int | None  # that the manifest lists; None for a folder that is not of our making
+    files: int | None  # in the manifest; None for a folder that dgbench did not make
     bytes: int | None
-    checked: str | None  # what its archives were held against
+    checked: str | None  # what its archives were compared with
     revision: str | None  # of a Hub repository
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a command."""
+    """The result of a command."""
 
     rows: tuple[Fetched | Stored, ...]
     problems: tuple[Problem, ...]
@@ -55,9 +55,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to download.
+    """Options of a download.
 
-    `ask` shows terms and tells whether the user accepts them; None refuses. `show` is given the plan before anything moves.
+    `ask` shows terms and returns whether the user accepts them; None refuses. `show` is called with the plan before transfers.
     """
 
     root: Path | None = None
@@ -91,13 +91,13 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
 
 
 def download(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Outcome:
-    """Fetch what the names stand for; all names are looked at before anything is fetched.
+    """Download towers and domains by name; all names are checked before anything is downloaded.
 
     Args:
-        wish: name and description of a Hub repository that becomes a domain of the user's.
+        wish: name and description of a Hub repository that becomes a domain.
 
-    Raises: DgbenchError for an unknown name, no room, or terms that are not accepted; StoppedError if the user stops it;
-        mfuser's DownloadError where it forbids downloads. What goes wrong with one domain or one tower is in `problems`.
+    Raises: DgbenchError for an unknown name, too little space, or terms that are not accepted; StoppedError if the user stops it;
+        mfuser's DownloadError where it forbids downloads. Errors of a single domain or tower are in `problems`.
     """
     options = options or Options()
     problems = Problems()
@@ -247,8 +247,8 @@ def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[str], root: 
     options.show(made)
     if made.room > made.free:
         raise DataError(
-            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked, with {options.jobs} archives at a "
-            f"time beside), {made.free / 1e9:,.1f} GB are free",
+            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked files and {options.jobs} archives "
+            f"at a time), {made.free / 1e9:,.1f} GB are free",
             "make room there, name fewer domains at once, or point --root or DGBENCH_DATA at a larger disk",
         )
     asking = [order for order in wanted if order.must_be_accepted]
@@ -286,7 +286,7 @@ def _checked(manifest: Manifest | None) -> str | None:
         return "size, sha256 of large files"
     known = sum(receipt.md5 is not None for receipt in manifest.receipts)
     others = len(manifest.receipts) - known
-    # the checksums inside archives were looked at in any case
+    # the checksums inside archives were checked in any case
     told = [f"{what} of {n} archive{'s' * (n > 1)}" for what, n in (("md5", known), ("size", others)) if n]
     return ", ".join(told)
 
@@ -298,7 +298,7 @@ def _by_hand(order: Order) -> DataError:
     missing = ", ".join(a.name for a in order.wanted)
     waiting = ", ".join(receipt.name for receipt in order.stage.receipts())
     kept = f"; unpacked already and waiting for it: {waiting}" if waiting else ""
-    return DataError(f"`{order.name}` is handed out in a browser only. Missing: {missing}{kept}", f"\n{steps}")
+    return DataError(f"`{order.name}` can only be downloaded in a browser. Missing: {missing}{kept}", f"\n{steps}")
 
 
 def _forbidden(order: Order) -> str | None:

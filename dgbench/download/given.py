@@ -1,4 +1,4 @@
-"""What a user has already (`--from`): archives, known by name or by what is in them, or an unpacked tree."""
+"""Files that a user already has (`--from`): archives, recognised by name or content, or an unpacked tree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dgbench.download import archives
 from dgbench.download.sources import Archive, Source, matches
 from dgbench.errors import DataError
 
-_LOOK = 5000  # members of a tar that are looked at, since it has no table of contents
+_LOOK = 5000  # members of a tar that are checked, since it has no table of contents
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Given:
 
 
 def check(paths: Sequence[Path]) -> None:
-    """See that everything given is there. Raises: DataError naming the first path that is not."""
+    """Check that all given paths exist. Raises: DataError naming the first one that does not."""
     for path in paths:
         if not path.exists():
             raise DataError(
@@ -107,7 +107,7 @@ def _named(source: Source, path: Path) -> tuple[str, ...]:
 
 def _recognised(source: Source, path: Path) -> tuple[str, ...]:
     gives = [archive.gives for archive in source.archives]
-    # archives that hold the same kind of files (parts) are told apart by name alone
+    # archives with the same kind of files (parts) are only distinguished by name
     candidates = [archive for archive in source.archives if gives.count(archive.gives) == 1]
     if not candidates:
         return ()
@@ -115,7 +115,7 @@ def _recognised(source: Source, path: Path) -> tuple[str, ...]:
     try:
         files = [source.place(member) for member in archives.members(path, _LOOK if tar else None)]
     except DataError:
-        return ()  # not every archive in a folder of downloads is ours to judge
+        return ()  # a folder of downloads may hold other archives
     if tar:
         return tuple(a.name for a in candidates if any(matches(file, glob) for glob in a.gives for file in files))
     return tuple(a.name for a in candidates if lacks(a, files) is None)

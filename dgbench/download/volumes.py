@@ -1,7 +1,7 @@
 """Zip archives, also those split into volumes (`set.z01`, `set.z02`, ..., `set.zip`), which zipfile alone does not read.
 
 The volumes are read as one file. In a split archive an offset counts from the start of its volume, and a large one
-(zip64) says outright that it has several; both are put right (APPNOTE.TXT 4.3.14 to 4.3.16, 4.4.11, 8.5).
+(zip64) states that it has several volumes; both are corrected (APPNOTE.TXT 4.3.14 to 4.3.16, 4.4.11, 8.5).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             return
         joined = _Joined(opened)
         archive = stack.enter_context(zipfile.ZipFile(cast(IO[bytes], _Bounded(io.BufferedReader(joined, 1 << 20)))))
-        shift = archive.start_dir - joined.directory  # what zipfile took every offset to be short of
+        shift = archive.start_dir - joined.directory  # what zipfile added to every offset
         for info in archive.filelist:
             info.header_offset += joined.starts[info.volume] - shift
         ends = sorted([info.header_offset for info in archive.filelist] + [archive.start_dir])
         for info in archive.filelist:
-            if hasattr(info, "_end_offset"):  # where newer Pythons look for members that overlap
+            if hasattr(info, "_end_offset"):  # newer versions of Python use it to find overlapping members
                 info._end_offset = ends[bisect.bisect_right(ends, info.header_offset)]
         yield archive
 
@@ -83,7 +83,7 @@ class _Bounded:
 
 
 class _Joined(io.RawIOBase):
-    """Files read as one, with an end record that speaks of one volume."""
+    """Volumes that are read as one file, with the end record of a single volume."""
 
     def __init__(self, files: list[BinaryIO]) -> None:
         self._files = files
