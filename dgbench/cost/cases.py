@@ -1,4 +1,4 @@
-"""Calls of the operators with inputs drawn for them: what `dgbench kernels bench` and `benchmarks/kernels.py` time and check."""
+"""Calls of the operators on random inputs, which `dgbench kernels bench` and `benchmarks/kernels.py` time and check."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Case:
     """One call of an operator on inputs of its own.
 
     Attributes:
-        call: runs it with the backend of that name.    leaves: what the backward gives gradients of.
-        dout: the gradient of the result.    probe: what dispatch is asked with.
+        call: runs it with the backend of that name.    leaves: inputs with gradients.
+        dout: the gradient of the result.    probe: arguments for dispatch.
         bytes: what forward and backward must read and write at least, each tensor once.
-        exps: exponentials of the forward that no way of computing it avoids.
+        exps: exponentials that every implementation of the forward needs.
         products: multiply-adds of the forward's matrix products.    remake: the same call on other leaves and dout.
     """
 
@@ -199,7 +199,7 @@ def block_case(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = MVFuser(width, state=state, dropout=0.0).to(device, _wide(dtype))
-    # as a trained one may have it: the initial 0.001 would hide errors
+    # as after training: the initial 0.001 would hide errors
     nn.init.ones_(module.scale)
     joint = draw(batch, length, width).requires_grad_()
     return _block((joint, *module.parameters()), draw(batch, length, width), module=module)

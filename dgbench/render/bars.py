@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def progress(*, quiet: bool = False) -> Progress:
-    """Return what tells the progress of long work on stderr: a bar on a terminal, plain lines elsewhere."""
+    """Return a display of progress on stderr: a bar on a terminal, plain lines elsewhere."""
     if quiet:
         return Silent()
     console = open_console(stderr=True)
@@ -177,7 +177,7 @@ class _Bar:
         self.stop()
         self._fields = {}
         self._bar = self._make()
-        # on its own line: an 80-column terminal has no room for it beside the numbers
+        # on its own line: an 80-column terminal is too narrow for it beside the numbers
         note(what)
         self._bar.add_task("", total=total, unit=unit, told="")
         self._bar.start()

@@ -1,4 +1,4 @@
-"""Towers and domains that are fetched: what there is, what a download would need, and what it brought."""
+"""Tables of towers and domains: which exist, what a download would need, and what it fetched."""
 
 from __future__ import annotations
 

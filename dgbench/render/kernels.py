@@ -1,4 +1,4 @@
-"""The operators' backends: which run here, the library that was built for them, and their times."""
+"""Tables of the operators' backends: which run here, the library that was built for them, and their times."""
 
 from __future__ import annotations
 

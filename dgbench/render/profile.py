@@ -1,4 +1,4 @@
-"""What models and fusers cost: a table of counts, one of times, one of parts, and the same rows for other programs."""
+"""Tables of the cost of models and fusers: counts, times, parts, and the same rows for other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dgbench.cost.profile import Profile, Row, Timing
     from dgbench.cost.timing import Hardware, Times
 
-# what a convention's numbers mean, without the engine that makes them
+# meaning of each convention's numbers; the engine is not imported for it
 _SAYS = {
     "mac": "GMAC: a multiply-accumulate of products and sampling is one; the scan is beside it.",
     "flop": "GFLOP: a multiply-accumulate is two, and the scan is in it.",

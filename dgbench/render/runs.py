@@ -1,4 +1,4 @@
-"""What a run gives: its scores, predicted photographs; and a run made of the authors' checkpoint."""
+"""Tables of a run's scores, of predicted photographs, and of a converted checkpoint."""
 
 from __future__ import annotations
 
