@@ -25,11 +25,11 @@ def slide(
 
     Windows start at multiples of the stride; the last one of a row or column is shifted back to the border. Images
     smaller than the window are padded with zeros on the right and below, and the padding is cut off again. Each window is
-    scored in inference mode and in whatever mode (`train`, `eval`) the model is.
+    scored in inference mode and in the model's current mode (`train`, `eval`).
 
     Args:
-        model: a Segmentor, or what maps windows (B, 3, *crop) to scores (B, K, *crop) otherwise.
-        images: (B, 3, H, W) in [0, 1], which is looked at once a call.    crop, stride: (H, W) of the window and its step.
+        model: a Segmentor, or another function from windows (B, 3, *crop) to scores (B, K, *crop).
+        images: (B, 3, H, W) in [0, 1], which is checked once per call.    crop, stride: (H, W) of the window and its step.
         windows_at_once: how many windows go through the model together; changes memory, not the result: to a model that
             declares `mixes_batch` they are shown one at a time.
 
@@ -45,7 +45,7 @@ def slide(
     scores: Tensor | None = None
     for top, part in bands(model, images, crop, stride, windows_at_once=windows_at_once):
         if scores is None:
-            # outside of inference mode: an ordinary tensor, which a loss may take for its target
+            # outside of inference mode: an ordinary tensor, which a loss can use as its target
             scores = part.new_empty(*part.shape[:2], *images.shape[2:])
         scores[:, :, top : top + part.shape[2]] = part
     assert scores is not None
@@ -79,7 +79,7 @@ def bands(
     starts = windows((padded.shape[2], padded.shape[3]), crop, stride)
     places = [(b, first, second) for first in starts[along] for second in starts[across] for b in range(len(images))]
     covered = [_covered(first, window, side) for first, window, side in zip(starts, crop, padded.shape[2:], strict=True)]
-    total: Tensor | None = None  # over the windows that begin at `top`, and what those before reach into it
+    total: Tensor | None = None  # over the windows that begin at `top`, and the parts of earlier ones that overlap them
     top = 0
 
     def finished(count: int) -> Tensor:
@@ -91,13 +91,13 @@ def bands(
 
     for begin in range(0, len(places), windows_at_once):
         part, ready = places[begin : begin + windows_at_once], []
-        with torch.inference_mode():  # not around `yield`: it would hold for whoever takes the bands
+        with torch.inference_mode():  # not around `yield`: it would apply to the caller's code
             scores = model(torch.stack([_window(padded, place, crop, along, device) for place in part]))
             for score, (b, first, second) in zip(scores, part, strict=True):
                 if total is None:
                     shape = list(padded.shape[2:])
                     shape[along] = crop[along]
-                    # sums of 16-bit scores would be off by more than their differences
+                    # sums of 16-bit scores would have larger errors than their differences
                     total = scores.new_zeros(len(images), scores.shape[1], *shape, dtype=_precise(scores))
                 if first > top:
                     ready.append((top, finished(first - top)))

@@ -1,7 +1,7 @@
-"""How files that are not ours name our tensors: maps from our names to theirs, and what such a map is made of.
+"""Maps from our tensors' names to those in files of other projects.
 
-Each map goes from our name to where its values come from, so that a missing source is noticed when it is asked for and
-an unused one when all are done. Every step can be taken backwards, which is how we write the authors' format.
+Each map goes from our name to the source of its values, so that a missing source is noticed when it is read, and
+an unused one at the end. Every step can be reversed, which is used to write the authors' format.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mfuser.towers.key_rules import Rules
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of ours comes from: one or several foreign tensors, stacked by rows, perhaps transposed.
+    """Source of one of our tensors: one or several foreign tensors, stacked by rows, perhaps transposed.
 
-    `bare` says that theirs lacks the leading dimensions of size 1 that ours has.
+    `bare`: the foreign tensor lacks the leading dimensions of size 1 of ours.
     """
 
     keys: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Between the surfaces and the lens: sky, lamps at night, wet roads, fog, halos, rain and snow in the air.
+"""Atmosphere and weather: sky, lamps at night, wet roads, fog, halos, rain and snow in the air.
 
 Works on planar linear float32 images (H, W). Fog follows Koschmieder: I = J t + A (1 - t), t = exp(-β d).
 """

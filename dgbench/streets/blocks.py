@@ -1,4 +1,4 @@
-"""What lies beyond the sidewalk: rows of houses, gardens, parks, walls, towers, and the far skyline."""
+"""Objects beyond the sidewalk: rows of houses, gardens, parks, walls, towers, and the far skyline."""
 
 from __future__ import annotations
 

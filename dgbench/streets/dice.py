@@ -1,6 +1,6 @@
-"""Seeded choices that never change: one raw PCG64 stream per purpose, and trigonometry by table.
+"""Reproducible random numbers: one raw PCG64 stream per purpose, and trigonometry by table.
 
-NumPy promises the raw stream of a bit generator for ever, but not the methods of `Generator`; a libm may differ from
+NumPy guarantees the raw stream of a bit generator, but not the methods of `Generator`; a libm may differ from
 another by the last bit. So a draw is 53 raw bits, and angles are steps of a quarter degree with rounded sines.
 """
 

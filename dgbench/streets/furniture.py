@@ -1,4 +1,4 @@
-"""What stands along a street and grows there: poles, lamps, traffic lights, signs, trees, bushes, hedges."""
+"""Street furniture and plants: poles, lamps, traffic lights, signs, trees, bushes, hedges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How one image looks: sun, sky, weather with its severity, and the camera's response, drawn from a style."""
+"""Appearance of one image: sun, sky, weather with its severity, and the camera's response, drawn from a style."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faces and scenes: what objects are made of before the camera sees them.
+"""Faces and scenes: the geometry of objects before projection.
 
 World and object axes: x right, y up, z forward (away from the camera), metres. A face is one of three kinds: a planar
 convex polygon, a capsule (a thick 3-D segment that always faces the camera) or a sprite (an upright cut-out of the
@@ -25,7 +25,7 @@ PLANE, CAPSULE, SPRITE = 0, 1, 2
 # Bits of a face's flags.
 TWO_SIDED, SEE_THROUGH, WORLD_UV, GROUND, BLUNT, SNOWY = 1, 2, 4, 8, 16, 32
 
-# What a face emits; the strength is the weather's to say.
+# What a face emits; the strength depends on the weather.
 DARK, HEADLIGHT, TAILLIGHT, WINDOW, LAMP, SIGNAL = 0, 1, 2, 3, 4, 5
 
 KIND, COUNT, R0, R1, LAYER, SLOT, SLOT2, TEX, DETAIL, PU, PV, PD, CLASS, FLAGS, GLOW = range(15)

@@ -1,4 +1,4 @@
-"""People, bicycles, motorcycles and their riders as capsules on a skeleton, so that they hold from any side.
+"""People, bicycles, motorcycles and their riders as capsules on a skeleton, which look right from any side.
 
 Palette slots of a person: 0 skin, 1 hair or helmet, 2 top, 3 trousers, 4 shoes, 5 bag. Of a two-wheeler: 0 frame,
 1 tyre, 2 metal, 3 headlight, 4 tail light. z is the way they face; the origin is on the ground.

@@ -1,4 +1,4 @@
-"""The measures of one street, by which ground, blocks, traffic and people are placed."""
+"""Dimensions of one street, by which ground, blocks, traffic and people are placed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Plan:
-    """Measures of one street: half width of the carriageway, lanes each way, side streets, strips by side."""
+    """Dimensions of one street: half width of the carriageway, lanes each way, side streets, strips by side."""
 
     bend: float
     hand: float  # +1: traffic keeps right

@@ -1,4 +1,4 @@
-"""Who hides whom: objects sorted back to front, and faces painted into a buffer of face numbers.
+"""Visibility: objects are sorted back to front, and faces painted into a buffer of face numbers.
 
 Objects are sorted by separating planes: A cannot hide B if a plane x = const or z = const between their boxes has A on
 the far side from the camera. That is exact for disjoint boxes along the street, where sorting by distance is not.

@@ -1,4 +1,4 @@
-"""From (domain, split, index, size) to an image and its label."""
+"""Rendering of the image and label of (domain, split, index, size)."""
 
 from __future__ import annotations
 

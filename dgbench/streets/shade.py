@@ -1,4 +1,4 @@
-"""Deferred shading: from face numbers to linear colour, class, depth and what each pixel emits.
+"""Deferred shading: from face numbers to linear colour, class, depth and emission of each pixel.
 
 Every pixel looks up its face's planes, gets exact depth and texture coordinates, picks the mip level from the analytic
 derivative, and mixes the face's two lit colours. float32 and elementwise throughout; tables replace transcendentals.

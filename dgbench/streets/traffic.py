@@ -89,7 +89,7 @@ def bus(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: flo
 
 
 def tram(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, sections: int) -> float:
-    """Return a tram whose nearest section starts at z."""
+    """Add a tram whose nearest section starts at z, and return half its length."""
     template, colours = dice.pick(tram_sections()), _livery(dice, style)
     for k in range(sections):
         scene.place(template, x, z + 4.5 + 9.3 * k, colours, heading=heading)
@@ -111,7 +111,7 @@ def _person_colours(dice: Dice, style: Style) -> list[Colour]:
 
 
 def two_wheeler(scene: Scene, dice: Dice, style: Style, kind: str, x: float, z: float, heading: float, *, rider: bool) -> None:
-    """Return a bicycle, motorcycle or scooter, with its rider or parked."""
+    """Add a bicycle, motorcycle or scooter, with its rider or parked."""
     paint = [
         tone(dice, dice.pick(style.cars + style.accents)),
         (0.03, 0.03, 0.03),

@@ -51,7 +51,7 @@ def _public_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
-# what torch.cuda's functions call in the end; those build objects and look whether CUDA has been initialized
+# the functions that torch.cuda's call internally, without creating objects and checking whether CUDA is initialized
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
@@ -101,7 +101,7 @@ class Library:
             self.check(name, error)
 
     def address(self, name: str) -> int:
-        """Return where the function `name` is, to hand it to a launcher."""
+        """Return the address of the function `name`, to pass it to a launcher."""
         return ctypes.cast(self._dll[name], ctypes.c_void_p).value or 0
 
     def check(self, what: str, error: int) -> None:
@@ -138,7 +138,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Status:
-    """What there is of the compiled kernels; `reason` says why they do not run, None when they do."""
+    """State of the compiled kernels; `reason` says why they do not run, None when they do."""
 
     sources: tuple[Path, ...]  # the .cu files
     nvcc: str | None  # its path and version
@@ -173,7 +173,7 @@ def _look() -> Library:
 
 
 def forget() -> None:
-    """Let `library` look again."""
+    """Let `library` search again."""
     global _found
     _found = None
     _installed.cache_clear()
@@ -189,7 +189,7 @@ def refuse(tensors: Sequence[Tensor | None]) -> str | None:
 
 @contextmanager
 def use(path: Path) -> Iterator[Library]:
-    """Let `library` return the one at `path`, whatever is built, until the context ends.
+    """Let `library` return the one at `path` within the context, whatever is built.
 
     Raises: OSError if it does not load.
     """
@@ -203,7 +203,7 @@ def use(path: Path) -> Iterator[Library]:
 
 
 def status() -> Status:
-    """Look at sources, compiler, GPU and library; changes nothing."""
+    """Check sources, compiler, GPU and library; changes nothing."""
     sources = sources_dir()
     nvcc = _nvcc()
     architecture = _architecture()
@@ -263,7 +263,7 @@ def build(
         # in the same folder, so that the finished library can be renamed into place
         with tempfile.TemporaryDirectory(prefix=kernel_files.build_prefix(), dir=target.parent) as temporary:
             built = _compile(nvcc, kernels, names, Path(temporary), tell)
-            built.chmod(0o755)  # others do not write to it, whatever the umask
+            built.chmod(0o755)  # not writable by others, whatever the umask
             os.replace(built, target)
     forget()
     return target
@@ -374,7 +374,7 @@ def _nvcc() -> str | None:
 def _version(nvcc: str) -> str:
     try:
         found = re.search(r"\bV(\d+(?:\.\d+)+)", _output([nvcc, "--version"]))
-    except BuildError:  # one that does not even say its version: a build will tell why
+    except BuildError:  # nvcc does not even print its version: a build will report why
         return "unknown"
     return found[1] if found else "unknown"
 
@@ -394,7 +394,7 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
                 for text in [*done.result().splitlines(), f"compiled {running[done]}"]:
                     tell(text)
             link = [nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
-            # in a thread as well: an interrupted `run` would kill nothing but what it has started itself
+            # in a thread as well: an interrupted `run` would only kill the command that it has started itself
             for text in pool.submit(_output, link, line).result().splitlines():
                 tell(text)
         except BaseException:
@@ -406,14 +406,14 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
 
 @contextmanager
 def _tether() -> Iterator[tuple[int, Callable[[], None]]]:
-    """Yield a standard input for `child.py`, and a function that kills all commands that have it, as our end does."""
+    """Yield a standard input for `child.py`, and a function that kills all commands with it; so does the end of this process."""
     line, held = os.pipe()
     with os.fdopen(line, "rb", 0), os.fdopen(held, "wb", 0) as end:
         yield line, end.close
 
 
 def _output(command: list[str], line: int | None = None) -> str:
-    """Run `command` and return all that it prints; with a line of `_tether`, it is killed when that is cut.
+    """Run `command` and return all that it prints; with a pipe of `_tether`, it is killed when that is closed.
 
     Raises: BuildError with the command and the last lines if it fails.
     """

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and whether what lies there may be loaded: a library runs with all that its user may do."""
+"""Folder of compiled kernels, and checks whether a library may be loaded: it runs with all of its user's permissions."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def build_prefix() -> str:
 
 
 def clear_builds(folder: Path) -> None:
-    """Remove what builds of processes that were killed have left in `folder`."""
+    """Remove files that builds of killed processes left in `folder`."""
     for place in folder.glob(".build-*"):
         found = _BUILD.fullmatch(place.name)
         if found is None or found["host"] != platform.node() or os.name != "posix":

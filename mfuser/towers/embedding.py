@@ -1,4 +1,4 @@
-"""How the last tokens of two towers become embeddings in the space of the text: one class a kind of text tower."""
+"""Embedding of the last tokens of two towers in the text's space: a class for each kind of text encoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mfuser.towers.vit import VisionEncoder
 def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
     """Return the foundation tokens (B, L1, C) that are added to each of the other tower's tokens, (B, L2, C).
 
-    Class token goes with class token and patch with patch. Registers have no counterpart; the mean of the patches
-    stands in for a class token that only the other tower has.
+    Class token is added to class token and patch to patch. Registers have no counterpart; the mean of the patches
+    replaces the class token if only the other tower has one.
     """
     if vfm.prefix == vlm.classes == vfm.classes:
         return d
@@ -52,7 +52,7 @@ class ProjectedEmbedding(nn.Module):
 
 
 class PooledEmbedding(nn.Module):
-    """SigLIP's: its attention-pooling head, asked once by its probe and once by every token."""
+    """SigLIP's: its attention-pooling head, with its probe as a query, and with every token as a query."""
 
     def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Published weights from the Hugging Face Hub: what there is, what is here, and fetching the rest.
+"""Published weights on the Hugging Face Hub: list, local state, and download.
 
-The only file of this package that opens a socket, and only in `download`. huggingface_hub moves the bytes, into its own
-cache, and takes up a cut transfer where it stopped (one that the user stops begins anew). Each file is then held against
-the size and the hash that the Hub states for it; one that differs is removed, so that the next try starts clean.
+This is the only file of this package that uses the network, and only in `download`. huggingface_hub transfers files to its
+cache, and resumes interrupted transfers (those that the user stops start again). Each file is then compared with
+the size and the hash that the Hub states; a file that differs is removed, so that the next try starts again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Check = Literal["size and sha256", "size and git-sha1", "size"]
 
-# answers after which huggingface_hub asks again, a bounded number of times
+# status codes after which huggingface_hub retries, a limited number of times
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -73,9 +73,9 @@ def models() -> list[Model]:
 
 
 def check_token() -> None:
-    """See that the login, if there is one, can be sent.
+    """Check that the login, if there is one, can be sent.
 
-    Raises: DownloadError without a word of it.
+    Raises: DownloadError, which does not contain the login.
     """
     from huggingface_hub import get_token
 
@@ -141,7 +141,7 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
     try:
         stated = None
         try:
-            # asked once and not retried: where there is no network, that is known at once
+            # asked once and not retried: without a network, that fails at once
             stated = get_hf_file_metadata(url)
             _check_space(file, stated)
         except HfHubHTTPError as error:
@@ -149,10 +149,10 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
                 raise
         path = Path(hf_hub_download(file.repo, file.file))
         stated = stated or get_hf_file_metadata(url)
-    # hf_xet, huggingface_hub's other way of moving bytes, raises RuntimeError
+    # hf_xet, huggingface_hub's other transfer method, raises RuntimeError
     except (OSError, RuntimeError, transport_error()) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's refusal names its file itself
+            raise  # the file system's error names its file
         raise _explained(tower, file, error) from error
     return Fetched(tower, "downloaded", file.repo, file.file, str(path), path.stat().st_size, _check(tower, file, path, stated))
 
@@ -177,7 +177,7 @@ def _check_space(file: HubFile, stated: HfFileMetadata) -> None:
 
 
 def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Check:
-    """Hold a file against what the Hub states; one that differs is removed."""
+    """Compare a file with what the Hub states; one that differs is removed."""
     name, size, etag = f"{file.repo}/{file.file}", path.stat().st_size, stated.etag or ""
     hint = f"it is removed; run again: dgbench download {tower}. If it happens twice, a proxy or a mirror changes files"
     if stated.size is not None and size != stated.size:
@@ -201,7 +201,7 @@ def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Che
 
 
 def _remove(path: Path) -> None:
-    # the cache's names are links to blobs: a blob that stayed would be taken for whole
+    # names in the cache are links to blobs: a blob that is left would count as complete
     while path.is_symlink():
         target = path.parent / os.readlink(path)
         path.unlink()
@@ -214,7 +214,7 @@ def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-    # huggingface_hub's own summary of what it met on the way
+    # huggingface_hub's own summary of the errors
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     name, endpoint = f"{file.repo}/{file.file}", without_secrets(constants.ENDPOINT)

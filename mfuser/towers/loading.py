@@ -1,4 +1,4 @@
-"""Towers' published weights: how they get into a model. Where they come from and are is `mfuser.towers.weights`.
+"""Loading of towers' published weights into a model; `mfuser.towers.weights` knows where they are.
 
 A large tower is built with its parameters on the meta device (`unfilled`): no memory, no random draws. It is then
 filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
@@ -72,13 +72,13 @@ def taken(
     values, used = {}, set()
     for name, target in module.state_dict().items():
         if part == "head" and "adapter" in name:
-            continue  # MFuser's own layers, which live there
+            continue  # MFuser's own layers in this module
         source = source_of(name)
         try:
             value = source.read(state)
         except KeyError as error:
             raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
-        # towers with registers keep positions of their patches alone
+        # towers with registers have position embeddings for patches only
         prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
         embed: Any = getattr(module, "patch_embed", None)
         grid = embed.grid_size if embed is not None else None

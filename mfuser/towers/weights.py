@@ -1,4 +1,4 @@
-"""Where the towers' published weights are, what is on this disk, and what to say about the rest; needs no torch."""
+"""Location of the towers' published weights, their local state, and advice on missing ones; needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def files(tower: str) -> list[HubFile]:
 
 
 class WeightsNotFound(ValueError):
-    """Pretrained weights are not on this machine, or not whole."""
+    """Pretrained weights are missing or incomplete on this machine."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(f"{message}; {hint}")

@@ -190,7 +190,7 @@ def test_a_run_of_an_older_version_is_read_with_a_warning(run, caplog):
     for record in run.glob("record-*"):
         record.unlink()
     resumed = resume(run)
-    assert "damage to its files cannot be told" in caplog.text
+    assert "damage to its files cannot be detected" in caplog.text
     assert results.read(resumed.path) == resumed
     assert resumed.extra["loss"] == json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
     assert evaluate(run, ["streets-city"], progress=Silent(), device="cpu")
