@@ -1,8 +1,8 @@
-"""Count the rows of `dgbench profile` and of the recipes anew, and write the file of counts that ships.
+"""Count the rows of `dgbench profile` and of the recipes again, and write the shipped file of counts.
 
     python benchmarks/counts.py
 
-About a minute. To be run, and its file committed, after an edit of a source that decides counts (`dgbench.cost.counted`).
+This takes about a minute. Run it and commit its file after an edit of a source that affects counts (`dgbench.cost.counted`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Simulates how often 95 % intervals of the mIoU over images hold the truth, by method, and how wide they are.
+"""Simulate the coverage and width of 95 % intervals of the mIoU over images, by method.
 
     python benchmarks/interval_coverage.py --repeats 500
 
-Images are drawn from a model: a class stands in one with a probability of its own (1 to 0.5 for common classes, `--present`
+Images are drawn from a model: a class occurs in one with its own probability (1 to 0.5 for common classes, `--present`
 for rare ones), on a log-normal number of pixels; it is recognised with a probability that varies by image and by class in
 the image; its other pixels go to a few classes of that image. The truth is the mIoU of 200,000 images, over all classes. In a
 few images rare ones may be missing altogether, and the score is the mean over those that occur: of the second coverage, the
@@ -33,7 +33,7 @@ Interval = tuple[float, float]
 
 
 class World:
-    """Where images are drawn from, and the truth about them."""
+    """A distribution of images, and its true mIoU."""
 
     def __init__(self, rare: int, present: float, rng: np.random.Generator, images: int) -> None:
         common = K - rare
@@ -42,7 +42,7 @@ class World:
         self.pixels = np.log(np.concatenate([np.geomspace(3e4, 1e3, common), np.geomspace(8e3, 8e2, max(rare, 1))[:rare]]))
         self.ease = np.concatenate([np.linspace(2.6, 0.3, common), np.linspace(1.0, -0.8, max(rare, 1))[:rare]])
         taken = np.exp(self.pixels) * self.present + 20
-        self.taken = taken / taken.sum()  # by how much wrong predictions fall on a class
+        self.taken = taken / taken.sum()  # share of wrong predictions that fall on each class
         totals = [self.draw(images // 10).sum(axis=1) for _ in range(10)]  # as much as memory takes at a time
         self.truth = [metrics.iou(sum(total[model] for total in totals)) for model in (0, 1)]
 

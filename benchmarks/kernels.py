@@ -1,4 +1,4 @@
-"""Times every backend of the operators beside other people's kernels, on one device in one run: `--help` says how.
+"""Time every backend of the operators and third-party kernels, on one device in one run; see `--help`.
 
 The peers are used where they can be imported and left out where not:
     selective_scan_cuda              the compiled scan of mamba-ssm (Gu & Dao 2023), called directly
@@ -45,11 +45,11 @@ from mfuser.ops import compiled, dispatch
 
 HERE = Path(__file__).parent
 PARTS = {"scan": "selective_scan", "deform": "ms_deform_attn", "block": "mvfuser"}
-FOREIGN = ("mamba_ssm",)  # backends that are other people's kernels: nothing of ours is promised for them
+FOREIGN = ("mamba_ssm",)  # third-party backends, for which our guarantees do not hold
 Result = tuple[Tensor, ...]  # what comes out, then the gradient of every leaf
 
 
-# ---- who competes
+# ---- implementations
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ class Row:
     error: float | None = None  # of the result, relative to fp64's, on the small case
     gradient_error: float | None = None  # the largest
     note: str = ""
-    peer: bool = False  # somebody else's: the first of a case is what the others are compared with
+    peer: bool = False  # third-party: the first of a case is what the others are compared with
 
 
 @dataclass
@@ -516,10 +516,10 @@ def check(
     backends: Sequence[str] = (),
     compare: bool = True,
 ) -> bool:
-    """Hold every backend to twice the torch backend's error against fp64, and to the same bits twice; say what fails.
+    """Check that every backend has at most twice the torch backend's error against fp64, and is deterministic; print failures.
 
-    Where states decay within a step, all are held to fp64 itself, every element of every gradient: a backend is the measure
-    of another only as far as it has been measured.
+    Where states decay within a step, every element of every gradient is compared with fp64 itself, also for torch, since it
+    is only a valid reference as far as it has been checked.
 
     Args:
         only: operators; none means all.    backends: the same.    compare: False asks for the same bits only.
@@ -575,7 +575,7 @@ def _draws(op: str, make: Callable[..., Case]) -> int:
     """Return how many draws of a case are compared together.
 
     A gradient of the block that is a single number, or a few, is a sum of terms that nearly cancel: under autocast the
-    error of one draw is luck, for torch as for the kernels, and only that of several says which is the more exact.
+    error of one draw is random, for torch as for the kernels, and only that of several shows which is more exact.
     """
     return 16 if op == "mvfuser" and getattr(make, "keywords", {})["length"] <= 65 else 1
 
@@ -598,7 +598,7 @@ def _rounding(case: Case) -> float:
     """Return the relative error that is always allowed.
 
     For bf16 and fp16 inputs, whose own rounding hides an exponential that is good to 2^-18, that is 1e-5 of what is summed
-    in fp32. MVFuser's block under autocast rounds everything between its parts: torch's error of a single number is luck.
+    in fp32. MVFuser's block under autocast rounds everything between its parts: torch's error of a single number is random.
     """
     dtype = case.leaves[0].dtype
     if dtype.itemsize > 2:
@@ -661,7 +661,7 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def sanitize(arguments: Sequence[str]) -> bool:
-    """Run the small cases under compute-sanitizer; without torch's allocator, which would hide what lies beyond a tensor."""
+    """Run the small cases under compute-sanitizer, without torch's allocator, which would hide accesses beyond a tensor."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     clean = True
     for tool in ("memcheck", "racecheck"):
@@ -691,7 +691,7 @@ def sanitize(arguments: Sequence[str]) -> bool:
     return clean
 
 
-# ---- telling
+# ---- report
 
 
 def about(bench: Bench) -> dict[str, str]:
@@ -841,7 +841,7 @@ def main() -> int:
         same = (("--device", [given.device] if given.device else []), ("--only", given.only), ("--backends", given.backends))
         return 0 if sanitize([word for flag, values in same if values for word in (flag, *values)]) else 1
     if given.check:
-        # empty tensors are filled with NaN: what a kernel leaves out shows
+        # empty tensors are filled with NaN, so that elements that a kernel does not write are found
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.filterwarnings("ignore", message=".*deterministic")
         ops = [PARTS[part] for part in given.only or PARTS if part in PARTS]

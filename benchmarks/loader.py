@@ -1,4 +1,4 @@
-"""Times the training loader beside the plain pipeline of the papers, one process with one thread, on files like GTA5's.
+"""Time the training loader and the papers' plain pipeline, one process with one thread, on files like GTA5's.
 
     python benchmarks/loader.py            # writes benchmarks/loader.md
     python benchmarks/loader.py --quick    # every path in seconds, on small files that mean nothing

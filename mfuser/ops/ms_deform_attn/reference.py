@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention written as sums over the four neighbours of each point: the truth for other backends.
+"""Multi-scale deformable attention written as sums over the four neighbours of each point: the reference for other backends.
 
     out[q, m] = sum_{s, p} weight[q, m, s, p] * value_s[m](x, y),    (x, y) = location * (W_s, H_s) - 1/2
 where value_s(x, y) interpolates bilinearly between cell centres and is zero outside the map (Zhu et al. 2021, eq. 3).
@@ -56,7 +56,7 @@ def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator
     for scale, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         x = locations[:, :, :, scale, :, 0].to(precise) * width - 0.5
         y = locations[:, :, :, scale, :, 1].to(precise) * height - 0.5
-        # elsewhere, and where a place is not a number, nothing is near; differences of what is infinite are not zero
+        # points elsewhere, and locations that are NaN, have no neighbours; differences of infinities would be NaN
         near = (x > -1) & (x < width) & (y > -1) & (y < height)
         x, y = torch.where(near, x, 0.0), torch.where(near, y, 0.0)
         left, top = x.floor(), y.floor()

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by weighted sums of table rows, which a CPU does far faster than grid sampling.
+"""Multi-scale deformable attention by weighted sums of table rows, which is far faster on a CPU than grid sampling.
 
 The heads' values, with a border of zeros around each map, are one table with a row per (image, cell, head). Forward: a
 query's output is an embedding bag over the four neighbours of its points, one base row and three fixed steps away.
@@ -18,7 +18,7 @@ _CHUNK = 2**20  # gathered elements at once on a CPU: 4 MB in fp32
 def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Return (B, Q, M * D). Shapes as in `ms_deform_attn`; `shapes` is flat, [H_0, W_0, H_1, ...]."""
     if value.device.type == "cpu" and len(value) > 1:
-        # one image at a time: what a point needs is several times its inputs, and should stay in the cache
+        # one image at a time: temporaries are several times the inputs, and should stay in the cache
         images = zip(value.split(1), locations.split(1), weights.split(1), strict=True)
         return torch.cat([forward(v, shapes, x, w) for v, x, w in images])
     points = _Points(shapes, locations.to(_precise(value)))
@@ -61,7 +61,7 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Points:
-    """Where the points fall: the table row of the upper left neighbour, and the way from there to the next, 0..1."""
+    """Positions of points: the table row of the upper left neighbour, and the offset from it to the next, 0..1."""
 
     def __init__(self, shapes: list[int], locations: Tensor) -> None:
         batch, _, self.heads = locations.shape[:3]
@@ -73,7 +73,7 @@ class _Points:
         table = torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]  # (S, 1, 4)
         self.size = table[..., :2].to(locations.dtype)
         self.at = torch.addcmul(locations.new_tensor(-0.5), locations, self.size)  # in cells, 0 = the first one's centre
-        # beyond the border all is zero; a place that is not a number must not become a row
+        # beyond the border all is zero; a NaN must not become a row
         clamped = torch.minimum(self.at.nan_to_num(-1.0).clamp_(min=-1.0), self.size)
         base = torch.minimum(clamped.floor(), self.size - 1)
         self.fraction = clamped.sub_(base)  # (B, Q, M, S, P, 2)

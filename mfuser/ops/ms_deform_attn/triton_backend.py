@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfuser.ops.dispatch import mismatch
 
-# what may be tuned
+# tuning parameters
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
 # of `_gather`, by bytes of a channel: base cells of a program, and points of each that it has at a time, for 32 channels
@@ -48,7 +48,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     batch, queries, heads, scales, points = weights.shape
     dim = triton.next_power_of_2(value.shape[3])
     side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
-    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
+    # if there are as many queries as cells, they are treated as these, so that a program's are neighbours on the map
     tiled = queries == value.shape[1]
     if tiled:
         blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))

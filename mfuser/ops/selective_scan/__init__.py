@@ -227,7 +227,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.softplus, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
-    # the gradient of what was saved would be a tensor of zeros as large as it
+    # a gradient of the saved tensor would be zeros of the same size
     ctx.set_materialize_grads(False)
 
 

@@ -1,7 +1,7 @@
 """The selective scan in CUDA C++ (cuda/selective_scan.cuh): checks, memory and the two launches' arguments.
 
-A call of a small batch takes the GPU less time than Python needs for a few dozen tensor operations: nothing is converted,
-sliced or allocated here that need not be.
+A call of a small batch takes less time on the GPU than a few dozen tensor operations take in Python: nothing is converted,
+sliced or allocated here unless necessary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mfuser.ops import compiled
 
-_SUB = 16  # steps between kept states: kSub in the source, which refuses another
+_SUB = 16  # steps between kept states: kSub in the source, which refuses other values
 MOST_STATES = 64
 _LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
 _LAUNCHERS = {
@@ -27,7 +27,7 @@ _LAUNCHERS = {
 _STRIDES = {name: (f"{name}_batch", f"{name}_row") for name in ("u", "delta", "B", "C", "z", "dy")}
 # channels of a block by states at most, forward and backward: Place::kChannels
 _CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
-# What `plan` knows of the kernels, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
+# Times of the kernels for `plan`, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
 # many as it holds, in each direction; those of the first pass; the start of a kernel; and a chunk before a block's own.
 _SIXTEEN = ((0.0, 1.4, 1.95, 2.75, 3.45), (0.0, 4.4, 6.1))
 _FIRST_PASS = (0.0, 1.05, 1.4, 2.1, 2.65)
@@ -67,7 +67,7 @@ def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
 
 
 def kept_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
-    """Return the same by sizes."""
+    """Return the same shape, from sizes."""
     return batch, -(-length // _SUB), _fours(dim), _fours(state)
 
 
@@ -153,8 +153,8 @@ def sized(
 class _Call:
     """One launch's arguments, and the tensors behind its pointers.
 
-    The kernels take channels and states by fours, aligned: what is not so is copied and padded with zeros here, and
-    results are cut.
+    The kernels need channels and states in aligned multiples of four: other tensors are copied and padded with zeros here, and
+    padding is removed from the results.
     """
 
     def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor, *, backward: bool) -> None:
@@ -184,7 +184,7 @@ class _Call:
         bias: Tensor | None,
         initial: Tensor | None,
     ) -> None:
-        """Point at what both directions take."""
+        """Set the pointers that both directions need."""
         self.activation("u", u)
         self.activation("delta", delta)
         self.activation("B", B)
@@ -200,7 +200,7 @@ class _Call:
             self.weight("initial", initial)
 
     def activation(self, name: str, tensor: Tensor) -> None:
-        """Point at a (B, L, channels) tensor of any batch and row stride."""
+        """Set the pointer to a (B, L, channels) tensor of any batch and row stride."""
         if tensor.dtype is not self.dtype:
             tensor = tensor.to(self.dtype)
         bytes_ = tensor.element_size()
@@ -221,7 +221,7 @@ class _Call:
         setattr(params, row_name, row * bytes_)
 
     def weight(self, name: str, tensor: Tensor) -> None:
-        """Point at a (D,), (D, N) or (B, D, N) tensor, in fp32."""
+        """Set the pointer to a (D,), (D, N) or (B, D, N) tensor, in fp32."""
         if tensor.dtype is not torch.float32:
             tensor = tensor.float()
         columns = self.wide_state - self.state if tensor.dim() > 1 else self.wide_dim - self.dim
@@ -286,7 +286,7 @@ def plan(batch: int, length: int, dim: int, state: int, multiprocessors: int, *,
     blocks_before = batch * -(-dim // _channels(state, backward=False))
 
     def on_each(blocks: int, chunks: float, costs: tuple[float, ...]) -> float:
-        # the last chunk may be a short one, which nobody waits for
+        # the last chunk may be shorter, so that it does not delay the others
         rounds, rest = divmod(math.ceil(blocks * chunks / multiprocessors - 0.03), len(costs) - 1)
         return rounds * costs[-1] + costs[rest]
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from mfuser.ops.dispatch import mismatch
 
 _MOST_STATES = 64
-# what may be tuned
+# tuning parameters
 _TILE = 512  # states of a program, N times channels: 16 in a lane
 _MOST_CHANNELS = 64  # of a program
 _PIECE = 16  # steps between states that are kept for the backward; a multiple of 4
@@ -245,7 +245,7 @@ def backward(
 
 
 class _Shape:
-    """How a call is cut into programs."""
+    """Division of a call into programs."""
 
     def __init__(self, u: Tensor, A: Tensor, softplus: bool) -> None:
         batch, length, dim = u.shape
@@ -435,7 +435,7 @@ def _forward_ends(
     n, d, t = tl.arange(0, N), block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, 4)[:, None]
     in_n, in_d = n < STATES, d < dim
     in_rows_n, in_rows_d, in_tile = in_n[None, :], in_d[None, :], in_n[:, None] & in_d[None, :]
-    # were it known that rows are aligned, a lane would load, and hold, four channels
+    # if rows were known to be aligned, a lane would load and hold four channels
     tile = n[:, None] * dim + d[None, :] + zero
     a = tl.load(A + tile, mask=in_tile, other=0.0) * _LOG2E
     shift = _bias(bias, d, in_d, CHANNELS)
