@@ -62,7 +62,7 @@ def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
 
 
 def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None, backbone: str | None = None) -> None:
-    """Raise a RecipeError for what is neither a method nor a recipe, and for towers that there are not, whatever the capitals."""
+    """Raise a RecipeError for a name that is no method or recipe, and for unknown towers; case does not matter."""
     from dgbench.recipe import recipe_names
 
     recipes = recipe_names()

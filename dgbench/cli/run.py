@@ -220,7 +220,7 @@ def _has_checkpoint(run: Path) -> bool:
 def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     from dgbench.recipe import load_recipe
 
-    with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
+    with contextlib.suppress(RecipeError):  # the recipe file of a resumed run may be anywhere
         return load_recipe(name, root=root)
     return None
 

@@ -25,7 +25,7 @@ from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
 _NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # from untrusted JSON
-_UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
+_UNKNOWN = 65535  # marks a colour or a segment that is not declared
 _GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
 

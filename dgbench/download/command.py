@@ -197,7 +197,7 @@ def _tower(name: str, root: Path) -> str:
             )
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
         raise DgbenchError(*unknown("tower or domain", name, [*TOWERS, *known]))
-    # here and not above: importing towers takes seconds that others do not need
+    # imported here, because importing towers takes seconds
     from mfuser.towers.table import tower
 
     try:
@@ -213,7 +213,7 @@ def _towers(towers: Sequence[str], bars: Bars, problems: Problems) -> list[Fetch
     from mfuser.towers import hub
 
     if hub.offline():
-        return hub.download(towers, bars.note)  # which names all that is not here in one message
+        return hub.download(towers, bars.note)  # one message names all that is missing
     rows: list[Fetched] = []
     for tower in towers:
         try:

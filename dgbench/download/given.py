@@ -17,7 +17,7 @@ _LOOK = 5000  # members of a tar that are checked, since it has no table of cont
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An archive of the user's, and the archives of the table that it stands for."""
+    """An archive of the user's, and the archives of the table that it replaces."""
 
     path: Path
     covers: tuple[str, ...]

@@ -121,7 +121,7 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
         raise DataError(f"image and label are both `{columns['image']}`: one of them is the other's", form)
     if columns["image"].count("*") != columns["label"].count("*") or "**" in "".join(columns.values()):
         raise DataError(
-            f"`{columns['image']}` and `{columns['label']}` cannot be paired: star by star they stand for the same text",
+            f"`{columns['image']}` and `{columns['label']}` cannot be paired: they need the same number of `*`",
             "use single stars, as many in both: 'image=images/*/*.jpg' 'label=labels/*/*.png'",
         )
     return columns

@@ -51,7 +51,7 @@ class Plan:
 
     needs: tuple[Need, ...]
     bytes: int  # to be transferred or unpacked from here, as far as known
-    room: int  # that the data folder must have free for it
+    room: int  # bytes that the data folder must have free for it
     free: int  # that it has
     place: str
 

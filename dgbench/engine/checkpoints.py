@@ -328,7 +328,7 @@ def begin_with(model: Segmentor, path: Path) -> str:
         mfuser.checkpoints.load_weights(model, folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"train.init: {folder} cannot be begun with: {error}", "give a model of the same method, options and crop"
+            f"train.init: {folder} cannot be started from: {error}", "give a model of the same method, options and crop"
         ) from error
     return sha256(folder)
 

@@ -80,7 +80,7 @@ def evaluate(
         protocol_name: score under this protocol instead of the recipe's.
 
     Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix. Domains scored before
-        an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
+        an error keep their records. After any interruption, the same call continues with the remaining images.
     """
     on = pick_device(device)  # refused before any time is spent
     recipe = load_recipe(str(run / "recipe.yaml"), root=root)

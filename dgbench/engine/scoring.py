@@ -24,7 +24,7 @@ _STRIP = 1 << 26  # scores, one number each, that are held of a large image
 def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
     """Return the train ids (B, *grid) of a batch of images of one size: the argmax of `score`.
 
-    Images of more than `LARGE` pixels go one by one, and in parts: the same windows and weights, for which a score may
+    Images of more than `LARGE` pixels are scored one by one, and in parts: the same windows and weights, for which a score may
     differ in its last bit.
 
     Args:

@@ -287,7 +287,7 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
     changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
     if changed:
         _logger.warning(
-            "begun with %s: the training goes on, but not bit for bit as it would have%s",
+            "started with %s: the training continues, but not bit for bit as it would have%s",
             ", ".join(changed),
             f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
         )
@@ -343,7 +343,7 @@ def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> ch
     if before not in (None, now):
         was, is_now = (checkpoints.told(s, dataset.parts[0].domain.name) for s in (before, now) if s is not None)
         raise CheckpointError(
-            f"{run} was begun on {was}, now there are {is_now}", "put back the files it was begun with, or start a new run"
+            f"{run} was started on {was}, now there are {is_now}", "restore the files it was started with, or start a new run"
         )
     return before
 
@@ -376,12 +376,12 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
 
 
 def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
-    """Raise a CheckpointError if a training was begun with other images in its streams."""
+    """Raise a CheckpointError if a training was started with other images in its streams."""
     for name, digest in (before.streams if before else {}).items():
         if now[name] != digest:
             raise CheckpointError(
-                f"{run} was begun with other images in data.extra.{name}",
-                "put back the files it was begun with, or start a new run",
+                f"{run} was started with other images in data.extra.{name}",
+                "restore the files it was started with, or start a new run",
             )
 
 

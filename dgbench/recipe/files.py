@@ -183,7 +183,7 @@ def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]
             near = [(name, row) for name, row in near if _remoteness(asked, row[kind]) == least]
     vlms = [row["vlm"] for _, row in near]
     if towers and len(set(vlms)) > 1:
-        usual = "eva02" if "eva02" in vlms else vlms[0]  # as MFuser's Options have it
+        usual = "eva02" if "eva02" in vlms else vlms[0]  # the default of MFuser's Options
         near = [(name, row) for name, row in near if row["vlm"] == usual]
     return near
 
@@ -369,7 +369,7 @@ def override(
     """Apply `key.path=value` texts to `content` in place; return what they set, and what is wrong with them.
 
     Args:
-        flags: those that options of their own stand for, applied first.    settings: those of `--set`.
+        flags: those of a command's own options, applied first.    settings: those of `--set`.
         model: of the content: plain values are text where it expects text.
     """
     given, problems = [], []

@@ -33,7 +33,7 @@ class Expectation(Spec):
     """A reference result of this recipe; shown as such, never ranked with own results."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
-    target: DomainName  # the source stands for its validation split
+    target: DomainName  # the source means its validation split
     miou: Annotated[Number, Field(ge=0, le=1)]
     tolerance: Annotated[Number, Field(ge=0, le=1)]  # on either side, over training seeds
     seeds: Annotated[Count, Field(ge=2)] | None = None  # runs that the tolerance was measured from; null: it is an estimate

@@ -1,4 +1,4 @@
-"""Domains: what lies on this disk, what is wrong with it, its classes, and what was written of it."""
+"""Tables of domains: files on this disk, results of verification, class frequencies, and exports."""
 
 from __future__ import annotations
 

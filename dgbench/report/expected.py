@@ -41,7 +41,7 @@ class Reference:
     variant: str
     source: str
     protocol: str
-    miou: Mapping[str, float]  # target -> 0..1; the source stands for its validation split
+    miou: Mapping[str, float]  # target -> 0..1; the source means its validation split
     origin: str
     hashes: Mapping[str, str] = field(default_factory=dict)  # column -> protocol hash that the recipe scores under
     protocol_digest: str = ""
@@ -110,7 +110,7 @@ def held_against(recipe: Recipe, shipped: Recipe | None, records: Iterable[Recor
     if not recipe.expect:
         return None
     if shipped is None:
-        return Expected(recipe.name, (), "", None, "the recipe's own file is not at hand")
+        return Expected(recipe.name, (), "", None, "the recipe's own file cannot be found")
     mine, base = (settings.flat(r.model_dump(mode="json")) for r in (recipe, shipped))
     if changed := settings.differences(mine, base, but=_FREE):
         listed = ", ".join(f"{key}={settings.value_text(value)}" for key, value in changed.items())

@@ -1,4 +1,4 @@
-"""Buildings, walls and fences, made anew for each scene: facades with bays and floors, shop fronts, doors, roofs."""
+"""Buildings, walls and fences, made for each scene: facades with bays and floors, shop fronts, doors, roofs."""
 
 from __future__ import annotations
 

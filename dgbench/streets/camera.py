@@ -37,7 +37,7 @@ GUARD = 3.0  # polygons are clipped where |x| or |y| exceeds this many image wid
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """Where the camera stands and looks. `focal` is in widths of a 2:1 image; degrees, pitch down is positive."""
+    """Position and orientation of the camera. `focal` is in widths of a 2:1 image; degrees, pitch down is positive."""
 
     x: float
     height: float

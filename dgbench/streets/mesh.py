@@ -40,7 +40,7 @@ class Template:
 
 
 class Mesh:
-    """Faces under construction, as plain lists: cheap for the few hundred faces that are made anew in each scene."""
+    """Faces under construction, as plain lists: cheap for the few hundred faces that are made for each scene."""
 
     def __init__(self) -> None:
         self.corners: list[list[Point]] = []

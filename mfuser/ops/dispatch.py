@@ -185,7 +185,7 @@ def _wanted(op: str, requested: str) -> str:
     for pair in requested.split(","):
         own, equals, name = pair.strip().partition("=")
         if not equals:
-            raise BackendError(f"backend `{requested}`: `{own}` stands without an operator, write op=name,op=name")
+            raise BackendError(f"backend `{requested}`: `{own}` has no operator, write op=name,op=name")
         rows(own)
         names[own] = name
     return names.get(op, "auto")
