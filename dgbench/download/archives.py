@@ -360,7 +360,7 @@ _BY_HAND = "unpack {path} yourself (7-Zip reads most kinds) and give the folder 
 
 
 def _bomb(total: int, allowed: int) -> str:
-    return f"it unpacks to at least {total:,} bytes; for an archive of its size, at most {allowed:,} are accepted"
+    return f"it unpacks to at least {total:,} bytes, more than the {allowed:,} that are accepted for its size"
 
 
 def _unsafe(path: Path, why: str) -> ArchiveError:
