@@ -1,4 +1,4 @@
-"""Run folders: a new one, one of the user's choice, and the one that is meant by a word."""
+"""Run folders: creating a new one, claiming one of the user's choice, and finding one by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from dgbench import locks, temporaries
 from dgbench.errors import ResultError, suggest
 
-RUNS = "runs"  # the usual folder of runs, in the working folder
+RUNS = "runs"  # the default folder of runs, in the working folder
 _STAMP = re.compile(r"^\d{8}T\d{6}Z")
 
 
@@ -32,7 +32,7 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
     Args:
         locked: this process holds the folder already.
 
-    Raises: ResultError if it holds anything already, or somebody trains in it.
+    Raises: ResultError if it is not empty, or another process trains in it.
     """
     if not locked:
         locks.check_free(folder)
@@ -50,7 +50,7 @@ def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "rec
     """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
 
     Args:
-        needs: what a folder must hold to count as a run; `latest` passes over those without it.
+        needs: what a folder must hold to count as a run; `latest` skips those without it.
 
     Raises: ResultError saying which runs exist.
     """
@@ -72,7 +72,7 @@ def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "rec
 
 
 def _age(run: Path) -> tuple[str, str]:
-    # the name tells the time even after a copy has changed the files' dates
+    # the name contains the time, which is still right after a copy has changed the files' dates
     if stamp := _STAMP.match(run.name):
         return stamp[0], run.name
     return _stamp(datetime.fromtimestamp(run.stat().st_mtime, UTC)), run.name

@@ -306,7 +306,7 @@ def test_a_password_in_the_address_of_a_mirror_is_used_and_nowhere_told(mirror: 
 )
 def test_a_mirror_that_is_no_address_is_refused_at_once(address: str, data: Path) -> None:
     message = refused(run(data, "dark-zurich", "--mirror", address, "--yes"))
-    assert "is no address of a server" in message
+    assert "is not the URL of a server" in message
     assert not [word for word in ("secret", "sec/ret", "ret@") if word in message]
     assert not data.exists()
 
@@ -473,7 +473,7 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(mirror: Server, data: Path
     output, told = process.communicate(timeout=20)
     assert process.returncode == 130, told
     assert output == ""
-    assert "0.00 GB that have come are kept. To go on, run again: dgbench download dark-zurich --mirror" in told
+    assert "0.00 GB that were received are kept. To continue, run again: dgbench download dark-zurich --mirror" in told
     assert "Traceback" not in told
     assert part.stat().st_size > 50_000
 
@@ -694,7 +694,7 @@ def test_a_site_that_wants_a_browser_comes_with_steps(name: str, data: Path, mon
 
     monkeypatch.setattr(socket, "create_connection", no_sockets)
     message = refused(run(data, name))
-    assert f"`{name}` is handed out in a browser only. Missing: " in message
+    assert f"`{name}` can only be downloaded in a browser. Missing: " in message
     assert "  1. open https://" in message
     assert f"run: dgbench download {name} --from FOLDER" in message
 
@@ -706,6 +706,6 @@ def test_what_must_be_done_by_hand_does_not_stop_the_rest(data: Path, tmp_path: 
     assert "by hand" in told
     assert "dgbench download acdc tells the steps" in told
     result = run(data, *arguments)
-    assert "`acdc` is handed out in a browser only" in refused(result)
+    assert "`acdc` can only be downloaded in a browser" in refused(result)
     assert "dark-zurich" in result.stdout
     assert counts("dark-zurich", data) == {"val": 1}

@@ -310,7 +310,7 @@ def test_resuming_with_other_images_in_a_stream_is_refused(house: House, tmp_pat
     works("train", recipe, "--set", "train.steps=2", "--out", tmp_path / "run", "--device", "cpu", "--no-eval")
     (copy / "styles" / "a.png").unlink()
     said = fails("train", "--resume", tmp_path / "run", "--device", "cpu", "--no-eval")
-    assert "was begun with other images in data.extra.style" in said
+    assert "was started with other images in data.extra.style" in said
 
 
 def test_a_damaged_or_missing_file_of_training_parts_is_named(house: House, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run: train, score a checkpoint, segment photographs."""
+"""Commands of the panel Run: train, score a checkpoint, segment photographs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def train(
         recipe_name, flags = resolve(
             name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed, root=root
         )
-        # first what can be told without importing torch
+        # first the checks that do not need torch
         light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names", root=root)
         check_training(light, root, scored=not no_eval)
         recipe = load_recipe(recipe_name, settings or (), flags=flags, root=root)
@@ -97,7 +97,7 @@ def train(
     progress = render.progress(quiet=quiet)
     try:
         with locks.training(run) as first:
-            if first and out is not None:  # once more: a run of somebody else may have begun and ended here since
+            if first and out is not None:  # checked again: another process may have trained here since
                 claim_run(out, locked=True)
             from dgbench.engine.evaluate import evaluate
             from dgbench.engine.train import train as fit
@@ -108,7 +108,7 @@ def train(
             raise
         raise _stopped(stop, f"go on with: dgbench train --resume {shlex.quote(str(run))}") from None
     finally:
-        # a run that failed before its first file is no run
+        # a folder without any file is not a run
         with contextlib.suppress(OSError):
             run.rmdir()
     if no_eval:
@@ -230,20 +230,20 @@ def _refuse_late_name(ctx: typer.Context, given: Mapping[str, Sequence[str] | No
 
 
 def _has_checkpoint(run: Path) -> bool:
-    # the names that mfuser.checkpoints writes, told without torch
+    # the names that mfuser.checkpoints writes, checked without torch
     return any(path.name.removeprefix("step-").isdecimal() for path in (run / "checkpoint").glob("step-*"))
 
 
 def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     from dgbench.recipe import load_recipe
 
-    with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
+    with contextlib.suppress(RecipeError):  # the recipe file of a resumed run may be anywhere
         return load_recipe(name, root=root)
     return None
 
 
 def _stopped(stop: BaseException, advice: str) -> StoppedError:
-    """What to say about a command that was stopped, with the exit status that shells give it."""
+    """Return the error for a command that was stopped, with the exit status that shells give it."""
     if isinstance(stop, Terminated):
         import signal
 
@@ -254,5 +254,5 @@ def _stopped(stop: BaseException, advice: str) -> StoppedError:
 def _run_with_checkpoint(text: str, runs: Path) -> Path:
     from dgbench.runs import find_run
 
-    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
+    # `latest` skips a run without a checkpoint; by its own name it is refused with what to do about it
     return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")

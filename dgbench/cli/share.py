@@ -1,4 +1,4 @@
-"""Share: runs that come from others."""
+"""Commands of the panel Share: checkpoints of other authors."""
 
 from __future__ import annotations
 

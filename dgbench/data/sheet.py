@@ -21,7 +21,7 @@ _BACKGROUND, _INK = (255, 255, 255), (20, 20, 20)
 
 
 def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], opacity: float = 0.6) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB: the image under its label's colours; ignored pixels keep the image."""
+    """Return (H, W, 3) RGB: the image under its label's colours; ignored pixels keep the image."""
     out = np.empty_like(image)
     rows = max(1, _AT_ONCE // max(1, image.shape[1]))
     for top in range(0, len(image), rows):  # in floating point a large image takes gigabytes
@@ -33,7 +33,7 @@ def overlay(image: NDArray[np.uint8], label: NDArray[np.uint8], opacity: float =
 
 
 def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> Image.Image:
-    """Rows of image and overlay, two samples a row, a title above and the legend below."""
+    """Return rows of image and overlay, two samples per row, with a title above and the legend below."""
     per_row = 2 if len(samples) > 1 else 1
     cell_w = (width - _GAP * (2 * per_row + 1)) // (2 * per_row)
     height, full_w = samples[0].label.shape
@@ -54,13 +54,13 @@ def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> I
 
 
 def _fitted(shape: tuple[int, ...], width: int, height: int) -> tuple[int, int]:
-    """(W, H) of an image of `shape` (H, W, ...) in a cell of `width` x `height`, its aspect ratio kept as far as it can be."""
+    """Return (W, H) of an image of `shape` (H, W, ...) in a cell of `width` x `height`, with its aspect ratio if possible."""
     scaled = max(1, round(width * shape[0] / shape[1]))
     return (width, scaled) if scaled <= height else (max(1, round(height * shape[1] / shape[0])), height)
 
 
 def legend(train_ids: Sequence[int], width: int) -> Image.Image:
-    """Colour and name of each class, in as many columns as fit."""
+    """Draw colour and name of each class, in as many columns as fit."""
     font = ImageFont.load_default(12)
     entry_w = 16 + _GAP + max(int(font.getlength(c.name)) for c in CLASSES) + 2 * _GAP
     columns = max(1, (width - _GAP) // entry_w)
@@ -76,7 +76,7 @@ def legend(train_ids: Sequence[int], width: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the suffix tells the format, PNG when there is none."""
+    """Write a picture atomically; the suffix gives the format, PNG if there is none."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     atomic.write(path, buffer.getvalue())

@@ -34,7 +34,7 @@ _OVERLAY = "-overlay"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was found in one photograph."""
+    """Classes found in one photograph."""
 
     photo: Path
     overlay: Path
@@ -43,12 +43,12 @@ class Prediction:
 
 
 def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None = None) -> list[Prediction]:
-    """Write an overlay with a legend for each photograph, as a viewer shows it: turned as its EXIF says.
+    """Write an overlay with a legend for each photograph, with its EXIF orientation applied.
 
     Args:
         photos: image files of any size, or folders of them.
         run: a run folder or a saved model.
-        out: the overlay's file for one photograph, or a folder. Photographs of one name are told apart by their folders.
+        out: the overlay's file for one photograph, or a folder. For photographs of the same name, their folders are added.
 
     Raises: DataError naming every file that cannot be read, before anything is written; CheckpointError.
     """
@@ -60,7 +60,7 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
     targets = _targets(photos, out) if to_folder else [out]
     if over := next((target for target in targets if _place(target) in {_place(photo) for photo in photos}), None):
         raise DataError(f"{over} is one of the photographs: its overlay would replace it", "give another --out")
-    _refuse_unreadable(photos)  # all of them first: a bad file costs no model time
+    _refuse_unreadable(photos)  # all of them first, before the model is loaded
     on = pick_device(device)
     model = checkpoints.load_model(run).to(on)
     height = _trained_height(run)
@@ -81,14 +81,14 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
 
 
 def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pixels of each class; NumPy makes numbers of eight bytes of what it counts, so a large label goes in parts."""
+    """Count the pixels of each class, in parts, since NumPy converts labels to eight bytes per pixel for it."""
     flat, part = label.ravel(), 1 << 24
     parts = [np.bincount(flat[i : i + part], minlength=len(NAMES)) for i in range(0, label.size, part)]
     return np.asarray(np.sum(parts, axis=0), np.int64)
 
 
 def _listed(given: Sequence[Path]) -> list[Path]:
-    """The files, with the images of folders in their place, each once."""
+    """Return the files, with folders replaced by their images, each once."""
     found: dict[Path, Path] = {}
     for path in given:
         files = [path]
@@ -109,7 +109,7 @@ def _place(path: Path) -> Path:
 
 
 def _targets(photos: Sequence[Path], folder: Path) -> list[Path]:
-    """An overlay's file for each photograph: named after it; where that is not enough, after its folders and suffix, too."""
+    """Return an overlay's file for each photograph, with its name and, if these clash, its folders and suffix."""
     stems = Counter(photo.stem.casefold() for photo in photos)
     names = [photo.stem if stems[photo.stem.casefold()] == 1 else _long_name(photo, photos) for photo in photos]
     if len({name.casefold() for name in names}) < len(names):
@@ -140,9 +140,9 @@ def _refuse_unreadable(photos: Sequence[Path]) -> None:
 
 @torch.inference_mode()
 def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
-    """(H, W) train ids of one RGB image (H, W, 3), by sliding window.
+    """Return (H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
-    `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
+    `height` is the image height that the model was trained at: the photograph is resized to it first, and in any case
     to at least the model's window.
     """
     crop = model.image_size
@@ -160,12 +160,12 @@ def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, he
 
 
 def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
-    """As `segment`, in parts: the same windows, for which a score may differ in its last bit."""
+    """Segment as `segment`, in parts: the same windows, for which a score may differ in its last bit."""
     full = (image.shape[0], image.shape[1])
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
     if size == full:
         return first_of_bands(model, pixels, model.image_size, window_stride(model.image_size), device)
-    if _area(size) > max(LARGE, _area(full)):  # a stripe, brought to the window
+    if _area(size) > max(LARGE, _area(full)):  # a long narrow image, resized to the window
         shrink = math.sqrt(LARGE / _area(size))
         smaller = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
         _warn(
@@ -195,7 +195,7 @@ def _warn(text: str) -> None:
 
 
 def window_stride(crop: tuple[int, int]) -> tuple[int, int]:
-    """Two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
+    """Return two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
     return crop[0] * 2 // 3, crop[1] * 2 // 3
 
 

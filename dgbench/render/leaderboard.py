@@ -1,4 +1,4 @@
-"""The leaderboard: own results by rank, one table for each group that compares, and published tables apart."""
+"""Tables of the leaderboard: own results by rank, one table for each comparable group, and the published tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dgbench.report.expected import Expected
     from dgbench.report.rows import Group, Leaderboard, Row, Score
 
-PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
+PARTIAL = "~"  # after a score: not exactly the published split's images; after a name: trained on a part of the source
 _NAMED = 5  # rows that a line of the legend names
 
 
@@ -26,7 +26,7 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
     names = _names(board.groups)
     for group, labels in zip(board.groups, names, strict=True):
         title = _title(group)
-        # what two groups of one title differ in is inside their protocol hashes
+        # two groups with the same title differ in their protocol hashes
         key = f"{title} {group.targets}"
         alike = "; at another image size or label map than the table above" if key in titles else ""
         tables.append(_own(group, labels, title + alike))
@@ -37,7 +37,7 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
-    """A row for each model of each table, which are numbered: what it is, its scores and, of each, whether it is partial."""
+    """Return a row for each model of each numbered table: what it is, its scores and whether each is partial."""
     return [
         flat_row(
             row,
@@ -78,7 +78,7 @@ def _names(groups: Sequence[Group]) -> list[list[str]]:
     """Return the names of the rows of each group: a run has one name in all tables that were scored alike."""
     together: list[list[Group]] = []
     place: list[int] = []
-    having: dict[tuple[object, ...], int] = {}  # what was scored alike -> its place
+    having: dict[tuple[object, ...], int] = {}  # what was scored in the same way -> its index
     for group in groups:
         shared = (group.source, group.protocol, group.protocol_digest, group.rendered, group.source_rendered)
         keys = [(*shared, value) for value in group.protocol_hashes]
@@ -127,7 +127,7 @@ def _all_scores(row: Row) -> tuple[Score | None, ...]:
 def _labels(rows: Sequence[Row]) -> list[str]:
     """Return for each row the shortest name that no other row has."""
     own = {row.recipe for row in rows if row.kind == "run"}
-    # a reference beside a row of its own recipe has the same name, and `ref` in front
+    # a reference beside a row of its own recipe has the same name, with `ref` in front
     named = [row for row in rows if row.kind == "run" or row.recipe not in own]
     forms: list[Callable[[Row], str]] = [_method, lambda row: row.recipe, _settings, _hash]
     forms += [lambda row: f"{_settings(row)} {_time(row)}", lambda row: f"{_hash(row)} {_time(row)}"]
@@ -140,7 +140,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _settings(row: Row) -> str:
-    """`streets/mfuser, train.steps=40, seed 1`; without known settings what the hash form says, which comes next."""
+    """Return `streets/mfuser, train.steps=40, seed 1`; for unknown settings the text for the hash that follows."""
     texts = [f"seed {value}" if key == "train.seed" else f"{key}={_short(value)}" for key, value in row.settings.items()]
     return ", ".join([row.recipe, *texts]) if texts else _hash(row)
 
@@ -245,7 +245,7 @@ def expected_tables(found: Expected) -> list[Table]:
 
 
 def expected_rows(found: Expected) -> list[FlatRow]:
-    """A row for each score that a range is known of, or one that says why there is none."""
+    """Return a row for each score with an expected range, or one that says why there is none."""
     if found.reason:
         return [{"recipe": found.recipe, "reason": found.reason}]
     return [

@@ -1,4 +1,4 @@
-"""A typed result is shown: as the tables that are drawn of its class, as CSV, or as JSON."""
+"""Output of a typed result: as the tables of its class, as CSV, or as JSON."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dgbench.results import finite
 
 
 class Renderer(NamedTuple):
-    """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
+    """Functions that make tables, and rows of plain values, from a result or a list of results of one class."""
 
     tables: Callable[[Any], list[Table]]
     rows: Callable[[Any], list[FlatRow]] = flat_rows
 
 
-# by module and name of the class: looking one up must not import the engine
+# by module and name of the class, so that a look-up does not import the engine
 RENDERERS: dict[str, Renderer] = {
     "dgbench.cost.fusion.FusionProfile": Renderer(profile.fusion_tables, profile.profile_rows),
     "dgbench.cost.kernels.Bench": Renderer(kernels.bench_tables, kernels.bench_rows),
@@ -74,7 +74,7 @@ def show(result: Any, form: str = "text") -> None:
     if form in TEXTS:
         write("\n\n".join(TEXTS[form](table) for table in tables))
         return
-    # before they are laid out: a stand-in may be wider
+    # before the layout: a replacement may be wider
     tables = [table.rewritten(lambda text: writable(text, sys.stdout)) for table in tables]
     console = open_console() if may_draw() else None
     for number, table in enumerate(tables):
@@ -87,7 +87,7 @@ def show(result: Any, form: str = "text") -> None:
 
 
 def tell(result: object) -> None:
-    """Print a typed result as text on stderr: what a command says before it does its work."""
+    """Print a typed result as text on stderr, before a command does its work."""
     for table in _renderer(result).tables(result):
         note(plain(table))
 

@@ -1,4 +1,4 @@
-"""What a run gives: its scores, predicted photographs; and a run made of the authors' checkpoint."""
+"""Tables of a run's scores, of predicted photographs, and of a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def converted_tables(done: Converted) -> list[Table]:
 
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:
-    """A row for each record, and whether it is of all the images that its split and its source have."""
+    """Return a row for each record, with whether its split and its source were complete."""
     from dgbench.data.labels import NAMES
 
     rows = []

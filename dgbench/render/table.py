@@ -35,10 +35,10 @@ class Table:
     keys: int = 1
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
-    compact: Table | None = None  # says less in less width
+    compact: Table | None = None  # a narrower form with fewer columns
 
     def __post_init__(self) -> None:
-        """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
+        """Write control characters out, since text may be from files."""
         set_ = object.__setattr__
         set_(self, "title", visible(self.title))
         set_(self, "header", tuple(map(visible, self.header)))
@@ -46,7 +46,7 @@ class Table:
         set_(self, "rows", tuple(tuple(_rewritten(cell, visible) for cell in row) for row in self.rows))
 
     def rewritten(self, change: Callable[[str], str]) -> Table:
-        """Return the table with every text of it changed."""
+        """Return the table with a function applied to every text."""
         return dataclasses.replace(
             self,
             title=change(self.title),

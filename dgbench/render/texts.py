@@ -1,6 +1,6 @@
-"""Tables as other programs read them: Markdown, LaTeX, CSV.
+"""Tables as text for other programs: Markdown, LaTeX, CSV.
 
-Markdown and LaTeX show what the text shows, marks and rounding included; CSV has the plain values in full.
+Markdown and LaTeX show the same as text, with marks and rounding; CSV has the unrounded values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def markdown(table: Table) -> str:
 
         header, *rows = _shown(table, in_markdown)
         aligned = ["left" if left else "right" for left in _left(table)]
-        # numbers stay as they were rounded
+        # numbers keep their rounding
         body = [tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)]
     title = [f"**{in_markdown(table.title, inside_stars=True)}**"] if table.title else []
     legend = ["\n".join(f"- {as_item(in_markdown(line))}" for line in table.legend)] if table.legend else []
@@ -40,7 +40,7 @@ def latex(table: Table) -> str:
 
 
 def csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows of plain values under one header of all their columns; what a row does not have is empty."""
+    """Return rows of plain values under one header of all their columns; missing values are empty."""
     from csv import DictWriter
 
     text = io.StringIO()

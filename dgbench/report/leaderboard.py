@@ -1,8 +1,8 @@
-"""The leaderboard: own records, reference results of recipes, and published numbers, each kept apart.
+"""The leaderboard: own records, reference results of recipes, and published numbers, kept separate.
 
 Rows are ranked only inside one group: one source, one protocol by name and digest, one set of targets with equal protocol
 hashes, all of them published sets or all exports of rendered scenes.
-Reference rows stand in for recipes that have not been run here; published rows were measured under protocols that
+Reference rows are shown for recipes that have not been run here; published rows were measured under protocols that
 differ from paper to paper, so they get groups of their own and no rank.
 """
 
@@ -30,7 +30,7 @@ class _Model:
     newest: Record = field(init=False)
     scored: Scored = field(init=False)
     settings: settings.Settings | None = None
-    telling: Mapping[str, object] = field(default_factory=dict)  # settings that tell it from others of its method and recipe
+    telling: Mapping[str, object] = field(default_factory=dict)  # settings that differ from others of its method and recipe
 
     def __post_init__(self) -> None:
         self.newest = max(self.records.values(), key=_age)
@@ -46,7 +46,7 @@ class _Model:
         return self.newest.method, self.newest.variant, self.newest.recipe_hash
 
     def source_images(self) -> tuple[int, int]:
-        """How many images it was trained on, and how many its source has; (0, 0) if these are equal, or unknown."""
+        """Return the number of training images and that of its source; (0, 0) if these are equal, or unknown."""
         record = next((r for r in self.records.values() if r.source_complete is False), None)
         return (0, 0) if record is None else (record.source_images, record.source_available)
 
@@ -66,8 +66,8 @@ def leaderboard(
     Args:
         records: of any kind and order; only evaluations are rows.
         references: shown where the recipe has no row of its own.
-        targets: the columns of every group; by default those that the runs' recipes name, and further groups for what
-            else was scored.
+        targets: the columns of every group; by default those that the runs' recipes name, and further groups for
+            other targets.
         source: only models trained on this domain; by default all.
         every: keep models that a newer run of the same recipe replaces.
         beside: show references beside rows of the same recipe, too, except those of other tower weights.
@@ -109,7 +109,7 @@ def _age(record: Record) -> tuple[str, str]:
 
 
 def _whole(record: Record) -> bool:
-    """Whether the images that were scored are those of the published split, all and no others."""
+    """Return whether exactly the images of the published split were scored."""
     return record.complete and not record.n_extra
 
 
@@ -122,13 +122,13 @@ def _column(record: Record) -> str:
 def _models(records: Iterable[Record]) -> list[tuple[Measured, _Model]]:
     """Collect the newest record per column of every checkpoint, newest first, exports apart from published sets."""
     targets: dict[tuple[str, ...], dict[bool, dict[str, Record]]] = {}
-    # of several sources, none's validation split is a target, and one column cannot hold them all
+    # with several sources, their validation splits are not targets and do not fit into one column
     shown = (r for r in records if r.kind == "eval" and (r.target == r.source or r.target not in r.source.split("+")))
     for record in sorted(shown, key=_age, reverse=True):
         trained = (record.source, record.protocol, record.protocol_digest, "rendered" if record.source_rendered else "")
         sets = targets.setdefault((*trained, record.method, record.variant, record.recipe_hash, record.checkpoint), {})
         column = _column(record)
-        # the source's own validation split is no target: it stands beside either kind
+        # the source's own validation split is no target: it is shown with both kinds
         for rendered in (True, False) if column == SOURCE else (record.rendered,):
             sets.setdefault(rendered, {}).setdefault(column, record)
     found = []
@@ -153,7 +153,7 @@ def _read_settings(models: Iterable[_Model]) -> None:
 
 
 def _belongs(reference: Reference, measured: Measured, hashes: Mapping[str, str]) -> bool:
-    """Whether a reference was scored as the models of a group were."""
+    """Return whether a reference was scored as the models of a group were."""
     shared = hashes.keys() & reference.hashes.keys()
     same = all(hashes[column] == reference.hashes[column] for column in shared)
     return reference.measured == measured and same
@@ -162,7 +162,7 @@ def _belongs(reference: Reference, measured: Measured, hashes: Mapping[str, str]
 def _compatible(models: Sequence[_Model]) -> list[list[_Model]]:
     """Split models, newest first, into clusters whose protocol hashes agree wherever two share a column."""
     clusters: list[tuple[dict[str, str], list[_Model]]] = []
-    having: dict[tuple[str, str], set[int]] = {}  # (column, hash) -> clusters: only these can take a model in
+    having: dict[tuple[str, str], set[int]] = {}  # (column, hash) -> clusters that a model can join
     for model in models:
         hashes = model.hashes
         near = sorted(set().union(*(having.get(pair, ()) for pair in hashes.items())))
@@ -198,7 +198,7 @@ def _groups(
         chosen = [(tuple(sorted(most, key=order)), [])]
     groups = []
     for number, (columns, members) in enumerate(chosen):
-        # a reference of fewer targets stands in the first table alone
+        # a reference with fewer targets is only in the first table
         fitting = [r for r in references if set(columns) <= r.miou.keys() or (number == 0 and set(columns) & r.miou.keys())]
         rows = [models[i] for i in members]
         groups.append(_group(measured, rows, fitting, columns, every=every, weights=weights, all_shown=targets is None))
@@ -219,7 +219,7 @@ def _group(
     rows = [_run_row(model, columns) for model in kept]
     for reference in references:
         own = [model for model in kept if model.newest.recipe == reference.recipe]
-        # unknown weights, as of runs without a training record, do not speak for it either
+        # runs with unknown weights (without a training record) are not compared with it either
         others = weights is not None and any(mismatch(reference.weights, weights.get(m.newest.checkpoint, {})) for m in own)
         if not own or (weights is not None and not others):
             rows.append(_reference_row(reference, columns))
@@ -240,13 +240,13 @@ def _group(
 
 
 def _table_order() -> Order:
-    """Columns follow the table of domains, a severity its domain, whatever order they were scored in."""
+    """Order columns as in the table of domains, a severity after its domain, independently of when they were scored."""
     known = {name: place for place, name in enumerate(names())}
     return lambda column: (known.get(column.partition("@")[0], len(known)), column)
 
 
 def _not_replaced(models: Sequence[_Model], columns: set[str]) -> list[_Model]:
-    """Drop a model if a newer one of the same recipe was scored on all that it was, of these columns and as fully."""
+    """Drop a model if a newer one of the same recipe was scored on the same of these columns, at least as completely."""
     kept: list[_Model] = []
     newer: dict[tuple[object, ...], list[tuple[frozenset[str], frozenset[str]]]] = {}
     for model in models:
@@ -259,7 +259,7 @@ def _not_replaced(models: Sequence[_Model], columns: set[str]) -> list[_Model]:
 
 
 def _tell_apart(models: Sequence[_Model]) -> None:
-    """Give each model the settings that tell it from others of its method and recipe: the same in all tables."""
+    """Give each model the settings that differ from others of its method and recipe: the same in all tables."""
     alike: dict[tuple[str, str, str], dict[str, settings.Settings]] = {}
     for model in models:
         if model.settings is not None:

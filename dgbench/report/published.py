@@ -16,7 +16,7 @@ PUBLISHED = Path(__file__).parents[1] / "published.yaml"
 
 def load_published(path: Path = PUBLISHED) -> tuple[Group, ...]:
     """Return the published tables, one group per paper, table and source."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it: ten times faster
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's if available: ten times faster
     return tuple(_group(table) for table in yaml.load(path.read_text(encoding="utf-8"), Loader=loader))
 
 

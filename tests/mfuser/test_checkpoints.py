@@ -138,7 +138,7 @@ def test_a_model_saved_before_there_were_manifests_loads_with_a_warning(saved, t
     folder = copied(saved, tmp_path)
     (folder / "manifest.json").unlink()
     mfuser.load(folder)
-    assert "damage to its files cannot be told" in caplog.text
+    assert "damage to its files cannot be detected" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, tmp_path):

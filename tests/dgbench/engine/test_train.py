@@ -240,7 +240,7 @@ def test_resuming_on_other_images_is_refused(tmp_path):
     assert json.loads(note.read_text()) == {"images": 6, "available": 6, "rendered": False}
     note.write_text('{"images": 9, "available": 24966, "rendered": true}')
     manifest.seal(note.parent, [note.name])
-    with pytest.raises(CheckpointError, match="was begun on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
+    with pytest.raises(CheckpointError, match="was started on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
         train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
 
 
