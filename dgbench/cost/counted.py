@@ -38,7 +38,7 @@ from mfuser.segmentor import Segmentor
 
 SHIPPED = Path(__file__).with_name("counts.json.gz")
 ITSELF = "(itself)"  # what a model does and holds outside of its parts
-_RULES = ("conventions", "count", "counted", "shapes")  # files of this folder that decide counts
+_RULES = ("conventions", "count", "counted", "operators", "shapes")  # files of this folder that decide counts
 _TOWERS = ("timm", "open_clip_torch")  # packages that models are built of
 _PACKAGES = ("torch", *_TOWERS, "fvcore")
 

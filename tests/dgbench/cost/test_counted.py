@@ -75,7 +75,7 @@ def test_what_ships_is_what_counting_finds(name: str) -> None:
         ("models/ops/selective_scan/__init__.py", "all"),
         ("models/methods/__init__.py", "all"),
         ("models/new.py", "all"),
-        *((f"rules/{name}.py", "all") for name in ("count", "conventions", "shapes", "counted")),
+        *((f"rules/{name}.py", "all") for name in ("count", "conventions", "operators", "shapes", "counted")),
         ("models/methods/mfuser.py", "mfuser"),
         ("models/methods/source_only.py", "source-only"),
         ("models/methods/new.py", "none"),
