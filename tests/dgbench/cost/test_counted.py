@@ -86,7 +86,7 @@ def test_an_edit_leaves_no_count_known_of_the_methods_that_it_can_change(edited:
 
     def found() -> dict[str, str]:
         sources.cache_clear()
-        return {name: sources(name, tmp_path / "models", tmp_path / "rules") for name in methods.names()}
+        return {name: sources(name, tmp_path / "models", tmp_path / "rules") for name in mfuser.method_names()}
 
     before = found()
     assert before == {name: sources(name) for name in before}
