@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
-from dgbench.cost.profile import _step
+from dgbench.cost.model_times import training_step
 from mfuser import methods
 
 METHOD = '''
@@ -260,7 +260,7 @@ def test_a_profile_counts_what_is_scored_and_not_the_teacher(house: House, by: s
 
 def test_a_profile_times_a_training_step_with_the_teacher_and_the_streams(house: House) -> None:
     model = mfuser.build("two-views")
-    _step(model, (64, 64), torch.device("cpu"), torch.float32)()
+    training_step(model, (64, 64), torch.device("cpu"), torch.float32)()
     assert set(model.training_only) == {"teacher", "bank"}
 
 

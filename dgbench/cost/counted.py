@@ -38,7 +38,7 @@ from mfuser.segmentor import Segmentor
 
 SHIPPED = Path(__file__).with_name("counts.json.gz")
 ITSELF = "(itself)"  # operations and parameters of a model outside of its parts
-_RULES = ("conventions", "count", "counted", "shapes")  # files of this folder that affect counts
+_RULES = ("conventions", "count", "counted", "operators", "shapes")  # files of this folder that affect counts
 _TOWERS = ("timm", "open_clip_torch")  # packages that models are built of
 _PACKAGES = ("torch", *_TOWERS, "fvcore")
 

@@ -10,7 +10,8 @@ from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.cost.fusion import FusionProfile, FusionRow
-    from dgbench.cost.profile import Profile, Row, Timing
+    from dgbench.cost.model_times import Timing
+    from dgbench.cost.profile import Profile, Row
     from dgbench.cost.timing import Hardware, Times
 
 # meaning of each convention's numbers; the engine is not imported for it
