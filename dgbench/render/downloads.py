@@ -1,4 +1,4 @@
-"""Towers and domains that are fetched: what there is, what a download would need, and what it brought."""
+"""Tables of towers and domains: which exist, what a download would need, and what it fetched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_tables(models: Sequence[Model]) -> list[Table]:
 
 
 def downloaded_tables(rows: Sequence[Fetched | Stored]) -> list[Table]:
-    """Towers and domains, a table each."""
+    """Return towers and domains, a table each."""
     towers = [row for row in rows if hasattr(row, "repo")]
     stored = [row for row in rows if not hasattr(row, "repo")]
     return [*(_fetched(towers) if towers else []), *(_stored(stored) if stored else [])]  # type: ignore[arg-type]
@@ -98,5 +98,5 @@ def push_rows(found: Push) -> list[FlatRow]:
 
 
 def plan_rows(plan: Plan) -> list[FlatRow]:
-    """A row for each domain and tower that was named."""
+    """Return a row for each domain and tower that was named."""
     return flat_rows(plan.needs)

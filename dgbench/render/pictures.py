@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dgbench.cost.tradeoff import Panel, Tradeoff
     from dgbench.engine.severity import Curve, Severity
 
-# colours that the colour-blind can tell apart (Okabe and Ito, 2008), and markers for print without colour
+# colours for colour-blind readers (Okabe and Ito, 2008), and markers for print without colour
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "v", "s", "^", "D", "P")
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,7 +90,7 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
         for point in points:
             if point.half is not None and math.isfinite(point.half):
                 axis.errorbar(point.cost, 100 * point.miou, yerr=100 * point.half, color="0.5", capsize=2, zorder=2)
-    # by height, left and right in turn, so that labels do not lie on each other
+    # by height, left and right in turn, so that labels do not overlap
     for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
         side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
         axis.annotate(
@@ -177,7 +177,7 @@ def _percent(share: float | None) -> float:
 
 
 def _as_it_is(text: str) -> str:
-    # matplotlib reads what stands between two dollars as a formula
+    # matplotlib reads text between two dollars as a formula
     return visible(text).replace("$", r"\$")
 
 
@@ -195,7 +195,7 @@ def _written(figure: Figure, path: Path) -> Path:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # no date, no random names: the same numbers make the same file
+    # no date and no random names, so that the same numbers give the same file
     dateless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with rc_context({"svg.hashsalt": "dgbench"}):
         figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)

@@ -45,7 +45,7 @@ class Table:
     marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
-        """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
+        """Write control characters out, since text may be from files."""
         set_ = object.__setattr__
         set_(self, "title", visible(self.title))
         set_(self, "header", tuple(map(visible, self.header)))
@@ -59,7 +59,7 @@ class Table:
         return (f"{_MARKED}{', '.join(told)}.", *self.legend) if told else self.legend
 
     def rewritten(self, change: Callable[[str], str]) -> Table:
-        """Return the table with every text of it changed."""
+        """Return the table with a function applied to every text."""
         return dataclasses.replace(
             self,
             title=change(self.title),
