@@ -130,6 +130,48 @@ def interval(
     return _within(score - half, 0.0, 1.0), _within(score + half, 0.0, 1.0)
 
 
+def weighted(
+    matrices: Sequence[NDArray[Any]],
+    weights: Sequence[float],
+    *,
+    level: float = 0.95,
+    classes: Sequence[int] | None = None,
+    absent: Absent = "skip",
+) -> tuple[float, float, float]:
+    """Return a weighted sum of mIoUs of the same images seen in several ways, with its interval, as (sum, low, high).
+
+    Images are left out of all at once, as in `report.statistics.difference`.
+
+    Args:
+        matrices: (n, K, K) counts each, image i of one is image i of the others.
+        weights: positive numbers whose sum is 1: the result is in 0..1.
+        level, classes, absent: as `interval`'s.
+
+    Raises: ValueError if the shapes or the numbers of matrices and weights differ.
+    """
+    if len({one.shape for one in matrices}) != 1:
+        raise ValueError(f"matrices differ in shape: {', '.join(sorted({str(one.shape) for one in matrices}))}")
+    pairs = list(zip(weights, matrices, strict=True))
+    total = math.fsum(weight * miou(one.sum(axis=0), classes=classes, absent=absent) for weight, one in pairs)
+    if len(matrices[0]) < 2:
+        return total, float("nan"), float("nan")
+    without = np.sum([weight * _without_each(one, classes, absent) for weight, one in pairs], axis=0)
+    half = _half_width(without, level)
+    return total, _within(total - half, 0.0, 1.0), _within(total + half, 0.0, 1.0)
+
+
+def trapezoid_weights(places: Sequence[float]) -> tuple[float, ...]:
+    """Return by how much each value at growing places enters the mean height of the line through them; their sum is 1.
+
+    Raises: ValueError for fewer than two places, or places that do not grow.
+    """
+    steps = np.diff(places)
+    if len(places) < 2 or not (steps > 0).all():
+        raise ValueError(f"a line needs two or more places that grow, got {', '.join(f'{place:g}' for place in places)}")
+    halves = np.concatenate([[0.0], steps, [0.0]]) / 2
+    return tuple(float(value) for value in (halves[1:] + halves[:-1]) / (places[-1] - places[0]))
+
+
 def rare(
     per_image: NDArray[Any], *, fewer_than: int = FEW_IMAGES, classes: Sequence[int] | None = None, absent: Absent = "skip"
 ) -> dict[int, int]:

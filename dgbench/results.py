@@ -41,13 +41,15 @@ _RECORD_BYTES = 1 << 20
 class Record:
     """One measurement: a checkpoint on a split of a domain, or the end of a training.
 
+    `severity` is a score that no leaderboard ranks: on corrupted images, or on fewer than its run is scored on.
+
     Fractions are 0..1, seconds are wall time. None means unknown or undefined, never zero.
     """
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}  # of what is read
 
     id: str
-    kind: Literal["eval", "train"]
+    kind: Literal["eval", "train", "severity"]
     created: str  # UTC, ISO 8601
     method: str
     variant: str = ""  # what tells two builds of a method apart, e.g. "dinov2_l + eva02, mvfuser"

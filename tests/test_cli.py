@@ -162,6 +162,7 @@ def test_commands_recipes_keys_and_domains_are_completed() -> None:
 def test_towers_devices_and_backends_are_completed() -> None:
     assert completed("dgbench train --vlm s") == ["siglip_b", "siglip", "siglip2_b", "siglip2", "small"]
     assert completed("dgbench profile --vfm dinov3") == ["dinov3_s", "dinov3_b", "dinov3_l"]
+    assert completed("dgbench severity --corruptions mot") == ["motion_blur"]
     assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
     assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]
     assert completed("dgbench kernels bench --backend t") == ["triton", "torch"]
@@ -345,6 +346,7 @@ def test_doctor() -> None:
         ("eval --targets strets-city", "error: unknown domain `strets-city`", "did you mean `streets-city`?"),
         ("eval --targets streets-fog@2", "error: severity `2`", "streets-fog@0.6"),
         ("eval", "error: no run with checkpoint in runs", "dgbench train"),
+        ("severity", "error: no run with checkpoint in runs", "dgbench train"),
         ("eval nowhere", "error: no run `nowhere`", "runs in runs"),
         ("predict x.jpg", "error: no run with checkpoint in runs", "dgbench train"),
         ("train --resume latest", "error: no run with recipe.yaml in runs", "dgbench train"),
@@ -393,6 +395,8 @@ def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
         ("predict", "error: missing argument 'PHOTO...'\n\nhint: see `dgbench predict --help`"),
         ("data show streets-fog --n 0", "error: invalid value for '--n': must be at least 1, got 0"),
         ("train --seed x", "error: invalid value for '--seed': expected an integer, got `x`"),
+        ("severity --plot x.jpg", "error: invalid value for '--plot': x.jpg must end in .png, .svg, .pdf"),
+        ("severity --levels 6", "error: invalid value for '--levels'"),
         ("profile --convention x", "error: invalid value for '--convention': 'x' is not one of 'mac', 'flop', 'paper'"),
         ("train --seed", "error: option '--seed' requires an argument"),
         ("--nosuch", "error: no such option: --nosuch"),

@@ -34,6 +34,9 @@ def leaderboard(
     every: Annotated[
         bool, typer.Option("--all", help="Each run by itself, also one that a newer of the same recipe replaces.")
     ] = False,
+    as_matrix: Annotated[
+        bool, typer.Option("--matrix", help="Sources by targets: mean and deviation over seeds; --all: a row a run, too.")
+    ] = False,
     no_published: Annotated[bool, typer.Option("--no-published", help="Leave the published tables out.")] = False,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
@@ -48,6 +51,11 @@ def leaderboard(
 
     columns = [row.name for row in rows(targets)] if targets else None
     only = joined(row.name for row in rows(source)) if source else None
+    if as_matrix:
+        from dgbench.report.matrix import matrices
+
+        render.show(matrices(results.query(runs), targets=columns, source=only, each=every), form, table)
+        return
     board = arrange(
         results.query(runs),
         references(),

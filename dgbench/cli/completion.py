@@ -59,6 +59,12 @@ def label_maps(incomplete: str) -> list[str]:
     return [name for name in LABEL_MAPS if name.startswith(incomplete)]
 
 
+def corruptions(incomplete: str) -> list[str]:
+    from dgbench.data.corruptions import CORRUPTIONS
+
+    return [name for name in CORRUPTIONS if name.startswith(incomplete)]
+
+
 def operators(incomplete: str) -> list[str]:
     from dgbench.names import backends as known
 
@@ -94,5 +100,14 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    found = [path.parent.as_posix() for path in sorted(Path("runs").glob("*/recipe.yaml"))]
-    return [name for name in ("latest", *found) if name.startswith(incomplete)]
+    from dgbench.runs import runs_in
+
+    found = runs_in(Path("runs"))
+    folders = {run.parent for run in found} - {Path("runs")}
+    return [name for name in ("latest", *(path.as_posix() for path in sorted([*found, *folders]))) if name.startswith(incomplete)]
+
+
+def trackers(incomplete: str) -> list[str]:
+    # those of accelerate, whose import takes seconds
+    known = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+    return [name for name in known if name.startswith(incomplete)]

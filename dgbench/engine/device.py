@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgbench.errors import DgbenchError
@@ -57,8 +59,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def accelerator_on(device: torch.device, precision: str) -> Accelerator:
+def accelerator_on(device: torch.device, precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+
+    Args:
+        trackers: experiment trackers that it may start, by accelerate's names.    folder: where they keep their files.
 
     Raises: DgbenchError if such a process is to take `cuda:N`.
     """
@@ -66,17 +71,18 @@ def accelerator_on(device: torch.device, precision: str) -> Accelerator:
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
 
+    tracked = {"log_with": list(trackers) or None, "project_dir": folder}
     if "LOCAL_RANK" in os.environ:
         if device.index is not None:
             raise DgbenchError(
                 f"`{device}` was named, but a launcher has started this process for a GPU of its own",
                 "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
             )
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
     # its state is one a process, and would keep the device of an earlier training
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(ACCELERATE_TORCH_DEVICE=str(device)):
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
 
 
 def device_name(device: torch.device) -> str:

@@ -44,7 +44,9 @@ class Partial:
 
     run: Path
     key: str
-    about: Mapping[str, str]  # what it is a part of, by which it is recognized as stale: checkpoint, target, split, protocol
+    about: Mapping[
+        str, str
+    ]  # what it is a part of, by which it is recognized as stale: checkpoint, target, split, protocol, kind
     ids: Sequence[str]  # of the n images
     counts: NDArray[np.int64]
     done: NDArray[np.bool_]
@@ -67,7 +69,9 @@ class Partial:
 
     def record(self) -> results.Record | None:
         """The record of this very evaluation, if it was interrupted after it had been written."""
-        path = self.run / f"record-{results.file_stem(self.id, 'eval', self.about['target'], self.about['split'])}.json"
+        path = (
+            self.run / f"record-{results.file_stem(self.id, self.about['kind'], self.about['target'], self.about['split'])}.json"
+        )
         if not path.exists():
             return None
         try:

@@ -24,12 +24,13 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
-from dgbench.engine import batches, checkpoints
+from dgbench.engine import batches, checkpoints, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.log import Log
 from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.stops import Stops
+from dgbench.engine.tracking import Trackers
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
@@ -60,9 +61,19 @@ class _Loss(nn.Module):
 
 
 def train(
-    recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None, root: Path | None = None
+    recipe: Recipe,
+    run: Path,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    device: str | None = None,
+    root: Path | None = None,
+    trackers: Trackers | None = None,
 ) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
+
+    Args:
+        trackers: are told loss, learning rate and speed where `log.jsonl` is; whoever made them finishes them.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
 
@@ -70,7 +81,8 @@ def train(
     """
     begun = time.perf_counter()
     spec = recipe.train
-    accelerator = accelerator_on(pick_device(device), spec.precision)
+    trackers = trackers or Trackers()
+    accelerator = accelerator_on(pick_device(device), spec.precision, trackers.names, run / tracking.FOLDER)
     main = accelerator.is_main_process
     found = checkpoints.newest(run) if resume else None
     if spec.init is not None and not found:
@@ -95,6 +107,7 @@ def train(
     start = found[1] if found else 0
     log = None
     if main:
+        trackers.begin(accelerator, recipe, start)
         run.mkdir(parents=True, exist_ok=True)
         dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
         log = Log(run / "log.jsonl", start, before)
@@ -180,7 +193,9 @@ def train(
                     speed = images_seen / (time.perf_counter() - since)
                     assert log is not None
                     lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(step, spec.steps, recipe.optim)
-                    log.write(done, {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()})
+                    values = {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()}
+                    log.write(done, values)
+                    trackers.log(values | {"images_per_second": speed}, done)
                     progress.advance(0, loss=value, images_per_second=speed)
                 if main:
                     progress.advance(1)

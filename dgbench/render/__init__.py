@@ -5,8 +5,9 @@ A file for each kind of result turns it into tables; `table` draws them, `texts`
 """
 
 from dgbench.render.bars import progress, transfers
+from dgbench.render.curves import draw_curves
 from dgbench.render.numbers import duration, percent
-from dgbench.render.pictures import draw_fusion, draw_tradeoff
+from dgbench.render.pictures import draw_fusion, draw_severity, draw_tradeoff
 from dgbench.render.results import show, tell
 from dgbench.render.table import ABSENT, WIDTH, Cell, Table, plain
 from dgbench.render.terminal import failure, note, warning, write
@@ -16,7 +17,9 @@ __all__ = [
     "WIDTH",
     "Cell",
     "Table",
+    "draw_curves",
     "draw_fusion",
+    "draw_severity",
     "draw_tradeoff",
     "duration",
     "failure",

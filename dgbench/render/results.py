@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgbench import atomic
-from dgbench.render import compare, data, doctor, downloads, expected, kernels, leaderboard, predictions, profile, protocols, runs
+from dgbench.render import (
+    compare,
+    data,
+    doctor,
+    downloads,
+    expected,
+    kernels,
+    leaderboard,
+    matrix,
+    predictions,
+    profile,
+    protocols,
+    runs,
+    severity,
+)
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -46,9 +60,11 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
     "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
     "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
+    "dgbench.engine.severity.Severity": Renderer(severity.severity_tables, severity.severity_rows),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
+    "dgbench.report.matrix.Matrix": Renderer(matrix.matrix_tables, matrix.matrix_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import t as student_t
 
-from dgbench.metrics import Absent, confusion, interval, iou, miou, rare
+from dgbench.metrics import Absent, confusion, interval, iou, miou, rare, trapezoid_weights, weighted
 from dgbench.protocol import CLASS_SETS
 
 # two 10 x 10 images of three classes; class 2 is predicted in the first, but is no label in either
@@ -293,3 +293,49 @@ def test_classes_of_few_images_are_told() -> None:
     assert rare(counts, classes=(0, 1, 2)) == {1: 3}
     assert rare(counts, fewer_than=11) == {1: 3, 2: 10, 3: 0}
     assert rare(counts, fewer_than=3, absent="unlabelled") == {}
+
+
+@pytest.mark.parametrize("places", [(0.0, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0), (0.1, 0.2, 0.7), (0.0, 0.2, 0.6, 1.0)])
+def test_trapezoid_weights_give_numpys_area_over_the_range(places: tuple[float, ...]) -> None:
+    values = np.random.default_rng(3).random(len(places))
+    expected = np.trapezoid(values, places) / (places[-1] - places[0])
+    assert np.dot(trapezoid_weights(places), values) == pytest.approx(expected, abs=1e-15)
+
+
+def test_the_area_of_three_scores_by_hand() -> None:
+    # 0.8 to 0.4 over half the range, 0.4 to 0.2 over the other: (0.6 + 0.3) / 2
+    assert np.dot(trapezoid_weights((0.0, 0.5, 1.0)), (0.8, 0.4, 0.2)) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("places", [(), (0.5,), (0.0, 0.0), (0.0, 1.0, 0.5)])
+def test_a_line_through_fewer_than_two_places_has_no_area(places: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="two or more places that grow"):
+        trapezoid_weights(places)
+
+
+def test_a_weighted_sum_is_that_of_the_scores_and_of_one_alone_its_interval() -> None:
+    rng = np.random.default_rng(4)
+    a, b = simulated(30, rng), simulated(30, rng)
+    value, low, high = weighted([a, b], [0.25, 0.75])
+    assert value == pytest.approx(0.25 * miou(a.sum(0)) + 0.75 * miou(b.sum(0)))
+    assert low < value < high
+    assert weighted([a], [1.0]) == (miou(a.sum(0)), *interval(a))
+    assert weighted([a, a], [0.5, 0.5])[1:] == pytest.approx(interval(a))
+
+
+def test_the_interval_of_a_sum_leaves_an_image_out_of_all_at_once() -> None:
+    rng = np.random.default_rng(5)
+    hard = simulated(40, rng)
+    apart = [weighted([one], [1.0]) for one in (hard, simulated(40, rng))]
+    # the same images: what makes one hard does not cancel, as it does between independent ones
+    together = weighted([hard, hard], [0.5, 0.5])
+    independent = weighted([hard, simulated(40, rng)], [0.5, 0.5])
+    assert together[2] - together[1] == pytest.approx(apart[0][2] - apart[0][1])
+    assert independent[2] - independent[1] < together[2] - together[1]
+
+
+def test_a_weighted_sum_of_other_numbers_of_images_is_refused() -> None:
+    a = simulated(3, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="differ in shape"):
+        weighted([a, a[:2]], [0.5, 0.5])
+    assert np.isnan(weighted([a[:1]], [1.0])[1:]).all()

@@ -325,7 +325,7 @@ def stored(folder: Path, **changed: str) -> Path:
         ("method", '"' + "m" * 2000 + '"', "method: has 2,000 characters, at most 1,000"),
         ("method", "7", "method: 7 is not text"),
         ("method", '"\\ud800"', "is not valid JSON"),
-        ("kind", '"guess"', "kind: \"guess\" is not 'eval' or 'train'"),
+        ("kind", '"guess"', "kind: \"guess\" is not 'eval', 'train' or 'severity'"),
         ("confusion", '"../../secret.npz"', "confusion: .* is not the name of a file beside the record"),
         ("confusion", '"/dev/zero"', "confusion: .* is not the name of a file beside the record"),
         ("schema", "true", "record schema true"),
