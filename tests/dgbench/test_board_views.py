@@ -86,6 +86,16 @@ def test_classes_are_shown_by_target_and_in_columns_of_csv(capsys: pytest.Captur
     assert "iou_" not in capsys.readouterr().out.splitlines()[0].replace("miou_", "")
 
 
+def test_tables_of_classes_mark_partial_scores_and_repeat_no_title(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [record("streets-city", 0.4), record("streets-city", 0.3, n_images=3, checkpoint="2", method="cut")]
+    render.show(leaderboard(records, published=False, detail=Detail(per_class=True)))
+    text = capsys.readouterr().out
+    [title] = [line for line in text.splitlines() if "by class" in line]
+    assert title == "Trained on streets-game, scored on streets-*, protocol unified: IoU in % by class on streets-city"
+    assert re.search(r"^–  cut \(tiny \+ tiny\)~ +30\.0 ", text, re.MULTILINE)
+    assert "~ other images than the published split's" in text
+
+
 def write_matrices(folder: Path, target: str, ids: list[str], **fields: str) -> tuple[results.Record, np.ndarray]:
     counts = np.random.default_rng(0).integers(0, 50, (len(ids), 19, 19))
     counts[:, range(19), range(19)] += 300
