@@ -49,12 +49,10 @@ def condition_tables(group: Group, labels: Sequence[str], title: str) -> list[Ta
         return conditions | {"mean": fmean(known) if len(known) == len(conditions) else None} if conditions else {}
 
     said = ("Of the target's images of each condition. mean: of the conditions, which is not the mIoU of all images.",)
-    found = [
-        _table(
-            group, labels, f"{title}: mIoU in % by condition of {target}", [of(row, target) for row in group.rows], target, legend
-        )
-        for target in group.targets
-    ]
+    found = []
+    for target in group.targets:
+        what = f"{title}: mIoU in % by condition of {target}"
+        found.append(_table(group, labels, what, [of(row, target) for row in group.rows], target, said))
     return [table for table in found if table is not None]
 
 
