@@ -348,7 +348,7 @@ def test_fusion_takes_one_batch() -> None:
         ([*FLOOR, "--device", "abacus"], 1, "unknown device `abacus`"),
         (["--fusion", "--vfm", "nope"], 1, "vfm `nope` is unknown"),
         (["--convention", "macs"], 2, "'--convention'"),
-        (["--format", "html"], 2, "'--format'"),
+        (["--format", "pdf"], 2, "'--format'"),
         (["--size", "0", "64"], 2, "'--size'"),
         (["--size", "64", "64", "64"], 2, "'--size'"),
         (["--batch", "0"], 2, "'--batch'"),

@@ -12,12 +12,11 @@ from dgbench.render.flat import FlatRow, flat_row, flatten
 from dgbench.render.numbers import percent
 from dgbench.render.protocols import with_hash
 from dgbench.render.published import published_table
-from dgbench.render.table import ABSENT, MARKS, Cell, Table
+from dgbench.render.table import ABSENT, MARKS, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.rows import Group, Leaderboard, Row, Score
 
-PARTIAL = "~"  # after a score: not exactly the published split's images; after a name: trained on a part of the source
 _NAMED = 5  # rows that a line of the legend names
 
 
@@ -32,8 +31,8 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
         alike = "; at another image size or label map than the table above" if key in titles else ""
         tables += [
             _own(group, labels, title + alike),
-            *class_tables(group, labels, title),
-            *condition_tables(group, labels, title),
+            *class_tables(group, labels, _title(group, "")),
+            *condition_tables(group, labels, _title(group, "")),
         ]
         titles.add(key)
     if not tables:

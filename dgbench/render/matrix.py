@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgbench.render.flat import FlatRow, flat_row, flatten
-from dgbench.render.leaderboard import PARTIAL
 from dgbench.render.protocols import with_hash
-from dgbench.render.table import ABSENT, Cell, Table
+from dgbench.render.table import ABSENT, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.matrix import Matrix, MatrixRow, Value

@@ -18,6 +18,7 @@ _GAP = "  "
 
 
 MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
+PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
 _MARKED = "Higher is better; "
 Style = Literal["", "best", "second", "dim", "good", "bad", "warn"]
 
