@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -315,6 +316,14 @@ def sha256(folder: Path) -> str:
     """Return the hash that identifies the weights in a model folder."""
     with (folder / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def values(folder: Path) -> int:
+    """Return how many numbers a checkpoint's model file holds: parameters and buffers, frozen ones included."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  it is no dict
 
 
 def begin_with(model: Segmentor, path: Path) -> str:

@@ -284,6 +284,7 @@ def _record(
             "loss": made.loss,
             "resumed_at_step": float(made.began),
             "peak_gib": made.peak_gib,
+            "values_m": checkpoints.values(folder) / 1e6,
             "images_per_second": trained / made.seconds if made.seconds else None,
             **_began_with(recipe, made),
             **_settings_of(recipe),

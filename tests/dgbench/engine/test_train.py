@@ -197,6 +197,7 @@ def test_a_training_leaves_one_record_of_what_it_took(a_copy):
     assert record.extra["loss"] == losses(a_copy)[-1]["loss"]
     assert record.extra["images_per_second"] > 0
     assert 0.05 < record.extra["peak_gib"] < 64
+    assert record.extra["values_m"] == sum(value.numel() for value in mfuser.load(a_copy).state_dict().values()) / 1e6
     again = train(recipe("train.steps=3"), a_copy, progress=Silent(), device="cpu", resume=True)
     assert again == record
     assert list(a_copy.glob("record-*.json")) == [path]
