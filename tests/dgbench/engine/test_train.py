@@ -100,10 +100,8 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize(
-    ("name", "sampling"), [("streets/mfuser", "0.1"), ("streets/source-only", "null")], ids=["rare classes", "uniform"]
-)
-def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterrupted_one_bit_for_bit(name, sampling, tmp_path):
+@pytest.mark.parametrize("sampling", ["0.1", "null"], ids=["rare classes", "uniform"])
+def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterrupted_one_bit_for_bit(sampling, tmp_path):
     """Seven images, two a step, the checkpoint after six; the killed run has another number of loader workers."""
     settings = [
         *SMALL,
@@ -113,6 +111,7 @@ def test_a_run_killed_within_an_epoch_and_resumed_elsewhere_repeats_the_uninterr
         "train.workers=2",
         f"data.rare_class_sampling={sampling}",
     ]
+    name = "streets/source-only"  # what a method has of its own is resumed below, for each
     run = load_recipe(name, settings)
     whole = tmp_path / "whole"
     train(run, whole, progress=Silent(), device="cpu")
@@ -263,6 +262,7 @@ def test_a_diverging_run_stops_with_advice(tmp_path):
 
 def test_the_loss_falls_on_one_image(tmp_path):
     settings = ("data.train_images=1", "train.steps=40", "data.scale=[1, 1]", "data.photometric=false", "data.flip=0")
-    train(recipe(*settings, "optim.warmup_steps=5"), tmp_path, progress=Silent(), device="cpu")
+    # that a step lowers each method's loss is in tests/mfuser/test_methods.py
+    train(recipe(*settings, "optim.warmup_steps=5", name="streets/source-only"), tmp_path, progress=Silent(), device="cpu")
     log = losses(tmp_path)
     assert sum(line["loss"] for line in log[-5:]) < 0.75 * sum(line["loss"] for line in log[:5])
