@@ -56,7 +56,7 @@ def listing() -> list[Method]:
 
 
 def details(name: str) -> MethodDetails:
-    """What is known of one method.
+    """Return what is known of one method.
 
     Raises: DgbenchError for an unknown name.
     """

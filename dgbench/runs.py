@@ -51,7 +51,7 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
 
 
 def seed_run(folder: Path, seed: int) -> Path:
-    """The run of this seed in a folder of runs that differ in their seeds."""
+    """Return the run of this seed in a folder of runs that differ in their seeds."""
     return folder / f"{_OF_SEED}{seed}"
 
 

@@ -94,7 +94,7 @@ def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
 
 
 def _fullest(release: Release, others: Iterable[Release]) -> Release:
-    """The release with the most marks among those with the same options."""
+    """Return the release with the most marks among those with the same options."""
     return max((other for other in others if other.options == release.options), key=lambda other: len(other.marks))
 
 

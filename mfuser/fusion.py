@@ -131,7 +131,7 @@ class MVFuser(JointFuser):
         )
 
     def composed(self, joint: Tensor) -> Tensor:
-        """The same of plain modules: the truth for the kernels."""
+        """Return the same of plain modules: the truth for the kernels."""
         check(joint, self._weights())
         if joint.numel() == 0:
             return empty(joint, tuple(self.parameters()))
@@ -431,7 +431,7 @@ class MTEnhancer(nn.Module):
                 reset_steps(module.dt_proj)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        """What to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
+        """Return what to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
         memory, refined = self.memory_proj(visual), self.text_proj(text)
         for layer in self.decoder:
             refined = layer(refined, memory)

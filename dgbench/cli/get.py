@@ -109,7 +109,7 @@ def _accepts(terms: str) -> bool:
 
 
 def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) -> str:
-    """The command for its user to type again."""
+    """Return the command for its user to type again."""
     import shlex
 
     from dgbench.download.addresses import without_secrets

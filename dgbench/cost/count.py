@@ -138,7 +138,7 @@ def _sampled(name: str, neighbours: int) -> Callable[[Any, Any], Counter[str]]:
 
 
 def _given(value: Any) -> Any:
-    """A constant of TorchScript's graph: a number, None, or a list of such."""
+    """Return a constant of TorchScript's graph: a number, None, or a list of such."""
     node = value.node()
     return [item.toIValue() for item in node.inputs()] if node.kind() == "prim::ListConstruct" else value.toIValue()
 

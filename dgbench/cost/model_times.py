@@ -120,7 +120,7 @@ class _Asked:
         self.stride = protocol("unified").stride_of(crop)
 
     def batch(self, size: int) -> Call:
-        """A call with that many images."""
+        """Return a call with that many images."""
         images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
 
         def call() -> Tensor:
@@ -134,7 +134,7 @@ class _Asked:
 
 
 def _best_batch(ask: _Asked, device: torch.device) -> int:
-    """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
+    """Return the number of images at a time, a power of two, beyond which no more pass a second, or fit."""
     best, rate, worse, size = 1, 0.0, 0, 1
     while size <= _MOST and worse < 2:
         try:
@@ -151,7 +151,7 @@ def _best_batch(ask: _Asked, device: torch.device) -> int:
 
 
 def training_step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
-    """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    """Return a training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
     model.enter_training()
     model.to(device)
     extra: dict[str, Tensor] = {}

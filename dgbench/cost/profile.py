@@ -119,7 +119,7 @@ def subjects(
 
 
 def _with_towers(kinds: Collection[str]) -> list[str]:
-    """The methods whose towers have these names."""
+    """Return the methods whose towers have these names."""
     return [
         name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
     ]
@@ -237,7 +237,7 @@ def counted_total(subject: Subject, convention: str) -> float:
 
 
 def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None, progress: Progress) -> tuple[Row, str]:
-    """The row, and the packages that its count was made with where they are other ones than those here."""
+    """Return the row, and the packages that its count was made with where they are other ones than those here."""
     tally, rule, passes = known(subject), CONVENTIONS[convention], 1
     fresh = tally is None
     if tally is None:
@@ -273,7 +273,7 @@ def _counted(subject: Subject, convention: str, slide: tuple[int, int] | None, p
 
 
 def _components(tally: Tally, passes: int, rule: Convention) -> tuple[Component, ...]:
-    """The model's direct parts that hold or cost anything, in their order."""
+    """Return the model's direct parts that hold or cost anything, in their order."""
     parts, rest = [], tally.counted.total
     for part in tally.held:
         if part.name == ITSELF:

@@ -68,7 +68,7 @@ class Partial:
         self.backends.clear()
 
     def record(self) -> results.Record | None:
-        """The record of this very evaluation, if it was interrupted after it had been written."""
+        """Return the record of this very evaluation, if it was interrupted after it had been written."""
         path = (
             self.run / f"record-{results.file_stem(self.id, self.about['kind'], self.about['target'], self.about['split'])}.json"
         )

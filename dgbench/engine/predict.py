@@ -85,7 +85,7 @@ def predict(
 
 
 def with_legend(picture: NDArray[np.uint8], label: NDArray[np.uint8]) -> Image.Image:
-    """A picture with the legend of its label's classes below."""
+    """Return a picture with the legend of its label's classes below."""
     names = legend(np.flatnonzero(_counted(label)).tolist(), picture.shape[1])
     sheet = Image.new("RGB", (picture.shape[1], picture.shape[0] + names.height + 6), (255, 255, 255))
     sheet.paste(Image.fromarray(picture), (0, 0))

@@ -93,7 +93,7 @@ def push_tables(found: Push) -> list[Table]:
 
 
 def push_rows(found: Push) -> list[FlatRow]:
-    """A row for each file."""
+    """Return a row for each file."""
     return [flat_row(file, repo=found.repo, private=found.private) for file in found.files]
 
 

@@ -104,7 +104,7 @@ def _model(row: MatrixRow) -> tuple[object, ...]:
 
 
 def matrix_rows(found: Sequence[Matrix]) -> list[FlatRow]:
-    """A row for each model of each matrix, which are numbered; of each score, whether the model was trained on the domain."""
+    """Return a row for each model of each matrix (numbered); of each score, whether the model was trained on the domain."""
     return [
         flat_row(
             row,

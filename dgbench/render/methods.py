@@ -55,7 +55,7 @@ _CONVERT = "dgbench convert FILE OUT makes a run of such a file; weights of towe
 
 
 def detail_rows(found: MethodDetails) -> list[FlatRow]:
-    """A row for each option, backbone and release, which says which table it is of."""
+    """Return a row for each option, backbone and release, which says which table it is of."""
     method = found.method.name
     return [
         flat_row(found.method, table="method"),

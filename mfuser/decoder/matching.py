@@ -28,7 +28,7 @@ class Targets:
 
     @classmethod
     def of(cls, labels: Tensor, classes: int) -> Targets:
-        """The classes that labels (B, H, W) of train ids show; ignored pixels are in no mask."""
+        """Return the classes that labels (B, H, W) of train ids show; ignored pixels are in no mask."""
         present = torch.stack([(labels == k).flatten(1).any(1) for k in range(classes)], 1)  # (B, K)
         image, label = present.nonzero(as_tuple=True)
         return cls(image, label, (labels[image] == label[:, None, None]).float()[:, None])

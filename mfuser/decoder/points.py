@@ -13,7 +13,7 @@ Draw = Callable[[int, str, tuple[int, int, int], Tensor], Tensor]
 
 
 def uniform(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-    """The default draw: the global generator of the logits' device."""
+    """Return the default draw: the global generator of the logits' device."""
     return torch.rand(shape, device=like.device, dtype=torch.float32)
 
 

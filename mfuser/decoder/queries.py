@@ -25,7 +25,7 @@ class LearnedQueries(nn.Module):
         self.query_embed = nn.Embedding(queries, dim)
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Queries (B, Q, D) and positions (Q, D) for `batch` images."""
+        """Return queries (B, Q, D) and positions (Q, D) for `batch` images."""
         return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight
 
 

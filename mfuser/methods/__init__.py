@@ -42,7 +42,7 @@ def _known(name: str) -> str:
 
 
 def file(name: str) -> Path:
-    """The source file of a method, in any folder of this package's path.
+    """Return the source file of a method, in any folder of this package's path.
 
     Raises: ValueError listing the methods there are.
     """
@@ -51,7 +51,7 @@ def file(name: str) -> Path:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a method.
+    """Return the module of a method.
 
     Raises: ValueError listing the methods there are.
     """
@@ -59,13 +59,13 @@ def module(name: str) -> ModuleType:
 
 
 def options(name: str) -> type[Any]:
-    """The method's Options dataclass."""
+    """Return the method's Options dataclass."""
     found: type[Any] = module(name).Options
     return found
 
 
 def releases(name: str) -> tuple[Release, ...]:
-    """The authors' checkpoints of a method that are known here; the method is imported only if it makes them in its own file.
+    """Return the releases of a method; it is imported only if it makes them in its own file.
 
     Raises: ValueError listing the methods there are.
     """
@@ -78,7 +78,7 @@ def releases(name: str) -> tuple[Release, ...]:
 
 
 def _read(name: str) -> list[ast.stmt]:
-    """The statements of a method's file.
+    """Return the statements of a method's file.
 
     Raises: ValueError listing the methods there are.
     """
@@ -86,7 +86,7 @@ def _read(name: str) -> list[ast.stmt]:
 
 
 def constants(name: str) -> dict[str, Any]:
-    """The literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
+    """Return the literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
 
     Raises: ValueError listing the methods there are, or naming a constant that is no literal.
     """
@@ -102,7 +102,7 @@ def constants(name: str) -> dict[str, Any]:
 
 
 def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
-    """The name that a statement gives a value, and the value; "" and None for other statements."""
+    """Return the name that a statement gives a value, and the value; "" and None for other statements."""
     if not isinstance(node, ast.Assign | ast.AnnAssign):
         return "", None
     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -116,7 +116,7 @@ def towers(name: str) -> Mapping[str, Mapping[str, str]]:
 
 
 def option_names(name: str) -> list[str]:
-    """The fields of a method's Options, read from its file: a wrong key is told without importing torch.
+    """Return the fields of a method's Options, read from its file: a wrong key is told without importing torch.
 
     Raises: ValueError listing the methods there are.
     """
@@ -135,7 +135,7 @@ class Option:
 
 
 def described_options(name: str) -> list[Option]:
-    """The fields of a method's Options with the comments behind or above them, read from its file without importing it.
+    """Return the fields of a method's Options with the comments behind or above them, read from its file without importing it.
 
     Raises: ValueError listing the methods there are.
     """
@@ -161,7 +161,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def backbone_names(name: str) -> set[str]:
-    """The towers and trunks of a method's BACKBONES, read from its file: some have trunks of their own.
+    """Return the towers and trunks of a method's BACKBONES, read from its file: some have trunks of their own.
 
     Raises: ValueError listing the methods there are.
     """
@@ -222,7 +222,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
 
 
 def _on_meta(model: type[Segmentor], chosen: Any) -> Segmentor:
-    """A model whose parameters have no values; the caller's random numbers are left as they were."""
+    """Return a model whose parameters have no values; the caller's random numbers are left as they were."""
     import torch
 
     from mfuser.towers.meta import unfilled

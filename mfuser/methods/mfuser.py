@@ -261,7 +261,7 @@ class MFuser(Segmentor):
         return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, count_ignored=self.count_ignored)}
 
     def _decode(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
+        """Return decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
         features, global_, visual = self.encode(images)
         text = self.texts(global_, visual)
         score_map = torch.einsum("bld,bkd->bkl", F.normalize(visual, dim=-1), F.normalize(text, dim=-1))

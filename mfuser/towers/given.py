@@ -129,7 +129,7 @@ def _put(file: HubFile, path: Path, commit: str | None) -> Path:
 
 
 def _parts(name: str) -> dict[str, nn.Module]:
-    """The parts of a tower as its weights are published: at timm's own size and patch, and without memory."""
+    """Return the parts of a tower as its weights are published: at timm's own size and patch, and without memory."""
     import timm
     import torch
 
@@ -151,7 +151,7 @@ def _parts(name: str) -> dict[str, nn.Module]:
 
 
 def _read(path: Path, device: str) -> Mapping[str, Tensor]:
-    """The tensors of a file, on the meta device without reading their values.
+    """Return the tensors of a file, on the meta device without reading their values.
 
     Raises: ValueError for a file that is damaged, or holds more than tensors.
     """

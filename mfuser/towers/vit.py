@@ -149,7 +149,7 @@ class VisionEncoder(nn.Module):
         return out
 
     def rope(self) -> Tensor | None:
-        """The rotary table of a pass, which goes into each `block`; None for a tower without.
+        """Return the rotary table of a pass, which goes into each `block`; None for a tower without.
 
         The caller keeps it: a learned table has a graph, and what a module keeps of a pass is in every copy of it.
         """
@@ -172,7 +172,7 @@ class VisionEncoder(nn.Module):
         return out
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """The final norm."""
+        """Return the final norm."""
         out: Tensor = self.norm(tokens)
         return out
 
@@ -182,7 +182,7 @@ class VisionEncoder(nn.Module):
 
 
 def _created(name: str, model: str, **settings: Any) -> Any:
-    """A model of timm's for one grid, without a head.
+    """Return a model of timm's for one grid, without a head.
 
     Raises: ValueError for a model of a plain family that is not plain itself.
     """

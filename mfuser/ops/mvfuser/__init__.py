@@ -74,7 +74,7 @@ def mvfuser(
     double_gate: bool,
     backends: tuple[str, str],
 ) -> Tensor:
-    """The block's output, times its scale, before the dropout (which commutes with the scale).
+    """Return the block's output, times its scale, before the dropout (which commutes with the scale).
 
     Args:
         joint: (B, L, C).    scale: ().
@@ -100,7 +100,7 @@ def mvfuser(
 
 
 def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
-    """What the block asks of its tensors, whoever computes it.
+    """Return what the block asks of its tensors, whoever computes it.
 
     Raises: TypeError for a tensor that is not fp32, bf16, fp16 or fp64; ValueError for shapes, dtypes or devices that do not fit.
     """
@@ -131,12 +131,12 @@ def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def empty(joint: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The output of no tokens: every gradient is zero."""
+    """Return the output of no tokens: every gradient is zero."""
     return constant(joint.new_zeros(joint.shape, dtype=_dtype(joint)), joint, *weights)
 
 
 def _dtype(joint: Tensor) -> torch.dtype:
-    """The output's type."""
+    """Return the output's type."""
     return torch.get_autocast_dtype(joint.device.type) if _autocast(joint) else joint.dtype
 
 

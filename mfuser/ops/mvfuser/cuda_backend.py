@@ -286,7 +286,7 @@ def _fours(size: int) -> int:
 
 
 def _given(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """The products' operands in `dtype` or in fp32, from which the kernels cast, and the rest in fp32; all contiguous."""
+    """Return the products' operands in `dtype` or in fp32, from which the kernels cast, and the rest in fp32; all contiguous."""
     in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale = weights
     operands, small = [joint, in_proj, x_proj, dt_proj, out_proj], [conv_x, conv_z, dt_bias, A_log, D, norm, scale]
     for i, tensor in enumerate(operands):

@@ -132,7 +132,7 @@ def backward(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. With `out`, autocast leaves the product alone."""
+    """Return a @ b in `dtype`. With `out`, autocast leaves the product alone."""
     if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])).to(dtype)
@@ -390,7 +390,7 @@ def _conv_forward(
 
 @triton.jit
 def _gradient(base, one, two, w0, w1, w2, token, length, stride, half, inside, SILU: tl.constexpr, TWO: tl.constexpr):
-    """The gradient before SiLU, zero outside the sequence, and the three rows that it belongs to."""
+    """Return the gradient before SiLU, zero outside the sequence, and the three rows that it belongs to."""
     before, here, after, sum = _convolved(w0, w1, w2, base, token, length, stride, inside)
     da = _rows(one, token, length, half, inside)
     if TWO:
@@ -536,7 +536,7 @@ def _norm_backward(dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, ep
 
 @triton.jit
 def _sum(sources, targets, rows, columns, strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum over rows of each source, always in the same order; a program does some columns of one source."""
+    """Return the sum over rows of each source, always in the same order; a program does some columns of one source."""
     block = tl.program_id(0)
     for i in tl.static_range(len(sources)):
         blocks = tl.cdiv(columns[i], COLUMNS)
