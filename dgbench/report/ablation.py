@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgbench.errors import DgbenchError
+from dgbench.report.published import PUBLISHED
 from dgbench.results import Record
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
 
-PUBLISHED = Path(__file__).parents[1] / "published_fusers.yaml"
 AVERAGE = "average"  # of a published row, as it is printed
 
 
@@ -50,7 +50,7 @@ def published(path: Path = PUBLISHED) -> Published:
     """Return the published accuracy of each fuser."""
     import yaml
 
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))["fusers"]
     targets = tuple(table["targets"])
     scores = {
         row["fuser"]: {
