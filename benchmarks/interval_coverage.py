@@ -1,8 +1,8 @@
-"""Simulates how often 95 % intervals of the mIoU over images hold the truth, by method, and how wide they are.
+"""Simulate the coverage and width of 95 % intervals of the mIoU over images, by method.
 
     python benchmarks/interval_coverage.py --repeats 500
 
-Images are drawn from a model: a class stands in one with a probability of its own (1 to 0.5 for common classes, `--present`
+Images are drawn from a model: a class occurs in one with its own probability (1 to 0.5 for common classes, `--present`
 for rare ones), on a log-normal number of pixels; it is recognised with a probability that varies by image and by class in
 the image; its other pixels go to a few classes of that image. The truth is the mIoU of 200,000 images, over all classes. In a
 few images rare ones may be missing altogether, and the score is the mean over those that occur: of the second coverage, the
@@ -35,7 +35,7 @@ Interval = tuple[float, float]
 
 
 class World:
-    """Where images are drawn from, and the truth about them."""
+    """A distribution of images, and its true mIoU."""
 
     def __init__(
         self, rare: int, present: float, rng: np.random.Generator, images: int, *, own: float = 0.6, better: float = 0.1
@@ -47,7 +47,7 @@ class World:
         self.pixels = np.log(np.concatenate([np.geomspace(3e4, 1e3, common), np.geomspace(8e3, 8e2, max(rare, 1))[:rare]]))
         self.ease = np.concatenate([np.linspace(2.6, 0.3, common), np.linspace(1.0, -0.8, max(rare, 1))[:rare]])
         taken = np.exp(self.pixels) * self.present + 20
-        self.taken = taken / taken.sum()  # by how much wrong predictions fall on a class
+        self.taken = taken / taken.sum()  # share of wrong predictions that fall on each class
         totals = [self.draw(images // 10).sum(axis=1) for _ in range(10)]  # as much as memory takes at a time
         self.truth = [metrics.iou(sum(total[model] for total in totals)) for model in (0, 1)]
 
@@ -72,7 +72,7 @@ class World:
 
 
 def sums(counts: NDArray[np.int64]) -> Array:
-    """(n, K, K) to (n, 3, K): all that an IoU needs."""
+    """Reduce (n, K, K) to (n, 3, K), all that an IoU needs."""
     return np.stack([np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)], axis=1).astype(np.float64)
 
 
@@ -111,7 +111,7 @@ def percentile(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
-    """BCa (Efron 1987)."""
+    """Return the BCa interval (Efron 1987)."""
     values, score, without = mean(weighted(x, drawn(len(x), rng))), mean(x.sum(axis=0)), mean(x.sum(axis=0) - x)
     normal = NormalDist()
     below = float(np.mean(values < score) + np.mean(values == score) / 2)
@@ -123,13 +123,13 @@ def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bayesian(x: Array, rng: np.random.Generator) -> Interval:
-    """Percentiles under Dirichlet weights (Rubin 1981), by which no class is lost."""
+    """Return percentiles under Dirichlet weights (Rubin 1981), which never remove a class."""
     weights = rng.exponential(size=(RESAMPLES, len(x)))
     return between(mean(weighted(x, weights)), (1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def linear(x: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """The mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
+    """Return the mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
     n = len(x)
     weights = np.ones((1, n)) if weights is None else weights
     total, union = weighted(x, weights), x[:, 1] + x[:, 2] - x[:, 0]
@@ -153,7 +153,7 @@ def studentised(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def pooled(x: Array, rng: np.random.Generator) -> Interval:
-    """The delta method, where classes of few images borrow from the others' variance by image, IoU (1 - IoU) apart."""
+    """Apply the delta method with pooled variances: rare classes use the others' variance by image, scaled by IoU (1 - IoU)."""
     n, total = len(x), x.sum(axis=0)
     of_class, union = iou(total), x[:, 1] + x[:, 2] - x[:, 0]
     seen = ~np.isnan(of_class)
@@ -178,7 +178,7 @@ def jackknife(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def calibrated(x: Array, rng: np.random.Generator) -> Interval:
-    """The percentile method at the levels that a bootstrap of itself says (Loh 1987)."""
+    """Apply the percentile method at levels that are calibrated by a bootstrap of the bootstrap (Loh 1987)."""
     n, score = len(x), float(mean(x.sum(axis=0)))
     places = []
     for weights in drawn(n, rng, 100):
@@ -205,7 +205,7 @@ OURS = "jackknife, Satterthwaite: `metrics.interval`"
 
 
 def simulate(world: World, n: int, repeats: int, names: list[str]) -> dict[str, tuple[float, float, float, float]]:
-    """By method: coverage of the mIoU, of that over the classes seen, of a difference (ours alone), and the median width."""
+    """Return by method: coverage of the mIoU, of that over classes seen, of a difference (ours alone); the median width."""
     inside: dict[str, list[tuple[bool, bool, bool, float]]] = defaultdict(list)
     truth = np.nanmean(world.truth[0])
     for _ in range(repeats):

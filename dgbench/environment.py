@@ -1,4 +1,4 @@
-"""What a result depends on besides code and recipe, and the commit of the code that runs."""
+"""The environment that a result depends on besides code and recipe, and the commit of the code that runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dgbench import __version__
 
-_CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
+_CODE = (".", "../mfuser", "../recipes", "../cuda")  # folders that can change a number, relative to this one
 
 
 def describe_environment(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
@@ -50,7 +50,7 @@ def cpu_name() -> str:
 def code_commit() -> tuple[str | None, bool | None]:
     """Return the (git commit, dirty flag) of the dgbench code that runs; (None, None) when it cannot be known.
 
-    A checkout is asked only if it tracks this very file: an environment inside somebody's repository is not ours.
+    A checkout counts only if it tracks this file: a virtual environment may lie inside another repository.
     """
     here = Path(__file__)
     if _git("ls-files", "--error-unmatch", here.name, folder=here.parent) is not None:

@@ -109,11 +109,11 @@ def interval(
 ) -> tuple[float, float]:
     """Return the interval of the mIoU over other images of the same domain: a jackknife that leaves out one image at a time.
 
-    The mean's standard error is that of the scores without image i (Tukey 1958), its quantile Student's with the degrees of
-    freedom that the spread of their squares leaves (Satterthwaite 1946): a class that stands in two images has few, however
-    many images there are. `benchmarks/interval_coverage.py` measures how often it holds the truth, beside other methods.
+    The standard error is that of the scores without image i (Tukey 1958), the quantile is Student's, with Satterthwaite's
+    degrees of freedom from the variance of their squares (1946): they are few if a class occurs in two images only, however
+    many images there are. `benchmarks/interval_coverage.py` measures its coverage and that of other methods.
 
-    It says how much the score would move with other images of the same domain; it does not cover other training runs, nor
+    It describes how much the score varies with other images of the same domain; it does not cover other training runs, nor
     the IoU of a class that occurs in no image (see `rare`).
 
     Args:
@@ -121,7 +121,7 @@ def interval(
         level: the interval's coverage, 0.95 for 2.5 % on each side.
         classes, absent: as `miou`'s.
 
-    Returns: (low, high) in 0..1; (NaN, NaN) for fewer than two images, or where a score hangs on a single one.
+    Returns: (low, high) in 0..1; (NaN, NaN) for fewer than two images, or if a score depends on a single one.
     """
     if len(per_image) < 2:
         return float("nan"), float("nan")
@@ -175,10 +175,10 @@ def trapezoid_weights(places: Sequence[float]) -> tuple[float, ...]:
 def rare(
     per_image: NDArray[Any], *, fewer_than: int = FEW_IMAGES, classes: Sequence[int] | None = None, absent: Absent = "skip"
 ) -> dict[int, int]:
-    """Return the classes that enter the mIoU and are labelled in fewer than so many images, and in how many they are.
+    """Return the classes of the mIoU that are labelled in fewer than so many images, and the number of these images.
 
-    What an IoU would be on other images is not to be seen in a few: below `FEW_IMAGES` the interval is too short more often
-    than it says. A class in no image at all is in the result if the mean counts it (predicted somewhere, or `absent="zero"`).
+    A few images say little about the IoU on other images: below `FEW_IMAGES`, the interval's coverage is lower than its
+    level. A class in no image at all is in the result if the mean counts it (predicted somewhere, or `absent="zero"`).
 
     Args:
         per_image: (n, K, K) counts, one matrix per image.
@@ -196,7 +196,7 @@ def _without_each(per_image: NDArray[Any], classes: Sequence[int] | None, absent
 
 
 def _within(value: float, low: float, high: float) -> float:
-    """Return the value cut to a range; NaN stays NaN."""
+    """Return the value clipped to a range; NaN stays NaN."""
     return float(np.clip(value, low, high))
 
 

@@ -1,4 +1,4 @@
-"""Run folders: a new one, one of the user's choice, and the one that is meant by a word."""
+"""Run folders: creating a new one, claiming one of the user's choice, and finding one by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
     Args:
         locked: this process holds the folder already.
 
-    Raises: ResultError if it holds anything already, or somebody trains in it.
+    Raises: ResultError if it is not empty, or another process trains in it.
     """
     if not locked:
         locks.check_free(folder)
@@ -51,7 +51,7 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
 
 
 def seed_run(folder: Path, seed: int) -> Path:
-    """The run of this seed in a folder of runs that differ in their seeds."""
+    """Return the run of this seed in a folder of runs that differ in their seeds."""
     return folder / f"{_OF_SEED}{seed}"
 
 
@@ -89,7 +89,7 @@ def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "rec
     """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
 
     Args:
-        needs: what a folder must hold to count as a run; `latest` passes over those without it.
+        needs: what a folder must hold to count as a run; `latest` skips those without it.
 
     Raises: ResultError saying which runs exist.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +65,22 @@ class MVFuser(JointFuser):
     Args:
         dim: C.    state: N.    dropout: of the output, in training.
         backend: of the whole block; one without kernels for it runs `composed`, with its scan.
-        sane: the steps' bias is added once and the gate passes SiLU once; the release does both twice.
+        double_bias: the steps' bias is added twice, as the release does, else once.
+        double_gate: the gate passes SiLU twice, as in the release, else once.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        dropout: float = 0.1,
+        backend: str = "auto",
+        double_bias: bool = True,
+        double_gate: bool = True,
+    ) -> None:
         super().__init__()
-        self.sane = sane
+        self.double_bias, self.double_gate = double_bias, double_gate
         half, rank = dim // 2, math.ceil(dim / 16)
         self.state, self.rank, self.backend = state, rank, backend
         self.in_proj = nn.Linear(dim, dim, bias=False)
@@ -90,43 +99,46 @@ class MVFuser(JointFuser):
 
     def mix(self, joint: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
-        # what `self.in_proj` finds in the end, after a search that takes longer than a launch
-        own: dict[str, Any] = self._modules
-        in_proj, A_log, norm = own["in_proj"].weight, self.A_log, own["norm"]
-        backends = plan(self.backend, in_proj, A_log)
+        backends = plan(self.backend, self.in_proj.weight, self.A_log)
         if backends is None:
             return self.composed(joint)
-        out = mvfuser(joint, *self._weights(), eps=norm.eps, sane=self.sane, backends=backends)
-        dropped: Tensor = own["dropout"](out) if own["dropout"].training else out
+        out = mvfuser(
+            joint,
+            *self._weights(),
+            eps=self.norm.eps,
+            double_bias=self.double_bias,
+            double_gate=self.double_gate,
+            backends=backends,
+        )
+        dropped: Tensor = self.dropout(out) if self.dropout.training else out
         return dropped
 
     def _weights(self) -> tuple[Tensor, ...]:
         """In the operator's order."""
-        own: dict[str, Any] = self._modules
-        dt_proj = own["dt_proj"]
+        dt_proj = self.dt_proj
         return (
-            own["in_proj"].weight,
-            own["conv1d_x"].weight,
-            own["conv1d_z"].weight,
-            own["x_proj"].weight,
+            self.in_proj.weight,
+            self.conv1d_x.weight,
+            self.conv1d_z.weight,
+            self.x_proj.weight,
             dt_proj.weight,
             dt_proj.bias,
             self.A_log,
             self.D,
-            own["norm"].weight,
-            own["out_proj"].weight,
+            self.norm.weight,
+            self.out_proj.weight,
             self.scale,
         )
 
     def composed(self, joint: Tensor) -> Tensor:
-        """The same of plain modules: the truth for the kernels."""
+        """Return the same of plain modules: the truth for the kernels."""
         check(joint, self._weights())
         if joint.numel() == 0:
             return empty(joint, tuple(self.parameters()))
         x, z = self.in_proj(joint).transpose(1, 2).chunk(2, 1)  # (B, C/2, L) each
         x, z = F.silu(self.conv1d_x(x)), self.conv1d_z(z)
-        # the norm's gate is SiLU, so that z goes through it twice in the release
-        z = z if self.sane else F.silu(z)
+        # the norm's gate is SiLU, so that z goes through it twice
+        z = F.silu(z) if self.double_gate else z
         gated = self.norm(self._scanned(x.transpose(1, 2)), z.transpose(1, 2))
         out: Tensor = self.dropout(self.out_proj(gated)) * self.scale
         return out
@@ -138,7 +150,7 @@ class MVFuser(JointFuser):
     def _scan(self, x: Tensor, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> Tensor:
         rank, B, C = x_proj(x).split([self.rank, self.state, self.state], -1)
         # the linear layer adds its bias, and the scan adds it again: the authors' weights rely on both
-        delta = F.linear(rank, dt_proj.weight) if self.sane else dt_proj(rank)
+        delta = dt_proj(rank) if self.double_bias else F.linear(rank, dt_proj.weight)
         return selective_scan(
             x,
             delta,
@@ -161,8 +173,17 @@ class BidirectionalMVFuser(MVFuser):
     direction's own. The convolutions look both ways already, so that the second direction needs none of its own.
     """
 
-    def __init__(self, dim: int, *, state: int = 16, dropout: float = 0.1, backend: str = "auto", sane: bool = False) -> None:
-        super().__init__(dim, state=state, dropout=dropout, backend=backend, sane=sane)
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        dropout: float = 0.1,
+        backend: str = "auto",
+        double_bias: bool = True,
+        double_gate: bool = True,
+    ) -> None:
+        super().__init__(dim, state=state, dropout=dropout, backend=backend, double_bias=double_bias, double_gate=double_gate)
         half = dim // 2
         self.x_proj_b = nn.Linear(half, self.rank + 2 * state, bias=False)
         self.dt_proj_b = nn.Linear(self.rank, half)
@@ -295,12 +316,24 @@ class Site:
     state: int = 16  # of scans
     dropout: float = 0.1
     backend: str = "auto"
-    sane: bool = False  # see MVFuser
+    double_bias: bool = True  # of MVFuser, as the next
+    double_gate: bool = True
+
+
+def _scanning(kind: type[MVFuser], site: Site) -> MVFuser:
+    return kind(
+        site.dim,
+        state=site.state,
+        dropout=site.dropout,
+        backend=site.backend,
+        double_bias=site.double_bias,
+        double_gate=site.double_gate,
+    )
 
 
 FUSERS: dict[str, Callable[[Site], Fuser]] = {
-    "mvfuser": lambda s: MVFuser(s.dim, state=s.state, dropout=s.dropout, backend=s.backend, sane=s.sane),
-    "mvfuser_bidir": lambda s: BidirectionalMVFuser(s.dim, state=s.state, dropout=s.dropout, backend=s.backend, sane=s.sane),
+    "mvfuser": lambda s: _scanning(MVFuser, s),
+    "mvfuser_bidir": lambda s: _scanning(BidirectionalMVFuser, s),
     "selfattn_concat": lambda s: SelfAttnConcat(s.dim, dropout=s.dropout),
     "selfattn_separate": lambda s: SelfAttnSeparate(s.dim, dropout=s.dropout),
     "bi_deform_attn": lambda s: BiDeformAttn(s.dim, s.grid, s.prefixes, dropout=s.dropout, backend=s.backend),
@@ -327,11 +360,22 @@ class TextSelfAttention(nn.Module):
 class MTEnhancerLayer(nn.Module):
     """Texts attend to each other, then are scanned before and after the image tokens, then an MLP."""
 
-    def __init__(self, dim: int, heads: int, state: int, dropout: float, backend: str, sane: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        state: int,
+        dropout: float,
+        backend: str,
+        double_bias: bool = True,
+        double_gate: bool = True,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attn = TextSelfAttention(dim, heads, dropout)
-        self.cross_attn = MVFuser(dim, state=state, dropout=dropout, backend=backend, sane=sane)
+        self.cross_attn = MVFuser(
+            dim, state=state, dropout=dropout, backend=backend, double_bias=double_bias, double_gate=double_gate
+        )
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
@@ -351,7 +395,8 @@ class MTEnhancer(nn.Module):
 
     Args:
         text_dim: width of text and image embeddings.    dim: width inside.    heads: of the texts' self-attention.
-        sane: as MVFuser's, and its steps start as Mamba's do.
+        double_bias, double_gate: as MVFuser's.
+        mamba_steps: the scan's steps start log-uniform in 1e-3..1e-1, as Mamba's; else all at 0.69, as the release's.
     """
 
     def __init__(
@@ -364,12 +409,16 @@ class MTEnhancer(nn.Module):
         state: int = 16,
         dropout: float = 0.1,
         backend: str = "auto",
-        sane: bool = False,
+        double_bias: bool = True,
+        double_gate: bool = True,
+        mamba_steps: bool = False,
     ) -> None:
         super().__init__()
         self.memory_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
-        self.decoder = nn.ModuleList(MTEnhancerLayer(dim, heads, state, dropout, backend, sane) for _ in range(layers))
+        self.decoder = nn.ModuleList(
+            MTEnhancerLayer(dim, heads, state, dropout, backend, double_bias, double_gate) for _ in range(layers)
+        )
         self.out_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, text_dim))
         for module in self.modules():
             # the release initialises every linear layer so, its scan's step sizes with them (softplus(0) = 0.69)
@@ -378,11 +427,11 @@ class MTEnhancer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for module in self.modules():
-            if sane and isinstance(module, MVFuser):
+            if mamba_steps and isinstance(module, MVFuser):
                 reset_steps(module.dt_proj)
 
     def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        """What to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
+        """Return what to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
         memory, refined = self.memory_proj(visual), self.text_proj(text)
         for layer in self.decoder:
             refined = layer(refined, memory)

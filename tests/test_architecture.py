@@ -293,6 +293,7 @@ def test_sockets_are_opened_in_named_places() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom) and callers & {alias.name for alias in node.names}
     }
     assert named == {
+        "dgbench.share",
         "mfuser.towers.hub",
         "dgbench.download.transfer",
         "dgbench.download.hub_files",
@@ -327,6 +328,12 @@ def test_no_file_is_a_drawer_for_anything() -> None:
     assert not named
 
 
+def test_no_file_but_a_kernels_is_longer_than_450_lines() -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in FILES}
+    long = {name for name, lines in lengths.items() if lines > 450}
+    assert not {name for name in long if not re.fullmatch(r"mfuser/ops/.+/triton_backend\.py", name)}, "split it by concern"
+
+
 def test_every_file_says_what_it_is_for() -> None:
     silent = [str(path.relative_to(ROOT)) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent
@@ -348,7 +355,12 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
         "dgbench.report.expected",
         "dgbench.report.ablation",
         "dgbench.render",
+        "dgbench.methods",
+        "dgbench.download.given_weights",
         "mfuser",
+        "mfuser.keys",
+        "mfuser.releases.mfuser",
+        "mfuser.towers.given",
         "mfuser.towers.hub",
         "mfuser.towers.weights",
     ],

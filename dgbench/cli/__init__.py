@@ -1,7 +1,7 @@
 """The command line: each command parses, calls one function and shows its typed result.
 
-A file for each panel of `dgbench --help`, one for a command of it that is long, and one for each group of commands. Heavy
-imports live in the commands' bodies, so that `--help` and completion need nothing beyond Typer.
+There is a file for each panel of `dgbench --help` and for each group of commands. Heavy imports are inside the commands,
+so that `--help` and completion need nothing beyond Typer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
-# without a name, a panel's commands are the program's own, in this order
+# typers without a name add a panel's commands to the program, in this order
 for part in (get, share, run, predict, measure, compare, report, ci, help):
     app.add_typer(part.panel)
 
@@ -54,6 +54,6 @@ def main() -> None:
     from dgbench.render import streams
 
     streams.prepare()
-    # the interpreter ends by looking for garbage among the million objects that torch's import made: a fifth of a second
+    # without this, garbage collection at exit takes a fifth of a second for the million objects of torch's import
     atexit.register(gc.freeze)
     app(prog_name="dgbench")

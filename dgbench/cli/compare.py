@@ -1,4 +1,4 @@
-"""Compare: results side by side, and the rules that they were scored by."""
+"""Commands of the panel Compare: results side by side, and the protocols that they were scored by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shell is offered for a begun value; light imports only, and those in the functions."""
+"""Shell completion of values; imports are light and inside the functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
 
     given = ctx.params.get("targets") or ()
     known: Sequence[str] = tuple(DOMAINS)
-    with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
+    with contextlib.suppress(DgbenchError, OSError):  # a wrong declaration is reported by the command
         known = names(ctx.params.get("root"))
     return [name for name in known if name.startswith(incomplete) and name not in given]
 
@@ -48,7 +48,7 @@ def vfms(incomplete: str) -> list[str]:
 
 
 def devices(incomplete: str) -> list[str]:
-    # a folder for each GPU that the driver has found; torch, which would know better, takes seconds
+    # a folder for each GPU that the driver has found; importing torch would take seconds
     count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return [name for name in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) if name.startswith(incomplete)]
 
@@ -88,6 +88,12 @@ def keys(incomplete: str) -> list[str]:
     from dgbench.recipe import key_paths
 
     return [f"{path}=" for path in key_paths() if path.startswith(incomplete)]
+
+
+def methods(incomplete: str) -> list[str]:
+    from dgbench.names import methods as known
+
+    return [name for name in known() if name.startswith(incomplete)]
 
 
 def recipes(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Get: what training needs from elsewhere, domains and towers."""
+"""Get: what training needs from elsewhere, domains and towers, and the methods that use them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def download(
     ] = None,
     from_paths: Annotated[
         list[Path] | None,
-        typer.Option("--from", metavar="PATH...", help="What you have: archives, folders of them, an unpacked tree."),
+        typer.Option(
+            "--from", metavar="PATH...", help="What you have: archives, folders of them, an unpacked tree, a tower's weights."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is needed and what is here.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept the terms of the data sets, which are shown.")] = False,
@@ -107,7 +109,7 @@ def _accepts(terms: str) -> bool:
 
 
 def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) -> str:
-    """The command for its user to type again."""
+    """Return the command for its user to type again."""
     import shlex
 
     from dgbench.download.addresses import without_secrets
@@ -126,3 +128,18 @@ def models(form: FormatOpt = Format.TEXT, table: TableOpt = None) -> None:
     from mfuser.towers.hub import models as towers
 
     render.show(towers(), form, table)
+
+
+@panel.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench methods mfuser")
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One of them, with its options.", autocompletion=completion.methods)
+    ] = None,
+    form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
+) -> None:
+    """List the methods: paper, towers, licence of the weights, whether the authors' code is followed, recipes."""
+    from dgbench import render
+    from dgbench.methods import details, listing
+
+    render.show(listing() if name is None else details(name), form, table)

@@ -1,4 +1,4 @@
-"""Help: what this machine offers and lacks."""
+"""Commands of the panel Help: checks of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure: what models cost, and how far a shift may go."""
+"""Commands of the panel Measure: the cost of models, and scores under a growing shift."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 class Rule(StrEnum):
-    """The conventions of `dgbench.cost.conventions`; a command's values are known before anything of the engine is imported."""
+    """The conventions of `dgbench.cost.conventions`, repeated here because options are parsed before the engine is imported."""
 
     MAC = "mac"
     FLOP = "flop"
@@ -131,7 +131,7 @@ def profile(
     from dgbench.cost.profile import profile as measure
     from dgbench.cost.profile import subjects
 
-    kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
+    kept = results.query(runs) if plot is not None else []  # a wrong --runs is reported before anything is timed
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, backbone=backbone, settings=settings or (), size=crop)
     found = measure(
         chosen,

@@ -29,7 +29,7 @@ def _device(ctx: typer.Context, name: str | None) -> str | None:
 
 
 class Format(StrEnum):
-    """What a result is written as; `Command` lets `--json` stand for `--format json`."""
+    """Output format of a result, on stdout or in a file; `Command` accepts `--json` for `--format json`."""
 
     TEXT = "text"
     CSV = "csv"

@@ -232,7 +232,7 @@ def _on_disk(names: Sequence[str], split: str | None, root: Path | None) -> list
 
 
 def _runs(models: Sequence[str], runs: Path, wanted: list[Wanted], root: Path | None) -> list[Path]:
-    """The folders of the checkpoints, once it is known that the domains' files are here."""
+    """Return the folders of the checkpoints, once it is known that the domains' files are here."""
     from dgbench.needs import check_scoring
     from dgbench.runs import scored_run
 

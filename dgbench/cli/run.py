@@ -1,9 +1,10 @@
-"""Run: train, score a checkpoint."""
+"""Commands of the panel Run: train, score checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,6 +108,7 @@ def train(
         recipe_name = planned[0].recipe.name
         _check_trackers(track)
     else:
+        _refuse_late_name(ctx, {"--source": source, "--targets": targets, "--set": settings}, root)
         if seeds:
             trainings.check_one_process("--seeds")
         recipes: list[Recipe] = []
@@ -260,10 +262,25 @@ def eval_(
     render.show(matrices(records, each=True), form, table)
 
 
+def _refuse_late_name(ctx: typer.Context, given: Mapping[str, Sequence[str] | None], root: Path | None) -> None:
+    """Refuse a method or recipe behind an option that takes all words up to the next one: it was meant as the argument."""
+    from dgbench.data.catalog import names
+    from dgbench.names import methods
+    from dgbench.recipe import recipe_names
+
+    for option, values in given.items():
+        last = values[-1] if values else ""
+        kind = "method" if last in methods() else "recipe" if last in recipe_names() else None
+        if kind is not None and last not in names(root):
+            typed = shlex.join([*ctx.command_path.split(), last, option, *((values or ())[:-1] or ["..."])])
+            problem = f"`{last}` is a {kind}, but was read as a value of {option}: put the {kind} first, as in `{typed}`"
+            raise typer.BadParameter(problem, ctx=ctx, param_hint=f"'{option}'")
+
+
 def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     from dgbench.recipe import load_recipe
 
-    with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
+    with contextlib.suppress(RecipeError):  # the recipe file of a resumed run may be anywhere
         return load_recipe(name, root=root)
     return None
 

@@ -1,4 +1,4 @@
-"""Share: runs that come from others, and runs for others."""
+"""Commands of the panel Share: checkpoints of other authors, and runs on the Hugging Face Hub."""
 
 from __future__ import annotations
 

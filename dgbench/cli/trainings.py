@@ -47,7 +47,7 @@ class Options:
     track: Sequence[str] = ()
 
     def again(self) -> str:
-        """What has to be said once more when a training goes on."""
+        """Return what has to be said once more when a training goes on."""
         words = ["--track", *self.track] if self.track else []
         return "".join(f" {word}" for word in (*map(shlex.quote, words), *(() if self.scored else ("--no-eval",))))
 
@@ -102,7 +102,10 @@ def of_seeds(recipes: Sequence[Recipe], runs: Path, out: Path | None) -> list[Tr
 
 
 def check_one_process(what: str) -> None:
-    """Raises: ResultError in a process of a distributed training."""
+    """Refuse a distributed training.
+
+    Raises: ResultError in a process of a distributed training.
+    """
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ResultError(f"{what} trains in one process, and a launcher has started several", "launch each seed by itself")
 
@@ -195,7 +198,7 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
 
 
 def stopped(stop: BaseException, advice: str) -> StoppedError:
-    """What to say about a command that was stopped, with the exit status that shells give it."""
+    """Return what to say about a command that was stopped, with the exit status that shells give it."""
     if isinstance(stop, Terminated):
         import signal
 
@@ -217,7 +220,7 @@ def _draw_curves(run: Path, scores: Sequence[Record]) -> None:
 
 
 def _there(training: Training, options: Options) -> Done | None:
-    """What a run has already, if it is trained and scored as it would be now."""
+    """Return what a run has already, if it is trained and scored as it would be now."""
     from dgbench import results
 
     recipe, records = training.recipe, results.query(training.run)

@@ -36,12 +36,12 @@ class Panel:
 
     title: str
     points: tuple[Point, ...]
-    left_out: tuple[str, ...]  # rows without a model here to count, or without a complete mean or source
+    left_out: tuple[str, ...]  # rows whose model cannot be counted, or without a complete mean or source
 
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """What `dgbench profile --plot` draws."""
+    """The data of `dgbench profile --plot`."""
 
     panels: tuple[Panel, ...]
     unit: str
@@ -51,7 +51,7 @@ class Tradeoff:
 def tradeoff(
     records: Iterable[Record], progress: Progress, *, convention: str = "mac", size: tuple[int, int] | None = None
 ) -> Tradeoff:
-    """Count the models of one's own runs, of the recipes' reference results, and of published rows that name a recipe.
+    """Count the models of own runs, of the recipes' reference results, and of published rows that name a recipe.
 
     Args:
         size: (H, W) to count at; by default each recipe's crop.
@@ -105,7 +105,7 @@ def _short_origin(origin: str) -> str:
 
 
 def _recipe_of(row: Row) -> Recipe | None:
-    """The recipe that says what the row's model is; of a run, its own copy, None where that is gone."""
+    """Return the recipe that defines the row's model; for a run, its own copy, None where that is gone."""
     if row.kind == "run":
         path = Path(row.origin) / "recipe.yaml"
         return load_recipe(path) if path.is_file() else None

@@ -62,7 +62,7 @@ def label_ids(train_ids: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> Image.Image:
-    """Rows of image and overlay, two samples a row, a title above and the legend below."""
+    """Return rows of image and overlay, two samples per row, with a title above and the legend below."""
     per_row = 2 if len(samples) > 1 else 1
     cell_w = (width - _GAP * (2 * per_row + 1)) // (2 * per_row)
     height, full_w = samples[0].label.shape
@@ -83,7 +83,7 @@ def contact_sheet(samples: Sequence[Sample], title: str, width: int = 1200) -> I
 
 
 def _fitted(shape: tuple[int, ...], width: int, height: int) -> tuple[int, int]:
-    """(W, H) of an image of `shape` (H, W, ...) in a cell of `width` x `height`, its aspect ratio kept as far as it can be."""
+    """Return (W, H) of an image of `shape` (H, W, ...) in a cell of `width` x `height`, with its aspect ratio if possible."""
     scaled = max(1, round(width * shape[0] / shape[1]))
     return (width, scaled) if scaled <= height else (max(1, round(height * shape[1] / shape[0])), height)
 
@@ -106,7 +106,7 @@ def legend(train_ids: Sequence[int], width: int, font_size: int = 12) -> Image.I
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the suffix tells the format, PNG when there is none."""
+    """Write a picture atomically; the suffix gives the format, PNG if there is none."""
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     atomic.write(path, buffer.getvalue())

@@ -1,15 +1,15 @@
-"""What `dgbench download` fetches by name: the towers' weights, the domains' official archives, sets from the Hub.
+"""`dgbench download`: towers' weights, domains' official archives, and data sets of the Hub, by name.
 
-First everything is worked out and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
-domain's failure does not keep the others from coming.
+First the plan is made and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
+domain's failure does not affect the others.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,8 +19,9 @@ from dgbench.data.places import data_root
 from dgbench.download import csdownload, given, orders
 from dgbench.download.acquire import Problem, Problems, Work, acquire, by_hand_hint, told
 from dgbench.download.addresses import check_mirror
+from dgbench.download.given_weights import GivenWeights, matched
 from dgbench.download.hub_rows import HubWish
-from dgbench.download.orders import Need, Order, Plan
+from dgbench.download.orders import Need, Order, Plan, State
 from dgbench.download.sources import source
 from dgbench.download.stage import Manifest, read_manifest
 from dgbench.download.transfer import Patience, Transfer
@@ -38,16 +39,16 @@ class Stored:
     name: str
     state: Literal["downloaded", "unpacked", "linked", "here"]
     folder: str
-    files: int | None  # that the manifest lists; None for a folder that is not of our making
+    files: int | None  # in the manifest; None for a folder that dgbench did not make
     bytes: int | None
-    checked: str | None  # what its archives were held against
+    checked: str | None  # what its archives were compared with
     revision: str | None  # of a Hub repository
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a command."""
+    """The result of a command."""
 
     rows: tuple[Fetched | Stored, ...]
     problems: tuple[Problem, ...]
@@ -55,9 +56,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to download.
+    """Options of a download.
 
-    `ask` shows terms and tells whether the user accepts them; None refuses. `show` is given the plan before anything moves.
+    `ask` shows terms and returns whether the user accepts them; None refuses. `show` is called with the plan before transfers.
     """
 
     root: Path | None = None
@@ -74,34 +75,34 @@ class Options:
 
 
 def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Plan:
-    """What `download` would do. Servers are asked for sizes unless DGBENCH_OFFLINE=1; one that does not answer is told of.
+    """Return what `download` would do. Sizes are asked of servers unless DGBENCH_OFFLINE=1; one that fails is reported.
 
     Raises: DataError for an unknown name.
     """
     options = options or Options()
     problems = Problems()
-    towers, wanted = _worked_out(names, options, wish, problems)
+    towers, weights, wanted = _worked_out(names, options, wish, problems)
     if problems.found:
         raise DataError(problems.found[0].message, problems.found[0].hint)
     transfer = Transfer(options.patience)
     for order, refusal in orders.ask_servers([order for order in wanted if _forbidden(order) is None], transfer):
         order.note = refusal.message
     transfer.close()
-    return orders.plan(wanted, _tower_needs(towers), data_root(options.root), options.jobs)
+    return orders.plan(wanted, _tower_needs(towers, weights), data_root(options.root), options.jobs)
 
 
 def download(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Outcome:
-    """Fetch what the names stand for; all names are looked at before anything is fetched.
+    """Download towers and domains by name; all names are checked before anything is downloaded.
 
     Args:
-        wish: name and description of a Hub repository that becomes a domain of the user's.
+        wish: name and description of a Hub repository that becomes a domain.
 
-    Raises: DgbenchError for an unknown name, no room, or terms that are not accepted; StoppedError if the user stops it;
-        mfuser's DownloadError where it forbids downloads. What goes wrong with one domain or one tower is in `problems`.
+    Raises: DgbenchError for an unknown name, too little space, or terms that are not accepted; StoppedError if the user stops it;
+        mfuser's DownloadError where it forbids downloads. Errors of a single domain or tower are in `problems`.
     """
     options = options or Options()
     problems = Problems()
-    towers, wanted = _worked_out(names, options, wish, problems)
+    towers, weights, wanted = _worked_out(names, options, wish, problems)
     root = data_root(options.root)
     moving = [order for order in wanted if not order.here and (order.given or not order.by_hand)]
     again = f"run again: {options.command}"
@@ -136,8 +137,8 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
         moving = [order for order in moving if order not in problems.orders]
         wanted = [order for order in wanted if order not in problems.orders]
         if moving:
-            _check_room_and_terms(wanted, towers, root, options)
-        rows: list[Fetched | Stored] = list(_towers(towers, options.bars, problems))
+            _check_room_and_terms(wanted, _tower_needs(towers, weights), root, options)
+        rows: list[Fetched | Stored] = list(_towers(towers, weights, options.bars, problems))
         acquire(moving, Work(transfer, options.bars, options.patience, options.jobs, again), problems)
         for order in wanted:
             if order.by_hand:
@@ -149,8 +150,8 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
 
 def _worked_out(
     names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None, problems: Problems
-) -> tuple[list[str], list[Order]]:
-    """The towers among the names, and an order for each domain that can be worked out."""
+) -> tuple[list[str], list[GivenWeights], list[Order]]:
+    """Return the towers among the names, the local files given for them, and an order for each domain that can be resolved."""
     given.check(options.from_paths)
     if options.mirror is not None:
         check_mirror(options.mirror)
@@ -180,7 +181,7 @@ def _worked_out(
             why = "there is one of that name" if taken else "use letters a-z, digits, - and _ only"
             raise DataError(f"`{name}` cannot be the name of a new domain: {why}", "choose another with --as")
         wanted[root / name] = orders.hub_order(name, what, root)
-    return towers, list(wanted.values())
+    return towers, matched(towers, options.from_paths, alone=not rows and wish is None), list(wanted.values())
 
 
 def _tower(name: str, root: Path) -> str:
@@ -197,7 +198,7 @@ def _tower(name: str, root: Path) -> str:
             )
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
         raise DgbenchError(*unknown("tower or domain", name, [*TOWERS, *known]))
-    # here and not above: importing towers takes seconds that others do not need
+    # imported here, because importing towers takes seconds
     from mfuser.towers.table import tower
 
     try:
@@ -207,26 +208,45 @@ def _tower(name: str, root: Path) -> str:
     return name
 
 
-def _towers(towers: Sequence[str], bars: Bars, problems: Problems) -> list[Fetched]:
+def _towers(towers: Sequence[str], weights: Sequence[GivenWeights], bars: Bars, problems: Problems) -> list[Fetched]:
     if not towers:
         return []
     from mfuser.towers import hub
 
-    if hub.offline():
-        return hub.download(towers, bars.note)  # which names all that is not here in one message
+    taken: dict[tuple[str, str | None, str | None], Fetched] = {}
+    failed: list[str] = []
     rows: list[Fetched] = []
-    for tower in towers:
-        try:
-            with told():
+    for given_file in weights:
+        with _told_of_tower(given_file.tower, failed, problems):
+            row = given_file.take()
+            taken[row.name, row.repo, row.file] = row
+    towers = [tower for tower in towers if tower not in failed]
+    if hub.offline():
+        rows += hub.download(towers, bars.note)  # which names all that is not here in one message
+    else:
+        for tower in towers:
+            with _told_of_tower(tower, failed, problems):
                 rows += hub.download([tower], bars.note)
-        except hub.DownloadError as error:
-            problems.add_name(tower, DataError(error.message, error.hint))
-        except DataError as error:
-            problems.add_name(tower, error)
-    return rows
+    return [taken.get((row.name, row.repo, row.file), row) for row in rows]
 
 
-def _tower_needs(towers: Sequence[str]) -> list[Need]:
+@contextmanager
+def _told_of_tower(tower: str, failed: list[str], problems: Problems) -> Iterator[None]:
+    """Within, what goes wrong is a problem of one tower."""
+    from mfuser.towers.hub import DownloadError
+
+    try:
+        with told():
+            yield
+        return
+    except DownloadError as error:
+        problems.add_name(tower, DataError(error.message, error.hint))
+    except DataError as error:
+        problems.add_name(tower, error)
+    failed.append(tower)
+
+
+def _tower_needs(towers: Sequence[str], weights: Sequence[GivenWeights]) -> list[Need]:
     if not towers:
         return []
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -236,19 +256,22 @@ def _tower_needs(towers: Sequence[str]) -> list[Need]:
     needs = []
     for name in towers:
         missing = [file for file in files(name) if file.where is None]
+        given_files = [row.file for row in weights if row.tower == name]
+        state: State = "here" if not missing else "to copy" if len(given_files) == len(missing) else "to fetch"
+        missing = missing if state == "to copy" else [file for file in missing if file not in given_files]
         size = int(sum(file.gigabytes for file in missing) * 1e9)
         licence = next((file.licence for file in files(name)), "")
-        needs.append(Need(name, "tower", "to fetch" if missing else "here", len(missing), size, licence, HF_HUB_CACHE, ""))
+        needs.append(Need(name, "tower", state, len(missing), size, licence, HF_HUB_CACHE, ""))
     return needs
 
 
-def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[str], root: Path, options: Options) -> None:
-    made = orders.plan(wanted, _tower_needs(towers), root, options.jobs)
+def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[Need], root: Path, options: Options) -> None:
+    made = orders.plan(wanted, towers, root, options.jobs)
     options.show(made)
     if made.room > made.free:
         raise DataError(
-            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked, with {options.jobs} archives at a "
-            f"time beside), {made.free / 1e9:,.1f} GB are free",
+            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked files and {options.jobs} archives "
+            f"at a time), {made.free / 1e9:,.1f} GB are free",
             "make room there, name fewer domains at once, or point --root or DGBENCH_DATA at a larger disk",
         )
     asking = [order for order in wanted if order.must_be_accepted]
@@ -286,7 +309,7 @@ def _checked(manifest: Manifest | None) -> str | None:
         return "size, sha256 of large files"
     known = sum(receipt.md5 is not None for receipt in manifest.receipts)
     others = len(manifest.receipts) - known
-    # the checksums inside archives were looked at in any case
+    # the checksums inside archives were checked in any case
     told = [f"{what} of {n} archive{'s' * (n > 1)}" for what, n in (("md5", known), ("size", others)) if n]
     return ", ".join(told)
 
@@ -298,11 +321,11 @@ def _by_hand(order: Order) -> DataError:
     missing = ", ".join(a.name for a in order.wanted)
     waiting = ", ".join(receipt.name for receipt in order.stage.receipts())
     kept = f"; unpacked already and waiting for it: {waiting}" if waiting else ""
-    return DataError(f"`{order.name}` is handed out in a browser only. Missing: {missing}{kept}", f"\n{steps}")
+    return DataError(f"`{order.name}` can only be downloaded in a browser. Missing: {missing}{kept}", f"\n{steps}")
 
 
 def _forbidden(order: Order) -> str | None:
-    """The variable that forbids what an order would transfer, as `DGBENCH_OFFLINE=1`."""
+    """Return the variable that forbids an order's transfer, as `DGBENCH_OFFLINE=1`."""
     if not order.uses_network:
         return None
     if os.environ.get("DGBENCH_OFFLINE") == "1":

@@ -1,6 +1,6 @@
-"""Which device to run on, what it is called, and how much memory was used there.
+"""The device to run on, its name, and how much memory was used there.
 
-Torch is imported in the functions: the command line refuses a name without waiting for it.
+Torch is imported inside the functions, so that the command line can refuse a name without waiting for it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NAME = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,3}))?")
-# devices that torch knows and nothing here was tried on; any other word is no device
+# devices that torch knows but dgbench was not tested on; any other word is no device
 _OTHERS = ("mps", "xpu", "meta", "hip", "xla", "npu", "hpu", "mtia", "vulkan", "privateuseone")
 _HINT = "use `cpu`, `cuda` or `cuda:1`"
 
 
 def check_device(name: str) -> str:
-    """The name as it is if it says `cpu`, `cuda` or `cuda:N`. Whether this machine has it, `pick_device` tells.
+    """Return the name if it is `cpu`, `cuda` or `cuda:N`. Whether this machine has it is checked by `pick_device`.
 
     Raises: DgbenchError for any other name.
     """
@@ -36,7 +36,7 @@ def check_device(name: str) -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the GPU when there is one and the CPU otherwise. A named device is used or refused.
+    """Return the named device, or by default the GPU if there is one, else the CPU. A named device is used or refused.
 
     `cuda:N` becomes the process's current device, too: kernels are launched and host memory is pinned there.
 
@@ -86,14 +86,14 @@ def accelerator_on(device: torch.device, precision: str, trackers: Sequence[str]
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`: what a record says it ran on."""
+    """Return the GPU's name, or `cpu`, for records."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_gib(device: torch.device) -> float:
-    """GiB that this process held at most: of the GPU's memory as torch allocated it, or resident on a CPU."""
+    """Return the peak GiB of this process: GPU memory as allocated by torch, or resident memory on a CPU."""
     if device.type == "cuda":
         import torch
 
@@ -106,8 +106,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def memory_refused(error: BaseException) -> str | None:
-    """What the machine's memory, not a GPU's, did not suffice for, in words; None if that is not what went wrong."""
-    # torch's error for a GPU; OpenCV's own has that word in its text
+    """Return what the machine's memory (not a GPU's) was too small for; None if the error is something else."""
+    # torch's class for a GPU; OpenCV's error contains this word in its text
     if type(error).__name__ == "OutOfMemoryError":
         return None
     words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")

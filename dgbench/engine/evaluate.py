@@ -87,8 +87,8 @@ def evaluate(
         limit: score the first so many images of each domain only. Where the recipe has more, that is another kind, too.
         reuse: take a record that the run has already of the same checkpoint, images and protocol, instead of scoring again.
 
-    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can mend. Domains scored before
-        an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
+    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix. Domains scored before
+        an error keep their records. After any interruption, the same call continues with the remaining images.
     """
     on = pick_device(device)  # refused before any time is spent
     recipe = load_recipe(str(run / "recipe.yaml"), root=root)
@@ -134,7 +134,7 @@ class _Checkpoint:
 
 
 def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
-    """The newest checkpoint. A training may replace it at any moment: then the next one is taken.
+    """Return the newest checkpoint; if a training replaces it meanwhile, the next one.
 
     Raises: CheckpointError.
     """
@@ -160,7 +160,7 @@ _TRIES = 20
 
 
 def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
-    """What tells the files of a folder from others of their names; None if it is gone."""
+    """Return what distinguishes the files of a folder from others of the same names; None if it is gone."""
     try:
         states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     except OSError:
@@ -244,7 +244,7 @@ def _score(
         dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
     )
-    part.save()  # with the id: whatever happens now, there will be one record
+    part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
     return results.write(record, run, counts, ids)
 
 
@@ -258,7 +258,7 @@ def _fill(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Score the images that are not done yet, in the batches in which all would be: a batch may decide the last bit."""
+    """Score the remaining images in the same batches as without an interruption, which may affect the last bit."""
     started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
     n, by = len(target.dataset), recipe.eval.batch_size
     whole = [list(range(i, min(i + by, n))) for i in range(0, n, by)]
@@ -305,13 +305,13 @@ def _fill(
                 part.save()
     mixed = ops.ran_since(ran)
     if any(earlier.get(op, name) != name for op, name in mixed.items()):
-        # another backend than before the interruption rounds otherwise
+        # a different backend than before the interruption would round differently
         part.restart()
         _fill(part, recipe, rules, model, target, size, device, progress)
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the images' files; of rows of a Hub the fingerprint of labels has them all."""
+    """Return names, sizes and times of the images' files; for rows of a Hub, the labels' fingerprint includes them."""
     if dataset.found is None:
         return []
     paths = [dataset.found.folder / image for image, _ in dataset.found.pairs[: len(dataset)]]
@@ -319,7 +319,7 @@ def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
 
 
 def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
-    """Return one line that names the classes whose IoU a few images decide, with their number of images."""
+    """Return a warning that names the classes which occur in few images, with their number of images."""
     first = sorted(few, key=lambda k: (few[k], k))[:6]
     named = ", ".join(f"{labels.CLASSES[k].name} ({few[k]})" for k in first)
     if len(few) > len(first):
@@ -331,13 +331,13 @@ def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
 
 
 def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol) -> dict[str, float | str | None]:
-    """Return the means over fewer classes that a source's papers report: SYNTHIA cannot teach 3 of the 19."""
+    """Return the means over fewer classes that a source's papers report: SYNTHIA lacks 3 of the 19."""
     subsets = (16, 13) if source == "synthia" else ()
     return {f"miou{n}": metrics.miou(total, classes=protocol.CLASS_SETS[n], absent=rules.absent_classes) for n in subsets}
 
 
 def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
-    """Each batch as lists of items of one size, and the seconds spent waiting for it."""
+    """Yield each batch as lists of items of one size, and the seconds spent waiting for it."""
     workers = min(recipe.train.workers, usable_cores())
     loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
     before = time.perf_counter()
@@ -359,7 +359,7 @@ def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, dev
 
 
 def _confusion(prediction: Tensor, label: Tensor) -> NDArray[np.int64]:
-    """`metrics.confusion` in parts: counting takes many times the memory of a label, and some have 100 million pixels."""
+    """Compute `metrics.confusion` in parts: it takes many times the memory of a label, and some have 100 million pixels."""
     rows = max(1, (1 << 24) // label.shape[1])
     parts = zip(prediction.split(rows), label.split(rows), strict=True)
     total = np.zeros((len(labels.CLASSES),) * 2, np.int64)

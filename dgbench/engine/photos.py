@@ -16,7 +16,7 @@ KINDS = ("overlay", "color", "train-ids", "label-ids", "side-by-side")
 
 
 def listed(given: Sequence[Path]) -> list[Path]:
-    """The files, with the images of folders in their place, each once.
+    """Return the files, with the images of folders in their place, each once.
 
     Raises: DataError for a folder without images.
     """

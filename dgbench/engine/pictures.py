@@ -191,7 +191,7 @@ def draw_figure(found: Sequence[Scene], models: Sequence[Tested], out: Path, sty
 
 
 def _row(title: str, subject: Subject, models: Sequence[Tested], style: Style) -> tuple[Row, list[int], list[dict[str, float]]]:
-    """The cells of one image, the classes that are to be seen in them, and their shares by each model."""
+    """Return the cells of one image, the classes that are to be seen in them, and their shares by each model."""
     image, truth = subject.load()
     labels = [subject.segment(model, image) for model in models]
     shown = labels if truth is None else [truth, *labels]
@@ -232,7 +232,7 @@ def _single(out: Path, pictures: int) -> bool:
 
 
 def _folders(out: Path, models: Sequence[Tested]) -> list[Path]:
-    """The folder of each model's pictures: `out`, or of several models one in it that is called as the model is."""
+    """Return the folder of each model's pictures: `out`, or of several models one in it that is called as the model is."""
     if len(models) == 1:
         return [out]
     names = [re.sub(r"[^A-Za-z0-9._-]+", "-", model.title).strip("-.") or "model" for model in models]

@@ -31,7 +31,7 @@ from mfuser.segmentor import Segmentor
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was found in one photograph."""
+    """Classes found in one photograph."""
 
     photo: Path
     overlay: Path
@@ -85,7 +85,7 @@ def predict(
 
 
 def with_legend(picture: NDArray[np.uint8], label: NDArray[np.uint8]) -> Image.Image:
-    """A picture with the legend of its label's classes below."""
+    """Return a picture with the legend of its label's classes below."""
     names = legend(np.flatnonzero(_counted(label)).tolist(), picture.shape[1])
     sheet = Image.new("RGB", (picture.shape[1], picture.shape[0] + names.height + 6), (255, 255, 255))
     sheet.paste(Image.fromarray(picture), (0, 0))
@@ -100,7 +100,7 @@ def shares(label: NDArray[np.uint8]) -> dict[str, float]:
 
 
 def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Pixels of each class; NumPy makes numbers of eight bytes of what it counts, so a large label goes in parts."""
+    """Count the pixels of each class, in parts, since NumPy converts labels to eight bytes per pixel for it."""
     flat, part = label.ravel(), 1 << 24
     parts = [np.bincount(flat[i : i + part], minlength=len(NAMES)) for i in range(0, label.size, part)]
     return np.asarray(np.sum(parts, axis=0), np.int64)
@@ -108,9 +108,9 @@ def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 @torch.inference_mode()
 def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
-    """(H, W) train ids of one RGB image (H, W, 3), by sliding window.
+    """Return (H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
-    `height` is the image height that the model was trained at: the photograph is brought to it first, and in any case
+    `height` is the image height that the model was trained at: the photograph is resized to it first, and in any case
     to at least the model's window.
     """
     crop = model.image_size
@@ -128,12 +128,12 @@ def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, he
 
 
 def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
-    """As `segment`, in parts: the same windows, for which a score may differ in its last bit."""
+    """Segment as `segment`, in parts: the same windows, for which a score may differ in its last bit."""
     full = (image.shape[0], image.shape[1])
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
     if size == full:
         return first_of_bands(model, pixels, model.image_size, window_stride(model.image_size), device)
-    if _area(size) > max(LARGE, _area(full)):  # a stripe, brought to the window
+    if _area(size) > max(LARGE, _area(full)):  # a long narrow image, resized to the window
         shrink = math.sqrt(LARGE / _area(size))
         smaller = (max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink)))
         _warn(
@@ -163,7 +163,7 @@ def _warn(text: str) -> None:
 
 
 def window_stride(crop: tuple[int, int]) -> tuple[int, int]:
-    """Two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
+    """Return two thirds of the window, rounded down: 341 for 512 as in Rein and MFuser."""
     return crop[0] * 2 // 3, crop[1] * 2 // 3
 
 

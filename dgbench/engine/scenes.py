@@ -125,7 +125,7 @@ _log = logging.getLogger(__name__)
 
 
 def _index(dataset: SegDataset, given: str) -> int | None:
-    """The place of the image with this id, None if there is none.
+    """Return the place of the image with this id, None if there is none.
 
     Raises: DataError if several files have this name.
     """

@@ -192,7 +192,7 @@ def curves(wanted: Sequence[Sweep], records: dict[str, results.Record]) -> list[
 
 
 def _matrices(records: Sequence[results.Record]) -> dict[str, NDArray[np.int64]]:
-    """Counts (n, K, K) by the records' ids, image i of each being that of the others."""
+    """Return counts (n, K, K) by the records' ids, image i of each being that of the others."""
     first = results.read_matrices(records[0])
     found = {records[0].id: first.counts}
     for record in records[1:]:

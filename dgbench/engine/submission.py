@@ -85,7 +85,7 @@ class Submission:
 
 
 def images_of(name: str, root: Path | None = None, folder: Path | None = None, *, partial: bool = False) -> list[Path]:
-    """The images of a server's test split, by name.
+    """Return the images of a server's test split, by name.
 
     Args:
         name: of `SERVERS`.
@@ -120,7 +120,7 @@ def images_of(name: str, root: Path | None = None, folder: Path | None = None, *
 
 
 def _below(row: Domain, server: Server, root: Path | None) -> tuple[list[Path], Path | None]:
-    """The most images that a folder has in one layout, and that folder."""
+    """Return the most images that a folder has in one layout, and that folder."""
     best: list[Path] = []
     where = row.root(data_root(root))
     for folder in row.roots(data_root(root)):

@@ -54,7 +54,7 @@ def chosen_targets(
     root: Path | None,
     limit: int | None,
 ) -> list[Target]:
-    """The images that are scored; a domain's are looked for once, in however many ways they are corrupted."""
+    """Return the images that are scored; a domain's are looked for once, in however many ways they are corrupted."""
     usual, sets = recipe.data.val_images, {}
     for row in {row.name: row for row, _ in wanted}.values():
         sets[row.name] = SegDataset(
@@ -81,7 +81,7 @@ def chosen_targets(
 
 
 def stored_records(recipe: Recipe, rules: protocol.Protocol, targets: Sequence[Target], run: Path) -> dict[str, results.Record]:
-    """The newest record of each target of the newest checkpoint, by name, where there is one with its matrices."""
+    """Return the newest record of each target of the newest checkpoint, by name, where there is one with its matrices."""
     try:
         sha = checkpoints.sha256(checkpoints.folder_of(run))
     except OSError:  # a training replaces it
@@ -105,5 +105,5 @@ def stored_records(recipe: Recipe, rules: protocol.Protocol, targets: Sequence[T
 
 
 def size_of(recipe: Recipe, dataset: SegDataset) -> protocol.Size | None:
-    """The (H, W) at which the recipe shows images of files; None where the protocol chooses, and of rendered ones."""
+    """Return the (H, W) at which the recipe shows images of files; None where the protocol chooses, and of rendered ones."""
     return None if dataset.domain.procedural else recipe.data.size

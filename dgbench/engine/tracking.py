@@ -80,7 +80,10 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises: DgbenchError for a tracker that accelerate does not know, or that is not installed."""
+    """Check that all trackers can be used.
+
+    Raises: DgbenchError for a tracker that accelerate does not know, or that is not installed.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
@@ -106,7 +109,7 @@ def _all(known: Iterable[str]) -> str:
 
 
 def _settings(recipe: Recipe) -> dict[str, int | float | str | bool]:
-    """What a training is known by, and its settings as far as they are numbers: no paths, which are nobody else's."""
+    """Return what a training is known by, and its settings as far as they are numbers: no paths, which are nobody else's."""
     named = {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "method": recipe.method.name}
     sections = recipe.model_dump(mode="json", include={"train", "optim"})
     numbers = {

@@ -1,4 +1,4 @@
-"""A method and its own options, as recipes state them: what can be told by names alone, then what the method itself says."""
+"""A recipe's method and its options: checks of names, then those that need the method itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dgbench.spec import Problem, problems_of, shown, strictly
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
-_SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
+SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
 
 
 class MethodSpec(BaseModel):
@@ -33,7 +33,7 @@ class MethodSpec(BaseModel):
 
     @property
     def variant(self) -> str:
-        """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
+        """Towers and unusual options, which distinguish builds of a method on the leaderboard."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
         unusual = [
@@ -45,7 +45,7 @@ class MethodSpec(BaseModel):
 
 
 def spell(content: dict[str, Any]) -> None:
-    """Write the names of a recipe's method and towers as they are known, in place: `EVA02` is `eva02`."""
+    """Replace names of a recipe's method and towers by their own spelling, in place: `EVA02` is `eva02`."""
     from mfuser.methods import names
     from mfuser.towers.table import TOWERS
 
@@ -59,22 +59,22 @@ def spell(content: dict[str, Any]) -> None:
 
 
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
+    """Return problems of a method's name, its keys and its towers, as far as possible without importing torch."""
     from mfuser.methods import backbone_names, names, option_names
     from mfuser.towers.table import TIMM, TOWERS, with_text
 
     method = content.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        return []  # the recipe's own check says so
+        return []  # the recipe's own check reports it
     name = method["name"]
     if name not in names():
         message, hint = unknown("method", name, names())
         return [Problem(("method", "name"), f"{message}, {hint}")]
     problems = []
-    known = [key for key in option_names(name) if key not in _SET_ELSEWHERE]
+    known = [key for key in option_names(name) if key not in SET_ELSEWHERE]
     for key, value in method.items():
-        if key in _SET_ELSEWHERE:
-            problems.append(Problem(("method", key), _SET_ELSEWHERE[key]))
+        if key in SET_ELSEWHERE:
+            problems.append(Problem(("method", key), SET_ELSEWHERE[key]))
         elif key != "name" and key not in known:
             close = suggest(str(key), known)
             more = f"did you mean `{close}`?" if close else f"choose from {', '.join(sorted(known))}"
@@ -94,13 +94,13 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
 
 
 def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """A method with every option written out, or what is wrong with those that are given. This imports the method and torch."""
+    """Return a method with every option written out, or the problems of the given ones. This imports the method and torch."""
     import mfuser
 
     name = method["name"]
     options = mfuser.options(name)
     hints = get_type_hints(options)
-    fields = (f for f in dataclass_fields(options) if f.name not in _SET_ELSEWHERE)
+    fields = (f for f in dataclass_fields(options) if f.name not in SET_ELSEWHERE)
     defaults: dict[str, Any] = {f.name: (strictly(hints[f.name]), _default(f)) for f in fields}
     checked = create_model("Options", __config__=ConfigDict(extra="forbid"), **defaults)
     try:
@@ -112,7 +112,7 @@ def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]
         resolved = json.loads(json.dumps(asdict(options(**values.model_dump()))))
     except ValueError as error:
         return {}, [Problem(("method",), str(error))]
-    return {"name": name, **{key: value for key, value in resolved.items() if key not in _SET_ELSEWHERE}}, []
+    return {"name": name, **{key: value for key, value in resolved.items() if key not in SET_ELSEWHERE}}, []
 
 
 def _default(field: DataclassField[Any]) -> Any:

@@ -1,6 +1,6 @@
-"""The only place that draws. A result becomes a table: Rich on a terminal, aligned text elsewhere, or JSON.
+"""Output of results: tables drawn by Rich on a terminal, aligned text elsewhere, or JSON.
 
-Results go to stdout, everything else to stderr. Meaning never rests on colour: the best value carries a mark.
+Results go to stdout, everything else to stderr. Colour is never the only mark: the best value has a `*`.
 A file for each kind of result turns it into tables; `table` draws them, `texts` writes them for other programs, `pictures` plots.
 """
 

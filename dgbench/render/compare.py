@@ -36,7 +36,7 @@ def class_changes(found: Comparison) -> list[Table]:
 
 
 def comparison_rows(found: Comparison) -> list[FlatRow]:
-    """A row for each score, class and cost."""
+    """Return a row for each score, class and cost."""
     rows: list[FlatRow] = []
     for score in found.scores:
         row = flat_row(score, without=("classes", "changed"), kind="mIoU")
@@ -90,7 +90,7 @@ def _scores(found: Comparison) -> Table:
 
 
 def _named(score: Score) -> str:
-    """The classes that changed most, of the significant ones."""
+    """Return the classes that changed most, of the significant ones."""
     changed = sorted(score.changed, key=lambda name: -abs(score.classes[name].value))
     text = ", ".join(f"{name} {_points(score.classes[name].value)}" for name in changed[:_NAMED])
     return text + (f" and {len(changed) - _NAMED} more, see --per-class" if len(changed) > _NAMED else "")

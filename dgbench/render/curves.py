@@ -56,7 +56,7 @@ def _points(found: Curves) -> dict[str, Any]:
 
 
 def _line(number: int) -> dict[str, Any]:
-    """The sum is black; of its terms no two look alike, as far as colours and dashes go."""
+    """Return the sum is black; of its terms no two look alike, as far as colours and dashes go."""
     if number == 0:
         return {"color": "black", "zorder": 3}
     dashes, colour = divmod(number - 1, len(_COLOURS))

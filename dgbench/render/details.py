@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from dgbench.render.table import ABSENT, Cell, Table
+from dgbench.render.table import ABSENT, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.rows import Group, Row, Score
@@ -23,7 +23,7 @@ def class_tables(group: Group, labels: Sequence[str], title: str) -> list[Table]
         return dict(zip(NAMES, score.iou, strict=False)) if score is not None else {}
 
     found = [
-        _table(group, labels, f"{title}: IoU in % by class on {target}", [of(row.scores[target]) for row in group.rows])
+        _table(group, labels, f"{title}: IoU in % by class on {target}", [of(row.scores[target]) for row in group.rows], target)
         for target in group.targets
     ]
 
@@ -48,26 +48,30 @@ def condition_tables(group: Group, labels: Sequence[str], title: str) -> list[Ta
         known = [value for value in conditions.values() if value is not None]
         return conditions | {"mean": fmean(known) if len(known) == len(conditions) else None} if conditions else {}
 
-    legend = ("Of the target's images of each condition. mean: of the conditions, which is not the mIoU of all images.",)
-    found = [
-        _table(group, labels, f"{title}: mIoU in % by condition of {target}", [of(row, target) for row in group.rows], legend)
-        for target in group.targets
-    ]
+    said = ("Of the target's images of each condition. mean: of the conditions, which is not the mIoU of all images.",)
+    found = []
+    for target in group.targets:
+        what = f"{title}: mIoU in % by condition of {target}"
+        found.append(_table(group, labels, what, [of(row, target) for row in group.rows], target, said))
     return [table for table in found if table is not None]
 
 
 def _table(
-    group: Group, labels: Sequence[str], title: str, each: Sequence[_Values], legend: tuple[str, ...] = ()
+    group: Group, labels: Sequence[str], title: str, each: Sequence[_Values], target: str = "", legend: tuple[str, ...] = ()
 ) -> Table | None:
     header = max(each, key=len, default={})
     if not header:
         return None
-    rows = tuple(
-        (Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label), *_cells(header, own))
-        for row, label, own in zip(group.rows, labels, each, strict=True)
-        if own
-    )
-    return Table(title, ("#", "method", *header), rows, keys=2, legend=legend)
+    rows = []
+    for row, label, own in zip(group.rows, labels, each, strict=True):
+        score = row.scores.get(target)
+        mark = PARTIAL if row.partial_source or (score is not None and score.partial) else ""
+        if own:
+            place = "ref" if row.kind == "reference" else str(row.rank or ABSENT)
+            rows.append((Cell(place), Cell(label + mark), *_cells(header, own)))
+    if any(row[1].text.endswith(PARTIAL) for row in rows):
+        legend = (*legend, f"{PARTIAL} other images than the published split's, or trained on a part of the source.")
+    return Table(title, ("#", "method", *header), tuple(rows), keys=2, legend=legend)
 
 
 def _cells(header: _Values, own: _Values) -> list[Cell]:

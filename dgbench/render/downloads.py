@@ -1,4 +1,4 @@
-"""Towers and domains that are fetched: what there is, what a download would need, and what it brought."""
+"""Tables of towers and domains: which exist, what a download would need, and what it fetched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_tables(models: Sequence[Model]) -> list[Table]:
 
 
 def downloaded_tables(rows: Sequence[Fetched | Stored]) -> list[Table]:
-    """Towers and domains, a table each."""
+    """Return towers and domains, a table each."""
     towers = [row for row in rows if hasattr(row, "repo")]
     stored = [row for row in rows if not hasattr(row, "repo")]
     return [*(_fetched(towers) if towers else []), *(_stored(stored) if stored else [])]  # type: ignore[arg-type]
@@ -93,10 +93,10 @@ def push_tables(found: Push) -> list[Table]:
 
 
 def push_rows(found: Push) -> list[FlatRow]:
-    """A row for each file."""
+    """Return a row for each file."""
     return [flat_row(file, repo=found.repo, private=found.private) for file in found.files]
 
 
 def plan_rows(plan: Plan) -> list[FlatRow]:
-    """A row for each domain and tower that was named."""
+    """Return a row for each domain and tower that was named."""
     return flat_rows(plan.needs)

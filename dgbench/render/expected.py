@@ -34,7 +34,7 @@ def expected_tables(found: Expected) -> list[Table]:
 
 
 def expected_rows(found: Expected) -> list[FlatRow]:
-    """A row for each score that a range is known of, or one that says why there is none."""
+    """Return a row for each score that a range is known of, or one that says why there is none."""
     if found.reason:
         return [{"recipe": found.recipe, "reason": found.reason}]
     return [

@@ -1,4 +1,4 @@
-"""The leaderboard: own results by rank, one table for each group that compares, and published tables apart."""
+"""Tables of the leaderboard: own results by rank, one table for each comparable group, and the published tables."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from dgbench.render.flat import FlatRow, flat_row, flatten
 from dgbench.render.numbers import percent
 from dgbench.render.protocols import with_hash
 from dgbench.render.published import published_table
-from dgbench.render.table import ABSENT, MARKS, Cell, Table
+from dgbench.render.table import ABSENT, MARKS, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.rows import Group, Leaderboard, Row, Score
 
-PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
 _NAMED = 5  # rows that a line of the legend names
 
 
@@ -36,17 +35,18 @@ def group_tables(board: Leaderboard) -> list[tuple[Group, list[Table]]]:
     names = _names(board.groups)
     for group, labels in zip(board.groups, names, strict=True):
         title = _title(group)
-        # what two groups of one title differ in is inside their protocol hashes
+        # two groups with the same title differ in their protocol hashes
         key = f"{title} {group.targets}"
         alike = "; at another image size or label map than the table above" if key in titles else ""
+        short = _title(group, "")
         own = _own(group, labels, title + alike)
-        found.append((group, [own, *class_tables(group, labels, title), *condition_tables(group, labels, title)]))
+        found.append((group, [own, *class_tables(group, labels, short), *condition_tables(group, labels, short)]))
         titles.add(key)
     return found
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
-    """A row for each model of each table, which are numbered: what it is, its scores and, of each, whether it is partial."""
+    """Return a row for each model of each numbered table: what it is, its scores and whether each is partial."""
     return [
         flat_row(
             row,
@@ -91,7 +91,7 @@ def _names(groups: Sequence[Group]) -> list[list[str]]:
     """Return the names of the rows of each group: a run has one name in all tables that were scored alike."""
     together: list[list[Group]] = []
     place: list[int] = []
-    having: dict[tuple[object, ...], int] = {}  # what was scored alike -> its place
+    having: dict[tuple[object, ...], int] = {}  # what was scored in the same way -> its index
     for group in groups:
         shared = (group.source, group.protocol, group.protocol_digest, group.rendered, group.source_rendered)
         keys = [(*shared, value) for value in group.protocol_hashes]
@@ -169,7 +169,7 @@ def _all_scores(row: Row) -> tuple[Score | None, ...]:
 def _labels(rows: Sequence[Row]) -> list[str]:
     """Return for each row the shortest name that no other row has."""
     own = {row.recipe for row in rows if row.kind == "run"}
-    # a reference beside a row of its own recipe has the same name, and `ref` in front
+    # a reference beside a row of its own recipe has the same name, with `ref` in front
     named = [row for row in rows if row.kind == "run" or row.recipe not in own]
     forms: list[Callable[[Row], str]] = [_method, lambda row: row.recipe, _settings, _hash]
     forms += [lambda row: f"{_settings(row)} {_time(row)}", lambda row: f"{_hash(row)} {_time(row)}"]
@@ -182,7 +182,7 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _settings(row: Row) -> str:
-    """`streets/mfuser, train.steps=40, seed 1`; without known settings what the hash form says, which comes next."""
+    """Return `streets/mfuser, train.steps=40, seed 1`; for unknown settings the text for the hash that follows."""
     texts = [f"seed {value}" if key == "train.seed" else f"{key}={_short(value)}" for key, value in row.settings.items()]
     texts = texts or ([f"{row.seeds} seeds"] if row.seeds > 1 else [])
     return ", ".join([row.recipe, *texts]) if texts else _hash(row)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgbench.render.flat import FlatRow, flat_row, flatten
-from dgbench.render.leaderboard import PARTIAL
 from dgbench.render.protocols import with_hash
-from dgbench.render.table import ABSENT, Cell, Table
+from dgbench.render.table import ABSENT, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.report.matrix import Matrix, MatrixRow, Value
@@ -105,7 +104,7 @@ def _model(row: MatrixRow) -> tuple[object, ...]:
 
 
 def matrix_rows(found: Sequence[Matrix]) -> list[FlatRow]:
-    """A row for each model of each matrix, which are numbered; of each score, whether the model was trained on the domain."""
+    """Return a row for each model of each matrix (numbered); of each score, whether the model was trained on the domain."""
     return [
         flat_row(
             row,

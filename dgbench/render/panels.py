@@ -54,7 +54,7 @@ def panels(rows: Sequence[Row], titles: Sequence[str], train_ids: Sequence[int],
 
 
 def _text(text: str, width: int, height: int, font_size: int) -> Image.Image:
-    """A line of text in the middle of a field, smaller or cut short where it would not fit."""
+    """Return a line of text in the middle of a field, smaller or cut short where it would not fit."""
     text = visible(text)
     font = ImageFont.load_default(font_size)
     while font.getlength(text) > width and font_size > _SMALLEST:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dgbench.cost.tradeoff import Panel, Point, Tradeoff
     from dgbench.engine.severity import Curve, Severity
 
-# colours that the colour-blind can tell apart (Okabe and Ito, 2008), and markers for print without colour
+# colours for colour-blind readers (Okabe and Ito, 2008), and markers for print without colour
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "v", "s", "^", "D", "P")
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -225,7 +225,7 @@ def _percent(share: float | None) -> float:
 
 
 def _as_it_is(text: str) -> str:
-    # matplotlib reads what stands between two dollars as a formula
+    # matplotlib reads text between two dollars as a formula
     return visible(text).replace("$", r"\$")
 
 
@@ -243,7 +243,7 @@ def _written(figure: Figure, path: Path) -> Path:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # no date, no random names: the same numbers make the same file
+    # no date and no random names, so that the same numbers give the same file
     dateless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with rc_context({"svg.hashsalt": "dgbench"}):
         figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)

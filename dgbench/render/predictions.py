@@ -37,7 +37,7 @@ def picture_tables(pictures: Sequence[Picture]) -> list[Table]:
 
 
 def submission_tables(done: Submission) -> list[Table]:
-    """What is in an archive, and what is left out."""
+    """Return what is in an archive, and what is left out."""
     title = f"{done.path}: predictions of {done.model} for the server of {done.server}"
     count = f"{done.n_images} of {done.n_expected} test images"
     legend = [f"{count}, as {done.encoding} of the images' size; protocol {done.protocol}."]

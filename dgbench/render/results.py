@@ -1,4 +1,4 @@
-"""A typed result is shown or written: as the tables that are drawn of its class, as CSV, or as JSON."""
+"""Output of a typed result: as the tables of its class, as CSV, or as JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dgbench.render import (
     leaderboard,
     machines,
     matrix,
+    methods,
     predictions,
     profile,
     protocols,
@@ -36,13 +37,13 @@ from dgbench.results import finite
 
 
 class Renderer(NamedTuple):
-    """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
+    """Functions that make tables, and rows of plain values, from a result or a list of results of one class."""
 
     tables: Callable[..., list[Table]]
     rows: Callable[[Any], list[FlatRow]] = flat_rows
 
 
-# by module and name of the class: looking one up must not import the engine
+# by module and name of the class, so that a look-up does not import the engine
 RENDERERS: dict[str, Renderer] = {
     "dgbench.cost.fusion.FusionProfile": Renderer(profile.fusion_tables, profile.profile_rows),
     "dgbench.cost.kernels.Bench": Renderer(kernels.bench_tables, kernels.bench_rows),
@@ -63,6 +64,8 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
     "dgbench.engine.severity.Severity": Renderer(severity.severity_tables, severity.severity_rows),
     "dgbench.html_report.Written": Renderer(machines.written_tables),
+    "dgbench.methods.Method": Renderer(methods.method_tables),
+    "dgbench.methods.MethodDetails": Renderer(methods.detail_tables, methods.detail_rows),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
     "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
     "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
@@ -122,7 +125,7 @@ def _show_text(tables: Sequence[Table]) -> None:
 
 
 def tell(result: object) -> None:
-    """Print a typed result as text on stderr: what a command says before it does its work."""
+    """Print a typed result as text on stderr, before a command does its work."""
     for table in _renderer(result).tables(result):
         note(plain(table))
 

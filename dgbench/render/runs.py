@@ -68,7 +68,7 @@ def converted_tables(done: Converted) -> list[Table]:
 
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:
-    """A row for each record, and whether it is of all the images that its split and its source have."""
+    """Return a row for each record, with whether its split and its source were complete."""
     from dgbench.data.labels import NAMES
 
     rows = []

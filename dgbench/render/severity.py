@@ -62,7 +62,7 @@ def _legend(found: Severity, curves: Sequence[Curve]) -> tuple[str, ...]:
 
 
 def severity_rows(found: Severity) -> list[FlatRow]:
-    """A row for each score, beside the area of its curve."""
+    """Return a row for each score, beside the area of its curve."""
     model = {name: getattr(found, name) for name in ("method", "variant", "recipe", "source", "protocol", "protocol_digest")}
     return [
         {

@@ -18,6 +18,7 @@ _GAP = "  "
 
 
 MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
+PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
 _MARKED = "Higher is better; "
 Style = Literal["", "best", "second", "dim", "good", "bad", "warn"]
 
@@ -47,7 +48,7 @@ class Table:
     marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
-        """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
+        """Write control characters out, since text may be from files."""
         set_ = object.__setattr__
         set_(self, "title", visible(self.title))
         set_(self, "header", tuple(map(visible, self.header)))
@@ -61,7 +62,7 @@ class Table:
         return (f"{_MARKED}{', '.join(told)}.", *self.legend) if told else self.legend
 
     def rewritten(self, change: Callable[[str], str]) -> Table:
-        """Return the table with every text of it changed."""
+        """Return the table with a function applied to every text."""
         return dataclasses.replace(
             self,
             title=change(self.title),

@@ -25,7 +25,7 @@ def markdown(table: Table) -> str:
 
         header, *rows = _shown(table, in_markdown, {"best": ("**", "**"), "second": ("<ins>", "</ins>")})
         aligned = ["left" if left else "right" for left in _left(table)]
-        # numbers stay as they were rounded
+        # numbers keep their rounding
         body = [tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)]
     title = [f"**{in_markdown(table.title, inside_stars=True)}**"] if table.title else []
     legend = (
@@ -48,7 +48,7 @@ def latex(table: Table) -> str:
 
 
 def csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows of plain values under one header of all their columns; what a row does not have is empty."""
+    """Return rows of plain values under one header of all their columns; missing values are empty."""
     from csv import DictWriter
 
     text = io.StringIO()

@@ -132,7 +132,7 @@ Key = tuple[str, str, str]  # target, split, protocol
 
 
 def _targets(model: Model) -> list[tuple[str, Key]]:
-    """What a model was scored on, in any of its runs, and how that is shown."""
+    """Return what a model was scored on, in any of its runs, and how that is shown."""
     keys = dict.fromkeys(key for run in model.runs for key in run.scores)
     rules = {key[2] for key in keys}
     shown = []
@@ -144,7 +144,7 @@ def _targets(model: Model) -> list[tuple[str, Key]]:
 
 
 def _stored(model: Model, key: Key) -> float | None:
-    """The mean over training runs of a stored score."""
+    """Return the mean over training runs of a stored score."""
     values = [run.scores[key].miou for run in model.runs if key in run.scores]
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(model.runs) else None
@@ -267,7 +267,7 @@ def _record(run: Run, key: Key) -> results.Record:
 
 
 def _checked(record: results.Record, reference: matrices.Matrices, rules: protocols.Protocol) -> NDArray[np.int64]:
-    """The matrices of a record in the order of the reference's images.
+    """Return the matrices of a record in the order of the reference's images.
 
     Raises: ResultError if they belong to other images, or their score is not the record's.
     """
@@ -309,7 +309,7 @@ def _notes(name: str, before: Model, after: Model, noise: float | None) -> Itera
 
 
 def _differing(before: Model, after: Model) -> str:
-    """What differs between the environments in which two models were trained."""
+    """Return what differs between the environments in which two models were trained."""
     told: dict[str, tuple[Any, Any]] = {}
     for key in ("device", "cpu", "platform", "threads", "python", "torch", "numpy", "timm"):
         values = [{run.trained.environment.get(key) for run in model.runs if run.trained} for model in (before, after)]

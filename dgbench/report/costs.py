@@ -50,7 +50,7 @@ def compare(name: str, before: Model, after: Model, max_slowdown: float | None =
         sides = [[speeds(run) for run in model.runs] for model in (before, after)]
         if all(any(side) for side in sides):
             found.append(_speed(name, what, sides, allowed, alike))
-    for what, key in (("peak memory, GiB", "peak_gib"), ("parameters, M", "parameters_m")):
+    for what, key in (("peak memory, GiB", "peak_gib"), ("parameters and buffers, M", "values_m")):
         values = [_mean([_extra(run, key) for run in model.runs]) for model in (before, after)]
         if values[0] and values[1]:
             found.append(_amount(name, what, values[0], values[1], alike or key != "peak_gib"))

@@ -1,4 +1,4 @@
-"""The leaderboard: own records, reference results of recipes, and published numbers, each kept apart.
+"""The leaderboard: own records, reference results of recipes, and published numbers, kept separate.
 
 Rows are ranked only inside one group: one source, one protocol by name and digest, one set of targets with equal protocol
 hashes, all of them published sets or all exports of rendered scenes. Runs that differ in the seed alone are one row.
@@ -44,8 +44,8 @@ def leaderboard(
     Args:
         records: of any kind and order; only evaluations are rows.
         references: shown where the recipe has no row of its own.
-        targets: the columns of every group; by default those that the runs' recipes name, and further groups for what
-            else was scored.
+        targets: the columns of every group; by default those that the runs' recipes name, and further groups for
+            other targets.
         source: only models trained on this domain; by default all.
         every: a row for each run: no seeds put together, and models kept that a newer run of the same recipe replaces.
         beside: show references beside rows of the same recipe, too, except those of other tower weights.
@@ -111,7 +111,7 @@ def _protocol(name: str, records: Iterable[Record]) -> str:
 
 
 def _belongs(reference: Reference, measured: Measured, hashes: Mapping[str, str]) -> bool:
-    """Whether a reference was scored as the models of a group were."""
+    """Return whether a reference was scored as the models of a group were."""
     shared = hashes.keys() & reference.hashes.keys()
     same = all(hashes[column] == reference.hashes[column] for column in shared)
     return reference.measured == measured and same
@@ -129,7 +129,7 @@ def _groups(measured: Measured, models: Sequence[Model], references: Sequence[Re
         chosen = [(tuple(sorted(most, key=options.order)), [])]
     groups = []
     for number, (columns, members) in enumerate(chosen):
-        # a reference of fewer targets stands in the first table alone
+        # a reference with fewer targets is only in the first table
         fitting = [r for r in references if set(columns) <= r.miou.keys() or (number == 0 and set(columns) & r.miou.keys())]
         groups.append(_group(measured, [models[i] for i in members], fitting, columns, options))
     return groups
@@ -170,6 +170,6 @@ def _group(
 
 
 def _table_order() -> Order:
-    """Columns follow the table of domains, a severity its domain, whatever order they were scored in."""
+    """Order columns as in the table of domains, a severity after its domain, independently of when they were scored."""
     known = {name: place for place, name in enumerate(names())}
     return lambda column: (known.get(column.partition("@")[0], len(known)), column)

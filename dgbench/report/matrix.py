@@ -79,7 +79,7 @@ class _Model:
         return max((record.created, record.id) for record in self.records.values())
 
     def alike(self) -> tuple[object, ...]:
-        """What models that differ in their seeds share."""
+        """Return what models that differ in their seeds share."""
         record = self.first
         part = (record.source_images, record.source_available) if record.source_complete is False else ()
         known = record.method, record.variant, record.recipe, record.source, record.source_rendered, part
@@ -115,7 +115,7 @@ def matrices(
 
 
 def _models(records: Iterable[Record]) -> list[tuple[tuple[str, str, bool], _Model]]:
-    """The models of each protocol and kind of target, newest first."""
+    """Return the models of each protocol and kind of target, newest first."""
     by_model: dict[tuple[object, ...], dict[bool, dict[str, Record]]] = {}
     counted = [record for record in records if record.kind == "eval" and record.split == "val"]
     for record in sorted(counted, key=lambda record: (record.created, record.id), reverse=True):
@@ -171,7 +171,7 @@ def _by_seed(models: Sequence[_Model], *, every: bool) -> list[_Model]:
 
 
 def _telling(groups: Mapping[tuple[object, ...], Sequence[_Model]]) -> dict[tuple[object, ...], Mapping[str, Any]]:
-    """The settings by which rows of one method, variant, recipe and source differ."""
+    """Return the settings by which rows of one method, variant, recipe and source differ."""
     alike: dict[tuple[object, ...], list[tuple[object, ...]]] = {}
     for key in groups:
         alike.setdefault(key[:4], []).append(key)

@@ -1,4 +1,4 @@
-"""What a leaderboard is made of: scores, rows, groups of rows that may be compared, and the whole."""
+"""Types of the leaderboard: scores, rows, groups of comparable rows, and the whole."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Row:
     mean: Score | None = None  # over all targets, only if each is there in full
     rank: int | None = None
     note: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what tells it from the rows of the same method and recipe
-    source_images: int = 0  # that it was trained on, and how many there are: only where these differ
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those that differ from rows of the same method and recipe
+    source_images: int = 0  # number of training images and that of its source: only if they differ
     source_available: int = 0
     shift: Shift = Shift()
     seeds: int = 1  # training runs
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def partial_source(self) -> bool:
-        """Whether it was trained on other images than its source's, a part as a rule: shown, never ranked."""
+        """Whether it was trained on other images than its source's (usually a part): shown, but not ranked."""
         return self.source_images != self.source_available
 
 

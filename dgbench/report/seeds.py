@@ -52,8 +52,9 @@ def tell_apart(models: Sequence[Model], *, every: bool) -> None:
     for model in models:
         model.telling = told.get((*_name(model), _place(model, every=every)), {})
         # beside others of its family, but not in one row with them
-        other_seeds = model.settings is not None and not every and len(hashes[_but_seed(model)]) > 1
-        model.telling_alone = {**model.telling, **({SEED: (model.settings or {})[SEED]} if other_seeds else {})}
+        place = _but_seed(model)
+        others = place is not None and not every and len(hashes[place]) > 1
+        model.telling_alone = {**model.telling, **({SEED: (model.settings or {})[SEED]} if others else {})}
 
 
 def _name(model: Model) -> tuple[str, str, str]:

@@ -1,1 +1,1 @@
-"""The text-queried mask decoder: pixel decoder, transformer decoder, and the criterion that trains both."""
+"""The mask decoder: neck, pixel decoder, queries, transformer decoder, and what trains them (matching, criterion)."""

@@ -1,33 +1,28 @@
-"""What the decoder is trained with: a fixed query for each class, losses on sampled points, and text-image alignment.
+"""What the decoder is trained with: a matcher, losses on sampled points, and text-image alignment.
 
-There is no Hungarian matching: query k is class k's where the class is present, and "no object" elsewhere. Mask losses
-are computed on points, three quarters of them where the mask is least certain (PointRend, Kirillov et al., CVPR 2020).
+A query that no target is matched to is "no object". Mask losses are computed on points, three quarters of them where the
+mask is least certain (PointRend, Kirillov et al., CVPR 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from mfuser.decoder.matching import Matcher, Targets, fixed
+from mfuser.decoder.points import Draw, sample, uniform
 from mfuser.labels import IGNORE, train_ids
-
-# draw(output, kind, shape, like) -> uniform numbers in [0, 1); kind is "over" or "uniform"
-Draw = Callable[[int, str, tuple[int, int, int], Tensor], Tensor]
-
-
-def uniform(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-    """The default draw: the global generator of the logits' device."""
-    return torch.rand(shape, device=like.device, dtype=torch.float32)
 
 
 class MaskCriterion(nn.Module):
-    """Class, mask and dice losses of every decoder output (Mask2Former's, with the fixed assignment of tqdm).
+    """Class, mask and dice losses of every decoder output (Mask2Former's, Cheng et al., CVPR 2022).
 
     Args:
+        classes: K.    matcher: `fixed`, with K queries, or `Hungarian()`, with any number of at least those present.
         points: sampled per mask.    oversample: candidates per point.    importance: share of uncertain points.
         no_object_weight: class weight of "no object".    weights: of the (class, mask, dice) terms.
     """
@@ -38,6 +33,7 @@ class MaskCriterion(nn.Module):
         self,
         classes: int = 19,
         *,
+        matcher: Matcher = fixed,
         points: int = 12544,
         oversample: float = 3.0,
         importance: float = 0.75,
@@ -45,7 +41,7 @@ class MaskCriterion(nn.Module):
         weights: tuple[float, float, float] = (2.0, 5.0, 5.0),
     ) -> None:
         super().__init__()
-        self.classes, self.points, self.weights = classes, points, weights
+        self.classes, self.matcher, self.points, self.weights = classes, matcher, points, weights
         self.candidates, self.uncertain = int(points * oversample), int(importance * points)
         class_weight = torch.ones(classes + 1)
         class_weight[-1] = no_object_weight
@@ -55,30 +51,29 @@ class MaskCriterion(nn.Module):
         """Loss terms, already weighted.
 
         Args:
-            outputs: per decoder output, class logits (B, K, K + 1) and mask logits (B, K, h, w).
+            outputs: per decoder output, class logits (B, Q, K + 1) and mask logits (B, Q, h, w).
             labels: (B, H, W) train ids of any integer type, 255 = ignore.
         Returns: `decode.d<i>.loss_{cls,mask,dice}` for all outputs but the last, `decode.loss_*` for the last.
-        Raises: TypeError or ValueError for other labels, as `train_ids` does.
+        Raises: TypeError or ValueError for other labels, as `train_ids` does; ValueError as the matcher does.
         """
-        labels = train_ids(labels, self.classes)
-        present = torch.stack([(labels == k).flatten(1).any(1) for k in range(self.classes)], 1)  # (B, K)
-        image, query = present.nonzero(as_tuple=True)
-        masks = (labels[image] == query[:, None, None]).float()[:, None]  # (P, 1, H, W)
-        count = _mean_over_processes(torch.tensor(float(len(image)), device=labels.device)).clamp(min=1)
+        targets = Targets.of(train_ids(labels, self.classes), self.classes)
+        count = _mean_over_processes(torch.tensor(float(len(targets)), device=labels.device)).clamp(min=1)
         terms: dict[str, Tensor] = {}
         for i, (class_logits, mask_logits) in enumerate(outputs):
             prefix = "decode." if i == len(outputs) - 1 else f"decode.d{i}."
-            loss_cls = self._class_loss(class_logits, present)
-            loss_mask, loss_dice = self._mask_losses(i, mask_logits[image, query][:, None], masks, count, draw)
+            query = self.matcher(i, class_logits, mask_logits, targets, draw)
+            loss_cls = self._class_loss(class_logits, targets, query)
+            loss_mask, loss_dice = self._mask_losses(i, mask_logits[targets.image, query][:, None], targets.masks, count, draw)
             named = zip(("cls", "mask", "dice"), (loss_cls, loss_mask, loss_dice), self.weights, strict=True)
             terms |= {f"{prefix}loss_{name}": loss * weight for name, loss, weight in named}
         return terms
 
-    def _class_loss(self, logits: Tensor, present: Tensor) -> Tensor:
-        own = torch.arange(self.classes, device=logits.device)
-        target = torch.where(present, own, self.classes)
+    def _class_loss(self, logits: Tensor, targets: Targets, query: Tensor) -> Tensor:
+        target = torch.full(logits.shape[:2], self.classes, device=logits.device)
+        target[targets.image, query] = targets.label
+        target = target.flatten()
         weight = self.class_weight.float()  # of a model in 16 bits, too
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), weight, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), target, weight, reduction="sum")
         # no image has no weight
         return loss / weight[target].sum().clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -88,8 +83,8 @@ class MaskCriterion(nn.Module):
             return nothing, nothing
         points = self._points(output, logits.detach().float(), draw)
         with torch.no_grad():
-            target = sample(masks, points)
-        value = sample(logits.float(), points)
+            target = sample(masks, points)[:, 0]
+        value = sample(logits.float(), points)[:, 0]
         mask = F.binary_cross_entropy_with_logits(value, target, reduction="sum") / (count * self.points)
         probability = value.sigmoid()
         overlap = 2 * (probability * target).sum(1)
@@ -101,7 +96,7 @@ class MaskCriterion(nn.Module):
         """(P, points, 2) as (x, y) in 0..1."""
         masks = len(logits)
         candidates = draw(output, "over", (masks, self.candidates, 2), logits)
-        certainty = sample(logits, candidates).abs()
+        certainty = sample(logits, candidates)[:, 0].abs()
         chosen = certainty.topk(self.uncertain, 1, largest=False, sorted=False).indices
         # coordinate by coordinate: one gather of pairs is twenty times slower on a GPU
         uncertain = torch.stack([candidates[..., axis].gather(1, chosen) for axis in (0, 1)], -1)
@@ -109,23 +104,18 @@ class MaskCriterion(nn.Module):
         return torch.cat([uncertain, rest], 1)
 
 
-def sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values (P, n) of maps (P, 1, H, W) at points (P, n, 2) given as (x, y) in 0..1; zero outside."""
-    grid = (2 * points - 1)[:, :, None]
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0, :, 0]
-
-
-def alignment_loss(logits: Tensor, labels: Tensor, *, labelled_only: bool = False) -> Tensor:
+def alignment_loss(logits: Tensor, labels: Tensor, *, count_ignored: bool = True) -> Tensor:
     """Cross entropy of the score map (B, K, h, w), upsampled to the labels (B, H, W).
 
-    The mean is over all pixels: ignored ones cost nothing but count in the divisor, as in the release; `labelled_only`
-    leaves them out of it.
+    Args:
+        count_ignored: the mean is over all pixels, as in the release: ignored ones cost nothing but count in the divisor;
+            else over the labelled ones.
 
     Raises: TypeError or ValueError for labels that are no train ids, as `train_ids` does.
     """
     labels = train_ids(labels, logits.shape[1])
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-    count = (labels != IGNORE).sum().clamp(min=1) if labelled_only else max(1, labels.numel())
+    count = max(1, labels.numel()) if count_ignored else (labels != IGNORE).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / count
 
 

@@ -1,17 +1,21 @@
-"""Transformer decoder: one query a class, initialised from its text, that reads the maps where its last mask was.
+"""Transformer decoder: queries that read the maps where their last masks were.
 
-Masked attention and the shared prediction head are Mask2Former's (Cheng et al., CVPR 2022); text queries are tqdm's.
+Masked attention and the shared prediction head are Mask2Former's (Cheng et al., CVPR 2022). Queries are made in `queries`,
+or by a method itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.decoder.pixel_decoder import sine_encoding
+
+# class logits (B, Q, K + 1), the last column "no object", and mask logits (B, Q, h, w)
+Output = tuple[Tensor, Tensor]
 
 
 class MaskDecoderLayer(nn.Module):
@@ -25,7 +29,7 @@ class MaskDecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, queries: Tensor, query_position: Tensor, memory: Tensor, key_position: Tensor, blocked: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, D); memory is (B, L, D), blocked (B * M, K, L) is True where a query must not look."""
+        """(B, Q, D) -> (B, Q, D); memory is (B, L, D), blocked (B * M, Q, L) is True where a query must not look."""
         attended, _ = self.cross_attn(
             queries + query_position, memory + key_position, memory, attn_mask=blocked, need_weights=False
         )
@@ -37,15 +41,16 @@ class MaskDecoderLayer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Class and mask logits for one query a class, before the first layer and after each.
+    """Class and mask logits of Q queries, before the first layer and after each.
 
     Args:
-        text_dim: width of the text embeddings.    classes: K, the number of queries.    dim: D.
+        query_parts: modules of a subclass that makes queries, kept under their names before the decoder's own.
+        classes: K.    dim: D.    scales: how many maps it reads.
     """
 
     def __init__(
         self,
-        text_dim: int,
+        query_parts: Mapping[str, nn.Module] | None = None,
         *,
         classes: int = 19,
         dim: int = 256,
@@ -56,8 +61,8 @@ class MaskDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.text_proj = nn.Sequential(nn.Linear(text_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.query_embed = nn.Embedding(classes, dim)
+        for name, part in (query_parts or {}).items():
+            self.add_module(name, part)
         self.level_embed = nn.Embedding(scales, dim)
         self.layers = nn.ModuleList(MaskDecoderLayer(dim, heads, ffn_dim) for _ in range(layers))
         self.post_norm = nn.LayerNorm(dim)
@@ -65,27 +70,27 @@ class MaskDecoder(nn.Module):
         self.mask_embed = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(
-        self, maps: Sequence[Tensor], mask_features: Tensor, text: Tensor, *, last: bool = False
-    ) -> list[tuple[Tensor, Tensor]]:
+        self, maps: Sequence[Tensor], mask_features: Tensor, queries: Tensor, positions: Tensor, *, last: bool = False
+    ) -> list[Output]:
         """Decode.
 
         Args:
-            maps: three (B, D, H, W), coarsest first.    mask_features: (B, D, h, w).    text: (B, K, text_dim).
+            maps: three (B, D, H, W), coarsest first.    mask_features: (B, D, h, w).
+            queries: (B, Q, D).    positions: the queries' own, (Q, D) or (B, Q, D).
             last: only the last output, without the classes of those before, which training alone asks for.
-        Returns: per output, class logits (B, K, K + 1), the last column "no object", and mask logits (B, K, h, w).
+        Returns: per output, class logits (B, Q, K + 1), the last column "no object", and mask logits (B, Q, h, w).
         """
         memories = [m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)]
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
         dim, kind = mask_features.shape[1], self.level_embed.weight.dtype
-        positions = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
-        queries = self.text_proj(text)
+        places = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
         normed = self.post_norm(queries)
         masks = self._masks(normed, mask_features)
         outputs = [] if last else [(self.cls_embed(normed), masks)]
         for i, layer in enumerate(self.layers):
             scale = i % len(maps)
             blocked = self._blocked(masks, sizes[scale])
-            queries = layer(queries, self.query_embed.weight, memories[scale], positions[scale], blocked)
+            queries = layer(queries, positions, memories[scale], places[scale], blocked)
             normed = self.post_norm(queries)
             masks = self._masks(normed, mask_features)
             if not last:
@@ -93,11 +98,11 @@ class MaskDecoder(nn.Module):
         return outputs or [(self.cls_embed(normed), masks)]
 
     def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
-        return torch.einsum("bkd,bdhw->bkhw", self.mask_embed(normed), mask_features)
+        return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)
 
     @torch.no_grad()
     def _blocked(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B * M, K, L): True where the mask says background; a query that would see nothing sees everything."""
+        """(B * M, Q, L): True where the mask says background; a query that would see nothing sees everything."""
         resized = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False).flatten(2)
         blocked = resized.sigmoid() < 0.5
         blocked &= ~blocked.all(-1, keepdim=True)

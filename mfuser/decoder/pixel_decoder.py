@@ -1,7 +1,7 @@
-"""Pixel decoder: a deformable-attention encoder over three maps that also looks at the class texts, then one FPN step.
+"""Pixel decoder: a deformable-attention encoder over three maps, then one FPN step.
 
-It follows Mask2Former's pixel decoder (Cheng et al., CVPR 2022) with tqdm's cross-attention to text (Pak et al., ECCV
-2024) in every layer, as MFuser's release runs it.
+It follows Mask2Former's pixel decoder (Cheng et al., CVPR 2022), where wanted with tqdm's cross-attention to the class
+texts (Pak et al., ECCV 2024) in every layer, as MFuser's release runs it.
 """
 
 from __future__ import annotations
@@ -52,14 +52,23 @@ class ConvNorm(nn.Module):
 
 
 class PixelDecoderLayer(nn.Module):
-    """Deformable self-attention, cross-attention to text, FFN; a norm after each."""
+    """Deformable self-attention, cross-attention to text, FFN; a norm after each.
 
-    def __init__(self, dim: int, heads: int, scales: int, points: int, ffn_dim: int, *, backend: str = "auto") -> None:
+    Without `text` there is neither cross-attention nor its norm, `norm2`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, scales: int, points: int, ffn_dim: int, *, text: bool = True, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.self_attn = DeformableAttention(dim, heads, scales, points, backend=backend)
-        self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        if text:
+            self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        if text:
+            self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
 
     def forward(
         self,
@@ -67,31 +76,35 @@ class PixelDecoderLayer(nn.Module):
         position: Tensor,
         reference: Tensor,
         shapes: Sequence[tuple[int, int]],
-        text: Tensor,
-        text_position: Tensor,
+        text: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, L, D) -> (B, L, D); text is (B, K, D), text_position (K, D)."""
+        """(B, L, D) -> (B, L, D); text is (B, K, D) with its positions (K, D)."""
         tokens = self.norm1(tokens + self.self_attn(tokens + position, tokens, reference, shapes))
-        attended, _ = self.cross_attn(tokens + position, text + text_position, text, need_weights=False)
-        tokens = self.norm2(tokens + attended)
+        if text is not None:
+            values, text_position = text
+            attended, _ = self.cross_attn(tokens + position, values + text_position, values, need_weights=False)
+            tokens = self.norm2(tokens + attended)
         out: Tensor = self.norm3(tokens + self.ffn(tokens))
         return out
 
 
 class PixelDecoder(nn.Module):
-    """Four feature maps and the class texts to multi-scale maps and mask features.
+    """Four feature maps, and the class texts if wanted, to multi-scale maps and mask features.
 
     Args:
-        in_channels: channels of every feature map.    text_dim: width of the text embeddings.
-        classes: K.    dim: D, the decoder's width.    groups: of the group norms.
+        in_channels: channels of every feature map, or of each, finest first.
+        text_dim: width of the text embeddings that every layer looks at; None: no text, as in Mask2Former.
+        classes: K, the number of texts.    dim: D, the decoder's width.    groups: of the group norms.
+
+    Raises: ValueError for another number of maps than four.
     """
 
     SCALES = 3
 
     def __init__(
         self,
-        in_channels: int,
-        text_dim: int,
+        in_channels: int | Sequence[int],
+        text_dim: int | None = None,
         *,
         classes: int = 19,
         dim: int = 256,
@@ -103,26 +116,39 @@ class PixelDecoder(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.input_convs = nn.ModuleList(ConvNorm(in_channels, dim, 1, groups=groups, bias=True) for _ in range(self.SCALES))
+        channels = [in_channels] * (self.SCALES + 1) if isinstance(in_channels, int) else list(in_channels)
+        if len(channels) != self.SCALES + 1:
+            raise ValueError(
+                f"in_channels are {channels}, expected those of {self.SCALES + 1} maps, finest first, or one for all"
+            )
+        self.input_convs = nn.ModuleList(ConvNorm(c, dim, 1, groups=groups, bias=True) for c in reversed(channels[1:]))
         self.level_encoding = nn.Embedding(self.SCALES, dim)
-        self.text_proj = nn.Linear(text_dim, dim)
-        self.text_pos_embed = nn.Embedding(classes, dim)
+        self.text_dim = text_dim
+        if text_dim is not None:
+            self.text_proj = nn.Linear(text_dim, dim)
+            self.text_pos_embed = nn.Embedding(classes, dim)
         self.layers = nn.ModuleList(
-            PixelDecoderLayer(dim, heads, self.SCALES, points, ffn_dim, backend=backend) for _ in range(layers)
+            PixelDecoderLayer(dim, heads, self.SCALES, points, ffn_dim, text=text_dim is not None, backend=backend)
+            for _ in range(layers)
         )
-        self.post_norm = nn.LayerNorm(dim)
-        self.lateral_conv = ConvNorm(in_channels, dim, 1, groups=groups, bias=False)
+        # after the last layer's own: tqdm's encoder has it, Mask2Former's has not
+        self.post_norm = nn.Identity() if text_dim is None else nn.LayerNorm(dim)
+        self.lateral_conv = ConvNorm(channels[0], dim, 1, groups=groups, bias=False)
         self.output_conv = ConvNorm(dim, dim, 3, groups=groups, bias=False)
         self.mask_feature = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, features: Sequence[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, features: Sequence[Tensor], text: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Decode.
 
         Args:
             features: four maps (B, C, H, W), finest first (strides 4, 2, 1 and 1/2 of the token grid).
-            text: (B, K, text_dim).
+            text: (B, K, text_dim), of a decoder that is built with a text_dim, and of no other.
         Returns: mask features (B, D, H0, W0) on the finest grid, and three maps (B, D, H, W), coarsest first.
+        Raises: ValueError for a text that is missing or not asked for.
         """
+        if (text is None) != (self.text_dim is None):
+            given = "no text" if text is None else f"a text {tuple(text.shape)}"
+            raise ValueError(f"pixel decoder: got {given}, built with text_dim={self.text_dim}; give both or neither")
         maps = [conv(feature) for conv, feature in zip(self.input_convs, reversed(features[1:]), strict=True)]
         shapes = [(m.shape[2], m.shape[3]) for m in maps]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, L, D)
@@ -133,9 +159,9 @@ class PixelDecoder(nn.Module):
             ]
         )
         reference = torch.cat([cell_centres(h, w, tokens.device) for h, w in shapes])
-        memory = self.text_proj(text)
+        memory = None if text is None else (self.text_proj(text), self.text_pos_embed.weight)
         for layer in self.layers:
-            tokens = layer(tokens, position, reference, shapes, memory, self.text_pos_embed.weight)
+            tokens = layer(tokens, position, reference, shapes, memory)
         parts = self.post_norm(tokens).split([h * w for h, w in shapes], 1)
         maps = [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True)]
         lateral = self.lateral_conv(features[0])

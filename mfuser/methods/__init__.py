@@ -6,7 +6,8 @@ A method's file has, all but `MODEL` and `RELEASES` as literals, which are read 
 - `BACKBONES`: the towers that it is tabulated with, as options, the last row tiny;
 - `TOWERS`: option that names a tower -> part of the tower (`trunk`, `head`, `text`) -> the module that its weights go to;
 - `Options`, a frozen dataclass that checks itself, and `MODEL`, a Segmentor that is built from them;
-- `RELEASES`, where the authors published checkpoints, see `mfuser.releases`.
+- `RELEASES`, where the authors published checkpoints, see `mfuser.releases`; imported from a file of that package, they are read
+  without importing the method.
 
 A file in a folder that is appended to `__path__` is a method like the others.
 """
@@ -17,6 +18,7 @@ import ast
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,7 +42,7 @@ def _known(name: str) -> str:
 
 
 def file(name: str) -> Path:
-    """The source file of a method, in any folder of this package's path.
+    """Return the source file of a method, in any folder of this package's path.
 
     Raises: ValueError listing the methods there are.
     """
@@ -49,7 +51,7 @@ def file(name: str) -> Path:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a method.
+    """Return the module of a method.
 
     Raises: ValueError listing the methods there are.
     """
@@ -57,18 +59,26 @@ def module(name: str) -> ModuleType:
 
 
 def options(name: str) -> type[Any]:
-    """The method's Options dataclass."""
+    """Return the method's Options dataclass."""
     found: type[Any] = module(name).Options
     return found
 
 
 def releases(name: str) -> tuple[Release, ...]:
-    """The authors' checkpoints of a method that are known here."""
-    return tuple(getattr(module(name), "RELEASES", ()))
+    """Return the releases of a method; it is imported only if it makes them in its own file.
+
+    Raises: ValueError listing the methods there are.
+    """
+    for node in _read(name):
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == "RELEASES" for alias in node.names):
+            return tuple(importlib.import_module(node.module).RELEASES)
+        if _assigned(node)[0] == "RELEASES":
+            return tuple(module(name).RELEASES)
+    return ()
 
 
 def _read(name: str) -> list[ast.stmt]:
-    """The statements of a method's file.
+    """Return the statements of a method's file.
 
     Raises: ValueError listing the methods there are.
     """
@@ -76,20 +86,27 @@ def _read(name: str) -> list[ast.stmt]:
 
 
 def constants(name: str) -> dict[str, Any]:
-    """The literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
+    """Return the literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
 
     Raises: ValueError listing the methods there are, or naming a constant that is no literal.
     """
     found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}}
     for node in _read(name):
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
-        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id in found and value is not None:
+        target, value = _assigned(node)
+        if target in found and value is not None:
             try:
-                found[target.id] = ast.literal_eval(value)
+                found[target] = ast.literal_eval(value)
             except ValueError:
-                raise ValueError(f"{target.id} of the method `{name}` is no literal; write its value out") from None
+                raise ValueError(f"{target} of the method `{name}` is no literal; write its value out") from None
     return found
+
+
+def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
+    """Return the name that a statement gives a value, and the value; "" and None for other statements."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return "", None
+    target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    return (target.id, node.value) if isinstance(target, ast.Name) else ("", None)
 
 
 def towers(name: str) -> Mapping[str, Mapping[str, str]]:
@@ -99,16 +116,52 @@ def towers(name: str) -> Mapping[str, Mapping[str, str]]:
 
 
 def option_names(name: str) -> list[str]:
-    """The fields of a method's Options, read from its file: a wrong key is told without importing torch.
+    """Return the fields of a method's Options, read from its file: a wrong key is told without importing torch.
 
     Raises: ValueError listing the methods there are.
     """
-    fields = next(node.body for node in _read(name) if isinstance(node, ast.ClassDef) and node.name == "Options")
-    return [node.target.id for node in fields if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    return [option.name for option in described_options(name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One field of a method's Options, as its file has it."""
+
+    name: str
+    type: str
+    default: Any  # the value of a literal, else its source text
+    required: bool  # there is no default
+    comment: str
+
+
+def described_options(name: str) -> list[Option]:
+    """Return the fields of a method's Options with the comments behind or above them, read from its file without importing it.
+
+    Raises: ValueError listing the methods there are.
+    """
+    lines = file(name).read_text(encoding="utf-8").splitlines()
+    body = next(node.body for node in _read(name) if isinstance(node, ast.ClassDef) and node.name == "Options")
+    found = []
+    for node in body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        behind = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset :].decode()
+        comment = next((text for text in (behind, lines[node.lineno - 2]) if text.strip().startswith("#")), "")
+        default = None if node.value is None else _value(node.value)
+        comment = comment.strip().removeprefix("#").strip()
+        found.append(Option(node.target.id, ast.unparse(node.annotation), default, node.value is None, comment))
+    return found
+
+
+def _value(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 def backbone_names(name: str) -> set[str]:
-    """The towers and trunks of a method's BACKBONES, read from its file: some have trunks of their own.
+    """Return the towers and trunks of a method's BACKBONES, read from its file: some have trunks of their own.
 
     Raises: ValueError listing the methods there are.
     """
@@ -158,6 +211,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         chosen = dataclasses.replace(chosen, token_ids=tokenize(spoken, CITYSCAPES))
     model: Segmentor = _on_meta(made.MODEL, chosen) if weights == "meta" else made.MODEL(chosen)
     model.method, model.options = name, dataclasses.asdict(chosen)
+    model.random_towers = weights == "random"
     for option, parts in its_towers.items():
         if (tower := getattr(chosen, option)) in files:
             modules = {part: model.get_submodule(path) for part, path in parts.items()}
@@ -168,7 +222,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
 
 
 def _on_meta(model: type[Segmentor], chosen: Any) -> Segmentor:
-    """A model whose parameters have no values; the caller's random numbers are left as they were."""
+    """Return a model whose parameters have no values; the caller's random numbers are left as they were."""
     import torch
 
     from mfuser.towers.meta import unfilled

@@ -5,7 +5,7 @@ The fused tokens of four depths become feature maps; the last ones, with the cla
 a text-queried mask decoder ("Mamba as a Bridge", CVPR 2025). Everything follows the authors' release; where it departs
 from the paper, a comment says so.
 
-The release has accidents, and its weights rely on them. The variant `sane` has none of these:
+The official code has bugs, and its weights rely on them. The variant `sane` has none of these:
 - MVFuser adds the bias of its steps twice and passes its gate through SiLU twice (`fusion.MVFuser`);
 - MTEnhancer's steps start at 0.69, not in 1e-3..1e-1 (`fusion.MTEnhancer`), and gamma as noise of std 1, not at 1e-4;
 - the pixel decoder's feed-forward width is 2048, not the configured 1024;
@@ -18,16 +18,20 @@ The release has accidents, and its weights rely on them. The variant `sane` has 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.decoder.criterion import Draw, MaskCriterion, alignment_loss, uniform
-from mfuser.decoder.mask_decoder import MaskDecoder, class_scores
+from mfuser.decoder.criterion import MaskCriterion, alignment_loss
+from mfuser.decoder.mask_decoder import class_scores
+from mfuser.decoder.neck import four_scales, upsampling
 from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.decoder.points import Draw, uniform
+from mfuser.decoder.queries import TextMaskDecoder
+from mfuser.decoder.sizes import SIZES
 from mfuser.fusion import FUSERS, MTEnhancer, Site
 from mfuser.ops import dispatch
 from mfuser.releases.mfuser import RELEASES
@@ -61,53 +65,32 @@ TOWERS = {
     "vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"},
 }
 
-# sizes by the vision-language tower; an option left at None takes them from here
-_FULL = {
-    "decoder_dim": 256,
-    "heads": 8,
-    "pixel_layers": 6,
-    "mask_layers": 9,
-    "ffn_dim": 2048,
-    "points": 4,
-    "groups": 32,
-    "state": 16,
-    "mte_dim": 256,
-    "mte_heads": 4,
-    "mask_points": 12544,
-    "dropout": 0.1,
-    "freeze_towers": True,
+# sizes by the vision-language tower: the decoder's, and MFuser's own; an option left at None takes them from here
+_SIZES: dict[str, dict[str, int | float | bool]] = {
+    "full": {**SIZES["full"], "state": 16, "mte_dim": 256, "mte_heads": 4, "dropout": 0.1, "freeze_towers": True},
+    "small": {**SIZES["small"], "state": 8, "mte_dim": 128, "mte_heads": 4, "dropout": 0.1, "freeze_towers": False},
+    "tiny": {**SIZES["tiny"], "state": 4, "mte_dim": 64, "mte_heads": 2, "dropout": 0.0, "freeze_towers": False},
 }
-_TINY = {
-    "decoder_dim": 64,
-    "heads": 4,
-    "pixel_layers": 1,
-    "mask_layers": 3,
-    "ffn_dim": 128,
-    "points": 2,
-    "groups": 8,
-    "state": 4,
-    "mte_dim": 64,
-    "mte_heads": 2,
-    "mask_points": 1024,
-    "dropout": 0.0,
-    "freeze_towers": False,
-}
-_SMALL = {
-    "decoder_dim": 128,
-    "heads": 8,
-    "pixel_layers": 3,
-    "mask_layers": 6,
-    "ffn_dim": 512,
-    "points": 4,
-    "groups": 32,
-    "state": 8,
-    "mte_dim": 128,
-    "mte_heads": 4,
-    "mask_points": 4096,
-    "dropout": 0.1,
-    "freeze_towers": False,
-}
-_SIZES = {"tiny": _TINY, "small": _SMALL}
+
+
+@dataclass(frozen=True)
+class Bugs:
+    """Known bugs of the official code, one by one; see the module's head."""
+
+    double_bias: bool
+    double_gate: bool
+    large_steps: bool  # MTEnhancer's, at first
+    noisy_gamma: bool
+    wide_pixel_ffn: bool
+    class_token_twice: bool
+    drop_path: bool
+    decay_norms: bool
+    count_ignored: bool
+    context_behind_word: bool
+    read_padding: bool
+
+
+_BUGS = {variant: Bugs(**{field.name: variant == "release" for field in fields(Bugs)}) for variant in ("release", "sane")}
 
 
 @dataclass(frozen=True)
@@ -117,7 +100,7 @@ class Options:
     vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.TOWERS or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: a row of the table that has a text tower
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
-    variant: str = "release"  # or "sane", without the release's accidents; see the module's head
+    variant: str = "release"  # or "sane", without the known bugs of the official code; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the vision-language tower's own
     decoder_dim: int | None = None  # width of pixel and mask decoder
@@ -138,7 +121,7 @@ class Options:
     token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (_SIZES.get(self.vlm, _FULL)).items():
+        for name, value in (_SIZES.get(self.vlm, _SIZES["full"])).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for kind in ("vfm", "vlm"):
@@ -152,8 +135,8 @@ class Options:
         tower(self.vfm)  # timm knows the model
         if self.fuser not in FUSERS:
             raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
-        if self.variant not in ("release", "sane"):
-            raise ValueError(f"variant `{self.variant}` is unknown; choose from release, sane")
+        if self.variant not in _BUGS:
+            raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_BUGS)}")
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", listed_ids(self.token_ids, len(Segmentor.classes)))
 
@@ -166,7 +149,10 @@ def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
     # one grid for both towers: the vision-language tower's patch size decides
     patch = options.patch or TABLE[options.vlm].patch
     vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
-    vlm = VisionEncoder(options.vlm, options.image_size, patch=patch, sane=options.variant == "sane")
+    does = _BUGS[options.variant]
+    vlm = VisionEncoder(
+        options.vlm, options.image_size, patch=patch, class_token_twice=does.class_token_twice, drop_path=does.drop_path
+    )
     if vfm.depth != vlm.depth:
         raise ValueError(f"`{options.vfm}` has {vfm.depth} blocks and `{options.vlm}` {vlm.depth}; they must be equal")
     if vfm.dim != vlm.dim:
@@ -183,43 +169,47 @@ class MFuser(Segmentor):
         super().__init__()
         o: Any = options
         self.image_size = o.image_size
-        self.sane = sane = o.variant == "sane"
+        does = _BUGS[o.variant]
+        self.count_ignored = does.count_ignored
         kind = tower(o.vlm).text.embedding  # type: ignore[union-attr]
         self.no_decay = ("norm",) if kind == "projected" else ("norm", "level_embed", "query_embed")
-        if sane:
+        if not does.decay_norms:
             self.no_decay = ("norm", "level_embed", "level_encoding", "query_embed", "A_log", ".D")
             self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         self.vfm, self.vlm = _towers(options)
         dim, depth = self.vfm.dim, self.vfm.depth
         # blocks 7, 11, 15 and 23 of 24
         self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
-        site = Site(
-            dim, self.vlm.grid, (self.vfm.prefix, self.vlm.prefix), state=o.state, dropout=o.dropout, backend=o.backend, sane=sane
-        )
+        scan = {
+            "state": o.state,
+            "dropout": o.dropout,
+            "backend": o.backend,
+            "double_bias": does.double_bias,
+            "double_gate": does.double_gate,
+        }
+        site = Site(dim, self.vlm.grid, (self.vfm.prefix, self.vlm.prefix), **scan)
         self.adapters = nn.ModuleList(FUSERS[o.fuser](site) for _ in range(depth))
         # the release wraps CLIP's fusion alone in linear layers
         wrapped = depth if kind == "projected" else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
         self.adapter_proj2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
 
-        self.text = TextEncoder(o.vlm, torch.tensor(o.token_ids), dim=o.decoder_dim, sane=sane)
+        self.text = TextEncoder(
+            o.vlm,
+            torch.tensor(o.token_ids),
+            dim=o.decoder_dim,
+            context_first=not does.context_behind_word,
+            skip_padding=not does.read_padding,
+        )
         width = self.text.dim
         self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.text.contexts, self.text.width)))
         # the release means 1e-4 and then overwrites it with a truncated normal of std 1
-        self.gamma = nn.Parameter(torch.full((width,), 1e-4) if sane else nn.init.trunc_normal_(torch.empty(width)))
+        self.gamma = nn.Parameter(nn.init.trunc_normal_(torch.empty(width)) if does.noisy_gamma else torch.full((width,), 1e-4))
         self.embedding: nn.Module = EMBEDDINGS[kind](self.vfm, self.vlm, width)
-        self.context_decoder = MTEnhancer(
-            width, dim=o.mte_dim, heads=o.mte_heads, state=o.state, dropout=o.dropout, backend=o.backend, sane=sane
-        )
+        self.context_decoder = MTEnhancer(width, dim=o.mte_dim, heads=o.mte_heads, mamba_steps=not does.large_steps, **scan)
 
         channels = 2 * dim
-        self.fpn1 = nn.Sequential(
-            nn.ConvTranspose2d(channels, channels, 2, 2),
-            nn.BatchNorm2d(channels),
-            nn.GELU(),
-            nn.ConvTranspose2d(channels, channels, 2, 2),
-        )
-        self.fpn2 = nn.ConvTranspose2d(channels, channels, 2, 2)
+        self.fpn1, self.fpn2 = upsampling(channels)
         self.pixel_decoder = PixelDecoder(
             channels,
             width,
@@ -228,11 +218,11 @@ class MFuser(Segmentor):
             heads=o.heads,
             points=o.points,
             # the release configures 1024 and overrides it with the mask decoder's width
-            ffn_dim=min(o.ffn_dim, 1024) if sane else o.ffn_dim,
+            ffn_dim=o.ffn_dim if does.wide_pixel_ffn else min(o.ffn_dim, 1024),
             groups=o.groups,
             backend=o.backend,
         )
-        self.mask_decoder = MaskDecoder(width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
+        self.mask_decoder = TextMaskDecoder(width, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
         self.criterion = MaskCriterion(len(self.classes), points=o.mask_points)
         # scale of the score map in its loss: 1 / 0.07, or SigLIP's own
         self.register_buffer("logit_scale", torch.tensor(1 / 0.07))
@@ -268,10 +258,10 @@ class MFuser(Segmentor):
         outputs, score_map = self._decode(batch.images)
         terms = self.criterion(outputs, batch.labels, draw=draw)
         logits = score_map * self.logit_scale + self.logit_bias
-        return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, labelled_only=self.sane)}
+        return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, count_ignored=self.count_ignored)}
 
     def _decode(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
+        """Return decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
         features, global_, visual = self.encode(images)
         text = self.texts(global_, visual)
         score_map = torch.einsum("bld,bkd->bkl", F.normalize(visual, dim=-1), F.normalize(text, dim=-1))
@@ -297,7 +287,7 @@ class MFuser(Segmentor):
                 dd, dv = fuser(d, v)
             d, v = d + dd, v + dv
             tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
-        features = [self.fpn1(tapped[0]), self.fpn2(tapped[1]), tapped[2], F.max_pool2d(tapped[3], 2)]
+        features = four_scales(tapped, self.fpn1, self.fpn2)
         global_, visual = self.embedding(self.vfm, self.vlm, d, v)
         return features, global_, visual
 

@@ -1,7 +1,7 @@
 """Text towers from open_clip with learnable context: class names to embeddings.
 
 The context rows go after the first token, as in the release: behind the start token where there is one, behind the
-first word piece of SigLIP, which has none. `sane` has them before SigLIP's words.
+first word piece of SigLIP, which has none. `context_first` has them before SigLIP's words.
 """
 
 from __future__ import annotations
@@ -32,13 +32,22 @@ class TextEncoder(nn.Module):
 
     token_ids: Tensor
 
-    def __init__(self, name: str, token_ids: Tensor, *, dim: int | None = None, sane: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        token_ids: Tensor,
+        *,
+        dim: int | None = None,
+        context_first: bool = False,
+        skip_padding: bool = False,
+    ) -> None:
         """Build with random weights.
 
         Args:
             name: a row of TOWERS with a text tower.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
             dim: width of the embeddings of the tiny tower; the others have their own.
-            sane: a tower without a start token gets the context first, and is read at its last token that is no padding.
+            context_first: a tower without a start token gets the context before its first word piece, not after it.
+            skip_padding: a tower without a start token is read at its last token that is no padding, not at its last.
         """
         super().__init__()
         from open_clip import get_model_config
@@ -60,8 +69,8 @@ class TextEncoder(nn.Module):
         if token_ids.numel() and int(token_ids.max()) >= words:
             raise ValueError(f"token_ids hold {int(token_ids.max())}, and `{name}` knows the words 0..{words - 1}")
         self.name, self.causal, self.contexts = name, row.causal, row.contexts
-        self.start = 0 if sane and not row.causal else 1  # tokens before the context
-        self.pad = row.pad if sane and not row.causal else None
+        self.start = 0 if context_first and not row.causal else 1  # tokens before the context
+        self.pad = row.pad if skip_padding and not row.causal else None
         self.width: int = settings["width"]
         self.dim: int = config["embed_dim"]
         self.register_buffer("token_ids", token_ids.long(), persistent=False)

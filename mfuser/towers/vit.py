@@ -69,7 +69,14 @@ class VisionEncoder(nn.Module):
     std: Tensor
 
     def __init__(
-        self, name: str, image_size: tuple[int, int], *, patch: int | None = None, sane: bool = False, **options: Any
+        self,
+        name: str,
+        image_size: tuple[int, int],
+        *,
+        patch: int | None = None,
+        class_token_twice: bool = True,
+        drop_path: bool = True,
+        **options: Any,
     ) -> None:
         """Build with random weights.
 
@@ -77,7 +84,8 @@ class VisionEncoder(nn.Module):
             name: a row of TOWERS, or `timm:<model>`.
             image_size: (H, W) of the images; the grid is their number of whole patches.
             patch: another patch size than the row's.    options: further arguments of timm's constructor.
-            sane: add the class embedding once, and no stochastic depth, where the release does otherwise (CLIP).
+            class_token_twice: add the class embedding a second time where the row says so (CLIP), as the release does.
+            drop_path: stochastic depth in training where the row has it (CLIP), as in the release.
 
         Raises: ValueError for an unknown name, a size without a patch, or a model that cannot be stepped block by block.
         """
@@ -90,7 +98,8 @@ class VisionEncoder(nn.Module):
         covered = (self.grid[0] * self.patch, self.grid[1] * self.patch)
         if 0 in self.grid:
             raise ValueError(f"image size {tuple(image_size)} holds no whole patch of `{name}`, {self.patch}")
-        settings = {**row.options, **({"drop_path_rate": 0.0} if sane and "drop_path_rate" in row.options else {}), **options}
+        own = {name: value for name, value in row.options.items() if drop_path or name != "drop_path_rate"}
+        settings = {**own, **options}
         if row.timm is None:
             if any(side % self.patch for side in image_size):
                 raise ValueError(f"image size {image_size} is not a multiple of the patch of `{name}`, {self.patch}")
@@ -105,7 +114,7 @@ class VisionEncoder(nn.Module):
         self.depth = len(self.trunk.blocks)
         self.prefix: int = self.trunk.num_prefix_tokens
         self.classes = int(self.trunk.cls_token is not None)
-        self.class_token_twice = row.class_token_twice and not sane
+        self.class_token_twice = row.class_token_twice and class_token_twice
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
 
@@ -140,7 +149,7 @@ class VisionEncoder(nn.Module):
         return out
 
     def rope(self) -> Tensor | None:
-        """The rotary table of a pass, which goes into each `block`; None for a tower without.
+        """Return the rotary table of a pass, which goes into each `block`; None for a tower without.
 
         The caller keeps it: a learned table has a graph, and what a module keeps of a pass is in every copy of it.
         """
@@ -163,7 +172,7 @@ class VisionEncoder(nn.Module):
         return out
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """The final norm."""
+        """Return the final norm."""
         out: Tensor = self.norm(tokens)
         return out
 
@@ -173,7 +182,7 @@ class VisionEncoder(nn.Module):
 
 
 def _created(name: str, model: str, **settings: Any) -> Any:
-    """A model of timm's for one grid, without a head.
+    """Return a model of timm's for one grid, without a head.
 
     Raises: ValueError for a model of a plain family that is not plain itself.
     """

@@ -156,6 +156,13 @@ def test_a_recipe_that_is_none_takes_no_row_away(text: str, tmp_path: Path) -> N
     assert len(names(records)) == 2
 
 
+def test_recipes_without_a_seed_are_rows_of_their_own(tmp_path: Path) -> None:
+    records = [*ran(tmp_path, "a", score=0.5), *ran(tmp_path, "b", "train.steps=40")]
+    for name in "ab":
+        (tmp_path / name / "recipe.yaml").write_text("train: {steps: 1}\n")
+    assert len(names(records)) == 2
+
+
 def test_a_run_has_one_name_in_all_tables(tmp_path: Path) -> None:
     a, b = ran(tmp_path, "a", score=0.5), ran(tmp_path, "b", "train.steps=40")
     night = dataclasses.replace(record("streets-night", 0.2), checkpoint="b", recipe_hash=b[0].recipe_hash, path=b[0].path)

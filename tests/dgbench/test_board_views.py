@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from records import model, record
 
-from dgbench import metrics, render, results, streets
+from dgbench import metrics, protocol, render, results, streets
+from dgbench.data.catalog import lookup
+from dgbench.data.domains import RENDER_SIZE
 from dgbench.data.labels import NAMES
 from dgbench.errors import ResultError
 from dgbench.report.entries import Detail
@@ -83,11 +86,21 @@ def test_classes_are_shown_by_target_and_in_columns_of_csv(capsys: pytest.Captur
     assert "iou_" not in capsys.readouterr().out.splitlines()[0].replace("miou_", "")
 
 
-def write_matrices(folder: Path, target: str, ids: list[str]) -> tuple[results.Record, np.ndarray]:
+def test_tables_of_classes_mark_partial_scores_and_repeat_no_title(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [record("streets-city", 0.4), record("streets-city", 0.3, n_images=3, checkpoint="2", method="cut")]
+    render.show(leaderboard(records, published=False, detail=Detail(per_class=True)))
+    text = capsys.readouterr().out
+    [title] = [line for line in text.splitlines() if "by class" in line]
+    assert title == "Trained on streets-game, scored on streets-*, protocol unified: IoU in % by class on streets-city"
+    assert re.search(r"^–  cut \(tiny \+ tiny\)~ +30\.0 ", text, re.MULTILINE)
+    assert "~ other images than the published split's" in text
+
+
+def write_matrices(folder: Path, target: str, ids: list[str], **fields: str) -> tuple[results.Record, np.ndarray]:
     counts = np.random.default_rng(0).integers(0, 50, (len(ids), 19, 19))
     counts[:, range(19), range(19)] += 300
     n = len(ids)
-    one = record(target, metrics.miou(counts.sum(0)), n_images=n, n_available=n)
+    one = record(target, metrics.miou(counts.sum(0)), n_images=n, n_available=n, **fields)
     return results.write(one, folder, counts, ids), counts
 
 
@@ -105,7 +118,10 @@ def test_the_conditions_of_acdc_are_told_by_its_folders(tmp_path: Path, capsys: 
 
 def test_the_conditions_of_streets_are_those_that_were_rendered(tmp_path: Path) -> None:
     """In the same weather by name the image has the same bytes."""
-    one, counts = write_matrices(tmp_path, "streets-adverse", [f"{i:06d}" for i in range(12)])
+    images = protocol.domain_row(lookup("streets-adverse"), "val", "train-ids", RENDER_SIZE)
+    hashed = protocol.protocol_hash(protocol.lookup("unified"), images)
+    ids = [f"{i:06d}" for i in range(12)]
+    one, counts = write_matrices(tmp_path, "streets-adverse", ids, protocol_hash=hashed)
     weather = [streets.weather("streets-adverse", "val", i) for i in range(12)]
     image, _ = streets.render("streets-adverse", "val", 3, (32, 64))
     named, _ = streets.render(f"streets-{weather[3]}", "val", 3, (32, 64))
@@ -114,6 +130,10 @@ def test_the_conditions_of_streets_are_those_that_were_rendered(tmp_path: Path) 
     assert score is not None
     chosen = [i for i, name in enumerate(weather) if name == weather[0]]
     assert score.conditions[weather[0]] == pytest.approx(metrics.miou(counts[chosen].sum(0)))
+    # of another version of the renderer, whose weathers are not known
+    for other in (dataclasses.replace(one, protocol_hash="x"), dataclasses.replace(one, target="streets-adverse@9")):
+        row = leaderboard([other], published=False, detail=Detail(per_condition=True)).groups[0].rows[0]
+        assert [score and score.conditions for score in row.scores.values()] == [{}]
 
 
 def test_a_target_without_conditions_or_matrices_has_no_table_of_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,7 +221,7 @@ def test_every_command_offers_every_format(name: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("command", ["models", "protocols", "data list", "leaderboard"])
+@pytest.mark.parametrize("command", ["models", "methods mfuser", "protocols", "data list", "leaderboard"])
 def test_what_goes_to_stdout_is_the_result_alone(
     command: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,8 @@ from named_weights import named_labels, named_tensor, uniform01
 from torch import Tensor, nn
 
 from mfuser.decoder.criterion import MaskCriterion, alignment_loss
-from mfuser.decoder.mask_decoder import MaskDecoder
 from mfuser.decoder.pixel_decoder import PixelDecoder, sine_encoding
+from mfuser.decoder.queries import TextMaskDecoder
 from mfuser.deformable import DeformableAttention
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -52,7 +52,7 @@ class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pixel_decoder = PixelDecoder(32, 48)
-        self.mask_decoder = MaskDecoder(48)
+        self.mask_decoder = TextMaskDecoder(48)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -170,13 +170,13 @@ def test_the_alignment_loss_counts_ignored_pixels_unless_told_otherwise():
     pixels = [(b, y, x) for b in range(2) for y in range(4) for x in range(4) if labels[b, y, x] < 19]
     costs = [logits[b, :, y, x].logsumexp(0) - logits[b, labels[b, y, x], y, x] for b, y, x in pixels]
     torch.testing.assert_close(alignment_loss(logits, labels), sum(costs) / 32)
-    torch.testing.assert_close(alignment_loss(logits, labels, labelled_only=True), sum(costs) / 20)
-    assert alignment_loss(logits, torch.full_like(labels, 255), labelled_only=True) == 0
+    torch.testing.assert_close(alignment_loss(logits, labels, count_ignored=False), sum(costs) / 20)
+    assert alignment_loss(logits, torch.full_like(labels, 255), count_ignored=False) == 0
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_the_last_output_alone_is_the_last_of_all_bit_for_bit(layers):
-    decoder = MaskDecoder(24, dim=32, layers=layers, heads=4, ffn_dim=48)
+    decoder = TextMaskDecoder(24, dim=32, layers=layers, heads=4, ffn_dim=48)
     maps = [torch.randn(2, 32, side, side + 1) for side in (2, 4, 8)]
     pixels, text = torch.randn(2, 32, 16, 18), torch.randn(2, 19, 24)
     every = decoder(maps, pixels, text)

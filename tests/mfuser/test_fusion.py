@@ -332,7 +332,7 @@ def test_first_steps_are_between_a_thousandth_and_a_tenth():
     assert 2e-2 < step.max().item() < 0.11
 
 
-def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) -> torch.Tensor:
+def by_loops(fuser: MVFuser, u: torch.Tensor, *, double_bias: bool, double_gate: bool, both_ways: bool) -> torch.Tensor:
     """MVFuser written token by token and channel by channel for u (L, C), after the paper and Vision Mamba's algorithm 1."""
     w = {name: p.detach().double() for name, p in fuser.named_parameters()}
     u, half = u.double(), u.shape[1] // 2
@@ -350,7 +350,7 @@ def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) ->
         for t, row in enumerate(rows):
             rank, B, C = (w[f"x_proj{tail}.weight"] @ row).split([fuser.rank, fuser.state, fuser.state])
             bias = w[f"dt_proj{tail}.bias"]
-            step = torch.log1p((w[f"dt_proj{tail}.weight"] @ rank + (bias if sane else bias + bias)).exp())
+            step = torch.log1p((w[f"dt_proj{tail}.weight"] @ rank + (bias + bias if double_bias else bias)).exp())
             for c in range(half):
                 decay = (-w[f"A_log{tail}"][c].exp() * step[c]).exp()
                 state[c] = decay * state[c] + step[c] * row[c] * B
@@ -362,23 +362,26 @@ def by_loops(fuser: MVFuser, u: torch.Tensor, *, sane: bool, both_ways: bool) ->
     if both_ways:
         y = y + scanned(x.flip(0), "_b").flip(0)
     y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * w["norm.weight"]
-    gate = silu(z) if sane else silu(silu(z))
+    gate = silu(silu(z)) if double_gate else silu(z)
     return (y * gate) @ w["out_proj.weight"].T * w["scale"]
 
 
-@pytest.mark.parametrize("sane", [False, True])
+@pytest.mark.parametrize("double_gate", [False, True])
+@pytest.mark.parametrize("double_bias", [False, True])
 @pytest.mark.parametrize("name", ["mvfuser", "mvfuser_bidir"])
-def test_every_scanning_fuser_equals_a_plain_loop(name, sane):
-    fuser = FUSERS[name](Site(12, (2, 2), (1, 1), state=3, sane=sane)).eval()
+def test_every_scanning_fuser_equals_a_plain_loop(name, double_bias, double_gate):
+    fuser = FUSERS[name](Site(12, (2, 2), (1, 1), state=3, double_bias=double_bias, double_gate=double_gate)).eval()
     with torch.no_grad():
         for parameter in fuser.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)
     u = torch.randn(9, 12)
-    expected = by_loops(fuser, u, sane=sane, both_ways=name == "mvfuser_bidir").float()
+    flags = {"double_bias": double_bias, "double_gate": double_gate}
+    expected = by_loops(fuser, u, both_ways=name == "mvfuser_bidir", **flags).float()
     torch.testing.assert_close(fuser.mix(u[None])[0], expected, rtol=1e-3, atol=1e-4)
-    # the other variant is another function
-    other = by_loops(fuser, u, sane=not sane, both_ways=name == "mvfuser_bidir").float()
-    assert not torch.allclose(expected, other, rtol=1e-2)
+    # each flag the other way is another function
+    for flag in flags:
+        other = by_loops(fuser, u, both_ways=name == "mvfuser_bidir", **flags | {flag: not flags[flag]}).float()
+        assert not torch.allclose(expected, other, rtol=1e-2)
 
 
 def test_scanned_both_ways_each_tower_informs_the_other():
@@ -401,8 +404,8 @@ def test_both_directions_start_alike_and_learn_apart():
     assert added == {"x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias", "A_log_b", "D_b"}
 
 
-def test_the_enhancers_steps_start_as_mambas_in_the_sane_variant_alone():
-    for sane, low, high in ((False, 0.69, 0.7), (True, 9e-4, 0.11)):
-        step = torch.nn.functional.softplus(MTEnhancer(64, sane=sane).decoder[0].cross_attn.dt_proj.bias)
+def test_the_enhancers_steps_start_as_mambas_where_asked():
+    for mamba_steps, low, high in ((False, 0.69, 0.7), (True, 9e-4, 0.11)):
+        step = torch.nn.functional.softplus(MTEnhancer(64, mamba_steps=mamba_steps).decoder[0].cross_attn.dt_proj.bias)
         assert low < step.min().item() <= step.max().item() < high
     assert step.max() / step.min() > 10

@@ -4,8 +4,8 @@ It is what `mfuser.fusion.MVFuser` composes of modules, as matrix products, the 
 that lies between. The modules' own composition is what runs under the names without kernels, and the truth for the others.
 
 A backend's module has
-    forward(joint, weights, eps, sane, dtype, scan, keep) -> [output, *what its backward takes as `kept`]
-    backward(dout, joint, weights, kept, eps, sane, dtype, scan, needed) -> gradients of joint and weights
+    forward(joint, weights, eps, double_bias, double_gate, dtype, scan, keep) -> [output, *what its backward takes as `kept`]
+    backward(dout, joint, weights, kept, eps, double_bias, double_gate, dtype, scan, needed) -> gradients of joint and weights
     kept(joint, weights, dtype, scan) -> empty tensors of the shapes and types of what `forward` keeps
 
 Precision is the composition's: under autocast, activations between the products have autocast's type; A, D, the steps'
@@ -70,16 +70,17 @@ def mvfuser(
     scale: Tensor,
     *,
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     backends: tuple[str, str],
 ) -> Tensor:
-    """The block's output, times its scale, before the dropout (which commutes with the scale).
+    """Return the block's output, times its scale, before the dropout (which commutes with the scale).
 
     Args:
         joint: (B, L, C).    scale: ().
         in_proj: (2 h, C).    conv_x, conv_z: (h, 1, 3).    x_proj: (R + 2 N, h).    dt_proj: (h, R).    dt_bias: (h,).
         A_log: (h, N).    D, norm: (h,).    out_proj: (C, h).    eps: of the norm.
-        sane: as MVFuser's.    backends: from `plan`.
+        double_bias, double_gate: as MVFuser's.    backends: from `plan`.
     Returns: (B, L, C) in joint's dtype, or in autocast's where it is on.
     Raises: as `check` does.
     """
@@ -89,7 +90,7 @@ def mvfuser(
     if joint.numel() == 0:
         return empty(joint, weights)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (joint, *weights))
-    options = (eps, sane, dtype, *backends)
+    options = (eps, double_bias, double_gate, dtype, *backends)
     if watched():
         return _mvfuser(joint, weights, *options, keep)[0]
     if not keep:
@@ -99,7 +100,7 @@ def mvfuser(
 
 
 def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
-    """What the block asks of its tensors, whoever computes it.
+    """Return what the block asks of its tensors, whoever computes it.
 
     Raises: TypeError for a tensor that is not fp32, bf16, fp16 or fp64; ValueError for shapes, dtypes or devices that do not fit.
     """
@@ -130,12 +131,12 @@ def check(joint: Tensor, weights: Sequence[Tensor]) -> None:
 
 
 def empty(joint: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """The output of no tokens: every gradient is zero."""
+    """Return the output of no tokens: every gradient is zero."""
     return constant(joint.new_zeros(joint.shape, dtype=_dtype(joint)), joint, *weights)
 
 
 def _dtype(joint: Tensor) -> torch.dtype:
-    """The output's type."""
+    """Return the output's type."""
     return torch.get_autocast_dtype(joint.device.type) if _autocast(joint) else joint.dtype
 
 
@@ -145,11 +146,19 @@ def _autocast(joint: Tensor) -> bool:
 
 
 def _forward(
-    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, backend: str, scan: str, keep: bool
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    double_bias: bool,
+    double_gate: bool,
+    dtype: torch.dtype,
+    backend: str,
+    scan: str,
+    keep: bool,
 ) -> list[Tensor]:
     """Return the output and, where a backward will follow, what it takes as `kept`."""
     kernels, _ = running("mvfuser", backend), running("selective_scan", scan)
-    results: list[Tensor] = kernels.forward(joint, weights, eps, sane, dtype, scan, keep)
+    results: list[Tensor] = kernels.forward(joint, weights, eps, double_bias, double_gate, dtype, scan, keep)
     return results
 
 
@@ -158,7 +167,15 @@ _mvfuser = torch.library.custom_op("mfuser::mvfuser", _forward, mutates_args=())
 
 @_mvfuser.register_fake
 def _(
-    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, backend: str, scan: str, keep: bool
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    double_bias: bool,
+    double_gate: bool,
+    dtype: torch.dtype,
+    backend: str,
+    scan: str,
+    keep: bool,
 ) -> list[Tensor]:
     out = joint.new_empty(joint.shape, dtype=dtype)
     return [out, *lookup("mvfuser", backend).load().kept(joint, weights, dtype, scan)] if keep else [out]
@@ -170,7 +187,8 @@ def _backward(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     backend: str,
     scan: str,
@@ -178,7 +196,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
     kernels, _ = running("mvfuser", backend), running("selective_scan", scan)
-    grads: list[Tensor] = kernels.backward(dout, joint, weights, kept, eps, sane, dtype, scan, needed)
+    grads: list[Tensor] = kernels.backward(dout, joint, weights, kept, eps, double_bias, double_gate, dtype, scan, needed)
     return grads
 
 
@@ -192,7 +210,8 @@ def _(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     backend: str,
     scan: str,

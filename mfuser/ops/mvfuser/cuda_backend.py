@@ -42,11 +42,18 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def forward(
-    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, scan: str, keep: bool
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    double_bias: bool,
+    double_gate: bool,
+    dtype: torch.dtype,
+    scan: str,
+    keep: bool,
 ) -> list[Tensor]:
     """Return the output and, if `keep`, the one buffer that `backward` takes as `kept`."""
     operands, small = _given(joint, weights, dtype)
-    plan = _plan_of(joint, weights, operands, eps, sane, dtype, keep=keep, backward=False)
+    plan = _plan_of(joint, weights, operands, eps, double_bias, double_gate, dtype, keep=keep, backward=False)
     device = joint.device
     out = torch.empty_like(operands[0], dtype=dtype)
     if keep:
@@ -78,14 +85,15 @@ def backward(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     scan: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Return the gradients of joint and weights; that of a product which is not `needed` is empty."""
     operands, small = _given(joint, weights, dtype)
-    plan = _plan_of(joint, weights, operands, eps, sane, dtype, keep=True, backward=True)
+    plan = _plan_of(joint, weights, operands, eps, double_bias, double_gate, dtype, keep=True, backward=True)
     if dout.dtype is not dtype:
         dout = dout.to(dtype)
     if not dout.is_contiguous():
@@ -186,7 +194,8 @@ def _plan(
     dt_proj: torch.Size,
     state: int,
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     operands: tuple[torch.dtype, ...],
     keep: bool,
@@ -219,8 +228,8 @@ def _plan(
         half=half,
         rank=rank,
         state=state,
-        gate=not sane,
-        times=2.0 - sane,
+        gate=double_gate,
+        times=1.0 + double_bias,
         eps=eps,
         type=_TYPES[dtype],
         operand_type=tuple(_TYPES[t] for t in operands),
@@ -277,7 +286,7 @@ def _fours(size: int) -> int:
 
 
 def _given(joint: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """The products' operands in `dtype` or in fp32, from which the kernels cast, and the rest in fp32; all contiguous."""
+    """Return the products' operands in `dtype` or in fp32, from which the kernels cast, and the rest in fp32; all contiguous."""
     in_proj, conv_x, conv_z, x_proj, dt_proj, dt_bias, A_log, D, norm, out_proj, scale = weights
     operands, small = [joint, in_proj, x_proj, dt_proj, out_proj], [conv_x, conv_z, dt_bias, A_log, D, norm, scale]
     for i, tensor in enumerate(operands):
@@ -299,7 +308,8 @@ def _plan_of(
     weights: Sequence[Tensor],
     operands: Sequence[Tensor],
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     *,
     keep: bool,
@@ -308,7 +318,21 @@ def _plan_of(
     batch, length, width = joint.shape
     types = tuple([t.dtype for t in operands])
     processors = scanner.multiprocessors(joint)
-    return _plan(batch, length, width, weights[4].shape, weights[6].shape[1], eps, sane, dtype, types, keep, backward, processors)
+    return _plan(
+        batch,
+        length,
+        width,
+        weights[4].shape,
+        weights[6].shape[1],
+        eps,
+        double_bias,
+        double_gate,
+        dtype,
+        types,
+        keep,
+        backward,
+        processors,
+    )
 
 
 def _no_products() -> str | None:

@@ -33,7 +33,14 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def forward(
-    joint: Tensor, weights: Sequence[Tensor], eps: float, sane: bool, dtype: torch.dtype, scan: str, keep: bool
+    joint: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    double_bias: bool,
+    double_gate: bool,
+    dtype: torch.dtype,
+    scan: str,
+    keep: bool,
 ) -> list[Tensor]:
     """Return the output and, if `keep`, what `backward` takes as `kept`."""
     scanner = lookup("selective_scan", scan).load()
@@ -45,9 +52,9 @@ def forward(
     ]
     conv_x, conv_z, dt_bias, A_log, D, norm, scale = map(_fp32, (conv_x, conv_z, dt_bias, A_log, D, norm, scale))
     # the linear layer adds its bias, and the scan adds it again; here the scan adds both
-    tokens, (w_in, w_x, w_dt, w_out), A, bias = prepare(given[0], given[1:], A_log, dt_bias, 2.0 - sane, dtype)
+    tokens, (w_in, w_x, w_dt, w_out), A, bias = prepare(given[0], given[1:], A_log, dt_bias, 1.0 + double_bias, dtype)
     xz = _product(tokens, w_in.t(), dtype).view(batch, length, 2 * half)
-    x, z = conv_forward(xz, conv_x, conv_z, not sane)
+    x, z = conv_forward(xz, conv_x, conv_z, double_gate)
     joined = _product(x.view(-1, half), w_x.t(), dtype)  # (M, R + 2 N)
     delta = _product(joined[:, :rank], w_dt.t(), dtype).view(batch, length, half)
     B, C = joined.view(batch, length, -1)[..., rank:].chunk(2, -1)
@@ -83,7 +90,8 @@ def backward(
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
     eps: float,
-    sane: bool,
+    double_bias: bool,
+    double_gate: bool,
     dtype: torch.dtype,
     scan: str,
     needed: Sequence[bool],
@@ -112,19 +120,19 @@ def backward(
     ddt_proj = product(take_dt, ddelta, joined[:, :rank])
     dx_proj = product(take_x, djoined, x.view(-1, half))
     dx = _product(djoined, w_x, dtype)
-    dxz, conv_sums = conv_backward(xz, conv_x, conv_z, _flat(du, dtype), dx, dz, not sane)
+    dxz, conv_sums = conv_backward(xz, conv_x, conv_z, _flat(du, dtype), dx, dz, double_gate)
     dxz = dxz.view(-1, 2 * half)
     din_proj = product(take_in, dxz, tokens)
     djoint = _product(dxz, w_in, joint.dtype).view(joint.shape) if take_joint else joint.new_empty(0)
     dconv_x, dconv_z, dnorm, dscale, dA_log, ddt_bias = finish(
-        conv_sums, norm_sums, dA.contiguous(), A, dbias.contiguous(), 2.0 - sane
+        conv_sums, norm_sums, dA.contiguous(), A, dbias.contiguous(), 1.0 + double_bias
     )
     grads = (din_proj, dconv_x, dconv_z, dx_proj, ddt_proj, ddt_bias, dA_log, dD, dnorm, dout_proj, dscale)
     return [djoint, *(grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True))]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`. With `out`, autocast leaves the product alone."""
+    """Return a @ b in `dtype`. With `out`, autocast leaves the product alone."""
     if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1])).to(dtype)
@@ -382,7 +390,7 @@ def _conv_forward(
 
 @triton.jit
 def _gradient(base, one, two, w0, w1, w2, token, length, stride, half, inside, SILU: tl.constexpr, TWO: tl.constexpr):
-    """The gradient before SiLU, zero outside the sequence, and the three rows that it belongs to."""
+    """Return the gradient before SiLU, zero outside the sequence, and the three rows that it belongs to."""
     before, here, after, sum = _convolved(w0, w1, w2, base, token, length, stride, inside)
     da = _rows(one, token, length, half, inside)
     if TWO:
@@ -528,7 +536,7 @@ def _norm_backward(dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, ep
 
 @triton.jit
 def _sum(sources, targets, rows, columns, strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sum over rows of each source, always in the same order; a program does some columns of one source."""
+    """Return the sum over rows of each source, always in the same order; a program does some columns of one source."""
     block = tl.program_id(0)
     for i in tl.static_range(len(sources)):
         blocks = tl.cdiv(columns[i], COLUMNS)

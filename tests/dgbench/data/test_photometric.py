@@ -70,6 +70,11 @@ def test_self_supervised_turns_a_fifth_of_the_images_grey():
     assert greys / len(seen) == pytest.approx(0.2, abs=0.03)
 
 
+def test_self_supervised_leaves_the_colours_of_a_sixth_of_the_images():
+    flat = np.full((4, 4, 3), (200, 90, 30), np.uint8)  # which no blur changes
+    assert share("self-supervised", flat) == pytest.approx(1 - 0.2 * 0.8, abs=0.03)
+
+
 def test_the_blur_of_pillow_is_pillows(image: NDArray[np.uint8]):
     expected = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.7))
     assert np.array_equal(photometric._blur(image, 0.7), np.asarray(expected))

@@ -50,7 +50,7 @@ def block(joint: Tensor) -> dict[str, Tensor]:
 
 
 def fuse(given: Mapping[str, Tensor]) -> Tensor:
-    return mvfuser(**given, eps=1e-5, sane=False, backends=("cuda", "cuda"))
+    return mvfuser(**given, eps=1e-5, double_bias=True, double_gate=True, backends=("cuda", "cuda"))
 
 
 OPERATORS: dict[str, tuple[Callable[..., object], Callable[[], dict[str, Tensor]]]] = {

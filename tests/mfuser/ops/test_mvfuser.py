@@ -27,10 +27,16 @@ from .emulation import fenced
 module = import_module("mfuser.ops.mvfuser")
 SCANS = {"cuda": "cuda", "triton": "torch"}  # torch's saves the interpreter's time; cuda's block has its own
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
-# width, state, batch, length, sane: h = 24 and rank 3; rank 4; h = 6, which no vector fits and cuda refuses
-CASES = [(48, 16, 1, 65, False), (48, 4, 2, 65, True), (48, 4, 2, 1, False), (64, 4, 1, 2, True), (12, 3, 2, 3, False)]
+# width, state, batch, length, double bias, double gate: h = 24 and rank 3; rank 4; h = 6, which no vector fits and cuda refuses
+CASES = [
+    (48, 16, 1, 65, True, True),
+    (48, 4, 2, 65, False, False),
+    (48, 4, 2, 1, True, False),
+    (64, 4, 1, 2, False, True),
+    (12, 3, 2, 3, True, True),
+]
 # MTEnhancer's; rows in several pieces
-WIDE_CASES = [(256, 16, 2, 5, False), (520, 4, 1, 3, False), (136, 12, 1, 3, True)]
+WIDE_CASES = [(256, 16, 2, 5, True, True), (520, 4, 1, 3, True, True), (136, 12, 1, 3, False, False)]
 
 
 @pytest.fixture(params=["emulated", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -64,8 +70,12 @@ def nearest(convert: Callable) -> Callable:
     return converted
 
 
-def make(width: int, state: int, *, sane: bool = False, device: str = "cpu") -> MVFuser:
-    fuser = MVFuser(width, state=state, sane=sane, backend="torch").eval()
+def named(case: tuple) -> str:
+    return "x".join(map(str, case[:4])) + case[4] * "-bias" + case[5] * "-gate"
+
+
+def make(width: int, state: int, *, double_bias: bool = True, double_gate: bool = True, device: str = "cpu") -> MVFuser:
+    fuser = MVFuser(width, state=state, double_bias=double_bias, double_gate=double_gate, backend="torch").eval()
     with torch.no_grad():
         for parameter in fuser.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -118,15 +128,16 @@ def truth(fuser: MVFuser, joint: Tensor) -> dict[str, Tensor]:
     return run(wide, wide.composed, joint.double())
 
 
-def equal_composition(device: str, width: int, state: int, batch: int, length: int, sane: bool) -> None:
-    fuser, joint = make(width, state, sane=sane, device=device), tokens(batch, length, width, device=device)
+def equal_composition(device: str, width: int, state: int, batch: int, length: int, double_bias: bool, double_gate: bool) -> None:
+    fuser = make(width, state, double_bias=double_bias, double_gate=double_gate, device=device)
+    joint = tokens(batch, length, width, device=device)
     expected = run(fuser, fuser.composed, joint)
     assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
     # and both are right
     assert max(errors(expected, truth(fuser, joint)).values()) < 1e-4
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "x".join(map(str, c[:4])) + c[4] * "-sane")
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_value_and_every_gradient_equal_the_composition(kernels, case):
     if kernels[0] == "cuda" and case[1] % 4:
         pytest.skip("refused")
@@ -134,7 +145,7 @@ def test_value_and_every_gradient_equal_the_composition(kernels, case):
 
 
 @of_the_operator
-@pytest.mark.parametrize("case", WIDE_CASES, ids=lambda c: "x".join(map(str, c[:4])) + c[4] * "-sane")
+@pytest.mark.parametrize("case", WIDE_CASES, ids=named)
 def test_wide_rows_equal_the_composition(kernels, case):
     equal_composition(kernels[1], *case)
 
@@ -154,17 +165,18 @@ def test_it_equals_the_authors(kernels):
 
 
 @pytest.mark.parametrize(
-    ("shape", "sane", "dtype"),
+    ("shape", "doubled", "dtype"),
     [
-        ((48, 16, 2, 12), False, torch.bfloat16),
-        ((48, 16, 2, 12), True, torch.float16),
-        ((128, 4, 1, 11), True, torch.bfloat16),
-        ((40, 4, 2, 13), False, torch.bfloat16),
+        ((48, 16, 2, 12), True, torch.bfloat16),
+        ((48, 16, 2, 12), False, torch.float16),
+        ((128, 4, 1, 11), False, torch.bfloat16),
+        ((40, 4, 2, 13), True, torch.bfloat16),
     ],
 )
-def test_under_autocast_it_is_as_precise_as_the_composition(kernels, shape, sane, dtype):
+def test_under_autocast_it_is_as_precise_as_the_composition(kernels, shape, doubled, dtype):
     width, state, batch, length = shape
-    fuser, joint = make(width, state, sane=sane, device=kernels[1]), tokens(batch, length, width, device=kernels[1])
+    fuser = make(width, state, double_bias=doubled, double_gate=doubled, device=kernels[1])
+    joint = tokens(batch, length, width, device=kernels[1])
     expected = truth(fuser, joint)
     actual, composed = (errors(run(fuser, autocast(f, dtype), joint), expected) for f in (fuser.mix, fuser.composed))
     as_precise(actual, composed)
@@ -320,7 +332,7 @@ def test_the_operators_are_well_formed(kernels):
     weights = weights_of(fuser)
     for dtype in (torch.float32, torch.bfloat16):
         joint = tokens(2, 2, 8, device=device).requires_grad_()
-        options = (fuser.norm.eps, False, dtype, name, SCANS[name])
+        options = (fuser.norm.eps, True, False, dtype, name, SCANS[name])
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint, weights, *options, True))
         detached = [w.detach() for w in weights]
         torch.library.opcheck(torch.ops.mfuser.mvfuser.default, (joint.detach(), detached, *options, False))
@@ -560,7 +572,8 @@ def test_both_directions_and_the_enhancer(kernels):
 @of_the_operator
 def test_wrong_shapes_are_named(kernels):
     fuser, joint = make(24, 4, device=kernels[1]), tokens(1, 5, 24, device=kernels[1])
-    weights, options = weights_of(fuser), {"eps": 1e-5, "sane": False, "backends": (kernels[0], SCANS[kernels[0]])}
+    weights, backends = weights_of(fuser), (kernels[0], SCANS[kernels[0]])
+    options = {"eps": 1e-5, "double_bias": True, "double_gate": True, "backends": backends}
     with pytest.raises(ValueError, match=r"in_proj is \(24, 24\), expected \(24, 23\)"):
         mvfuser(joint[..., :23], *weights, **options)
     with pytest.raises(ValueError, match=r"needs joint \(B, L, C\)"):

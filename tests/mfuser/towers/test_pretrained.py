@@ -95,7 +95,8 @@ def test_every_tensor_of_a_tower_is_in_open_clips_own_model(vlm):
     # the file on the Hub is open_clip's state_dict: its names and shapes are known without it
     import open_clip
 
-    theirs = open_clip.create_model(OPEN_CLIP[vlm], pretrained=None, load_weights=False, device="meta").state_dict()
+    with torch.device("meta"):  # else it draws every value first
+        theirs = open_clip.create_model(OPEN_CLIP[vlm], pretrained=None, load_weights=False, device="meta").state_dict()
     # SigLIP's ids do for SigLIP2
     variant = next(v for v, name in VARIANTS.items() if vlm.startswith(name))
     with unfilled():

@@ -132,10 +132,10 @@ def test_gradients_reach_the_context_through_a_frozen_tower(name):
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])
-def test_sane_siglip_has_its_context_first_and_is_read_at_the_last_word(name):
+def test_siglip_has_its_context_first_and_is_read_at_the_last_word_where_asked(name):
     pad = {"siglip": 1, "siglip2": 0}[name]
     ids = torch.tensor([[7, pad, pad, pad, pad], [9, 11, 5, pad, pad], [9, 11, 5, 4, 8]])
-    encoder = TextEncoder(name, ids, sane=True)
+    encoder = TextEncoder(name, ids, context_first=True, skip_padding=True)
     encoder.tower.transformer.resblocks = encoder.tower.transformer.resblocks[:1]
     with torch.no_grad():
         encoder.tower.token_embedding = torch.nn.Embedding(20, encoder.width)
@@ -153,15 +153,15 @@ def test_sane_siglip_has_its_context_first_and_is_read_at_the_last_word(name):
         torch.testing.assert_close(tower(sentence[turn][None])[0], given, rtol=1e-3, atol=1e-4)
 
 
-def test_sane_changes_no_tower_with_a_start_token():
+def test_a_tower_with_a_start_token_has_its_context_and_its_end_where_they_are():
     ids = torch.tensor(tokenize("tiny", CITYSCAPES))
     torch.manual_seed(0)
     released = TextEncoder("tiny", ids, dim=32).eval()
     torch.manual_seed(0)
     context = torch.randn(1, 5, 64)
-    sane = TextEncoder("tiny", ids, dim=32, sane=True).eval()
-    sane.load_state_dict(released.state_dict())
-    assert torch.equal(released(context), sane(context))
+    asked = TextEncoder("tiny", ids, dim=32, context_first=True, skip_padding=True).eval()
+    asked.load_state_dict(released.state_dict())
+    assert torch.equal(released(context), asked(context))
 
 
 ONES = [[1] * 5] * 19

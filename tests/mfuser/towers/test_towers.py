@@ -86,7 +86,7 @@ def rows(monkeypatch):
     monkeypatch.setitem(TOWERS, "twelve", replace(tiny, options={**tiny.options, "depth": 12}, depth=12))
     from mfuser.methods import mfuser as method
 
-    monkeypatch.setitem(method._SIZES, "twelve", method._TINY)
+    monkeypatch.setitem(method._SIZES, "twelve", method._SIZES["tiny"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""The neck of a plain transformer: maps of one grid to four scales, 4, 2, 1 and 1/2 times the grid.
+
+Functions, not a module: the authors' checkpoints, and ours, have its convolutions at the top as `fpn1` and `fpn2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def upsampling(channels: int) -> tuple[nn.Sequential, nn.ConvTranspose2d]:
+    """Build `fpn1`, which enlarges a map (B, C, H, W) four times, and `fpn2`, which does so twice."""
+    fpn1 = nn.Sequential(
+        nn.ConvTranspose2d(channels, channels, 2, 2),
+        nn.BatchNorm2d(channels),
+        nn.GELU(),
+        nn.ConvTranspose2d(channels, channels, 2, 2),
+    )
+    return fpn1, nn.ConvTranspose2d(channels, channels, 2, 2)
+
+
+def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> list[Tensor]:
+    """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, as the pixel decoder takes them."""
+    first, second, third, fourth = maps
+    return [fpn1(first), fpn2(second), third, F.max_pool2d(fourth, 2)]
