@@ -102,7 +102,7 @@ def report_page(found: Page) -> str:
         costs=_linked_rows(cost_table(found.runs), [names[run.folder].to for run in found.runs], 0),
         tradeoff=_tradeoff(found, plots),
         severities=[
-            plots.plot(_name(domain), partial(draw_severity_panel, domain, curves), width=5.8, height=3.4)
+            (names[one.run], plots.plot(_name(domain), partial(draw_severity_panel, domain, curves), width=5.8, height=3.4))
             for one in severities
             for domain, curves in severity_panels(one).items()
         ],
