@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgbench import atomic, results
-from dgbench.errors import ResultError
+from dgbench.errors import DgbenchError, ResultError
 from dgbench.progress import Progress
 from dgbench.report.compare import Comparison
 from dgbench.report.page import Page, gather
@@ -78,7 +78,11 @@ def build(
     for run in page.runs:
         own = [one for one in records if one.run == run.folder and one.checkpoint == run.newest.checkpoint]
         runs.append(dataclasses.replace(run, severities=swept.of_run(run.folder, own, root)))
-    page = dataclasses.replace(page, tradeoff=of_board(page.board, progress), runs=tuple(runs))
+    page = dataclasses.replace(page, runs=tuple(runs))
+    try:
+        page = dataclasses.replace(page, tradeoff=of_board(page.board, progress))
+    except DgbenchError as error:  # a recipe of another version, say
+        page = dataclasses.replace(page, notes=(*page.notes, f"no mIoU against operations: {error.message}"))
     if not gallery:
         return page
     from dgbench.engine.gallery import with_pictures
@@ -94,5 +98,6 @@ def write(page: Page, path: Path) -> Written:
     atomic.write(path, text)
     targets = [target for run in page.runs for target in run.targets]
     pictures = sum(len(example.pictures) for target in targets for example in target.examples)
-    notes = dict.fromkeys(note for run in page.runs for note in (*run.notes, *(target.note for target in run.targets)) if note)
+    notes = dict.fromkeys(page.notes)
+    notes |= dict.fromkeys(note for run in page.runs for note in (*run.notes, *(target.note for target in run.targets)) if note)
     return Written(path, len(text.encode()), len(page.runs), pictures, tuple(notes))

@@ -109,7 +109,7 @@ def _by_folder(records: Sequence[Record]) -> dict[Path, list[Record]]:
 def _run(folder: Path, own: Sequence[Record]) -> Run:
     scores = {(r.target, r.split, r.protocol, r.protocol_digest): r for r in own if r.kind == "eval"}
     trained = next((record for record in reversed(own) if record.kind == "train"), None)
-    shown = [record for record in scores.values() if not _is_swept(record, scores.values())]
+    shown = [record for record in scores.values() if not _is_swept(record, scores.values())] or list(scores.values())
     # the source first, then in the order in which they were scored
     shown.sort(key=lambda record: record.target not in record.source.split("+"))
     notes = []
@@ -125,7 +125,7 @@ def _is_swept(record: Record, others: Iterable[Record]) -> bool:
     """Whether a score is one point of a curve over severities, which is drawn as such."""
     base, at, _ = record.target.partition("@")
     along = {other.target for other in others if other.target.startswith(f"{base}@")}
-    return bool(at) and len(along) > 1 and len(along) < len({other.target for other in others})
+    return bool(at) and len(along) > 1
 
 
 def _target(record: Record) -> Target:

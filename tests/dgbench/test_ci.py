@@ -65,6 +65,7 @@ def test_the_life_of_a_pull_request(small: str, tmp_path: Path) -> None:
     assert (tmp_path / "dgbench-ci" / "comment.md").is_file()
     assert json.loads((tmp_path / "dgbench-ci" / "comparison.json").read_text())["verdict"] == "pass"
     xmlschema.validate(tmp_path / "dgbench-ci" / "junit.xml", SCHEMA)
+    assert 'id="comparison"' in (tmp_path / "dgbench-ci" / "report.html").read_text()
 
 
 def test_a_regression_fails_its_case_and_the_command(tmp_path: Path) -> None:

@@ -177,6 +177,20 @@ def test_damaged_matrices_cost_the_matrix_alone(tmp_path: Path) -> None:
     assert "cannot be read" in text
 
 
+def test_a_recipe_that_cannot_be_read_costs_the_operations_alone(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run")
+    (folder / "recipe.yaml").write_text("method: {name: of-another-version}")
+    text = page(folder)
+    assert "no mIoU against operations: " in text
+    assert text.count("Confusion matrix:") == 2
+
+
+def test_a_run_of_severities_alone_has_its_sections(tmp_path: Path) -> None:
+    run(tmp_path / "run", {f"streets-{name}@{place}": 0.7 for name in ("fog", "night") for place in ("0.5", "1")})
+    (found,) = gather(results.query(tmp_path)).runs
+    assert len(found.targets) == 4
+
+
 def test_the_same_runs_make_the_same_file(tmp_path: Path) -> None:
     folder = logged(run(tmp_path / "run"))
     assert page(folder) == page(folder)
