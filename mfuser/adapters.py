@@ -98,12 +98,13 @@ class SpectralReins(Reins):
         kind = patches.device.type
         # on shapes alone there is no autocast
         with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
-            phase, amplitude = self.spectrum(patches.to(self.scale.dtype))
+            # of a model in 16 bits, too
+            phase, amplitude = self.spectrum(patches.to(torch.promote_types(patches.dtype, torch.float32)))
             return self.inverse(*self.changed(layer, phase, amplitude)).to(patches.dtype)
 
     def changed(self, layer: int, phase: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
         """Phase and amplitude after a block's tokens, of the same shape."""
-        tokens, tokens2 = self.tokens(layer), self.learnable_tokens2[layer]
+        tokens, tokens2 = self.tokens(layer).to(phase.dtype), self.learnable_tokens2[layer].to(phase.dtype)
         phase = _attended(phase, tokens, phase @ tokens.T, self.mlp_token2feat, self.mlp_delta_f)
         # standardised over the tokens: the paper's "attention optimization", as coded
         scores = F.instance_norm(amplitude @ tokens2.T)
@@ -137,14 +138,18 @@ def _drawn(shape: tuple[int, int, int], patch: int, fan: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def _attended(values: Tensor, tokens: Tensor, scores: Tensor, to_values: nn.Module, to_delta: nn.Module) -> Tensor:
+def _attended(values: Tensor, tokens: Tensor, scores: Tensor, to_values: nn.Linear, to_delta: nn.Linear) -> Tensor:
     """Values (..., C) that attend to tokens (m, C) by scores (..., m).
 
     The first token takes part in the softmax and gives nothing, so that the weights of the others need not sum to 1.
     """
     weights = (scores * tokens.shape[1] ** -0.5).softmax(-1)
-    out: Tensor = to_delta(weights[..., 1:] @ to_values(tokens[1:]) + values)
-    return out
+    return _linear(to_delta, weights[..., 1:] @ _linear(to_values, tokens[1:]) + values)
+
+
+def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
+    """A layer in the precision of its input."""
+    return F.linear(values, layer.weight.to(values.dtype), layer.bias.to(values.dtype))
 
 
 def _without_zero(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict
 from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -15,6 +16,7 @@ from dgbench.errors import spelled, suggest, unknown
 from dgbench.spec import Problem, problems_of, shown, strictly
 
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
+_TELLING = ("fuser", "adapter", "variant")  # options that make another model of the same towers
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -36,12 +38,17 @@ class MethodSpec(BaseModel):
         """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
-        unusual = [
-            options.get(key)
-            for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
-            if options.get(key) not in (None, usual)
-        ]
+        usual = _usual(self.name)
+        unusual = [options.get(key) for key in _TELLING if options.get(key) not in (None, usual.get(key))]
         return ", ".join([towers, *map(str, unusual)]) if towers else ""
+
+
+@cache
+def _usual(method: str) -> Mapping[str, Any]:
+    """The defaults of a method's options, read without importing it; of a method that is not there, none."""
+    from mfuser.methods import described_options, names
+
+    return {option.name: option.default for option in described_options(method)} if method in names() else {}
 
 
 def spell(content: dict[str, Any]) -> None:

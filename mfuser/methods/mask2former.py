@@ -1,6 +1,6 @@
-"""Mask2Former on one tower, frozen or trained as a whole: the two baselines of Rein's table.
+"""Mask2Former on one tower, trained as a whole or frozen: the baselines of Rein's table.
 
-The tower's maps of four depths are enlarged and reduced bilinearly to four scales; 100 learned queries read them.
+The tower's maps of four depths are brought to four scales bilinearly; learned queries read them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mfuser.decoder.mask2former import NO_DECAY, NORMS, Mask2Former, window_scores
+from mfuser.decoder.mask2former import Mask2Former
+from mfuser.decoder.mask_decoder import Output
 from mfuser.decoder.neck import bilinear_scales, four_taps
 from mfuser.decoder.sizes import chosen, complete
-from mfuser.segmentor import Batch, Segmentor
+from mfuser.mask_segmentor import MaskSegmentor
 from mfuser.towers.table import tower
 from mfuser.towers.vit import VisionEncoder
 
@@ -59,12 +60,8 @@ class Options:
             raise ValueError(f"adapter `{self.adapter}` is unknown; choose from {', '.join(_ADAPTERS)}")
 
 
-class PlainMask2Former(Segmentor):
+class PlainMask2Former(MaskSegmentor):
     """Tower, bilinear neck, Mask2Former's decoder."""
-
-    ops = ("ms_deform_attn",)
-    no_decay = ("norm", *NO_DECAY)
-    no_decay_types = NORMS
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -79,22 +76,10 @@ class PlainMask2Former(Segmentor):
             self.vfm.dim, queries=options.queries, classes=len(self.classes), backend=options.backend, **chosen(options)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        return window_scores(*self.masks(images), self.image_size)
-
-    def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of the last decoder layer."""
-        output: tuple[Tensor, Tensor] = self.decoder(self._features(images), last=True)[-1]
-        return output
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Class, mask and dice terms of every decoder output."""
-        return self.decoder.loss(self.decoder(self._features(batch.images)), batch.labels)
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        self.check_size(images)
-        return bilinear_scales(self.vfm.tapped(images, self.taps))
+    def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
+        """Outputs of the decoder."""
+        outputs: list[Output] = self.decoder(bilinear_scales(self.vfm.tapped(images, self.taps)), last=last)
+        return outputs
 
 
 MODEL = PlainMask2Former

@@ -6,17 +6,10 @@ from functools import partial
 
 from mfuser.keys import Source, renamed
 from mfuser.releases import Release
+from mfuser.releases.mmdet import EVA
 from mfuser.towers.key_rules import OPENAI, Rules
 
-# our towers are timm's; these are the same towers in the words of the projects that they come from
-_EVA: Rules = [
-    (r"attn\.([qv])_proj\.bias$", r"attn.\1_bias"),
-    (r"attn\.norm\.", "attn.inner_attn_ln."),
-    (r"mlp\.norm\.", "mlp.ffn_ln."),
-    (r"mlp\.fc1_g\.", "mlp.w1."),
-    (r"mlp\.fc1_x\.", "mlp.w2."),
-    (r"mlp\.fc2\.", "mlp.w3."),
-]
+# our towers are timm's; these are the names of the same towers' tensors in their original projects
 _SIGLIP_IMAGE: Rules = [
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
     (r"^pos_embed$", "embeddings.position_embedding.weight^1"),
@@ -65,7 +58,7 @@ _SHARED: Rules = [
 ]
 # vision-language tower -> part of our model -> rules to the authors' names below `backbone.` or `text_encoder.`
 _AUTHORS: dict[str, dict[str, Rules]] = {
-    "eva02": {"trunk": _EVA, "head": [], "text": []},
+    "eva02": {"trunk": EVA, "head": [], "text": []},
     "clip": {"trunk": OPENAI, "head": [(r"^head\.weight$", "proj^T")], "text": []},
     "siglip": {
         "trunk": _SIGLIP_IMAGE,
