@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict
 from dataclasses import Field as DataclassField
 from dataclasses import fields as dataclass_fields
-from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -39,11 +38,12 @@ class MethodSpec(BaseModel):
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
         usual = _usual(self.name)
-        unusual = [options.get(key) for key in _TELLING if options.get(key) not in (None, usual.get(key))]
-        return ", ".join([towers, *map(str, unusual)]) if towers else ""
+        unusual = {key: options[key] for key in _TELLING if options.get(key) not in (None, usual.get(key))}
+        # `none` alone would not say of what
+        named = [f"adapter {value}" if key == "adapter" else str(value) for key, value in unusual.items()]
+        return ", ".join([towers, *named]) if towers else ""
 
 
-@cache
 def _usual(method: str) -> Mapping[str, Any]:
     """The defaults of a method's options, read without importing it; of a method that is not there, none."""
     from mfuser.methods import described_options, names

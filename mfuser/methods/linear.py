@@ -17,8 +17,8 @@ from mfuser.towers.table import tower
 from mfuser.towers.vit import VisionEncoder
 
 TITLE = "Linear head"
-PAPER = "DINOv2: Learning Robust Visual Features without Supervision, TMLR 2024"
-FIDELITY = "exact"
+PAPER = ""
+FIDELITY = ""
 BACKBONES = (
     {"vfm": "dinov2_l"},
     {"vfm": "dinov2_b"},
