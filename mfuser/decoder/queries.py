@@ -26,8 +26,8 @@ class LearnedQueries(nn.Module):
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
         """Queries (B, Q, D) and positions (Q, D) for `batch` images."""
-        # views, since what counts operations hooks the outputs of modules, which no parameter may be
-        return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.expand(-1, -1)
+        # copies: in inference mode, what counts operations cannot hook outputs that are parameters or views of them
+        return self.query_feat.weight.repeat(batch, 1, 1), self.query_embed.weight.clone()
 
 
 class TextMaskDecoder(MaskDecoder):
