@@ -77,8 +77,8 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
 def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
     """Return the method and release that a checkpoint belongs to, recognised by its tensors' names.
 
-    Returns: several if the checkpoint leaves out the tensors that distinguish them, such as those of a frozen tower. Of two
-            releases with the same options, one with the tower and one without, the one with more marks.
+    Returns: several where a checkpoint leaves out what would tell them apart, as one without its frozen tower does. A release
+        whose marks are only some of another's that fits is left out: the other tells more.
 
     Raises: ValueError if it is of none.
     """
@@ -90,7 +90,7 @@ def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
             f"is not a checkpoint that the authors of {kinds} published: the tensors that tell it are not among its "
             f"{len(state)} ({', '.join(sorted(state)[:3])}, ...)"
         )
-    return [(name, release) for name, release in found if release is _fullest(release, [r for n, r in found if n == name])]
+    return [(name, release) for name, release in found if not any(set(release.marks) < set(r.marks) for _, r in found)]
 
 
 def _fullest(release: Release, others: Iterable[Release]) -> Release:

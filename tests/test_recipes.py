@@ -250,6 +250,8 @@ def test_a_resolved_recipe_comes_back_equal(tmp_path: Path) -> None:
         ({"method": "mfuser", "vlm": "clip", "source": "cityscapes"}, "mfuser/clip-city"),
         ({"method": "mfuser", "vlm": "siglip", "source": "gta"}, "mfuser/siglip-gta"),
         ({"method": "source-only"}, "streets/source-only"),
+        ({"method": "rein", "vfm": "dinov2_l", "source": "cityscapes"}, "rein/dinov2-city"),  # not its special kind at 1024
+        ({"method": "rein", "vfm": "dinov2_l", "source": ["gta5", "synthia"]}, "rein/dinov2-gta-synthia"),
     ],
 )
 def test_a_recipe_is_found_by_method_and_flags(flags: dict[str, str], name: str) -> None:
@@ -295,6 +297,18 @@ def test_a_record_names_what_is_not_as_usual(settings: list[str], expected: str)
     recipe = load_recipe("streets/mfuser", settings)
     assert recipe.method.variant == expected
     assert (recipe_hash(recipe) == recipe_hash(load_recipe("streets/mfuser"))) == (not settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mask2former/dinov2-gta", "dinov2_l"),
+        ("mask2former/dinov2-gta-frozen", "dinov2_l, adapter none"),
+        ("rein/eva02-gta", "eva02_l_mim"),
+    ],
+)
+def test_a_record_names_an_adapter_that_is_not_the_methods_usual_one(name: str, expected: str) -> None:
+    assert load_recipe(name).method.variant == expected
 
 
 @pytest.mark.parametrize("setting", ["method.variant=paper", "method.vfm=timm:resnet18", "method.vlm=timm:vit_tiny_patch16_224"])

@@ -218,6 +218,8 @@ def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
     """
     least = min(_distance(name, row, method) for name, row in rows)
     best = sorted(name for name, row in rows if _distance(name, row, method) == least)
+    # `rein/dinov2-city-1024` is a special kind of `rein/dinov2-city`
+    best = [name for name in best if all(other.startswith(name) for other in best)] or best
     if len(best) > 1:
         towers = " or ".join(f"--{kind}" for kind in ("vlm", "vfm", "backbone") if any(row[kind] for _, row in rows))
         raise RecipeError(f"several recipes fit `{method}`: {', '.join(best)}", f"name one of them, or add {towers}")

@@ -15,6 +15,7 @@ from dgbench.errors import spelled, suggest, unknown
 from dgbench.spec import Problem, problems_of, shown, strictly
 
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
+_TELLING = ("fuser", "adapter", "variant")  # options that make another model of the same towers
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -36,12 +37,18 @@ class MethodSpec(BaseModel):
         """Towers and unusual options, which distinguish builds of a method on the leaderboard."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
-        unusual = [
-            options.get(key)
-            for key, usual in (("fuser", "mvfuser"), ("variant", "release"))
-            if options.get(key) not in (None, usual)
-        ]
-        return ", ".join([towers, *map(str, unusual)]) if towers else ""
+        usual = _usual(self.name)
+        unusual = {key: options[key] for key in _TELLING if options.get(key) not in (None, usual.get(key))}
+        # `none` alone would not say of what
+        named = [f"adapter {value}" if key == "adapter" else str(value) for key, value in unusual.items()]
+        return ", ".join([towers, *named]) if towers else ""
+
+
+def _usual(method: str) -> Mapping[str, Any]:
+    """Return the defaults of a method's options, read without importing it; of a method that is not there, none."""
+    from mfuser.methods import described_options, names
+
+    return {option.name: option.default for option in described_options(method)} if method in names() else {}
 
 
 def spell(content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Functions, not a module: the authors' checkpoints, and ours, have its convolutio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -26,3 +27,18 @@ def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> lis
     """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, as the pixel decoder takes them."""
     first, second, third, fourth = maps
     return [fpn1(first), fpn2(second), third, F.max_pool2d(fourth, 2)]
+
+
+def bilinear_scales(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, without parameters (Rein's neck)."""
+    factors = (4.0, 2.0, 1.0, 0.5)
+    return [
+        F.interpolate(m, scale_factor=factor, mode="bilinear", align_corners=False) if factor != 1 else m
+        for m, factor in zip(maps, factors, strict=True)
+    ]
+
+
+def four_taps(depth: int) -> tuple[int, int, int, int]:
+    """Return the blocks whose maps the neck takes: 7, 11, 15 and 23 of 24 (counted from 0), the same shares of other depths."""
+    first, second, third, fourth = (math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
+    return first, second, third, fourth

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 SIZES: dict[str, dict[str, int]] = {
     "full": {
         "decoder_dim": 256,
@@ -34,3 +36,20 @@ SIZES: dict[str, dict[str, int]] = {
         "mask_points": 1024,
     },
 }
+
+
+def sizes_for(tower: str) -> dict[str, int]:
+    """Return the sizes that go with a tower."""
+    return SIZES.get(tower, SIZES["full"])
+
+
+def complete(options: Any, tower: str) -> None:
+    """Set the sizes that a method's frozen Options leave at None to those that go with a tower."""
+    for name, value in sizes_for(tower).items():
+        if getattr(options, name) is None:
+            object.__setattr__(options, name, value)
+
+
+def chosen(options: Any) -> dict[str, int]:
+    """Return the sizes of a method's Options, by name."""
+    return {name: getattr(options, name) for name in SIZES["full"]}

@@ -187,7 +187,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         raise ValueError(f"weights `{weights}` are unknown; choose from {', '.join(get_args(Weights))}")
     made, its_towers = module(name), towers(name)
     known = {f.name for f in dataclasses.fields(made.Options)}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted(given.keys() - known):  # not `set`, which a method's module hides here
         raise ValueError(f"`{name}` has no option {', '.join(f'`{u}`' for u in unknown)}; it has {', '.join(sorted(known))}")
 
     from mfuser.segmentor import CITYSCAPES

@@ -17,7 +17,6 @@ The official code has bugs, and its weights rely on them. The variant `sane` has
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from mfuser.decoder.criterion import MaskCriterion, alignment_loss
 from mfuser.decoder.mask_decoder import class_scores
-from mfuser.decoder.neck import four_scales, upsampling
+from mfuser.decoder.neck import four_scales, four_taps, upsampling
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.decoder.points import Draw, uniform
 from mfuser.decoder.queries import TextMaskDecoder
@@ -178,8 +177,7 @@ class MFuser(Segmentor):
             self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         self.vfm, self.vlm = _towers(options)
         dim, depth = self.vfm.dim, self.vfm.depth
-        # blocks 7, 11, 15 and 23 of 24
-        self.taps = tuple(math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
+        self.taps = four_taps(depth)
         scan = {
             "state": o.state,
             "dropout": o.dropout,

@@ -8,6 +8,7 @@ kernels happens when weights are loaded, never in `forward`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +171,20 @@ class VisionEncoder(nn.Module):
             # some models learn a table for each block
             out = block(tokens, rope=rope[index] if self.trunk.rope_mixed else rope)
         return out
+
+    def tapped(self, images: Tensor, taps: Sequence[int], after: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Maps (B, dim, rows, columns) of the blocks `taps`, counted from 0, without the final norm.
+
+        Args:
+            after: after(i, patches) changes the patch tokens (B, N, dim) of block i before they go on; class and registers stay.
+        """
+        tokens, rope, maps = self.embed(images), self.rope(), []
+        for i in range(self.depth):
+            tokens = self.block(i, tokens, rope)
+            if after is not None:
+                tokens = torch.cat([tokens[:, : self.prefix], after(i, tokens[:, self.prefix :])], 1)
+            maps += [self.as_map(tokens)] * tuple(taps).count(i)
+        return maps
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Return the final norm."""
