@@ -181,5 +181,5 @@ def sources_of(model: Segmentor, release: Release, names: Iterable[str]) -> dict
     """Where each of a model's tensors is in a release's checkpoint; those that are not in it are left out."""
     towers = methods.towers(model.method)
     absent = tuple(f"{path}." for option in release.absent for path in towers[option].values())
-    found = {name: release.source(name) for name in names if not name.startswith(absent)}
+    found = {name: release.source(name) for name in names if not name.startswith(absent) or release.is_beside(name)}
     return {name: source for name, source in found.items() if source is not None}

@@ -194,6 +194,19 @@ class Segmentor(nn.Module):
             option: the one that names the tower.
         """
 
+    def weights_loaded(self) -> None:
+        """Derive what is computed from the towers' weights, by default nothing; a tower from scratch has drawn ones.
+
+        Called once, by `build` with weights="published": not for models that a checkpoint fills.
+        """
+
+    def merge(self) -> bool:
+        """Fold into the weights what inference need not compute apart, in place and for good: such a model is not trained on.
+
+        Returns: whether there was such a thing; by default there is none.
+        """
+        return False
+
     def check_backends(self) -> None:
         """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
 

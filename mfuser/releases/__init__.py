@@ -24,6 +24,7 @@ class Release:
         source: our tensor's name -> where it is in the checkpoint; None for tensors that the authors keep elsewhere.
         dead: patterns of the checkpoint's tensors that nothing reads.
         absent: options whose towers are not in the checkpoint, because they are frozen: their published weights are below it.
+        beside: patterns of our names of tensors in such towers that are in the checkpoint all the same: adapters, biases.
         needs: options that the weights hold for in one value alone, and what is said of other values.
     """
 
@@ -33,12 +34,17 @@ class Release:
     source: Callable[[str], Source | None]
     dead: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def named(self) -> str:
         """What tells this release from the method's others, as `dinov2_l + eva02`."""
         return " + ".join(self.options.values())
+
+    def is_beside(self, name: str) -> bool:
+        """Whether a tensor of ours in an absent tower is in such a checkpoint all the same."""
+        return any(re.search(pattern, name) for pattern in self.beside)
 
     def is_dead(self, key: str) -> bool:
         """Whether a tensor of such a checkpoint is one that nothing reads."""
