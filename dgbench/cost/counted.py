@@ -79,9 +79,10 @@ def made_now(subject: Subject) -> Tally:
 
     # the kernels' own name: they would not take tensors without data; what is computed is the same
     model = built(subject, weights="meta", backend="torch").to("meta")
-    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
     # what training alone needs, a teacher or a memory bank, is no part of the model
     held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
+    model.merge()  # as it is scored; what it holds is counted as it is trained
+    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
     return Tally((*held, _held(ITSELF, model.parameters(recurse=False))), counted)
 
 

@@ -356,9 +356,9 @@ def _visit(
     gpu = device.type == "cuda"
     ran = ops.tally()
     try:
-        with torch.device(device):
-            model = built(subject).to(device).eval()
+        model = _on(subject, device)
         model.check_backends()
+        merged = model.merge()  # as it is scored
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
         for size in batches or (1,):
@@ -367,6 +367,9 @@ def _visit(
             taken.best = taken.best or _best_batch(ask, device)
             taken.measure((_MODEL, taken.best), ask.batch(taken.best), device, energy=True)
         if gpu and slide is None:
+            if merged:
+                forward = ask = None  # type: ignore[assignment]
+                model = _on(subject, device)
             taken.measure((_STEP, _STEP_BATCH), _step(model, subject.size, device, dtype), device)
     except torch.OutOfMemoryError as error:
         taken.problem = str(error).splitlines()[0]  # what was measured before stays
@@ -375,6 +378,11 @@ def _visit(
         if gpu:
             torch.cuda.empty_cache()
     taken.backends |= ops.ran_since(ran)
+
+
+def _on(subject: Subject, device: torch.device) -> Segmentor:
+    with torch.device(device):
+        return built(subject).to(device).eval()
 
 
 def _with_times(row: Row, taken: _Taken, batches: Sequence[int]) -> Row:

@@ -63,6 +63,7 @@ def predict(photos: Sequence[Path], run: Path, out: Path, *, device: str | None 
     _refuse_unreadable(photos)  # all of them first: a bad file costs no model time
     on = pick_device(device)
     model = checkpoints.load_model(run).to(on)
+    model.merge()
     height = _trained_height(run)
     results = []
     for photo, target in zip(photos, targets, strict=True):
