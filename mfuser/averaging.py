@@ -1,4 +1,4 @@
-"""A moving average of the weights that are trained, kept beside them for scoring."""
+"""A moving average of the trained weights, which is scored in their place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightAverage(nn.Module):
     done: Tensor
 
     def __init__(self, model: nn.Module, start: int, momentum: float) -> None:
-        """Begin with the parameters of `model` that are trained."""
+        """Begin with a copy of the trained parameters of `model`."""
         super().__init__()
         self.start, self.momentum = start, momentum
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -27,7 +27,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: nn.Module, done: int) -> None:
-        """Take in the parameters as they are after `done` steps; a second time changes nothing."""
+        """Update by the parameters after `done` steps; a second call for the same step changes nothing."""
         if done <= self._taken:
             return
         held = dict(model.named_parameters())
@@ -40,7 +40,7 @@ class WeightAverage(nn.Module):
         self.done.fill_(done)
 
     def exchanged(self, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """A model's state with the averages in the parameters' places and the parameters in theirs.
+        """Return a model's state with averages and parameters in each other's places; the tensors are those of `state`.
 
         Args:
             prefix: of this module in the state.
@@ -51,12 +51,6 @@ class WeightAverage(nn.Module):
             exchanged[name], exchanged[own] = state[own], state[name]
         return exchanged
 
-    @torch.no_grad()
-    def exchange(self, model: nn.Module) -> None:
-        """Exchange averages and parameters: what `exchanged` wrote is as it was."""
-        held = dict(model.named_parameters())
-        for name, average in zip(self.names, self.values, strict=True):
-            kept = average.clone()
-            average.copy_(held[name])
-            held[name].copy_(kept)
+    def resume(self) -> None:
+        """Continue from the number of steps that was loaded into `done`."""
         self._taken = int(self.done)

@@ -24,50 +24,51 @@ class LowRankLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, *, parts: int = 1) -> None:
-        """Take the place of a layer, whose weight and bias it has from now on; at first its term is zero.
+        """Replace a layer, whose weight and bias it takes; its term is zero at first.
 
         Args:
             parts: how many weights are stacked in the layer's, 3 for queries, keys and values in one.
 
         Raises: ValueError for a rank beyond that of the weights.
         """
-        # no weight of its own: it would be drawn for nothing
+        # without a weight of its own, which would be drawn in vain
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scale, self.parts = rank, alpha / rank, parts
         highest = min(self.in_features, self.out_features // parts)
         if not 0 < rank <= highest:
-            raise ValueError(f"rank {rank} is not one of 1..{highest}, the ranks of a {self.out_features}x{self.in_features} layer")
+            shape = f"{self.out_features}x{self.in_features}"
+            raise ValueError(f"rank {rank} is not one of 1..{highest}, which a layer of {shape} allows; choose a lower rank")
         self.lora_a = nn.Parameter(torch.empty(parts * rank, self.in_features))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         low = F.linear(x, self.lora_a).chunk(self.parts, -1)
         terms = [F.linear(part, b) for part, b in zip(low, self.lora_b.chunk(self.parts), strict=True)]
         term = terms[0] if self.parts == 1 else torch.cat(terms, -1)
         return F.linear(x, self.weight, self.bias) + self.scale * term
 
     def term(self) -> Tensor:
-        """What is beside the weight, s B A, (out, in)."""
+        """Return s B A, (out, in)."""
         pairs = zip(self.lora_a.chunk(self.parts), self.lora_b.chunk(self.parts), strict=True)
         return self.scale * torch.cat([b @ a for a, b in pairs])
 
     def weights(self) -> Sequence[Tensor]:
-        """The weights that are stacked in the layer's."""
+        """Return the weights that are stacked in the layer's."""
         return self.weight.detach().chunk(self.parts)
 
     @torch.no_grad()
     def take_components(self, matrices: Iterable[Tensor], *, largest: bool = False) -> None:
-        """Make the terms of components of matrices, one for each part; see `components`."""
+        """Set the term to `components` of matrices, one for each part."""
         pairs = [components(matrix, self.rank, self.scale, largest=largest) for matrix in matrices]
         self.lora_a.copy_(torch.cat([a for a, _ in pairs]))
         self.lora_b.copy_(torch.cat([b for _, b in pairs]))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same."""
+        """Return a plain layer that computes the same."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(self.weight + self.term().to(self.weight.dtype), self.weight.requires_grad)
         plain.bias = self.bias
@@ -75,9 +76,9 @@ class LowRankLinear(nn.Linear):
 
 
 def components(matrix: Tensor, rank: int, scale: float = 1.0, *, largest: bool = False) -> tuple[Tensor, Tensor]:
-    """Factors A (rank, in) and B (out, rank) of the part of a matrix with its smallest singular values (SoMA, CVPR 2025).
+    """Return factors A (rank, in) and B (out, rank) of the part of a matrix with its smallest singular values (SoMA, CVPR 2025).
 
-    With the singular value decomposition U S V' in fp32: A = sqrt(S / scale) V', B = U sqrt(S / scale), so that scale B A is the part.
+    With the singular value decomposition U S V' in fp32, A = sqrt(S / scale) V' and B = U sqrt(S / scale): the part is scale B A.
 
     Args:
         largest: of the largest singular values instead (PiSSA, NeurIPS 2024).
@@ -89,17 +90,17 @@ def components(matrix: Tensor, rank: int, scale: float = 1.0, *, largest: bool =
 
 
 def add_low_rank(blocks: Iterable[nn.Module], rank: int, alpha: float) -> list[LowRankLinear]:
-    """Replace the linear layers in the attention and the feed-forward part of transformer blocks of timm's, and return the new.
+    """Replace the linear layers in attention and MLP of timm's transformer blocks, and return the new ones.
 
-    Queries, keys and values in one layer have terms of their own.
+    Where one layer makes queries, keys and values, each has a term of its own.
 
-    Raises: ValueError for an attention that does not call its layers, or a rank that is too high.
+    Raises: ValueError for an attention that does not call its layers, and for a rank that is too high.
     """
     added = []
     for block in blocks:
         attention: Any = block.attn
         if getattr(attention, "qkv", None) is not None and getattr(attention, "q_bias", None) is not None:
-            raise ValueError("its attention takes the weights out of its layers, which leaves no place for low-rank terms")
+            raise ValueError("the tower's attention reads weights without calling its layers: low-rank terms would be ignored")
         for path, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear) and path.partition(".")[0] in ("attn", "mlp"):
                 added.append(LowRankLinear(layer, rank, alpha, parts=3 if path == "attn.qkv" else 1))
@@ -108,9 +109,9 @@ def add_low_rank(blocks: Iterable[nn.Module], rank: int, alpha: float) -> list[L
 
 
 def factors(module: nn.Module) -> set[str]:
-    """The names of all low-rank factors in a module, which no published file of a tower has."""
-    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, LowRankLinear)]
-    return {f"{path}.{name}" if path else name for path, _ in layers for name in _FACTORS}
+    """Return the names of all low-rank factors in a module, which no published file of a tower has."""
+    paths = [path for path, layer in module.named_modules() if isinstance(layer, LowRankLinear)]
+    return {f"{path}.{name}" for path in paths for name in _FACTORS}
 
 
 def merge(module: nn.Module) -> bool:

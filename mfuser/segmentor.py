@@ -195,15 +195,15 @@ class Segmentor(nn.Module):
         """
 
     def weights_loaded(self) -> None:
-        """Derive what is computed from the towers' weights, by default nothing; a tower from scratch has drawn ones.
+        """Compute what depends on the towers' initial weights, by default nothing; a tower from scratch has random ones.
 
-        Called once, by `build` with weights="published": not for models that a checkpoint fills.
+        `build` calls it once with weights="published", not for models that a checkpoint fills.
         """
 
     def merge(self) -> bool:
-        """Fold into the weights what inference need not compute apart, in place and for good: such a model is not trained on.
+        """Add adapters to the weights that they adapt, where the method can, in place and for inference alone.
 
-        Returns: whether there was such a thing; by default there is none.
+        Returns: whether there was anything to merge; by default there is nothing.
         """
         return False
 

@@ -82,6 +82,7 @@ def made_now(subject: Subject) -> Tally:
     # what training alone needs, a teacher or a memory bank, is no part of the model
     held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
     model.merge()  # as it is scored; what it holds is counted as it is trained
+    model.requires_grad_(False)  # torch's counter fails on a view of a parameter that is trained
     counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
     return Tally((*held, _held(ITSELF, model.parameters(recurse=False))), counted)
 

@@ -51,7 +51,7 @@ def _left(step: int, steps: int, optim: OptimSpec) -> float:
     if optim.schedule == "constant" or step < optim.warmup_steps:
         return 1.0
     progress = (step - optim.warmup_steps) / _length(steps - optim.warmup_steps, optim)
-    return float((1 - progress) ** optim.power)
+    return float((1 - min(1.0, progress)) ** optim.power)
 
 
 def _length(steps: int, optim: OptimSpec) -> int:

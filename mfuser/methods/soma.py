@@ -4,9 +4,10 @@
 ("Singular Value Decomposed Minor Components Adaptation", CVPR 2025). All linear layers of the later two thirds of the blocks have
 such a term for each weight (queries, keys and values apart) and learn their biases, too; all else in the tower is frozen.
 
-`variant: sane` is the paper's order: B A is a part of the published weight and is taken out of it, so that training begins with the
-published tower. `release` is what the authors' code does, and their weights are made for: it decomposes the weights that PyTorch
-draws before the published ones are read, and adds that part to them, which moves the features by about a tenth at first.
+`variant: release` starts as the authors' code does, and their weights are made for: it decomposes the random weights that PyTorch
+draws before the published ones are loaded, and adds their part to the published weights, which moves the features by about a tenth.
+`variant: sane` starts as the paper says: B A is a part of the published weight and is subtracted from it, so that training starts
+from the published tower.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
     vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
-    variant: str = "release"  # the terms are parts of random weights; sane: of the published ones, and taken out of them
-    rank: int = 16  # of the terms
+    variant: str = "release"  # the terms are parts of random weights; sane: of the published ones, and subtracted from them
+    rank: int = 16  # of every term
     alpha: float = 16.0  # the terms are scaled by alpha / rank
     first_block: int | None = None  # those before it are frozen as a whole; None: 8 of 24, the same share of other depths
     ema_start: int | None = None  # step from which on the weights that are scored are a moving average; None: never
@@ -90,7 +91,7 @@ class SoMA(MaskSegmentor):
         o = options
         self.image_size, self.backend, self.variant = o.image_size, o.backend, o.variant
         self.average = None if o.ema_start is None else (o.ema_start, o.ema_momentum)
-        self.step: int | None = None  # that is trained now
+        self.step: int | None = None  # the current one of a training
         self.is_merged = False
         self.vfm = VisionEncoder(o.vfm, o.image_size, patch=o.patch)
         self.taps = four_taps(self.vfm.depth)
@@ -108,17 +109,17 @@ class SoMA(MaskSegmentor):
         self.decoder = Mask2Former(self.vfm.dim, queries=o.queries, classes=len(self.classes), backend=o.backend, **chosen(o))
 
     def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
-        """Outputs of the decoder."""
+        """Return the outputs of the decoder."""
         outputs: list[Output] = self.decoder(bilinear_scales(self.features(images)), last=last)
         return outputs
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Four maps (B, C, rows, columns) of the adapted tower."""
+        """Return four maps (B, C, rows, columns) of the adapted tower."""
         return self.vfm.tapped(images, self.taps)
 
     @torch.no_grad()
     def weights_loaded(self) -> None:
-        """Make the low-rank terms: of the tower's weights (`sane`), or of others that are drawn as PyTorch draws them."""
+        """Set the low-rank terms to parts of the tower's weights (`sane`), or of random ones, which are drawn by PyTorch's default."""
         for layer in self.layers:
             weights = layer.weights()
             if self.variant == "sane":
@@ -131,45 +132,45 @@ class SoMA(MaskSegmentor):
                 layer.take_components(drawn)
 
     def merge(self) -> bool:
-        """Add the low-rank terms to the tower's weights: a pass costs what the tower alone does."""
+        """Add the low-rank terms to the tower's weights; a forward pass then costs as much as the tower's own."""
         self.is_merged, self.layers = True, ()
         return merge(self.vfm)
 
-    # ---- the moving average: scored in place of the weights, and in their place in the model file
+    # ---- the moving average, which the model file has in place of the weights
 
     def enter_training(self) -> None:
-        """Begin the average."""
+        """Make the average."""
         if self.average is not None:
             start, momentum = self.average
             self.training_only = nn.ModuleDict({"average": WeightAverage(self, start, momentum)})
 
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
-        """Take the weights that the step before left into the average."""
+        """Update the average by the weights after the previous step."""
         self.step = step
         if (average := self._average()) is not None:
             average.follow(self, step)
 
     def model_state(self) -> dict[str, Tensor]:
-        """Return the tensors that evaluation needs: averages in place of the weights that they are of.
+        """Return the tensors that evaluation needs, averages in place of the trained weights.
 
-        Raises: ValueError for a merged model, which `options` do not describe.
+        Raises: ValueError for a merged model, which could not be loaded again.
         """
         if self.is_merged:
             raise ValueError("its low-rank terms are in the tower's weights; save the model before merge()")
         return {name: tensor for name, tensor in self._as_kept().items() if not name.startswith("training_only.")}
 
     def training_state(self) -> dict[str, Tensor]:
-        """Return what training goes on with: the weights themselves in place of their averages."""
+        """Return the tensors of `training_only`, the trained weights in place of their averages."""
         return {name: tensor for name, tensor in self._as_kept().items() if name.startswith("training_only.")}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Take back both: the averages from where the model file put them.
+        """Load the trained weights. The averages came from the model file, and `enter_training` copied them.
 
         Raises: as `Segmentor`.
         """
-        super().load_training_state(state)
+        super().load_training_state(state)  # into the tensors of `training_state`: the weights
         if (average := self._average()) is not None:
-            average.exchange(self)
+            average.resume()
 
     def _average(self) -> WeightAverage | None:
         parts = self._modules.get("training_only")

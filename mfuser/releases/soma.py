@@ -37,7 +37,7 @@ RELEASES = tuple(
         absent=absent,
         beside=(r"\.bias$", r"\.lora_[ab]$"),
         needs={
-            "variant": ("release", "whose towers have other weights below the terms"),
+            "variant": ("release", "from whose tower the terms were subtracted"),
             "rank": (16, "which needs other factors"),
             "alpha": (16.0, "by which the terms would be scaled otherwise"),
             "first_block": (None, "which adapts other blocks"),
