@@ -5,7 +5,7 @@
 such a term for each weight (queries, keys and values apart) and learn their biases, too; all else in the tower is frozen.
 
 `variant: release` starts as the authors' code does, and their weights are made for: it decomposes the random weights that PyTorch
-draws before the published ones are loaded, and adds their part to the published weights, which moves the features by about a tenth.
+draws before the published ones are loaded, and adds their part to the published ones, which moves the features by a tenth or so.
 `variant: sane` starts as the paper says: B A is a part of the published weight and is subtracted from it, so that training starts
 from the published tower.
 """
@@ -119,7 +119,7 @@ class SoMA(MaskSegmentor):
 
     @torch.no_grad()
     def weights_loaded(self) -> None:
-        """Set the low-rank terms to parts of the tower's weights (`sane`), or of random ones, which are drawn by PyTorch's default."""
+        """Set the low-rank terms to parts of the tower's weights (`sane`), or of random ones as PyTorch draws them."""
         for layer in self.layers:
             weights = layer.weights()
             if self.variant == "sane":
