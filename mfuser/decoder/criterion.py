@@ -104,6 +104,16 @@ class MaskCriterion(nn.Module):
         return torch.cat([uncertain, rest], 1)
 
 
+def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits (B, K, H, W) over the labelled pixels of labels (B, H, W); 0 where there is none.
+
+    Raises: TypeError or ValueError for labels that are no train ids, as `train_ids` does.
+    """
+    labels = train_ids(labels, logits.shape[1])
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
 def alignment_loss(logits: Tensor, labels: Tensor, *, count_ignored: bool = True) -> Tensor:
     """Cross entropy of the score map (B, K, h, w), upsampled to the labels (B, H, W).
 

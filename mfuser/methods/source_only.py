@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.labels import IGNORE, train_ids
+from mfuser.decoder.criterion import pixel_loss
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers.vit import VisionEncoder
 
@@ -60,10 +60,7 @@ class SourceOnly(Segmentor):
         Raises: TypeError or ValueError for labels that are no train ids.
         """
         # upsampling inside the loss keeps full-resolution logits of one batch only
-        logits = self(batch.images)
-        labels = train_ids(batch.labels, len(self.classes))
-        total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-        return {"loss_seg": total / (labels != IGNORE).sum().clamp(min=1)}
+        return {"loss_seg": pixel_loss(self(batch.images), batch.labels)}
 
     def _coarse(self, images: Tensor) -> Tensor:
         self.check_size(images)

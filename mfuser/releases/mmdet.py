@@ -1,18 +1,8 @@
-"""Names of parts that several methods' checkpoints have from mmdetection and from the authors of EVA."""
+"""Names of Mask2Former's parts in mmdetection 3, which the checkpoints of several methods have."""
 
 from __future__ import annotations
 
 from mfuser.towers.key_rules import Rules
-
-# our trunk is timm's EVA02; these are the names of its tensors in EVA's own code
-EVA: Rules = [
-    (r"attn\.([qv])_proj\.bias$", r"attn.\1_bias"),
-    (r"attn\.norm\.", "attn.inner_attn_ln."),
-    (r"mlp\.norm\.", "mlp.ffn_ln."),
-    (r"mlp\.fc1_g\.", "mlp.w1."),
-    (r"mlp\.fc1_x\.", "mlp.w2."),
-    (r"mlp\.fc2\.", "mlp.w3."),
-]
 
 # `mfuser.decoder.mask2former.Mask2Former`, named `decoder`, and mmdetection 3's head, named `decode_head`
 MASK2FORMER: Rules = [

@@ -9,7 +9,8 @@ from functools import partial
 
 from mfuser.keys import Source, renamed
 from mfuser.releases import Release
-from mfuser.releases.mmdet import EVA, MASK2FORMER
+from mfuser.releases.mmdet import MASK2FORMER
+from mfuser.releases.shared import EVA
 from mfuser.towers.key_rules import Rules
 
 MARKS = ("backbone.reins.learnable_tokens_a", "decode_head.querys2feat.weight")
