@@ -134,6 +134,14 @@ PROTOCOLS: dict[str, Protocol] = {
             fit={"cityscapes": (512, 1024), "bdd100k": (720, 1280), "mapillary": (512, 1024), "acdc": (540, 960)},
         ),
         Protocol(
+            "soma",
+            "SoMA with 512 crops",
+            mapillary_map="openseg",
+            upsampling="masks",
+            halved=("mapillary",),
+            fit={"cityscapes": (1024, 2048), "bdd100k": (720, 1280), "mapillary": (1024, 2048), "acdc": (540, 960)},
+        ),
+        Protocol(
             "vltseg-synthetic",
             "VLTSeg trained on GTA5 or SYNTHIA",
             upsampling="masks",

@@ -181,5 +181,5 @@ def sources_of(model: Segmentor, release: Release, names: Iterable[str]) -> dict
     """Return the key of each of a model's tensors in a release's checkpoint, for those that are in it."""
     towers = methods.towers(model.method)
     absent = tuple(f"{path}." for option in release.absent for path in towers[option].values())
-    found = {name: release.source(name) for name in names if not name.startswith(absent)}
+    found = {name: release.source(name) for name in names if not name.startswith(absent) or release.is_beside(name)}
     return {name: source for name, source in found.items() if source is not None}

@@ -194,6 +194,19 @@ class Segmentor(nn.Module):
             option: the one that names the tower.
         """
 
+    def weights_loaded(self) -> None:
+        """Compute what depends on the towers' initial weights, by default nothing; a tower from scratch has random ones.
+
+        `build` calls it once with weights="published", not for models that a checkpoint fills.
+        """
+
+    def merge(self) -> bool:
+        """Add adapters to the weights that they adapt, where the method can, in place and for inference alone.
+
+        Returns: whether there was anything to merge; by default there is nothing.
+        """
+        return False
+
     def check_backends(self) -> None:
         """Raise an error at once if the named backend cannot run here for any tensors.
 

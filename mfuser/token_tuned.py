@@ -43,7 +43,7 @@ class TokenTuned(MaskSegmentor):
         )
 
     def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
-        """Outputs of the decoder, whose queries are the same for all images."""
+        """Return the outputs of the decoder, whose queries are the same for all images."""
         features = bilinear_scales(self.features(images))
         positions = self.reins.queries()
         queries = self.querys2feat(positions).expand(len(images), -1, -1)

@@ -79,10 +79,13 @@ def made_now(subject: Subject) -> Tally:
 
     # the torch backend, since kernels do not take tensors without data; the computation is the same
     model = built(subject, weights="meta", backend="torch").to("meta")
-    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
     # training-only state, such as a teacher or a memory bank, is not part of the model
     held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
-    return Tally((*held, _held(ITSELF, model.parameters(recurse=False))), counted)
+    itself = _held(ITSELF, model.parameters(recurse=False))
+    model.merge()  # for evaluation, which is counted; parameters are those of training
+    model.requires_grad_(False)  # torch's counter fails on views of trained parameters
+    counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
+    return Tally((*held, itself), counted)
 
 
 def _held(name: str, parameters: Iterable[nn.Parameter]) -> Held:

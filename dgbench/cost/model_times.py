@@ -84,9 +84,9 @@ def visit(
     gpu = device.type == "cuda"
     ran = ops.tally()
     try:
-        with torch.device(device):
-            model = built(subject).to(device).eval()
+        model = _on(subject, device)
         model.check_backends()
+        merged = model.merge()
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
         for size in batches or (1,):
@@ -95,6 +95,9 @@ def visit(
             taken.best = taken.best or _best_batch(ask, device)
             taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
         if gpu and slide is None:
+            if merged:  # a step trains what is apart
+                forward = ask = None  # type: ignore[assignment]
+                model = _on(subject, device)
             taken.measure((STEP, STEP_BATCH), training_step(model, subject.size, device, dtype), device)
     except torch.OutOfMemoryError as error:
         taken.problem = str(error).splitlines()[0]  # what was measured before stays
@@ -103,6 +106,11 @@ def visit(
         if gpu:
             torch.cuda.empty_cache()
     taken.backends |= ops.ran_since(ran)
+
+
+def _on(subject: Subject, device: torch.device) -> Segmentor:
+    with torch.device(device):
+        return built(subject).to(device).eval()
 
 
 class _Asked:

@@ -149,6 +149,7 @@ def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
             continue
         if before is not None and _state(folder) == before:
             found.model.to(device).check_backends()
+            found.model.merge()
             return found
     raise CheckpointError(
         f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",

@@ -1,7 +1,8 @@
-"""Optimizers of a recipe's `optim`: parameter groups by key path, and each group's learning rate at a step."""
+"""Optimizers of a recipe's `optim`: parameter groups by key path, and each group's learning rate and weight decay at a step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +16,18 @@ from mfuser.segmentor import Segmentor
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Peak and minimum of a group's learning rate."""
+    """Peak and minimum of a group's learning rate, and its initial weight decay."""
 
     peak: float
     floor: float
+    weight_decay: float = 0.0
 
     def at(self, step: int, steps: int, optim: OptimSpec) -> float:
         """Return the learning rate of a step: linear warm-up, then poly decay to the floor, or a constant rate.
 
-        The conventions are mmengine's (LinearLR, PolyLR): warm-up rises from `warmup_ratio` of the peak at step 0 to the peak
-        at `warmup_steps`; the poly part, (peak - floor) (1 - t)^power + floor, runs over the steps after it. The floor is
+        The forms are those of mmengine's LinearLR and PolyLR: warm-up rises from `warmup_ratio` of the peak at step 0 to the
+        peak; the poly part, (peak - floor) (1 - t)^power + floor, runs over the steps after `warmup_steps`. Peak and floor are
+        reached by the step behind the last of each part or, with `ends: last`, by its last, as mmengine has it. The floor is
         absolute: a group whose peak is lower rises to it.
         """
         return self.peak * self.factor(step, steps, optim) if self.peak else self.floor * (1 - _left(step, steps, optim))
@@ -32,17 +35,28 @@ class Rate:
     def factor(self, step: int, steps: int, optim: OptimSpec) -> float:
         """Return the rate of a step as a factor on the peak."""
         if step < optim.warmup_steps:
-            return optim.warmup_ratio + (1 - optim.warmup_ratio) * step / optim.warmup_steps
+            return optim.warmup_ratio + (1 - optim.warmup_ratio) * step / _length(optim.warmup_steps, optim)
         floor = self.floor / self.peak
         return float((1 - floor) * _left(step, steps, optim) + floor)
+
+    def decay_at(self, step: int, steps: int, optim: OptimSpec) -> float:
+        """Return the weight decay of a step; a cosine runs from the group's own to `to`, which the step after the last has."""
+        if (schedule := optim.weight_decay_schedule) is None:
+            return self.weight_decay
+        return schedule.to + (self.weight_decay - schedule.to) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _left(step: int, steps: int, optim: OptimSpec) -> float:
     """Return (1 - t)^power, 1 until the end of warm-up."""
     if optim.schedule == "constant" or step < optim.warmup_steps:
         return 1.0
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return float((1 - progress) ** optim.power)
+    progress = (step - optim.warmup_steps) / _length(steps - optim.warmup_steps, optim)
+    return float((1 - min(1.0, progress)) ** optim.power)
+
+
+def _length(steps: int, optim: OptimSpec) -> int:
+    """Return the length of a part of the schedule, at whose end its last value is reached."""
+    return max(1, steps - (optim.ends == "last"))
 
 
 def optimizer_of(model: Segmentor, optim: OptimSpec) -> tuple[torch.optim.Optimizer, list[Rate]]:
@@ -80,7 +94,7 @@ def groups(model: Segmentor, optim: OptimSpec) -> tuple[list[dict[str, Any]], li
                 row["weight_decay"] = base["weight_decay"] if own.weight_decay is None else own.weight_decay
                 floor = optim.min_lr if own.min_lr is None else own.min_lr
             rows.append(row)
-            rates.append(Rate(row["lr"], floor))
+            rates.append(Rate(row["lr"], floor, row["weight_decay"]))
     return rows, rates
 
 

@@ -68,6 +68,7 @@ def predict(
     refuse_unreadable(files)  # all of them first: a bad file costs no model time
     on = pick_device(device)
     model = checkpoints.load_model(run).to(on)
+    model.merge()
     height = _trained_height(run)
     results = []
     progress = progress if progress and len(files) > 1 else Silent()

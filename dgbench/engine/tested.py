@@ -71,6 +71,7 @@ def load(
     found = []
     for run in runs:
         model = checkpoints.load_model(run).to(on)
+        model.merge()
         model.check_backends()
         path = run / "recipe.yaml"
         recipe = load_recipe(str(path), root=root) if path.is_file() else None

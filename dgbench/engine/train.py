@@ -171,6 +171,7 @@ def train(
                 set_seed(_mix(spec.seed, step, accelerator.process_index))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate.at(step, spec.steps, recipe.optim)
+                    group["weight_decay"] = rate.decay_at(step, spec.steps, recipe.optim)
                 batch = batches.batch_of(samples, accelerator.device, step, spec.steps)
                 terms: dict[str, Tensor] = loss_of(batch)
                 loss = torch.stack(list(terms.values())).sum()

@@ -110,7 +110,7 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
 _LATER = {
     "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
     "train": ("init",),
-    "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "groups"),
+    "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "ends", "weight_decay_schedule", "groups"),
 }
 
 

@@ -31,6 +31,13 @@ class GroupSpec(Spec):
     min_lr: Annotated[Number, Field(ge=0)] | None = None
 
 
+class WeightDecaySchedule(Spec):
+    """How the weight decay of every group, also of those that begin at 0, changes until the last step."""
+
+    to: Annotated[Number, Field(ge=0)]
+    shape: Literal["cosine"] = "cosine"
+
+
 Share = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -48,6 +55,9 @@ class OptimSpec(Spec):
     momentum: Share = 0.9  # SGD's
     nesterov: Flag = False  # SGD's
     schedule: Literal["poly", "constant"] = "poly"
+    # which step warm-up and decay have ended at: the one behind their last, or their last, as in mmengine
+    ends: Literal["after", "last"] = "after"
+    weight_decay_schedule: WeightDecaySchedule | None = None  # null: constant
     # by key path, `backbone` or `backbone.patch_embed`; of several that hold a parameter the longest counts
     groups: dict[str, GroupSpec] = Field(default_factory=dict)
 

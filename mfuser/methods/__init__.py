@@ -218,6 +218,8 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
             model.take_scalars(option, load_tower(tower, files[tower], modules))
     if weights != "meta":
         fill(model)
+    if weights == "published":
+        model.weights_loaded()
     return model.eval()
 
 

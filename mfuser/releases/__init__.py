@@ -24,6 +24,7 @@ class Release:
         source: our tensor's name -> where it is in the checkpoint; None for tensors that the authors keep elsewhere.
         dead: patterns of the checkpoint's tensors that are unused.
         absent: options whose towers are not in the checkpoint because they are frozen and keep their published weights.
+        beside: patterns of our names of tensors in absent towers that the checkpoint has nevertheless: adapters, biases.
         needs: options that must have one value for these weights, and a description of that value for errors.
     """
 
@@ -33,12 +34,17 @@ class Release:
     source: Callable[[str], Source | None]
     dead: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def named(self) -> str:
         """Towers that distinguish this release from the method's others, as `dinov2_l + eva02`."""
         return " + ".join(self.options.values())
+
+    def is_beside(self, name: str) -> bool:
+        """Return whether such a checkpoint has this tensor of ours although its tower is absent."""
+        return any(re.search(pattern, name) for pattern in self.beside)
 
     def is_dead(self, key: str) -> bool:
         """Return whether a tensor of such a checkpoint is unused."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.keys import Source, renamed
+from mfuser.lowrank import factors
 from mfuser.towers.key_rules import TIMM_FILE
 from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound
@@ -69,10 +70,11 @@ def taken(
     Raises: ValueError naming the tensor that is missing or does not fit.
     """
     source_of = published(tower, part)
+    ours = factors(module)
     values, used = {}, set()
     for name, target in module.state_dict().items():
-        if part == "head" and "adapter" in name:
-            continue  # MFuser's own layers in this module
+        if name in ours or (part == "head" and "adapter" in name):
+            continue  # low-rank factors; MFuser's own layers in this module
         source = source_of(name)
         try:
             value = source.read(state)

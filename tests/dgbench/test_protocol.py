@@ -45,6 +45,12 @@ CHANGED = {
         ("paper-full", "cityscapes", (1024, 2048), (1024, 2048)),
         ("paper-full", "mapillary", (2448, 3264), (1024, 1365)),
         ("paper-full", "mapillary", (3264, 2448), (1365, 1024)),
+        # SoMA's 512 configs: Cityscapes 2048x1024, the halved Mapillary within 2048x1024, ACDC 960x540
+        ("soma", "cityscapes", (1024, 2048), (1024, 2048)),
+        ("soma", "bdd100k", (720, 1280), (720, 1280)),
+        ("soma", "mapillary", (2448, 3264), (1024, 1365)),
+        ("soma", "mapillary", (1000, 1200), (1024, 1229)),
+        ("soma", "acdc-rain", (1080, 1920), (540, 960)),
         # VLTSeg's brings BDD to 1820x1024 after training on real images, and within 1024x512 after synthetic ones
         ("vltseg-real", "bdd100k", (720, 1280), (1024, 1820)),
         ("vltseg-synthetic", "bdd100k", (720, 1280), (512, 910)),
@@ -70,6 +76,7 @@ def test_test_sizes(protocol: str, domain: str, file_size: tuple[int, int], test
         ("unified", 1024, 683),
         ("unified", 256, 171),
         ("paper-half", 512, 341),
+        ("soma", 512, 341),
         ("vltseg-synthetic", 512, 426),
         ("vltseg-real", 1024, 768),
     ],

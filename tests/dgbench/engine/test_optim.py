@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+from golden_files import numbers
 from torch import nn
 
 import mfuser
 from dgbench.engine.optim import Rate, groups, optimizer_of
+from dgbench.engine.train import train
 from dgbench.errors import RecipeError
+from dgbench.progress import Silent
 from dgbench.recipe import OptimSpec, load_recipe, recipe_hash
 from mfuser.segmentor import Segmentor
 
@@ -45,7 +51,7 @@ def test_without_keys_the_groups_are_the_methods_own() -> None:
     assert [{**row, "params": list(map(id, row["params"]))} for row in rows] == [
         {**row, "params": list(map(id, row["params"]))} for row in own
     ]
-    assert rates == [Rate(0.01, 0.0)] * len(own)
+    assert rates == [Rate(0.01, 0.0, row["weight_decay"]) for row in own]
 
 
 def test_the_longest_key_path_decides_and_what_it_leaves_out_is_the_methods() -> None:
@@ -89,6 +95,43 @@ def test_each_groups_rate_is_mmengines_with_an_absolute_floor(peak: float) -> No
     found = [rate.at(step, 30, optim) for step in range(30)]
     warm = [peak * (1e-6 + (1 - 1e-6) * step / 5) for step in range(5)]
     assert found == pytest.approx([*warm, *mmengine(peak, 5, 30, 0.9, 1e-6)], rel=1e-9)
+
+
+SOMA = {
+    "gta512": load_recipe("soma/dinov2_l-gta", check_method=False).optim,
+    "c2bm512": load_recipe("soma/dinov2_l-city", check_method=False).optim,
+}
+SOMA["acdc1024"] = SOMA["gta512"].model_copy(update={"warmup_steps": 10_000, "warmup_ratio": 1e-6})
+
+
+@pytest.mark.parametrize("setting", SOMA)
+def test_with_its_ends_at_the_last_step_the_schedule_is_the_one_that_somas_optimizer_had(setting: str) -> None:
+    goldens, optim = numbers("soma"), SOMA[setting]
+    rates = [Rate(optim.groups["vfm"].lr_factor * optim.lr, 0.0), Rate(optim.lr, 0.0), Rate(optim.lr, 0.0)]
+    for step, theirs in zip(goldens["schedule.iters"].tolist(), goldens[f"schedule.{setting}.lr"].tolist(), strict=True):
+        assert [rate.at(step, 40_000, optim) for rate in rates] == pytest.approx(theirs, rel=1e-6, abs=0), step
+
+
+def test_a_cosine_takes_the_weight_decay_of_every_group_to_its_end_as_somas_does() -> None:
+    goldens, optim = numbers("soma"), SOMA["gta512"]
+    rates = [Rate(5e-5, 0.0, 0.05), Rate(1e-4, 0.0, 0.05), Rate(1e-4, 0.0, 0.0)]
+    for step, theirs in zip(goldens["schedule.iters"].tolist(), goldens["schedule.weight_decay"].tolist(), strict=True):
+        if step < 40_000:  # there is no such step
+            assert [rate.decay_at(step, 40_000, optim) for rate in rates] == pytest.approx(theirs, rel=1e-6, abs=1e-16), step
+
+
+def test_without_a_schedule_weight_decay_stays() -> None:
+    assert [Rate(0.01, 0.0, 0.1).decay_at(step, 3, spec()) for step in range(3)] == [0.1] * 3
+
+
+def test_the_weight_decay_of_a_step_is_what_the_optimizer_takes(tmp_path: Path) -> None:
+    settings = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=2", "train.steps=4", "train.batch_size=2"]
+    recipe = load_recipe("streets/source-only", [*settings, "optim.weight_decay_schedule={to: 0.5, shape: cosine}"])
+    train(recipe, tmp_path / "run", progress=Silent(), device="cpu")
+    (folder,) = (tmp_path / "run" / "checkpoint").iterdir()
+    held = [group["weight_decay"] for group in torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]]
+    left = (1 + math.cos(math.pi * 3 / 4)) / 2
+    assert held == pytest.approx([0.5 - 0.49 * left, 0.5 - 0.5 * left])
 
 
 def test_a_factor_of_zero_keeps_still_but_for_the_floor() -> None:
