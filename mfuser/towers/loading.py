@@ -1,4 +1,4 @@
-"""Towers' published weights: how they get into a model. Where they come from and are is `mfuser.towers.weights`.
+"""Loading of towers' published weights into a model; `mfuser.towers.weights` knows where they are.
 
 A large tower is built with its parameters on the meta device (`unfilled`): no memory, no random draws. It is then
 filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
@@ -24,11 +24,11 @@ def fill(model: nn.Module, drawn: Collection[str] = ()) -> None:
     """Give values to the parameters that are still on the meta device: matrices N(0, 0.02), scales 1, biases 0.
 
     Args:
-        drawn: dotted names of others that are given such values, too.
+        drawn: dotted names of others that get such values, too.
     """
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and (parameter.is_meta or f"{path}.{name}" in drawn):
+            if parameter is not None and (parameter.is_meta or f"{path}.{name}".removeprefix(".") in drawn):
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
                 if value.dim() > 1:
                     value.normal_(std=0.02)
@@ -68,7 +68,7 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
 def taken(
     tower: str, part: str, module: nn.Module, state: Mapping[str, Tensor], file: Path
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a part of a tower from its published file, and the file's names that they come from.
+    """Return the tensors of a part of a tower from its published file, and the file's names that they come from.
 
     Raises: ValueError naming the tensor that is missing or does not fit.
     """
@@ -76,13 +76,13 @@ def taken(
     values, used = {}, set()
     for name, target in module.state_dict().items():
         if part == "head" and "adapter" in name:
-            continue  # MFuser's own layers, which live there
+            continue  # MFuser's own layers in this module
         source = source_of(name)
         try:
             value = source.read(state)
         except KeyError as error:
             raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
-        # towers with registers keep positions of their patches alone
+        # towers with registers have position embeddings for patches only
         prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
         embed: Any = getattr(module, "patch_embed", None)
         grid = embed.grid_size if embed is not None else None
@@ -108,7 +108,7 @@ def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int, gr
 
 
 def resampled_positions(table: Tensor, grid: tuple[int, int], prefix: int, mode: str) -> Tensor:
-    """Position table (prefix + s*s, C) of a square grid to (prefix + rows * columns, C); class rows are kept.
+    """Resample a square grid's position table (prefix + s*s, C) to (prefix + rows * columns, C); class rows are kept.
 
     Raises: ValueError if the table is not a square's.
     """
