@@ -1,4 +1,4 @@
-"""The checkpoints of the re-implementation of VLTSeg: EVA02-CLIP-L, trained on one or two of several sources."""
+"""The checkpoints of VLTSeg's re-implementation: EVA02-CLIP-L at 224 pixels, trained on synthetic or on real images."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from mfuser.keys import Source, renamed
 from mfuser.releases import Release
 from mfuser.releases.mmdet import MASK2FORMER
 from mfuser.releases.shared import EVA
+from mfuser.towers.key_rules import Rules
+
+_REST: Rules = [(r"^fpn1\.", "backbone.fpn1."), (r"^fpn2\.", "backbone.fpn2.0."), *MASK2FORMER]
 
 
 def _source(name: str) -> Source:
     if name.startswith("vfm.trunk."):
         return renamed(name.removeprefix("vfm.trunk."), [*EVA, (r"^", "backbone.")])
-    if name.startswith("decoder."):
-        return renamed(name.removeprefix("decoder."), MASK2FORMER)
-    return renamed(name, [(r"^fpn1\.", "backbone.fpn1."), (r"^fpn2\.", "backbone.fpn2.0.")])
+    return renamed(name, _REST)
 
 
 RELEASES = (
