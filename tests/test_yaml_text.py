@@ -471,6 +471,7 @@ HASHES = {
     "mfuser/eva02-gta": "46db625485e6",
     "mfuser/siglip-city": "af8a713d65ed",
     "mfuser/siglip-gta": "a9fec040c243",
+    "streets/ci": "d0b6cac45e74",
     "streets/mfuser": "b9584e79b059",
     "streets/mfuser-gpu": "71019620cb63",
     "streets/smoke": "4818375df3e2",
