@@ -276,6 +276,8 @@ def test_flags_pick_a_recipe_or_override_it() -> None:
         "streets/mfuser",
         ["method.vlm=clip", "data.source=gta5"],
     )
+    # two recipes are equally near: the one with the method's default tower
+    assert resolve("vltseg", vfm="dinov2_s") == ("vltseg/eva02-gta", ["method.vfm=dinov2_s"])
 
 
 def test_key_paths_are_keys_that_can_be_set() -> None:

@@ -494,6 +494,11 @@ HASHES = {
     "streets/set": "0d8a06bfa701",
     "streets/smoke": "4818375df3e2",
     "streets/source-only": "deef3dcffd66",
+    "streets/vltseg": "e8575202df7a",
+    "vltseg/clip_b-gta": "bfa9315bd314",
+    "vltseg/eva02-city": "90c0c927b640",
+    "vltseg/eva02-gta": "8981e8542872",
+    "vltseg/eva02-synthia": "589063f50a6f",
 }
 
 

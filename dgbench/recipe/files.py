@@ -102,7 +102,7 @@ def resolve(
         return name, [*(setting(key, text) for key, text in flags.items() if text), *added]
     method, rows = _of_method(name)
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
-    near, domain = _nearest(towers, rows), _domain(source, root)
+    near, domain = _nearest(method, towers, rows), _domain(source, root)
     on_it = [(found, row) for found, row in near if row["source"] == domain]
     # if no recipe of this method trains on that source: its default one with the source changed
     found = _first(method, on_it or near)
@@ -182,17 +182,27 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
     raise RecipeError(f"--{kind}: {message}", hint + also)
 
 
-def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]]]) -> Sequence[tuple[str, dict[str, str]]]:
-    """Return the recipes for these towers: their own, else of the same family and size, the same size, or trained the same."""
+def _nearest(
+    method: str, towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]]]
+) -> Sequence[tuple[str, dict[str, str]]]:
+    """Return the recipes for these towers: their own, else of the same family and size, the same size, or trained the same.
+
+    Of recipes for several towers that are equally near, those for the method's default one.
+    """
+    from mfuser.methods import described_options
+
     near = list(rows)
+    if not towers:
+        return near
     for kind in ("vlm", "vfm", "backbone"):
         if asked := towers.get(kind):
             least = min(_remoteness(asked, row[kind]) for _, row in near)
             near = [(name, row) for name, row in near if _remoteness(asked, row[kind]) == least]
-    vlms = [row["vlm"] for _, row in near]
-    if towers and len(set(vlms)) > 1:
-        usual = "eva02" if "eva02" in vlms else vlms[0]  # the default of MFuser's Options
-        near = [(name, row) for name, row in near if row["vlm"] == usual]
+    for option in described_options(method):
+        if option.name in ("vlm", "vfm", "backbone"):
+            has = [row[option.name] for _, row in near]
+            usual = option.default if option.default in has else has[0]
+            near = [(name, row) for name, row in near if row[option.name] == usual]
     return near
 
 

@@ -217,7 +217,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
             modules = {part: model.get_submodule(path) for part, path in parts.items()}
             model.take_scalars(option, load_tower(tower, files[tower], modules))
     if weights != "meta":
-        fill(model)
+        fill(model, model.drawn)
     if weights == "published":
         model.weights_loaded()
     return model.eval()

@@ -6,7 +6,7 @@ filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound
 
 
-def fill(model: nn.Module) -> None:
-    """Give values to the parameters that are still on the meta device: matrices N(0, 0.02), scales 1, biases 0."""
-    for module in model.modules():
+def fill(model: nn.Module, drawn: Collection[str] = ()) -> None:
+    """Give values to the parameters that are still on the meta device: matrices N(0, 0.02), scales 1, biases 0.
+
+    Args:
+        drawn: dotted names of others that get such values, too.
+    """
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and (parameter.is_meta or f"{path}.{name}".removeprefix(".") in drawn):
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
                 if value.dim() > 1:
                     value.normal_(std=0.02)

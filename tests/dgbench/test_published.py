@@ -91,8 +91,9 @@ def test_numbers_keep_the_digits_they_were_printed_with(capsys: pytest.CaptureFi
     assert re.search(r"^pub  Vireo +DINOv2-L +70\.69 +62\.91 +69\.63 +\(67\.74\) +half +own", text, re.MULTILINE)
 
 
-def test_rows_of_mfuser_name_recipes_that_are_there() -> None:
-    recipes = {row["recipe"] for table in TABLES for row in table["rows"] if "recipe" in row}
-    folder = Path(__file__).parents[2] / "recipes"
-    assert len(recipes) == 6
-    assert all((folder / f"{name}.yaml").is_file() for name in recipes)
+def test_rows_name_recipes_of_their_own_method_and_source() -> None:
+    named = [(table, row) for table in TABLES for row in table["rows"] if "recipe" in row]
+    assert {row["method"] for _, row in named} >= {"MFuser", "VLTSeg"}
+    for table, row in named:
+        recipe = yaml.safe_load(Path(__file__).parents[2].joinpath("recipes", f"{row['recipe']}.yaml").read_text())
+        assert (recipe["method"]["name"], recipe["data"]["source"]) == (row["method"].lower(), table["source"])
