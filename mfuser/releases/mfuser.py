@@ -6,17 +6,10 @@ from functools import partial
 
 from mfuser.keys import Source, renamed
 from mfuser.releases import Release
+from mfuser.releases.shared import EVA, TEXT_QUERY_HEAD
 from mfuser.towers.key_rules import OPENAI, Rules
 
 # our towers are timm's; these are the same towers in the words of the projects that they come from
-_EVA: Rules = [
-    (r"attn\.([qv])_proj\.bias$", r"attn.\1_bias"),
-    (r"attn\.norm\.", "attn.inner_attn_ln."),
-    (r"mlp\.norm\.", "mlp.ffn_ln."),
-    (r"mlp\.fc1_g\.", "mlp.w1."),
-    (r"mlp\.fc1_x\.", "mlp.w2."),
-    (r"mlp\.fc2\.", "mlp.w3."),
-]
 _SIGLIP_IMAGE: Rules = [
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
     (r"^pos_embed$", "embeddings.position_embedding.weight^1"),
@@ -39,33 +32,17 @@ _SIGLIP_TEXT: Rules = [
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
 
-_DECODER: Rules = [
-    (r"^pixel_decoder\.(layers|post_norm)\.", r"decode_head.pixel_decoder.encoder.\1."),
-    (r"^pixel_decoder\.(lateral|output)_conv\.", r"decode_head.pixel_decoder.\1_convs.0."),
-    (r"^pixel_decoder\.", "decode_head.pixel_decoder."),
-    (r"(encoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.0."),
-    (r"(encoder\.layers\.\d+)\.cross_attn\.", r"\1.attentions.1.attn."),
-    (r"^mask_decoder\.(text_proj|query_embed|level_embed|cls_embed|mask_embed)\.", r"decode_head.\1."),
-    (r"^mask_decoder\.", "decode_head.transformer_decoder."),
-    (r"(transformer_decoder\.layers\.\d+)\.cross_attn\.", r"\1.attentions.0.attn."),
-    (r"(transformer_decoder\.layers\.\d+)\.self_attn\.", r"\1.attentions.1.attn."),
-    (r"^(decode_head\..*)\.ffn\.0\.", r"\1.ffns.0.layers.0.0."),
-    (r"^(decode_head\..*)\.ffn\.2\.", r"\1.ffns.0.layers.1."),
-    (r"^(decode_head\..*)\.norm1\.", r"\1.norms.0."),
-    (r"^(decode_head\..*)\.norm2\.", r"\1.norms.1."),
-    (r"^(decode_head\..*)\.norm3\.", r"\1.norms.2."),
-]
 _SHARED: Rules = [
     (r"^adapters\.", "backbone.adapter."),
     (r"^adapter_proj", "backbone.adapter_proj"),
     (r"^embedding\.adapter_proj3\.", "backbone.adapter_proj3."),
     (r"^fpn1\.", "backbone.fpn1."),
     (r"^fpn2\.", "backbone.fpn2.0."),
-    *_DECODER,
+    *TEXT_QUERY_HEAD,
 ]
 # vision-language tower -> part of our model -> rules to the authors' names below `backbone.` or `text_encoder.`
 _AUTHORS: dict[str, dict[str, Rules]] = {
-    "eva02": {"trunk": _EVA, "head": [], "text": []},
+    "eva02": {"trunk": EVA, "head": [], "text": []},
     "clip": {"trunk": OPENAI, "head": [(r"^head\.weight$", "proj^T")], "text": []},
     "siglip": {
         "trunk": _SIGLIP_IMAGE,
