@@ -340,8 +340,8 @@ FUSERS: dict[str, Callable[[Site], Fuser]] = {
 }
 
 
-class TextSelfAttention(nn.Module):
-    """Self-attention among the class texts; no bias on queries, keys and values."""
+class TextAttention(nn.Module):
+    """Attention of the class texts, among themselves or to a memory; no bias on queries, keys and values."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -350,9 +350,11 @@ class TextSelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, K, D) -> (B, K, D)."""
-        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """(B, K, D) that look at (B, L, D) -> (B, K, D)."""
+        seen = x if memory is None else memory
+        given = ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
+        q, k, v = (project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for project, tokens in given)
         out: Tensor = self.dropout(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
         return out
 
@@ -372,7 +374,7 @@ class MTEnhancerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = TextSelfAttention(dim, heads, dropout)
+        self.self_attn = TextAttention(dim, heads, dropout)
         self.cross_attn = MVFuser(
             dim, state=state, dropout=dropout, backend=backend, double_bias=double_bias, double_gate=double_gate
         )

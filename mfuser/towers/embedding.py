@@ -1,4 +1,4 @@
-"""Embedding of the last tokens of two towers in the text's space: a class for each kind of text encoder."""
+"""Embedding of the last tokens of one tower, or of two, in the text's space: a class for each kind of text encoder."""
 
 from __future__ import annotations
 
@@ -72,6 +72,23 @@ class PooledEmbedding(nn.Module):
         attended, _ = self.attention(queries, tokens, tokens, need_weights=False)
         out: Tensor = attended + self.mlp(self.norm(attended))
         return out
+
+
+class LinearEmbedding(nn.Module):
+    """The image embedding of one tower alone, EVA02's or CLIP's: its normed tokens through its linear head.
+
+    Args:
+        tower: the image tower.    dim: width of the text's embeddings.    bias: EVA02's head has one, CLIP's has not.
+    """
+
+    def __init__(self, tower: VisionEncoder, dim: int, *, bias: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(tower.dim, dim, bias=bias)
+
+    def forward(self, tower: VisionEncoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1 + g*g, C) tokens after the last block -> global (B, 1, D) and visual (B, g*g, D)."""
+        embedded = self.head(tower.finish(tokens))
+        return embedded[:, :1], embedded[:, 1:]
 
 
 # by the kind that the tower's row names, see `TextTower.embedding`

@@ -77,26 +77,45 @@ class TextEncoder(nn.Module):
 
     def forward(self, contexts: Tensor) -> Tensor:
         """Class embeddings (K, dim), not normalised; contexts (1, n, width)."""
-        tower = self.tower
-        tokens = tower.token_embedding(self.token_ids)  # (K, 5, width)
+        tokens = self.tower.token_embedding(self.token_ids)  # (K, 5, width)
         rows = contexts.expand(len(tokens), -1, -1)
-        tokens = torch.cat([tokens[:, : self.start], rows, tokens[:, self.start :]], 1)
-        length = tokens.shape[1]
-        tokens = tokens + tower.positional_embedding[:length]
-        mask = tower.attn_mask[:length, :length] if self.causal else None
-        tokens = tower.ln_final(tower.transformer(tokens, attn_mask=mask))
+        tokens = self._transformed(torch.cat([tokens[:, : self.start], rows, tokens[:, self.start :]], 1))
         if self.causal:
             # CLIP's end token has the largest id; its row moved back by the context
-            end = self.token_ids.argmax(-1) + contexts.shape[1]
-            pooled = tokens[torch.arange(len(tokens), device=tokens.device), end]
-        elif self.pad is not None:
+            return self._read(tokens, self.token_ids.argmax(-1) + contexts.shape[1])
+        if self.pad is not None:
             # SigLIP's end token and its padding share an id: the last word is read there
             place = torch.arange(self.token_ids.shape[1], device=tokens.device)
-            last = ((self.token_ids != self.pad) * place).amax(-1) + contexts.shape[1]
-            pooled = tokens[torch.arange(len(tokens), device=tokens.device), last]
-        else:
-            pooled = tokens[:, -1]
-        projection = tower.text_projection
+            return self._read(tokens, ((self.token_ids != self.pad) * place).amax(-1) + contexts.shape[1])
+        return self._projected(tokens[:, -1])
+
+    def sentences(self, token_ids: Tensor) -> Tensor:
+        """Embeddings (K, dim) of whole sentences, not normalised, without context.
+
+        Args:
+            token_ids: (K, L) from `tokenize`, with at most as many tokens as a class's name and its context have together.
+
+        Raises: ValueError for a longer line, or a tower without an end token of its own (SigLIP's).
+        """
+        rows = len(self.tower.positional_embedding)
+        if not self.causal or token_ids.shape[1] > rows:
+            allowed = f"sentences of at most {rows} tokens" if self.causal else "none: its end token is no other than its padding"
+            raise ValueError(f"`{self.name}` reads {allowed}; got {token_ids.shape[1]} tokens")
+        return self._read(self._transformed(self.tower.token_embedding(token_ids)), token_ids.argmax(-1))
+
+    def _transformed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens (K, L, width) through the tower."""
+        tower, length = self.tower, tokens.shape[1]
+        tokens = tokens + tower.positional_embedding[:length]
+        mask = tower.attn_mask[:length, :length] if self.causal else None
+        out: Tensor = tower.ln_final(tower.transformer(tokens, attn_mask=mask))
+        return out
+
+    def _read(self, tokens: Tensor, place: Tensor) -> Tensor:
+        return self._projected(tokens[torch.arange(len(tokens), device=tokens.device), place])
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        projection = self.tower.text_projection
         out: Tensor = projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
         return out
 
@@ -128,8 +147,8 @@ def listed_ids(token_ids: Any, classes: int) -> list[list[int]]:
     return [[int(i) for i in line] for line in ids]
 
 
-def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
-    """Token ids (K, 5) of the class names, by the tower's own tokenizer.
+def tokenize(name: str, classes: Sequence[str], length: int = CONTEXT_LENGTH) -> list[list[int]]:
+    """Token ids (K, length) of the class names, or of sentences, by the tower's own tokenizer; longer ones are cut.
 
     CLIP's vocabulary comes with open_clip; SigLIP's is a file of the Hub, read from the local cache.
 
@@ -137,14 +156,14 @@ def tokenize(name: str, classes: Sequence[str]) -> list[list[int]]:
     """
     row = _text_tower(name)
     if isinstance(row.tokenizer, HubFile):
-        return _from_file(name, row.tokenizer, row.pad, classes)
+        return _from_file(name, row.tokenizer, row.pad, classes, length)
     from open_clip import get_tokenizer
 
-    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=CONTEXT_LENGTH)(list(classes)))
+    ids = np.asarray(get_tokenizer(row.tokenizer, context_length=length)(list(classes)))
     return [[int(i) for i in line] for line in ids]
 
 
-def _from_file(name: str, file: HubFile, pad: int, classes: Sequence[str]) -> list[list[int]]:
+def _from_file(name: str, file: HubFile, pad: int, classes: Sequence[str], length: int) -> list[list[int]]:
     # what open_clip does through `transformers`, with the library that does the work there
     from open_clip.tokenizer import get_clean_fn
     from tokenizers import Tokenizer
@@ -159,7 +178,7 @@ def _from_file(name: str, file: HubFile, pad: int, classes: Sequence[str]) -> li
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise WeightsNotFound(f"{path} is damaged: {error}", f"delete it and run: dgbench download {name}") from None
-    tokenizer.enable_truncation(CONTEXT_LENGTH)
-    tokenizer.enable_padding(length=CONTEXT_LENGTH, pad_id=pad)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=pad)
     clean = get_clean_fn("canonicalize")
     return [list(line.ids) for line in tokenizer.encode_batch([clean(text) for text in classes])]
