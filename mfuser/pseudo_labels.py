@@ -1,0 +1,76 @@
+"""Labels of images that have none: a teacher's, refined by masks without classes; and a distortion of the images' colours."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfuser.labels import IGNORE
+
+POINTS = 5  # per component
+NO_SEGMENT = 255
+
+
+def refined(labels: Tensor, segments: Tensor, larger_than: int) -> Tensor:
+    """Give the classes of a teacher's labels to segments, as CLOUDS does with SAM's masks.
+
+    Every connected component (4 neighbours) of more than `larger_than` pixels puts five random points; the segment that most
+    of them fall on becomes its mask. A pixel that several masks claim, or none, is ignored. An image whose components claim no
+    segment keeps its labels.
+
+    Args:
+        labels: (B, H, W) train ids.    segments: (B, H, W), the number of each pixel's segment, 255 for none.
+    """
+    given, numbers = labels.cpu().numpy(), segments.cpu().numpy()
+    found = np.stack([_refined(one, other, larger_than) for one, other in zip(given, numbers, strict=True)])
+    return torch.from_numpy(found).to(labels)
+
+
+def _refined(labels: np.ndarray, segments: np.ndarray, larger_than: int) -> np.ndarray:
+    from scipy import ndimage
+
+    out = np.full_like(labels, IGNORE)
+    claims: dict[int, list[int]] = {}  # segment -> the class of each component that takes it
+    for train_id in np.unique(labels):
+        components, count = ndimage.label(labels == train_id)
+        sizes = np.bincount(components.ravel(), minlength=count + 1)
+        for component in np.flatnonzero(sizes[1:] > larger_than) + 1:
+            places = np.flatnonzero(components == component)
+            chosen = torch.randperm(len(places))[:POINTS].numpy()
+            hit = segments.ravel()[places[chosen]]
+            number = int(np.bincount(hit).argmax())
+            if number != NO_SEGMENT:
+                claims.setdefault(number, []).append(int(train_id))
+    if not claims:
+        return labels
+    for number, classes in claims.items():
+        if len(classes) == 1:
+            out[segments == number] = classes[0]
+    return out
+
+
+def distorted(images: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of images (B, 3, H, W) in [0, 1], each in half of the draws.
+
+    The ranges and the order are those of SSD's distortion (Liu et al., ECCV 2016) as detectron2's projects have it.
+    """
+    return torch.stack([_distorted(image) for image in images])
+
+
+def _distorted(image: Tensor) -> Tensor:
+    from torchvision.transforms.v2 import functional as tv
+
+    brightness, first, contrast, saturation, hue = (torch.rand(5) < 0.5).tolist()
+    shift, factor, colour, turn = torch.rand(4).tolist()
+    if brightness:
+        image = (image + (2 * shift - 1) * 32 / 255).clamp(0, 1)
+    if contrast and first:
+        image = (image * (0.5 + factor)).clamp(0, 1)
+    if saturation:
+        image = tv.adjust_saturation(image.clamp(0, 1), 0.5 + colour)
+    if hue:
+        image = tv.adjust_hue(image.clamp(0, 1), (2 * turn - 1) * 0.1)
+    if contrast and not first:
+        image = (image * (0.5 + factor)).clamp(0, 1)
+    return image

@@ -1,0 +1,108 @@
+"""Prompts: the words that stand for each class, put into sentences, and their embeddings by a text tower.
+
+A word's embedding is the mean over its sentences, each of length 1, brought to length 1 again (CLIP's prompt ensembling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.towers.text import prompt_ids, prompt_tower
+
+# the words of CLOUDS' file classes_with_prompt_eng.txt, in the order of the train ids
+SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ("road", "railroad"),
+    ("sidewalk", "pavement"),
+    ("building", "buildings", "edifice", "edifices", "house", "ceiling"),
+    ("wall", "walls", "brick wall", "stone wall", "tile wall", "wood wall"),
+    ("fence", "fences"),
+    ("pole", "poles"),
+    ("traffic light", "traffic lights"),
+    ("traffic sign", "stop sign"),
+    ("vegetation", "tree", "trees", "palm tree", "bushes"),
+    ("terrain", "river", "sand", "sea", "snow", "water", "mountain", "grass", "dirt", "rock"),
+    ("sky", "clouds"),
+    ("person",),
+    ("rider",),
+    ("car", "cars"),
+    ("truck", "trucks"),
+    ("bus", "buses"),
+    ("train", "trains", "locomotive", "locomotives", "freight train"),
+    ("motorcycle", "motorcycles"),
+    ("bicycle", "bicycles", "bike"),
+)
+# ViLD's sentences (Gu et al., ICLR 2022), as FC-CLIP and CLOUDS have them
+TEMPLATES = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+
+class PromptEncoder(nn.Module):
+    """Embeddings (W, D), of length 1, of W words in all sentences, by a causal text tower.
+
+    A frozen tower reads them once; what it said is kept until other weights are loaded.
+
+    Attributes: dim, the width D of the embeddings.
+    """
+
+    token_ids: Tensor
+    kept: Tensor | None
+
+    def __init__(self, name: str, words: Sequence[str], templates: Sequence[str] = TEMPLATES, *, dim: int = 64) -> None:
+        """Build with random weights.
+
+        Args:
+            name: a row of TOWERS with a text tower.    words: W of them.    templates: sentences with a `{}`.
+            dim: D of a tower that is trained from scratch; the others have their own.
+        """
+        super().__init__()
+        ids = prompt_ids(name, [template.format(word) for word in words for template in templates])
+        self.tower = prompt_tower(name, length=ids.shape[1], dim=dim)
+        self.sentences = len(templates)
+        self.dim: int = self.tower.text_projection.shape[-1]
+        self.register_buffer("token_ids", ids, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
+        self.tower.register_load_state_dict_post_hook(self._forget)
+
+    def forward(self) -> Tensor:
+        """Embed."""
+        parameter = next(self.tower.parameters())
+        if any(p.requires_grad for p in self.tower.parameters()):
+            return self._read()
+        if parameter.is_meta:  # no image costs what is read once
+            return parameter.new_empty(len(self.token_ids) // self.sentences, self.dim)
+        if self.kept is None:
+            # an ordinary tensor, whoever asks first
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+                self.kept = self._read()
+        return self.kept
+
+    def _read(self) -> Tensor:
+        tower, length = self.tower, self.token_ids.shape[1]
+        tokens = tower.token_embedding(self.token_ids) + tower.positional_embedding[:length]
+        tokens = tower.transformer(tokens, attn_mask=tower.attn_mask[:length, :length])
+        # the end token has the largest id; what comes behind it is not seen from there
+        ends = self.token_ids.argmax(-1)
+        pooled = tower.ln_final(tokens[torch.arange(len(tokens), device=tokens.device), ends])
+        each = F.normalize(pooled @ tower.text_projection, dim=-1)
+        return F.normalize(each.unflatten(0, (-1, self.sentences)).mean(1), dim=-1)
+
+    def _forget(self, *_: object) -> None:
+        self.kept = None
