@@ -74,7 +74,11 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
             raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
         raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
     plain = towers("vfm", "vlm")
-    for kind, tower, known in (("vlm", vlm, towers("vlm")), ("vfm", vfm, plain), ("backbone", backbone, towers("vfm", "vlm", "cnn"))):
+    for kind, tower, known in (
+        ("vlm", vlm, towers("vlm")),
+        ("vfm", vfm, plain),
+        ("backbone", backbone, towers("vfm", "vlm", "cnn")),
+    ):
         if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind != "vlm"):
             continue
         hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind != "vlm" else "")

@@ -131,9 +131,10 @@ def streams(
         named_ = ", ".join(f"`{extra.name}`" for extra in missing)
         beside = missing[0].beside
         what = f"a folder with images/ and {beside}/" if beside else "a folder of images"
+        also = "" if missing[0].segments else ", or a domain's name"
         raise RecipeError(
             f"`{method}` trains with further images, but data.extra does not say where {named_} are",
-            f"--set data.extra.{missing[0].name}=PATH, {what}{'' if missing[0].segments else ', or a domain\'s name'}",
+            f"--set data.extra.{missing[0].name}=PATH, {what}{also}",
         )
     return [_stream(extra, given[extra.name], method, crop, targets, root, domains) for extra in declared]
 

@@ -109,9 +109,7 @@ class Head(nn.Module):
             backend=o.backend,
         )
         self.queries = LearnedQueries(o.queries, o.decoder_dim)
-        self.mask_decoder = PooledMaskDecoder(
-            text_dim, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim
-        )
+        self.mask_decoder = PooledMaskDecoder(text_dim, dim=o.decoder_dim, layers=o.mask_layers, heads=o.heads, ffn_dim=o.ffn_dim)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
