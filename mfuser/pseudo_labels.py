@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mfuser.labels import IGNORE
@@ -27,7 +30,7 @@ def refined(labels: Tensor, segments: Tensor, larger_than: int) -> Tensor:
     return torch.from_numpy(found).to(labels)
 
 
-def _refined(labels: np.ndarray, segments: np.ndarray, larger_than: int) -> np.ndarray:
+def _refined(labels: NDArray[np.int64], segments: NDArray[np.integer[Any]], larger_than: int) -> NDArray[np.int64]:
     from scipy import ndimage
 
     out = np.full_like(labels, IGNORE)
@@ -39,9 +42,8 @@ def _refined(labels: np.ndarray, segments: np.ndarray, larger_than: int) -> np.n
             places = np.flatnonzero(components == component)
             chosen = torch.randperm(len(places))[:POINTS].numpy()
             hit = segments.ravel()[places[chosen]]
-            number = int(np.bincount(hit).argmax())
-            if number != NO_SEGMENT:
-                claims.setdefault(number, []).append(int(train_id))
+            if (hit := hit[hit != NO_SEGMENT]).size:
+                claims.setdefault(int(np.bincount(hit).argmax()), []).append(int(train_id))
     if not claims:
         return labels
     for number, classes in claims.items():

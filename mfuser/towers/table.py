@@ -324,7 +324,7 @@ TOWERS: dict[str, Tower] = {
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
-    # networks of convolutions, see `mfuser.towers.cnn`; CLIP's layers behind the maps, to one embedding of an image, are not built
+    # networks of convolutions, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
     "convnext_l_clip": Tower(
         "convnext_large",
         32,
