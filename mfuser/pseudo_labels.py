@@ -1,4 +1,4 @@
-"""Labels of images that have none: a teacher's, refined by masks without classes; and a distortion of the images' colours."""
+"""Pseudo-labels for unlabelled images: refinement by class-agnostic segments; and the photometric distortion of a batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NO_SEGMENT = 255
 
 
 def refined(labels: Tensor, segments: Tensor, larger_than: int) -> Tensor:
-    """Give the classes of a teacher's labels to segments, as CLOUDS does with SAM's masks.
+    """Return pseudo-labels (B, H, W) in which segments have the classes of a teacher's labels, as CLOUDS does with SAM's masks.
 
-    Every connected component (4 neighbours) of more than `larger_than` pixels puts five random points; the segment that most
-    of them fall on becomes its mask. A pixel that several masks claim, or none, is ignored. An image whose components claim no
-    segment keeps its labels.
+    In each connected component (4-connectivity) of more than `larger_than` pixels five points are drawn; the segment that contains
+    most of them becomes the component's mask. Pixels in several masks, or in none, are ignored (255). An image without such a
+    mask keeps the teacher's labels.
 
     Args:
         labels: (B, H, W) train ids.    segments: (B, H, W), the number of each pixel's segment, 255 for none.
@@ -34,7 +34,7 @@ def _refined(labels: NDArray[np.int64], segments: NDArray[np.integer[Any]], larg
     from scipy import ndimage
 
     out = np.full_like(labels, IGNORE)
-    claims: dict[int, list[int]] = {}  # segment -> the class of each component that takes it
+    claims: dict[int, list[int]] = {}  # segment -> the class of each component whose mask it is
     for train_id in np.unique(labels):
         components, count = ndimage.label(labels == train_id)
         sizes = np.bincount(components.ravel(), minlength=count + 1)
@@ -53,9 +53,9 @@ def _refined(labels: NDArray[np.int64], segments: NDArray[np.integer[Any]], larg
 
 
 def distorted(images: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of images (B, 3, H, W) in [0, 1], each in half of the draws.
+    """Return images (B, 3, H, W) in [0, 1] with changed brightness, contrast, saturation and hue, each with probability 0.5.
 
-    The ranges and the order are those of SSD's distortion (Liu et al., ECCV 2016) as detectron2's projects have it.
+    Ranges and order are those of SSD's distortion (Liu et al., ECCV 2016) as in detectron2.
     """
     return torch.stack([_distorted(image) for image in images])
 

@@ -98,7 +98,7 @@ class MaskDecoder(nn.Module):
         return outputs or [(self._classes(normed, masks, mask_features), masks)]
 
     def _classes(self, normed: Tensor, masks: Tensor, mask_features: Tensor) -> Tensor:
-        """Class logits (B, Q, K + 1) of queries (B, Q, D); a subclass may look at what their masks (B, Q, h, w) cover, too."""
+        """Return class logits (B, Q, K + 1) of queries (B, Q, D); a subclass can use their masks (B, Q, h, w) as well."""
         logits: Tensor = self.cls_embed(normed)
         return logits
 

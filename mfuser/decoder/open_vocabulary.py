@@ -1,4 +1,4 @@
-"""Classes by text: what a query sees is embedded where the words are, and the nearest word decides (as in FC-CLIP and CLOUDS)."""
+"""Open-vocabulary classification of queries: class logits are similarities to text embeddings (as in FC-CLIP and CLOUDS)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mfuser.decoder.mask_decoder import MaskDecoder
 
 
 class PooledMaskDecoder(MaskDecoder):
-    """A mask decoder that gives class embeddings (B, Q, E) in place of class logits: of a query and of what its mask covers.
+    """A mask decoder that returns class embeddings (B, Q, E) in place of class logits.
 
-    `text_logits` makes class logits of them, with the learned `logit_scale`.
+    An embedding is made from the query and from the mask features pooled over its mask. `text_logits` computes class logits from
+    it, with the learned `logit_scale`.
 
     Args:
         text_dim: E.    others: as MaskDecoder's.
@@ -37,20 +38,20 @@ class PooledMaskDecoder(MaskDecoder):
 
 
 def mask_pooling(features: Tensor, mask_logits: Tensor) -> Tensor:
-    """Mean (B, Q, C) of features (B, C, h, w) where each mask (B, Q, h, w) is above 0; no gradient goes to the masks."""
+    """Return the mean (B, Q, C) of features (B, C, h, w) where each mask (B, Q, h, w) is above 0; masks get no gradient."""
     inside = (mask_logits.detach() > 0).to(mask_logits.dtype)
     share = inside / (inside.sum((-1, -2), keepdim=True) + 1e-8)
     return torch.einsum("bchw,bqhw->bqc", features, share)
 
 
 def text_logits(embeddings: Tensor, text: Tensor, words: Sequence[int], logit_scale: Tensor) -> Tensor:
-    """Class logits (B, Q, K + 1): scaled cosines, of each class that of its nearest word; the last one is "no object".
+    """Return class logits (B, Q, K + 1): scaled cosine similarities, the largest of each class's words; the last is "no object".
 
     Args:
-        embeddings: (B, Q, E).    text: (W + 1, E), of length 1: the words, class by class, and "no object".
-        words: how many of them each of the K classes has.    logit_scale: the logarithm of the scale, which is at most 100.
+        embeddings: (B, Q, E).    text: (W + 1, E), normalised: the words, class by class, and "no object".
+        words: the number of words of each of the K classes.    logit_scale: logarithm of the scale, which is at most 100.
     """
     cosines = F.normalize(embeddings, dim=-1) @ text.t()
     logits = logit_scale.exp().clamp(max=100) * cosines
-    nearest = [part.max(-1).values for part in logits.split([*words, 1], -1)]
-    return torch.stack(nearest, -1)
+    largest = [part.max(-1).values for part in logits.split([*words, 1], -1)]
+    return torch.stack(largest, -1)

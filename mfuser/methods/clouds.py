@@ -1,16 +1,17 @@
-"""CLOUDS: a frozen CLIP of convolutions, a mask decoder whose classes are words, and generated images.
+"""CLOUDS: a frozen convolutional CLIP, a mask decoder that classifies by text, and training with generated images.
 
-The classes are the words of a frozen text tower: a query's embedding, and what its mask covers, is held against all words of
-all classes ("Collaborating Foundation Models for Domain Generalized Semantic Segmentation", CVPR 2024). Training has two
-stages. The first sees the source alone. The second begins with the first's weights (`train.init`) and sees as many generated
-images as source images; their labels are what a teacher says, which follows the head by a moving average.
+A query is classified by the similarity of its embedding to the text embeddings of all synonyms of all classes ("Collaborating
+Foundation Models for Domain Generalized Semantic Segmentation", CVPR 2024). Training has two stages. The first uses the source
+alone. The second starts from the first's weights (`train.init`) and adds generated images, pseudo-labelled by a teacher that is
+an exponential moving average of the head.
 
-The release follows its authors' code. What differs:
-- the authors ask SAM, in training, for the masks around five random points of every large component of the teacher's labels, and
-  fall back to those labels themselves. Here SAM is not run: its masks may lie beside the images, made before (`segments`), and
-  each component takes the segment that most of its points fall on; without them the teacher's labels are used as they are.
-- a step sees as many generated as source images; the authors draw both from one pool, in shares that are not known.
-- hue and saturation of a generated image are changed by torchvision, brightness and contrast as the authors do.
+Model, losses and the first stage follow the authors' code. Of the second stage these differ:
+- The authors run SAM in training, prompted by five random points of every large component of the teacher's labels. Here SAM's
+  masks can be stored beside the images, made in advance (`segments`), and each component takes the segment that contains most of
+  its points; otherwise the teacher's labels are used unchanged, which is what the authors do where no component is large enough.
+- A step has as many generated as source images. The authors sample both from one pool; the size of the generated set, and with it
+  the ratio, is not in their repository.
+- Saturation and hue of generated images are changed by torchvision's functions.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ SOURCE_ONLY = "stage 1 only"
 
 # sizes by the tower; an option left at None takes them from here
 _SIZES: dict[str, dict[str, int | bool]] = {
-    "full": {**SIZES["full"], "queries": 100, "sentences": len(TEMPLATES), "component": 5000, "freeze_towers": True},
-    "tiny_cnn": {**SIZES["tiny"], "queries": 40, "sentences": 1, "component": 139, "freeze_towers": False},
+    "full": {**SIZES["full"], "queries": 100, "templates": len(TEMPLATES), "component": 5000, "freeze_towers": True},
+    "tiny_cnn": {**SIZES["tiny"], "queries": 40, "templates": 1, "component": 139, "freeze_towers": False},
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a model is built from. Sizes at None are the release's, or smaller ones with the tower `tiny_cnn`."""
+    """Options of the model. Sizes at None are the release's, or smaller ones with the tower `tiny_cnn`."""
 
-    backbone: str = "convnext_l_clip"  # a row of mfuser.towers.table.TOWERS that is a network of convolutions with a text tower
-    variant: str = "release"  # both stages: generated images, too; or "stage 1 only", trained on the source alone
-    segments: bool = False  # generated images come with SAM's masks; else the teacher's labels are taken as they are
+    backbone: str = "convnext_l_clip"  # a row of mfuser.towers.table.TOWERS that is a convolutional network with a text tower
+    variant: str = "release"  # the second stage, with generated images; or "stage 1 only", trained on the source alone
+    segments: bool = False  # SAM's masks are stored beside the generated images; else the teacher's labels are used unchanged
     image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window; every size is scored
     queries: int | None = None
-    sentences: int | None = None  # how many of the prompt templates are read
+    templates: int | None = None  # number of prompt templates
     decoder_dim: int | None = None  # width of pixel and mask decoder
     heads: int | None = None  # attention heads of both
     pixel_layers: int | None = None
@@ -73,8 +74,8 @@ class Options:
     points: int | None = None  # of deformable attention, per head and scale
     groups: int | None = None  # of the decoder's group norms
     mask_points: int | None = None  # sampled per mask by matching and criterion
-    component: int | None = None  # pixels above which a component of the teacher's labels asks for SAM's masks
-    freeze_towers: bool | None = None  # image and text tower keep their weights
+    component: int | None = None  # pixels that a component of the teacher's labels must exceed to get one of SAM's masks
+    freeze_towers: bool | None = None  # image and text tower are not trained
     backend: str = "auto"  # of the custom operators
 
     def __post_init__(self) -> None:
@@ -83,17 +84,19 @@ class Options:
                 object.__setattr__(self, name, value)
         there = [name for name, row in TABLE.items() if row.channels and row.text]
         if self.backbone not in there:
-            raise ValueError(f"backbone `{self.backbone}` is no network of convolutions with a text tower; choose from {there}")
+            raise ValueError(f"backbone `{self.backbone}` is no convolutional network with a text tower; choose from {there}")
         if self.variant not in ("release", SOURCE_ONLY):
             raise ValueError(f"variant `{self.variant}` is unknown; choose from release, {SOURCE_ONLY}")
         if self.segments and self.variant == SOURCE_ONLY:
-            raise ValueError(f"segments are of generated images, which variant `{SOURCE_ONLY}` has not; set variant to release")
-        if not 1 <= int(self.sentences or 0) <= len(TEMPLATES):
-            raise ValueError(f"sentences are {self.sentences}, expected 1 to {len(TEMPLATES)}")
+            raise ValueError(
+                f"segments belong to generated images, which variant `{SOURCE_ONLY}` does not use; set variant to release"
+            )
+        if not 1 <= int(self.templates or 0) <= len(TEMPLATES):
+            raise ValueError(f"templates is {self.templates}, expected 1 to {len(TEMPLATES)}")
 
 
 class Head(nn.Module):
-    """Four maps to the class embeddings and mask logits of learned queries; the teacher is a copy of it."""
+    """Pixel decoder, learned queries and mask decoder: what is trained. The teacher is a copy of it."""
 
     def __init__(self, channels: tuple[int, ...], text_dim: int, options: Options) -> None:
         super().__init__()
@@ -113,7 +116,7 @@ class Head(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Draw as Mask2Former's code for detectron2 does; what it leaves to PyTorch is as built."""
+        """Initialise as Mask2Former does in detectron2; embeddings, class and mask heads keep PyTorch's defaults."""
         pixel = self.pixel_decoder
         for convolution in pixel.input_convs:
             nn.init.xavier_uniform_(convolution.conv.weight)  # type: ignore[arg-type,union-attr]
@@ -129,7 +132,11 @@ class Head(nn.Module):
             layer.self_attn.reset_parameters()  # type: ignore[operator,union-attr]
 
     def forward(self, maps: list[Tensor], text: Tensor, words: tuple[int, ...], *, last: bool = False) -> list[Output]:
-        """Class logits (B, Q, K + 1) by text (W + 1, E) and mask logits (B, Q, h, w), per decoder output or of the last."""
+        """Return class logits (B, Q, K + 1) and mask logits (B, Q, h, w) of every decoder output, or of the last.
+
+        Args:
+            text: (W + 1, E), see `text_logits`.    words: the number of words of each class.
+        """
         mask_features, scales = self.pixel_decoder(maps)
         decoder = self.mask_decoder
         outputs = decoder(scales, mask_features, *self.queries(len(maps[0])), last=last)
@@ -137,14 +144,14 @@ class Head(nn.Module):
 
 
 class Clouds(Segmentor):
-    """The model; see the module's head for the idea and `Options` for the sizes."""
+    """The model; see the module docstring for the idea and `Options` for the sizes."""
 
     ops = ("ms_deform_attn",)
     any_size = True
     no_decay = ()
     no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.Embedding)
 
-    EVERY, KEEP = 100, 0.999  # steps between two of the teacher's, and the share that it keeps
+    EVERY, KEEP = 100, 0.999  # steps between two updates of the teacher, and its momentum
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -154,7 +161,7 @@ class Clouds(Segmentor):
         self.words = tuple(len(words) for words in SYNONYMS)
         self.encoder = CNNEncoder(o.backbone)
         words = [word for words in SYNONYMS for word in words]
-        self.prompts = PromptEncoder(o.backbone, words, TEMPLATES[: o.sentences], dim=o.decoder_dim)
+        self.prompts = PromptEncoder(o.backbone, words, TEMPLATES[: o.templates], dim=o.decoder_dim)
         self.void_embedding = nn.Embedding(1, self.prompts.dim)
         self.head = Head(self.encoder.channels, self.prompts.dim, options)
         self.criterion = MaskCriterion(len(self.classes), matcher=Hungarian(o.mask_points), points=o.mask_points)
@@ -163,25 +170,25 @@ class Clouds(Segmentor):
             self.prompts.requires_grad_(False)
             self.eval_parts = ("encoder", "prompts")
         else:
-            # words that no prompt has would only drift by weight decay
+            # tokens that occur in no prompt would change by weight decay only
             self.prompts.tower.token_embedding.requires_grad_(False)
         if o.variant != SOURCE_ONLY:
             self.extras = (Extra("generated", segments=o.segments),)
             self.eval_parts = (*self.eval_parts, "training_only.teacher")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
+        """Return class scores (B, K, H, W): at most the number of queries, not probabilities."""
         logits, masks = self.masks(images)
         return class_scores(logits, _enlarged(masks, (images.shape[-2], images.shape[-1])))
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of the last decoder layer; those of a padded image are of its own size, the padding cut off."""
+        """Return class and mask logits of the last decoder layer; if the image was padded, masks have its size, without the padding."""
         self.check_size(images)
         logits, masks = self.head(self._maps(images), self._text(), self.words, last=True)[-1]
         return logits, _without_padding(masks, (images.shape[-2], images.shape[-1]))
 
     def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
-        """Class, mask and dice terms of every decoder output, over source and generated images together."""
+        """Return class, mask and dice terms of every decoder output, over source and generated images together."""
         images, labels, text = batch.images, batch.labels, self._text()
         if self.extras:
             clean, segments = _flipped(batch.extra["generated"], batch.extra.get("generated_segments"))
@@ -192,19 +199,19 @@ class Clouds(Segmentor):
         return terms
 
     def enter_training(self) -> None:
-        """Make the teacher of the second stage."""
+        """Create the teacher of the second stage."""
         if self.extras:
             self.training_only = nn.ModuleDict({"teacher": copy.deepcopy(self.head).requires_grad_(False)})
 
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
-        """Move the teacher."""
+        """Update the teacher."""
         if self.extras and step and step % self.EVERY == 0:
             with torch.no_grad():
                 for old, new in zip(self.training_only["teacher"].parameters(), self.head.parameters(), strict=True):
                     old.lerp_(new, 1 - self.KEEP)
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """As every method's; the pixel decoder's level encoding decays, which is no embedding in the release."""
+        """Return groups without weight decay on norms and embeddings; the level encoding of the pixel decoder has it, as in the release."""
         groups = super().groups(lr, weight_decay)
         level = self.head.pixel_decoder.level_encoding.weight
         groups[1]["params"] = [p for p in groups[1]["params"] if p is not level]
@@ -212,7 +219,7 @@ class Clouds(Segmentor):
         return groups
 
     def _text(self) -> Tensor:
-        """(W + 1, E), of length 1: every word, and "no object"."""
+        """Return the normalised embeddings (W + 1, E) of all words and of "no object"."""
         return torch.cat([self.prompts(), F.normalize(self.void_embedding.weight, dim=-1)])
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -222,7 +229,7 @@ class Clouds(Segmentor):
 
     @torch.no_grad()
     def _taught(self, images: Tensor, text: Tensor, segments: Tensor | None) -> Tensor:
-        """Train ids (B, H, W) of generated images, 255 where SAM's masks leave a pixel to none or to several."""
+        """Return pseudo-labels (B, H, W) of generated images."""
         logits, masks = self.training_only["teacher"](self._maps(images), text, self.words, last=True)[-1]
         size = (images.shape[-2], images.shape[-1])
         labels = class_scores(logits, _enlarged(_without_padding(masks, size), size)).argmax(1)
@@ -236,7 +243,7 @@ def _enlarged(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _without_padding(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits as they are where the encoder padded nothing, else enlarged to the padded size and cut to the image's."""
+    """Return mask logits unchanged if nothing was padded, else upsampled to the padded size and cut to the image."""
     height, width = (side * STRIDES[0] for side in masks.shape[-2:])
     if (height, width) == size:
         return masks
@@ -244,7 +251,7 @@ def _without_padding(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _flipped(images: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Mirror half of the images, and their segments with them."""
+    """Mirror each image with probability 0.5, and its segments with it."""
     chosen = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
     return images, None if segments is None else torch.where(chosen[:, None, None], segments.flip(-1), segments)

@@ -1,7 +1,7 @@
-"""Convolutional towers from timm: an image to maps of four strides.
+"""Convolutional towers from timm: feature maps of strides 4, 8, 16 and 32.
 
-Raw outputs of the four stages, without a norm behind them, as detectors and segmentation decoders take them. Every size is
-taken: an image is padded to whole cells of the coarsest map.
+The maps are the raw outputs of the four stages, without a final norm. Images can have any size: they are padded to multiples of
+the largest stride.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class CNNEncoder(nn.Module):
-    """A network of timm's that gives four maps.
+    """A convolutional network of timm with four output maps.
 
     Attributes:
         channels: of the maps, finest first; their strides are `STRIDES`.
@@ -40,7 +40,7 @@ class CNNEncoder(nn.Module):
         row = tower(name)
         if not row.channels:
             there = ", ".join(known for known, other in TOWERS.items() if other.channels)
-            raise ValueError(f"`{name}` is no network of convolutions; choose from {there}")
+            raise ValueError(f"`{name}` is no convolutional network; choose from {there}")
         self.name, self.channels = name, row.channels
         if row.timm is None:
             from timm.models.resnet import BasicBlock, ResNet
@@ -52,13 +52,13 @@ class CNNEncoder(nn.Module):
             # large: its parameters stay on the meta device until they are loaded, or drawn by `loading.fill`
             with unfilled():
                 self.trunk = timm.create_model(row.timm, pretrained=False, num_classes=0, **row.options)
-        # what comes behind the last map has no gradient
+        # final norm and head are not used
         self.trunk.prune_intermediate_layers(len(STRIDES), prune_norm=True)
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W) in [0, 1] to four maps (B, C, h, w), finest first.
+        """Return four maps (B, C, h, w), finest first, of images (B, 3, H, W) in [0, 1].
 
         Images are normalised, and then padded with zeros on the right and below to multiples of 32 pixels.
         """

@@ -1,7 +1,7 @@
-"""How the files on the Hub name the tensors of our towers: rules from our name in a part to the published one.
+"""Names of our towers' tensors in the files on the Hub: rules from our name in a part to the published one.
 
 Parts are the image `trunk`, the `head` that follows it, and the `text` tower. A rule is a pattern and its replacement, applied
-in order; `mfuser.keys` says what `^T`, `^1` and `{q,k,v}` in a replacement stand for. Our image towers are timm's, and our
+in order; `mfuser.keys` says what `^T`, `^1` and `{q,k,v}` in a replacement mean. Our image towers are timm's, and our
 text towers open_clip's.
 """
 
@@ -27,7 +27,7 @@ OPENAI: Rules = [
 
 # a file of timm's own model
 TIMM_FILE: Mapping[str, Rules] = {"trunk": []}
-# files of open_clip's models: EVA02-CLIP's, those with a network of convolutions, OpenAI's, SigLIP's
+# files of open_clip's models: EVA02-CLIP's, those with a convolutional network, OpenAI's, SigLIP's
 EVA_CLIP_FILE: Mapping[str, Rules] = {
     "trunk": [(r"^", "visual.trunk.")],
     "head": [(r"^head\.", "visual.trunk.head.")],

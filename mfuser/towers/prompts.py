@@ -1,6 +1,6 @@
-"""Prompts: the words that stand for each class, put into sentences, and their embeddings by a text tower.
+"""Prompts: synonyms of each class, inserted into templates, and their embeddings by a text tower.
 
-A word's embedding is the mean over its sentences, each of length 1, brought to length 1 again (CLIP's prompt ensembling).
+The embedding of a word is the normalised mean of the normalised embeddings of its prompts (CLIP's prompt ensembling).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mfuser.towers.text import prompt_ids, prompt_tower
 
-# the words of CLOUDS' file classes_with_prompt_eng.txt, in the order of the train ids
+# from CLOUDS' classes_with_prompt_eng.txt, in the order of the train ids
 SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("road", "railroad"),
     ("sidewalk", "pavement"),
@@ -35,7 +35,7 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("motorcycle", "motorcycles"),
     ("bicycle", "bicycles", "bike"),
 )
-# ViLD's sentences (Gu et al., ICLR 2022), as FC-CLIP and CLOUDS have them
+# ViLD's templates (Gu et al., ICLR 2022), as in FC-CLIP and CLOUDS
 TEMPLATES = (
     "a photo of a {}.",
     "This is a photo of a {}",
@@ -55,9 +55,9 @@ TEMPLATES = (
 
 
 class PromptEncoder(nn.Module):
-    """Embeddings (W, D), of length 1, of W words in all sentences, by a causal text tower.
+    """Normalised embeddings (W, D) of W words in all templates, by a causal text tower.
 
-    A frozen tower reads them once; what it said is kept until other weights are loaded.
+    Of a frozen tower they are computed once and kept until other weights are loaded.
 
     Attributes: dim, the width D of the embeddings.
     """
@@ -69,27 +69,27 @@ class PromptEncoder(nn.Module):
         """Build with random weights.
 
         Args:
-            name: a row of TOWERS with a text tower.    words: W of them.    templates: sentences with a `{}`.
-            dim: D of a tower that is trained from scratch; the others have their own.
+            name: a row of TOWERS with a text tower.    words: W of them.    templates: with a `{}` for the word.
+            dim: D of a tower that is trained from scratch; published ones have their own.
         """
         super().__init__()
         ids = prompt_ids(name, [template.format(word) for word in words for template in templates])
         self.tower = prompt_tower(name, length=ids.shape[1], dim=dim)
-        self.sentences = len(templates)
+        self.templates = len(templates)
         self.dim: int = self.tower.text_projection.shape[-1]
         self.register_buffer("token_ids", ids, persistent=False)
         self.register_buffer("kept", None, persistent=False)
         self.tower.register_load_state_dict_post_hook(self._forget)
 
     def forward(self) -> Tensor:
-        """Embed."""
+        """Return the embeddings."""
         parameter = next(self.tower.parameters())
         if any(p.requires_grad for p in self.tower.parameters()):
             return self._read()
-        if parameter.is_meta:  # no image costs what is read once
-            return parameter.new_empty(len(self.token_ids) // self.sentences, self.dim)
+        if parameter.is_meta:  # computed once, it is no part of an image's cost
+            return parameter.new_empty(len(self.token_ids) // self.templates, self.dim)
         if self.kept is None:
-            # an ordinary tensor, whoever asks first
+            # not an inference tensor, which a later training could not use
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
                 self.kept = self._read()
         return self.kept
@@ -98,11 +98,11 @@ class PromptEncoder(nn.Module):
         tower, length = self.tower, self.token_ids.shape[1]
         tokens = tower.token_embedding(self.token_ids) + tower.positional_embedding[:length]
         tokens = tower.transformer(tokens, attn_mask=tower.attn_mask[:length, :length])
-        # the end token has the largest id; what comes behind it is not seen from there
+        # the end token has the largest id; a causal tower does not see the padding after it
         ends = self.token_ids.argmax(-1)
         pooled = tower.ln_final(tokens[torch.arange(len(tokens), device=tokens.device), ends])
         each = F.normalize(pooled @ tower.text_projection, dim=-1)
-        return F.normalize(each.unflatten(0, (-1, self.sentences)).mean(1), dim=-1)
+        return F.normalize(each.unflatten(0, (-1, self.templates)).mean(1), dim=-1)
 
     def _forget(self, *_: object) -> None:
         self.kept = None

@@ -1,5 +1,7 @@
-"""The table of towers: a row says how a tower is built, where its weights are, how their file names its tensors, and what
-text tower it has. Nothing heavy is imported for it.
+"""The table of towers.
+
+A row says how a tower is built, where its weights are, how their file names its tensors, and which text encoder it has.
+Importing it needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ class HubFile:
 
     repo: str
     file: str
-    gigabytes: float  # about: what the Hub states is what a download is held against
+    gigabytes: float  # approximately; downloads are compared with the size that the Hub states
     licence: str = "see its page"
 
     @property
     def size(self) -> str:
-        """About how large it is, as `1.7 GB`."""
+        """The approximate size, as `1.7 GB`."""
         return f"{self.gigabytes:g} GB" if self.gigabytes >= 0.1 else f"{1000 * self.gigabytes:.2g} MB"
 
     @property
@@ -48,7 +50,7 @@ class HubFile:
         return path if path.exists() else None
 
     def sha256(self) -> str | None:
-        """64 hex digits of the file in the local Hub cache, read as a whole; None if it is not there."""
+        """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""
         if (path := self.where) is None:
             return None
         with path.open("rb") as file:
@@ -60,7 +62,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class TextTower:
-    """The text tower beside an image tower, and how their outputs are brought together."""
+    """The text encoder of an image tower, and how their outputs are combined."""
 
     open_clip: str | None  # configuration name; None: the tiny tower
     contexts: int  # context rows that the release learns
@@ -68,7 +70,7 @@ class TextTower:
     # a row of mfuser.towers.embedding.EMBEDDINGS; none: the image tower's maps are never brought to the text's space
     embedding: Literal["sum", "projected", "pooled", "none"]
     causal: bool = True
-    pad: int = 0  # what fills lines of a tokenizer from a file
+    pad: int = 0  # padding id of a tokenizer from a file
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Tower:
     depth: int = 0  # blocks
     weights: HubFile | None = None
     keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
-    dead: tuple[str, ...] = ()  # patterns of tensors of that file that nothing reads
+    dead: tuple[str, ...] = ()  # patterns of unused tensors of that file
     text: TextTower | None = None
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
@@ -92,9 +94,7 @@ class Tower:
 
     @property
     def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
-        """What it serves as: foundation tower, vision-language tower, or, trained from scratch, either; or a network of
-        convolutions, the backbone of methods that ask for one.
-        """
+        """Its role: foundation tower, vision-language tower, or, trained from scratch, either; or convolutional network."""
         if self.channels:
             return "cnn"
         return "both" if self.timm is None else "vlm" if self.text else "vfm"
@@ -115,7 +115,7 @@ def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
 
 
 _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0")
-# its pooling head is asked in a way of our own, see PooledEmbedding
+# its pooling head is used in a special way, see PooledEmbedding
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
@@ -324,7 +324,7 @@ TOWERS: dict[str, Tower] = {
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
-    # networks of convolutions, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
+    # convolutional networks, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
     "convnext_l_clip": Tower(
         "convnext_large",
         32,
@@ -351,24 +351,24 @@ TOWERS: dict[str, Tower] = {
     ),
 }
 
-TIMM = "timm:"  # before the name of a model of timm's
+TIMM = "timm:"  # prefix of a timm model's name
 _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transformers
 
 
 def with_text() -> list[str]:
-    """The towers that have a text tower, too, and can stand for `vlm`: plain transformers."""
+    """Return the plain transformers that also have a text encoder and can be used as `vlm`."""
     return [name for name, row in TOWERS.items() if row.text and not row.channels]
 
 
 def plain() -> list[str]:
-    """The plain transformers, which can stand for `vfm`."""
+    """Return the plain transformers, which can be used as `vfm`."""
     return [name for name, row in TOWERS.items() if not row.channels]
 
 
 def tower(name: str) -> Tower:
-    """The row of a tower: one of TOWERS, or for `timm:<model>` what timm says of it.
+    """Return the row of a tower: one of TOWERS, or for `timm:<model>` one made from timm's description.
 
-    Raises: ValueError for a name that neither knows, and for a model that is no plain transformer.
+    Raises: ValueError for an unknown name, and for a model that is no plain transformer.
     """
     if name in TOWERS:
         return TOWERS[name]
@@ -393,6 +393,6 @@ def tower(name: str) -> Tower:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
         raise ValueError(f"timm has no weights `{tag}` of `{architecture}`; there are: {', '.join(tags)}") from None
     mean, std = (described.mean, described.std) if described else _IMAGENET
-    # timm's constructors take 16 where a name does not say
+    # timm's constructors use 16 if the name does not state it
     patch = re.search(r"patch(\d+)", architecture)
     return Tower(model, int(patch[1]) if patch else 16, mean, std)

@@ -102,10 +102,10 @@ class TextEncoder(nn.Module):
 
 
 def prompt_tower(name: str, *, length: int = 0, dim: int = 64) -> Any:
-    """A text tower of open_clip with all its positions, for whole sentences.
+    """Return an open_clip text tower with all its positions, for prompts.
 
     Args:
-        length, dim: positions, and width of the embeddings, of a tower that is trained from scratch; others have their own.
+        length, dim: positions, and width of the embeddings, of a tower that is trained from scratch; published ones have their own.
     """
     from open_clip import get_model_config
     from open_clip.model import CLIPTextCfg, _build_text_tower
@@ -117,13 +117,13 @@ def prompt_tower(name: str, *, length: int = 0, dim: int = 64) -> Any:
         return _build_text_tower(config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False))
 
 
-def prompt_ids(name: str, sentences: Sequence[str]) -> Tensor:
-    """Token ids (N, L) of sentences by a tower's tokenizer, which must come with open_clip; L is that of the longest."""
+def prompt_ids(name: str, prompts: Sequence[str]) -> Tensor:
+    """Return token ids (N, L) of prompts by a tower's tokenizer, which must come with open_clip; L is that of the longest."""
     from open_clip import get_tokenizer
 
     tokenizer = _text_tower(name).tokenizer
     assert isinstance(tokenizer, str)
-    ids: Tensor = get_tokenizer(tokenizer)(list(sentences))
+    ids: Tensor = get_tokenizer(tokenizer)(list(prompts))
     return ids[:, : int((ids != 0).sum(1).max())].contiguous()
 
 

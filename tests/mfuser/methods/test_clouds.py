@@ -251,10 +251,10 @@ def test_a_frozen_tower_keeps_its_statistics_and_has_no_graph() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"backbone": "dinov2_s"}, "`dinov2_s` is no network of convolutions with a text tower; choose from .*convnext_l_clip"),
+        ({"backbone": "dinov2_s"}, "`dinov2_s` is no convolutional network with a text tower; choose from .*convnext_l_clip"),
         ({"variant": "sane"}, "variant `sane` is unknown; choose from release, stage 1 only"),
-        ({"variant": "stage 1 only", "segments": True}, "segments are of generated images"),
-        ({"sentences": 15}, "sentences are 15, expected 1 to 14"),
+        ({"variant": "stage 1 only", "segments": True}, "segments belong to generated images"),
+        ({"templates": 15}, "templates is 15, expected 1 to 14"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options: dict[str, object], said: str) -> None:

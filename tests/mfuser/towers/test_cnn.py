@@ -1,4 +1,4 @@
-"""Towers of convolutions: four raw maps, as timm's own feature extractor gives them."""
+"""Convolutional towers: four raw maps, as timm's own feature extractor gives them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_parameter_of_a_tower_has_a_gradient() -> None:
 
 
 def test_towers_of_the_other_kind_are_refused() -> None:
-    with pytest.raises(ValueError, match="`tiny` is no network of convolutions; choose from convnext_l_clip, tiny_cnn"):
+    with pytest.raises(ValueError, match="`tiny` is no convolutional network; choose from convnext_l_clip, tiny_cnn"):
         CNNEncoder("tiny")
-    with pytest.raises(ValueError, match="`tiny_cnn` is a network of convolutions, and no plain transformer; choose from .*tiny"):
+    with pytest.raises(ValueError, match="`tiny_cnn` is a convolutional network, not a plain transformer; choose from .*tiny"):
         VisionEncoder("tiny_cnn", (64, 64))
