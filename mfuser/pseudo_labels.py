@@ -18,8 +18,8 @@ NO_SEGMENT = 255
 def refined(labels: Tensor, segments: Tensor, larger_than: int) -> Tensor:
     """Return pseudo-labels (B, H, W) in which segments have the classes of a teacher's labels, as CLOUDS does with SAM's masks.
 
-    In each connected component (4-connectivity) of more than `larger_than` pixels five points are drawn; the segment that contains
-    most of them becomes the component's mask. Pixels in several masks, or in none, are ignored (255). An image without such a
+    In each connected component (4-connectivity) of more than `larger_than` pixels five points are drawn; the segment with most
+    of them becomes the component's mask. Pixels in several masks, or in none, are ignored (255). An image without such a
     mask keeps the teacher's labels.
 
     Args:

@@ -88,9 +88,7 @@ class Options:
         if self.variant not in ("release", SOURCE_ONLY):
             raise ValueError(f"variant `{self.variant}` is unknown; choose from release, {SOURCE_ONLY}")
         if self.segments and self.variant == SOURCE_ONLY:
-            raise ValueError(
-                f"segments belong to generated images, which variant `{SOURCE_ONLY}` does not use; set variant to release"
-            )
+            raise ValueError(f"segments belong to generated images, unused by variant `{SOURCE_ONLY}`; set variant=release")
         if not 1 <= int(self.templates or 0) <= len(TEMPLATES):
             raise ValueError(f"templates is {self.templates}, expected 1 to {len(TEMPLATES)}")
 
@@ -182,7 +180,7 @@ class Clouds(Segmentor):
         return class_scores(logits, _enlarged(masks, (images.shape[-2], images.shape[-1])))
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return class and mask logits of the last decoder layer; if the image was padded, masks have its size, without the padding."""
+        """Return class and mask logits of the last decoder layer; masks of a padded image have its size, without the padding."""
         self.check_size(images)
         logits, masks = self.head(self._maps(images), self._text(), self.words, last=True)[-1]
         return logits, _without_padding(masks, (images.shape[-2], images.shape[-1]))
@@ -211,7 +209,7 @@ class Clouds(Segmentor):
                     old.lerp_(new, 1 - self.KEEP)
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return groups without weight decay on norms and embeddings; the level encoding of the pixel decoder has it, as in the release."""
+        """Return groups; norms and embeddings, other than the pixel decoder's level encoding, have no weight decay."""
         groups = super().groups(lr, weight_decay)
         level = self.head.pixel_decoder.level_encoding.weight
         groups[1]["params"] = [p for p in groups[1]["params"] if p is not level]

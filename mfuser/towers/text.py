@@ -105,7 +105,7 @@ def prompt_tower(name: str, *, length: int = 0, dim: int = 64) -> Any:
     """Return an open_clip text tower with all its positions, for prompts.
 
     Args:
-        length, dim: positions, and width of the embeddings, of a tower that is trained from scratch; published ones have their own.
+        length, dim: positions, and width of the embeddings, of a tower trained from scratch; published ones have their own.
     """
     from open_clip import get_model_config
     from open_clip.model import CLIPTextCfg, _build_text_tower
