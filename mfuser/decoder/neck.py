@@ -30,7 +30,7 @@ def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> lis
 
 
 def bilinear_scales(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, without parameters (Rein's neck)."""
+    """Resize four maps (B, C, H, W) of one grid to 4, 2, 1 and 1/2 times the grid; Rein's neck, which has no parameters."""
     factors = (4.0, 2.0, 1.0, 0.5)
     return [
         F.interpolate(m, scale_factor=factor, mode="bilinear", align_corners=False) if factor != 1 else m
@@ -39,6 +39,6 @@ def bilinear_scales(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def four_taps(depth: int) -> tuple[int, int, int, int]:
-    """The blocks whose maps the neck takes: 7, 11, 15 and 23 of 24 (counted from 0), the same shares of other depths."""
+    """Return the blocks whose maps the neck takes: 7, 11, 15 and 23 of 24 (counted from 0), the same shares of other depths."""
     first, second, third, fourth = (math.ceil(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1))
     return first, second, third, fourth

@@ -39,7 +39,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def sizes_for(tower: str) -> dict[str, int]:
-    """The sizes that go with a tower."""
+    """Return the sizes that go with a tower."""
     return SIZES.get(tower, SIZES["full"])
 
 
@@ -51,5 +51,5 @@ def complete(options: Any, tower: str) -> None:
 
 
 def chosen(options: Any) -> dict[str, int]:
-    """The sizes of a method's Options, by name."""
+    """Return the sizes of a method's Options, by name."""
     return {name: getattr(options, name) for name in SIZES["full"]}

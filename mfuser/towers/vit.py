@@ -173,7 +173,7 @@ class VisionEncoder(nn.Module):
         return out
 
     def tapped(self, images: Tensor, taps: Sequence[int], after: Callable[[int, Tensor], Tensor] | None = None) -> list[Tensor]:
-        """Maps (B, dim, rows, columns) of the blocks `taps`, counted from 0, without the final norm.
+        """Return maps (B, dim, rows, columns) of the blocks `taps`, counted from 0, without the final norm.
 
         Args:
             after: after(i, patches) changes the patch tokens (B, N, dim) of block i before they go on; class and registers stay.
