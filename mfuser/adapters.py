@@ -55,7 +55,7 @@ class Reins(nn.Module):
         return _attended(patches, tokens, patches @ tokens.T, self.mlp_token2feat, self.mlp_delta_f)
 
     def queries(self) -> Tensor:
-        """Positions (m, D) of the object queries: the tokens of all blocks by their maximum, mean and last."""
+        """Return positions (m, D) of the object queries: maximum, mean and last of the blocks' tokens."""
         tokens = torch.stack([self.tokens(i) for i in range(self.layers)])
         by_block = self.transform(tokens).permute(1, 2, 0)  # (m, D, L)
         # the three values of a channel stand side by side
@@ -94,7 +94,7 @@ class SpectralReins(Reins):
         self.mlp_delta_f2 = nn.Linear(dim, dim)
 
     def delta(self, layer: int, patches: Tensor) -> Tensor:
-        """Return what a block's tokens add to the patches (B, N, C), before the scale; in fp32, which the transforms need."""
+        """Return what a block's tokens add to the patches (B, N, C), before the scale; computed in fp32 for the transforms."""
         kind = patches.device.type
         # on shapes alone there is no autocast
         with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
@@ -103,7 +103,7 @@ class SpectralReins(Reins):
             return self.inverse(*self.changed(layer, phase, amplitude)).to(patches.dtype)
 
     def changed(self, layer: int, phase: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
-        """Phase and amplitude after a block's tokens, of the same shape."""
+        """Return phase and amplitude after a block's tokens, of the same shape."""
         tokens, tokens2 = self.tokens(layer).to(phase.dtype), self.learnable_tokens2[layer].to(phase.dtype)
         phase = _attended(phase, tokens, phase @ tokens.T, self.mlp_token2feat, self.mlp_delta_f)
         # standardised over the tokens: the paper's "attention optimization", as coded
@@ -111,7 +111,7 @@ class SpectralReins(Reins):
         return phase, _attended(amplitude, tokens2, scores, self.mlp_token2feat2, self.mlp_delta_f2)
 
     def spectrum(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Phase and amplitude of patches (B, N, C): (N, B, C) as released, (B, N, C) over the image plane."""
+        """Return phase and amplitude of patches (B, N, C): (N, B, C) as released, (B, N, C) over the image plane."""
         if self.spatial:
             planes = patches.transpose(1, 2).unflatten(2, self.grid)
             frequencies = torch.fft.fft2(planes, norm="ortho").flatten(2).transpose(1, 2)
@@ -121,7 +121,7 @@ class SpectralReins(Reins):
         return torch.atan2(imaginary, _without_zero(real)), _without_zero(real.square() + imaginary.square()).sqrt()
 
     def inverse(self, phase: Tensor, amplitude: Tensor) -> Tensor:
-        """Patches (B, N, C) of phase and amplitude as `spectrum` gives them."""
+        """Return patches (B, N, C) from phase and amplitude as `spectrum` returns them."""
         if self.spatial:
             frequencies = torch.complex(phase.cos() * amplitude, phase.sin() * amplitude)
             planes = torch.fft.ifft2(frequencies.transpose(1, 2).unflatten(2, self.grid), norm="ortho")
@@ -139,19 +139,19 @@ def _drawn(shape: tuple[int, int, int], patch: int, fan: float) -> nn.Parameter:
 
 
 def _attended(values: Tensor, tokens: Tensor, scores: Tensor, to_values: nn.Linear, to_delta: nn.Linear) -> Tensor:
-    """Values (..., C) that attend to tokens (m, C) by scores (..., m).
+    """Return values (..., C) after attention to tokens (m, C) by scores (..., m).
 
-    The first token takes part in the softmax and gives nothing, so that the weights of the others need not sum to 1.
+    The first token is part of the softmax but contributes nothing, so that the weights of the others need not sum to 1.
     """
     weights = (scores * tokens.shape[1] ** -0.5).softmax(-1)
     return _linear(to_delta, weights[..., 1:] @ _linear(to_values, tokens[1:]) + values)
 
 
 def _linear(layer: nn.Linear, values: Tensor) -> Tensor:
-    """Return a layer in the precision of its input."""
+    """Apply a layer in the precision of its input."""
     return F.linear(values, layer.weight.to(values.dtype), layer.bias.to(values.dtype))
 
 
 def _without_zero(value: Tensor) -> Tensor:
-    """Values nearer to zero than 1e-5 become 1e-5, of whatever sign, as in the release."""
+    """Replace values between -1e-5 and 1e-5 by 1e-5, as in the release."""
     return torch.where(value.abs() < 1e-5, 1e-5, value)

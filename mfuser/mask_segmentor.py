@@ -1,4 +1,4 @@
-"""What segmentors have in common whose decoder is Mask2Former's: scores, losses, weight decay."""
+"""Base of methods whose decoder is Mask2Former's: scores, losses, weight decay."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class MaskSegmentor(Segmentor):
     decoder: Mask2Former
 
     def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
-        """Class logits (B, Q, K + 1) and mask logits (B, Q, h, w) of images (B, 3, H, W), of every decoder output or the last."""
+        """Return class logits (B, Q, K + 1) and mask logits (B, Q, h, w) of every decoder output, or of the last."""
         raise NotImplementedError(f"{type(self).__name__}.decode")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
+        """Return class scores (B, K, H, W): at most the number of queries, not probabilities."""
         return window_scores(*self.masks(images), self.image_size)
 
     def masks(self, images: Tensor) -> Output:
-        """Class and mask logits of the last decoder layer."""
+        """Return class and mask logits of the last decoder layer."""
         self.check_size(images)
         return self.decode(images, last=True)[-1]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Class, mask and dice terms of every decoder output."""
+        """Return class, mask and dice terms of every decoder output."""
         self.check_size(batch.images)
         return self.decoder.loss(self.decode(batch.images), batch.labels)

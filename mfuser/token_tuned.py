@@ -1,4 +1,4 @@
-"""A frozen tower that learned tokens refine block by block, and Mask2Former whose queries are made of them: Rein, SET."""
+"""Base of Rein and SET: learned tokens adapt a frozen tower block by block, and are the queries of Mask2Former."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TokenTuned(MaskSegmentor):
         )
 
     def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
-        """Return the outputs of the decoder, whose queries are the same for all images."""
+        """Return the decoder's outputs; its queries are the same for all images."""
         features = bilinear_scales(self.features(images))
         positions = self.reins.queries()
         queries = self.querys2feat(positions).expand(len(images), -1, -1)
@@ -51,7 +51,7 @@ class TokenTuned(MaskSegmentor):
         return outputs
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Four refined maps (B, C, rows, columns)."""
+        """Return four adapted maps (B, C, rows, columns)."""
         return self.vfm.tapped(images, self.taps, self.reins)
 
 

@@ -45,7 +45,7 @@ class MethodSpec(BaseModel):
 
 
 def _usual(method: str) -> Mapping[str, Any]:
-    """Return the defaults of a method's options, read without importing it; of a method that is not there, none."""
+    """Return the defaults of a method's options, read without importing it; none for an unknown method."""
     from mfuser.methods import described_options, names
 
     return {option.name: option.default for option in described_options(method)} if method in names() else {}

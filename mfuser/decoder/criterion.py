@@ -105,7 +105,7 @@ class MaskCriterion(nn.Module):
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, K, H, W) over the labelled pixels of labels (B, H, W); 0 where there is none.
+    """Return the mean cross entropy of logits (B, K, H, W) over the labelled pixels of labels (B, H, W); 0 if there is none.
 
     Raises: TypeError or ValueError for labels that are no train ids, as `train_ids` does.
     """

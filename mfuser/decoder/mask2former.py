@@ -71,7 +71,7 @@ class Mask2Former(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw as mmdetection does; what it leaves to PyTorch (embeddings, class and mask heads, biases) is as built."""
+        """Initialise as mmdetection does, which leaves embeddings, class and mask heads and most biases to PyTorch."""
         pixel = self.pixel_decoder
         for module in pixel.input_convs.modules():
             if isinstance(module, nn.Conv2d):
@@ -97,7 +97,7 @@ class Mask2Former(nn.Module):
         *,
         last: bool = False,
     ) -> list[Output]:
-        """Decode.
+        """Decode feature maps.
 
         Args:
             features: four maps (B, C, H, W), finest first.
@@ -116,7 +116,7 @@ class Mask2Former(nn.Module):
         return outputs
 
     def loss(self, outputs: Sequence[Output], labels: Tensor, *, draw: Draw = uniform) -> dict[str, Tensor]:
-        """Weighted class, mask and dice terms of every output; labels are (B, H, W) train ids, 255 = ignore.
+        """Return weighted class, mask and dice terms of every output; labels are (B, H, W) train ids, 255 = ignore.
 
         Raises: as `MaskCriterion`.
         """
@@ -125,6 +125,6 @@ class Mask2Former(nn.Module):
 
 
 def window_scores(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Per-pixel class scores (B, K, H, W); mask logits are enlarged to the window before their sigmoid, as in mmsegmentation."""
+    """Return class scores (B, K, H, W); mask logits are resized to the window before the sigmoid, as in mmsegmentation."""
     masks = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
     return class_scores(class_logits, masks)

@@ -30,7 +30,7 @@ def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> lis
 
 
 def bilinear_scales(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, without parameters (Rein's neck)."""
+    """Resize four maps (B, C, H, W) of one grid to 4, 2, 1 and 1/2 times the grid; Rein's neck, which has no parameters."""
     factors = (4.0, 2.0, 1.0, 0.5)
     return [
         F.interpolate(m, scale_factor=factor, mode="bilinear", align_corners=False) if factor != 1 else m

@@ -1,4 +1,4 @@
-"""The floor under adapters: a frozen tower and a linear head on its last tokens, trained on the source.
+"""A frozen tower with a linear head on its last tokens: the baseline that shows what an adapter adds.
 
 The head is that of DINOv2's linear evaluation: the tower's final norm, BatchNorm, a 1x1 convolution, bilinear upsampling.
 A tower from scratch (`tiny`, `small`) is frozen as it is drawn: a random one.
@@ -60,7 +60,7 @@ class Linear(Segmentor):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K, H, W)."""
+        """Return logits (B, K, H, W)."""
         self.check_size(images)
         tokens, rope = self.vfm.embed(images), self.vfm.rope()
         for i in range(self.vfm.depth):
@@ -69,7 +69,7 @@ class Linear(Segmentor):
         return F.interpolate(logits, self.image_size, mode="bilinear", align_corners=False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross entropy over labelled pixels.
+        """Return cross entropy over labelled pixels.
 
         Raises: TypeError or ValueError for labels that are no train ids.
         """

@@ -77,7 +77,7 @@ class PlainMask2Former(MaskSegmentor):
         )
 
     def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
-        """Return the outputs of the decoder."""
+        """Return the decoder's outputs."""
         outputs: list[Output] = self.decoder(bilinear_scales(self.vfm.tapped(images, self.taps)), last=last)
         return outputs
 

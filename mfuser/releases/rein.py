@@ -25,7 +25,7 @@ _SHARED: Rules = [(r"^reins\.", "backbone.reins."), (r"^querys2feat\.", "decode_
 
 
 def source(trunk: Rules, name: str) -> Source:
-    """Where a tensor of ours is in a checkpoint of Rein's, or of code that is made of it."""
+    """Return where one of our tensors is in a checkpoint of Rein, or of code derived from it."""
     if name.startswith("vfm.trunk."):
         return renamed(name.removeprefix("vfm.trunk."), [*trunk, (r"^", "backbone.")])
     return renamed(name, _SHARED)
