@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from golden_files import numbers, relative_error
 from named_weights import named_input, named_tensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mfuser
@@ -20,10 +22,12 @@ from dgbench.progress import Silent
 from dgbench.recipe import load_method, load_recipe
 from mfuser.authors import load_authors_checkpoint, recognise, sources_of, to_authors_state_dict
 from mfuser.decoder.neck import bilinear_scales
+from mfuser.decoder.sizes import SIZES
 from mfuser.lowrank import LowRankLinear, add_low_rank
 from mfuser.methods import releases
 from mfuser.segmentor import Batch
 from mfuser.towers.loading import fill
+from mfuser.towers.table import TOWERS, HubFile
 from mfuser.towers.vit import VisionEncoder
 
 MASK_TOKEN = 1024  # the authors count DINOv2's, which no image reaches and this tower has not
@@ -309,6 +313,33 @@ def test_every_kind_of_file_is_told_and_used_to_the_last_tensor(full_size, which
         report = load_authors_checkpoint(model, theirs)
         assert set(report.used) == theirs.keys() - {"backbone.model.mask_token"}
         assert report.dead == ("backbone.model.mask_token",)
+
+
+def test_a_released_file_is_added_to_the_published_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tower is DINOv2-L with few channels, saved as the Hub has it."""
+    size = {"embed_dim": 32, "num_heads": 2}
+    row = replace(TOWERS["dinov2_l"], options=size, width=32, weights=HubFile("made/small", "model.safetensors", 0.001))
+    monkeypatch.setitem(TOWERS, "dinov2_l", row)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    published = timm.create_model("vit_large_patch14_dinov2", num_classes=0, img_size=64, patch_size=16, **size).state_dict()
+    for place in ("refs", "snapshots/any"):
+        (tmp_path / "models--made--small" / place).mkdir(parents=True)
+    (tmp_path / "models--made--small" / "refs" / "main").write_text("any")
+    save_file(published, tmp_path / "models--made--small" / "snapshots" / "any" / "model.safetensors")
+
+    model = mfuser.build("soma", image_size=(64, 64), **SIZES["tiny"])
+    theirs = {key: torch.randn(value.shape) / 10 for key, value in written(model, 0).items()}
+    report = load_authors_checkpoint(model, theirs)
+    assert set(report.used) == theirs.keys()
+    model.merge()
+    for ours, keys in (("mlp.fc1", ["mlp.fc1"]), ("attn.qkv", ["attn.q", "attn.k", "attn.v"])):
+        layer = model.vfm.trunk.get_submodule(f"blocks.9.{ours}")
+        names = [f"backbone.model.blocks.9.{key}" for key in keys]
+        added = [theirs[f"{name}.lora_B.weight"] @ theirs[f"{name}.lora_A.weight"] for name in names]
+        torch.testing.assert_close(layer.weight, published[f"blocks.9.{ours}.weight"] + torch.cat(added))
+        assert torch.equal(layer.bias, torch.cat([theirs[f"{name}.bias"] for name in names]))
+    assert torch.equal(model.vfm.trunk.blocks[3].norm1.bias, theirs["backbone.model.blocks.3.norm1.bias"])
+    assert torch.equal(model.vfm.trunk.blocks[3].norm1.weight, published["blocks.3.norm1.weight"])
 
 
 def test_an_adapted_models_tensors_are_written_by_the_authors_names(full_size):
