@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --runs runs/ablation
 
-Runs that are complete are kept; one that was stopped goes on. `--jobs` trainings share the device.
+Complete runs are kept, and interrupted ones are resumed. `--jobs` trainings share the device.
 """
 
 from __future__ import annotations

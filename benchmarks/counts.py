@@ -1,8 +1,8 @@
-"""Count the rows of `dgbench profile` and of the recipes anew, and write the file of counts that ships.
+"""Count the rows of `dgbench profile` and of the recipes again, and write the shipped file of counts.
 
     python benchmarks/counts.py
 
-About a minute. To be run, and its file committed, after an edit of a source that decides counts (`dgbench.cost.counted`).
+This takes about a minute. Run it and commit its file after an edit of a source that affects counts (`dgbench.cost.counted`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dgbench.recipe import recipe_names
 
 
 def rows() -> list[Subject]:
-    """What `dgbench profile` counts without arguments, and the recipes' models at their own sizes."""
+    """Return what `dgbench profile` counts without arguments, and the recipes' models at their own sizes."""
     return [*subjects(), *subjects(recipe_names())]
 
 

@@ -1,8 +1,8 @@
-"""Simulates how often 95 % intervals of the mIoU over images hold the truth, by method, and how wide they are.
+"""Simulate the coverage and width of 95 % intervals of the mIoU over images, by method.
 
     python benchmarks/interval_coverage.py --repeats 500
 
-Images are drawn from a model: a class stands in one with a probability of its own (1 to 0.5 for common classes, `--present`
+Images are drawn from a model: a class occurs in one with its own probability (1 to 0.5 for common classes, `--present`
 for rare ones), on a log-normal number of pixels; it is recognised with a probability that varies by image and by class in
 the image; its other pixels go to a few classes of that image. The truth is the mIoU of 200,000 images, over all classes. In a
 few images rare ones may be missing altogether, and the score is the mean over those that occur: of the second coverage, the
@@ -19,8 +19,10 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from dgbench import metrics
+from dgbench.report.statistics import difference
 
 K = 19
 LEVEL = 0.95
@@ -33,16 +35,19 @@ Interval = tuple[float, float]
 
 
 class World:
-    """Where images are drawn from, and the truth about them."""
+    """A distribution of images, and its true mIoU."""
 
-    def __init__(self, rare: int, present: float, rng: np.random.Generator, images: int) -> None:
+    def __init__(
+        self, rare: int, present: float, rng: np.random.Generator, images: int, *, own: float = 0.6, better: float = 0.1
+    ) -> None:
+        """Args: own: deviation of what a model sees of its own in an image's class.  better: of the second model, in log odds."""
         common = K - rare
-        self.rng = rng
+        self.rng, self.own, self.better = rng, own, better
         self.present = np.concatenate([np.linspace(1.0, 0.5, common), np.full(rare, present)])
         self.pixels = np.log(np.concatenate([np.geomspace(3e4, 1e3, common), np.geomspace(8e3, 8e2, max(rare, 1))[:rare]]))
         self.ease = np.concatenate([np.linspace(2.6, 0.3, common), np.linspace(1.0, -0.8, max(rare, 1))[:rare]])
         taken = np.exp(self.pixels) * self.present + 20
-        self.taken = taken / taken.sum()  # by how much wrong predictions fall on a class
+        self.taken = taken / taken.sum()  # share of wrong predictions that fall on each class
         totals = [self.draw(images // 10).sum(axis=1) for _ in range(10)]  # as much as memory takes at a time
         self.truth = [metrics.iou(sum(total[model] for total in totals)) for model in (0, 1)]
 
@@ -54,8 +59,8 @@ class World:
         image, place = rng.normal(0, 0.7, (n, 1)), rng.normal(0, 0.8, (n, K))
         taken = rng.gamma(0.3 * K * self.taken, 1.0, (n, K)) + 1e-12
         counts = np.zeros((2, n, K, K), np.int64)
-        for model, better in enumerate((0.0, 0.1)):
-            odds = self.ease + better + image + place + rng.normal(0, 0.6, (n, K))
+        for model, better in enumerate((0.0, self.better)):
+            odds = self.ease + better + image + place + rng.normal(0, self.own, (n, K))
             hits = rng.binomial(labelled, 1 / (1 + np.exp(-odds)))
             misses = (labelled - hits)[..., None] * (taken / taken.sum(axis=1, keepdims=True))[:, None]
             counts[model] = misses  # cut off to whole pixels; what falls on the class itself is a hit
@@ -67,7 +72,7 @@ class World:
 
 
 def sums(counts: NDArray[np.int64]) -> Array:
-    """(n, K, K) to (n, 3, K): all that an IoU needs."""
+    """Reduce (n, K, K) to (n, 3, K), all that an IoU needs."""
     return np.stack([np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)], axis=1).astype(np.float64)
 
 
@@ -93,6 +98,10 @@ def between(values: Array, low: float, high: float) -> Interval:
     return float(found[0]), float(found[1])
 
 
+def quantile(freedom: float) -> float:
+    return float(special.stdtrit(freedom, (1 + LEVEL) / 2))
+
+
 def around(score: float, half: float) -> Interval:
     return score - half, score + half
 
@@ -102,7 +111,7 @@ def percentile(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
-    """BCa (Efron 1987)."""
+    """Return the BCa interval (Efron 1987)."""
     values, score, without = mean(weighted(x, drawn(len(x), rng))), mean(x.sum(axis=0)), mean(x.sum(axis=0) - x)
     normal = NormalDist()
     below = float(np.mean(values < score) + np.mean(values == score) / 2)
@@ -114,13 +123,13 @@ def bias_corrected(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def bayesian(x: Array, rng: np.random.Generator) -> Interval:
-    """Percentiles under Dirichlet weights (Rubin 1981), by which no class is lost."""
+    """Return percentiles under Dirichlet weights (Rubin 1981), which never remove a class."""
     weights = rng.exponential(size=(RESAMPLES, len(x)))
     return between(mean(weighted(x, weights)), (1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def linear(x: Array, weights: Array | None = None) -> tuple[Array, Array]:
-    """The mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
+    """Return the mIoU of each weighting, (R,), and its standard error by the delta method, (R,)."""
     n = len(x)
     weights = np.ones((1, n)) if weights is None else weights
     total, union = weighted(x, weights), x[:, 1] + x[:, 2] - x[:, 0]
@@ -133,7 +142,7 @@ def linear(x: Array, weights: Array | None = None) -> tuple[Array, Array]:
 
 def delta_method(x: Array, rng: np.random.Generator) -> Interval:
     score, error = linear(x)
-    return around(float(score[0]), metrics.student_quantile((1 + LEVEL) / 2, len(x) - 1) * float(error[0]))
+    return around(float(score[0]), quantile(len(x) - 1) * float(error[0]))
 
 
 def studentised(x: Array, rng: np.random.Generator) -> Interval:
@@ -144,7 +153,7 @@ def studentised(x: Array, rng: np.random.Generator) -> Interval:
 
 
 def pooled(x: Array, rng: np.random.Generator) -> Interval:
-    """The delta method, where classes of few images borrow from the others' variance by image, IoU (1 - IoU) apart."""
+    """Apply the delta method with pooled variances: rare classes use the others' variance by image, scaled by IoU (1 - IoU)."""
     n, total = len(x), x.sum(axis=0)
     of_class, union = iou(total), x[:, 1] + x[:, 2] - x[:, 0]
     seen = ~np.isnan(of_class)
@@ -159,17 +168,17 @@ def pooled(x: Array, rng: np.random.Generator) -> Interval:
     shrunk = (weight * single + 2 * factor * guess * (1 - guess)) / (weight + 2) / np.maximum(images, 1)
     square = ((influence.sum(axis=1) / count) ** 2).sum() * n / (n - 1) + np.maximum(shrunk - own, 0).sum() / count**2
     freedom = min(shrunk.sum() ** 2 / (shrunk**2 / (weight + 2)).sum(), n - 1)
-    return around(float(values.mean()), metrics.student_quantile((1 + LEVEL) / 2, max(freedom, 1)) * float(np.sqrt(square)))
+    return around(float(values.mean()), quantile(max(freedom, 1)) * float(np.sqrt(square)))
 
 
 def jackknife(x: Array, rng: np.random.Generator) -> Interval:
     n, without = len(x), mean(x.sum(axis=0) - x)
     error = np.sqrt((n - 1) * without.var())
-    return around(float(mean(x.sum(axis=0))), metrics.student_quantile((1 + LEVEL) / 2, n - 1) * float(error))
+    return around(float(mean(x.sum(axis=0))), quantile(n - 1) * float(error))
 
 
 def calibrated(x: Array, rng: np.random.Generator) -> Interval:
-    """The percentile method at the levels that a bootstrap of itself says (Loh 1987)."""
+    """Apply the percentile method at levels that are calibrated by a bootstrap of the bootstrap (Loh 1987)."""
     n, score = len(x), float(mean(x.sum(axis=0)))
     places = []
     for weights in drawn(n, rng, 100):
@@ -196,7 +205,7 @@ OURS = "jackknife, Satterthwaite: `metrics.interval`"
 
 
 def simulate(world: World, n: int, repeats: int, names: list[str]) -> dict[str, tuple[float, float, float, float]]:
-    """By method: coverage of the mIoU, of that over the classes seen, of a difference (ours alone), and the median width."""
+    """Return by method: coverage of the mIoU, of that over classes seen, of a difference (ours alone); the median width."""
     inside: dict[str, list[tuple[bool, bool, bool, float]]] = defaultdict(list)
     truth = np.nanmean(world.truth[0])
     for _ in range(repeats):
@@ -207,8 +216,8 @@ def simulate(world: World, n: int, repeats: int, names: list[str]) -> dict[str, 
             low, high = METHODS[name](x, world.rng)
             inside[name].append((bool(low <= truth <= high), bool(low <= seen <= high), False, high - low))
         low, high = metrics.interval(counts[0])
-        _, worst, best = metrics.paired_difference(counts[0], counts[1])
-        apart = bool(worst <= np.nanmean(world.truth[1] - world.truth[0]) <= best)
+        found_ = difference([counts[0]], [counts[1]])
+        apart = bool(found_.low <= np.nanmean(world.truth[1] - world.truth[0]) <= found_.high)
         inside[OURS].append((bool(low <= truth <= high), bool(low <= seen <= high), apart, high - low))
     found = {}
     for name, rows in inside.items():

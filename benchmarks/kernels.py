@@ -1,4 +1,4 @@
-"""Times every backend of the operators beside other people's kernels, on one device in one run: `--help` says how.
+"""Time every backend of the operators and third-party kernels, on one device in one run; see `--help`.
 
 The peers are used where they can be imported and left out where not:
     selective_scan_cuda              the compiled scan of mamba-ssm (Gu & Dao 2023), called directly
@@ -45,11 +45,11 @@ from mfuser.ops import compiled, dispatch
 
 HERE = Path(__file__).parent
 PARTS = {"scan": "selective_scan", "deform": "ms_deform_attn", "block": "mvfuser"}
-FOREIGN = ("mamba_ssm",)  # backends that are other people's kernels: nothing of ours is promised for them
+FOREIGN = ("mamba_ssm",)  # third-party backends, for which our guarantees do not hold
 Result = tuple[Tensor, ...]  # what comes out, then the gradient of every leaf
 
 
-# ---- who competes
+# ---- implementations
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Contender:
 
 
 def own(op: str, device: torch.device) -> list[Contender]:
-    """The backends of an operator, those included that "auto" does not take."""
+    """Return the backends of an operator, including those that "auto" does not take."""
 
     def bind(row: dispatch.Backend, case: Case) -> Bound:
         if (reason := dispatch.unusable(row, *case.probe)) is not None:
@@ -88,7 +88,7 @@ def own(op: str, device: torch.device) -> list[Contender]:
 
 
 def mamba_raw(case: Case) -> Bound:
-    """mamba-ssm's compiled scan, without autograd."""
+    """Bind mamba-ssm's compiled scan, without autograd."""
     scan = _imported("selective_scan_cuda")
     (u, delta, B, C), (A, D, bias) = _channels_first(case), (case.leaves[i].detach() for i in (2, 5, 6))
     B, C, dout = B[:, None], C[:, None], case.dout.mT.contiguous()  # one group
@@ -109,7 +109,7 @@ def mamba_raw(case: Case) -> Bound:
 
 
 def mamba_autograd(case: Case) -> Bound:
-    """The same as its users call it."""
+    """Bind the same as its users call it."""
     _imported("selective_scan_cuda")
     scan = _imported("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     u, delta, B, C = (tensor.requires_grad_() for tensor in _channels_first(case))
@@ -136,7 +136,7 @@ def _channels_first(case: Case) -> tuple[Tensor, ...]:
 
 
 def deformable_detr(case: Case) -> Bound:
-    """Deformable-DETR's operator, without autograd; bf16 values are widened and the results narrowed, which is timed."""
+    """Bind Deformable-DETR's operator, without autograd; widening bf16 values and narrowing results is timed."""
     attend = _imported("MultiScaleDeformableAttention")
     value, locations, weights = (leaf.detach() for leaf in case.leaves)
     sides: tuple[int, ...] = case.remake.keywords["sides"]  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def deformable_detr(case: Case) -> Bound:
 
 
 def composition(scan: Callable[..., Tensor] | None, norm: Callable[..., Tensor] | None, case: Case) -> Bound:
-    """MVFuser's block in plain modules around another scan, channels before tokens from the convolutions to the scan.
+    """Bind MVFuser's block in plain modules around another scan, channels before tokens from the convolutions to the scan.
 
     Args:
         scan: mamba-ssm's interface; None imports it.    norm: (y, z, weight) gated; None takes its Triton norm.
@@ -199,14 +199,15 @@ def composition(scan: Callable[..., Tensor] | None, norm: Callable[..., Tensor] 
 
 
 def plain_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """x / rms(x) * weight * silu(z), in fp32."""
+    """Return x / rms(x) * weight * silu(z), in fp32."""
     wide = y.float()
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight * F.silu(z.float())
 
 
 def plain_loop(pick: Callable[[Tensor], Sequence[Tensor] | Callable[[int], Tensor]], case: Case) -> Bound:
-    """The scan as a loop over time under autograd, all (B, D, L, N) of decays and inflows beforehand, as the reference
-    that comes with Mamba has it.
+    """Bind the scan as a loop over time under autograd, like Mamba's own reference.
+
+    All decays and inputs, (B, D, L, N), are computed before the loop.
 
     Args:
         pick: how a time step is taken from them.
@@ -236,12 +237,12 @@ def _at(steps: Sequence[Tensor] | Callable[[int], Tensor], t: int) -> Tensor:
 
 
 def indexed(tensor: Tensor) -> Callable[[int], Tensor]:
-    """Steps by indexing: the backward of each is a tensor of zeros as large as the whole."""
+    """Return steps by indexing: the backward of each is a tensor of zeros as large as the whole."""
     return lambda t: tensor[:, :, t]
 
 
 def unbound(tensor: Tensor) -> Sequence[Tensor]:
-    """All steps at once: one backward for all."""
+    """Return all steps at once: one backward for all."""
     return tensor.unbind(2)
 
 
@@ -281,7 +282,7 @@ def _scans(shapes: Sequence[tuple[int, int, int, int]]) -> list[Callable[..., Ca
 
 
 def plans(device: torch.device, *, quick: bool, tiny: bool) -> dict[str, Plan]:
-    """What is timed on a device, by part."""
+    """Return what is timed on a device, by part."""
     maps = {"batch": 2, "sides": (18, 36, 72), "heads": 8, "dim": 32, "points": 4}
     shapes = [(2, 512, 2594, 16), (18, 512, 2594, 16), (1, 2048, 65536, 16)]
     shapes += [] if quick else [(b, 512, length, 16) for b in (1, 8) for length in (577, 2050, 8192)]
@@ -312,7 +313,7 @@ def plans(device: torch.device, *, quick: bool, tiny: bool) -> dict[str, Plan]:
 
 
 def loops(tiny: bool) -> list[tuple[Callable[..., Case], list[Contender]]]:
-    """The plain loops on a CPU. Indexing costs the square of L: its L is smaller, and the backend stands beside it there."""
+    """Return the plain loops on a CPU. Indexing costs the square of L, so its L is smaller; the backend is timed there, too."""
     torch_backend = [c for c in own("selective_scan", torch.device("cpu")) if c.name == "torch"]
     by_index = Contender("loop, indexed steps", partial(plain_loop, indexed), own=False, peer=True)
     by_unbind = Contender("loop, unbound steps", partial(plain_loop, unbound), own=False, peer=True)
@@ -341,7 +342,7 @@ class Row:
     error: float | None = None  # of the result, relative to fp64's, on the small case
     gradient_error: float | None = None  # the largest
     note: str = ""
-    peer: bool = False  # somebody else's: the first of a case is what the others are compared with
+    peer: bool = False  # third-party: the first of a case is what the others are compared with
 
 
 @dataclass
@@ -363,13 +364,13 @@ class Bench:
         self.macs = {name: self._macs(dtype) for name, dtype in DTYPES.items() if name in ("fp32", "bf16")} if self.cuda else {}
 
     def _macs(self, dtype: torch.dtype) -> float:
-        """Multiply-adds a second of a large matrix product."""
+        """Return the multiply-adds a second of a large matrix product."""
         side = 8192 if dtype == torch.bfloat16 else 4096
         a = torch.randn(side, side, device=self.device).to(dtype)
         return side**3 / (median_ms(lambda: a @ a, self.device, at_most=0.2) / 1e3)
 
     def clock_mhz(self) -> str:
-        """The GPU's clock while it works."""
+        """Return the GPU's clock under load."""
         a = torch.randn(8192, 8192, device=self.device).bfloat16()
         for _ in range(300):
             a @ a
@@ -455,7 +456,7 @@ class Bench:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """|| found - expected || / || expected ||."""
+    """Return || found - expected || / || expected ||."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm()) / (float(expected.norm()) or 1.0)
 
@@ -464,7 +465,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def checks(tiny: bool) -> Iterator[tuple[str, list[str], Callable[..., Case]]]:
-    """Cases to compare with fp64: operator, dtypes, how to make it; `steep_case`s element by element."""
+    """Yield cases to compare with fp64: operator, dtypes, how to make it; `steep_case`s element by element."""
     low = ["fp32", "bf16"] if tiny else ["fp32", "bf16", "fp16"]
     for length in (1, 2, 65) if tiny else (1, 2, 63, 64, 65, 577, 1000, 2049, 2594):
         yield "selective_scan", low, partial(scan_case, batch=2, length=length, dim=33 if tiny else 96, state=16)
@@ -490,7 +491,7 @@ def checks(tiny: bool) -> Iterator[tuple[str, list[str], Callable[..., Case]]]:
 
 
 def steep_case(dtype: torch.dtype, device: torch.device, *, batch: int, length: int, dim: int, state: int, seed: int = 0) -> Case:
-    """A gated scan whose state n decays by about exp(-32 (n + 1) / N) in a step, and whose other inputs are positive.
+    """Return a gated scan whose state n decays by about exp(-32 (n + 1) / N) in a step, and whose other inputs are positive.
 
     Nothing cancels in a gradient, and each of its elements has digits to compare, however much smaller than the others it is.
     """
@@ -515,10 +516,10 @@ def check(
     backends: Sequence[str] = (),
     compare: bool = True,
 ) -> bool:
-    """Hold every backend to twice the torch backend's error against fp64, and to the same bits twice; say what fails.
+    """Check that every backend has at most twice the torch backend's error against fp64, and is deterministic; print failures.
 
-    Where states decay within a step, all are held to fp64 itself, every element of every gradient: a backend is the measure
-    of another only as far as it has been measured.
+    Where states decay within a step, every element of every gradient is compared with fp64 itself, also for torch, since it
+    is only a valid reference as far as it has been checked.
 
     Args:
         only: operators; none means all.    backends: the same.    compare: False asks for the same bits only.
@@ -571,16 +572,16 @@ def check(
 
 
 def _draws(op: str, make: Callable[..., Case]) -> int:
-    """How many draws of a case are compared together.
+    """Return how many draws of a case are compared together.
 
     A gradient of the block that is a single number, or a few, is a sum of terms that nearly cancel: under autocast the
-    error of one draw is luck, for torch as for the kernels, and only that of several says which is the more exact.
+    error of one draw is random, for torch as for the kernels, and only that of several shows which is more exact.
     """
     return 16 if op == "mvfuser" and getattr(make, "keywords", {})["length"] <= 65 else 1
 
 
 def _pooled(results: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The results of several draws, stacked."""
+    """Return the results of several draws, stacked."""
     return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True))
 
 
@@ -594,10 +595,10 @@ def _names(case: Case) -> list[str]:
 
 
 def _rounding(case: Case) -> float:
-    """The relative error that is allowed in any case.
+    """Return the relative error that is always allowed.
 
     For bf16 and fp16 inputs, whose own rounding hides an exponential that is good to 2^-18, that is 1e-5 of what is summed
-    in fp32. MVFuser's block under autocast rounds everything between its parts: torch's error of a single number is luck.
+    in fp32. MVFuser's block under autocast rounds everything between its parts: torch's error of a single number is random.
     """
     dtype = case.leaves[0].dtype
     if dtype.itemsize > 2:
@@ -645,7 +646,7 @@ def _other_kind(found: Tensor, usual: Tensor, expected: Tensor) -> str:
 
 
 def _by_element(found: Tensor, expected: Tensor) -> float:
-    """What nine in ten elements are within, each relative to itself: a norm hides the errors of small ones.
+    """Return the 90th percentile of the elements' relative errors: a norm hides the errors of small elements.
 
     What fp32 has no digits for, such as e^-480, is left out.
     """
@@ -660,7 +661,7 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def sanitize(arguments: Sequence[str]) -> bool:
-    """Run the small cases under compute-sanitizer; without torch's allocator, which would hide what lies beyond a tensor."""
+    """Run the small cases under compute-sanitizer, without torch's allocator, which would hide accesses beyond a tensor."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     clean = True
     for tool in ("memcheck", "racecheck"):
@@ -690,11 +691,11 @@ def sanitize(arguments: Sequence[str]) -> bool:
     return clean
 
 
-# ---- telling
+# ---- report
 
 
 def about(bench: Bench) -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     commit, dirty = code_commit()
     device, limits = bench.device, bench.limits
     found = {
@@ -735,7 +736,7 @@ def _processor() -> str:
 
 
 def markdown(report: Report, *, cuda: bool) -> str:
-    """The report as Markdown tables."""
+    """Return the report as Markdown tables."""
     lines = [
         "# Times of the operators' backends",
         "",
@@ -796,7 +797,7 @@ def _case(row: Row) -> str:
 
 
 def _speed(row: Row, peer: Row | None) -> str:
-    """How many times as fast as the peer: forward / forward and backward / backward alone; by graphs where both have them."""
+    """Return the speed-up over the peer: forward / forward and backward / backward alone; by graphs if both have them."""
     if peer is None or row.both_ms is None or row is peer:
         return "1" if row is peer else ""
     pairs = ((row.forward_graph_ms, row.both_graph_ms), (peer.forward_graph_ms, peer.both_graph_ms))
@@ -840,7 +841,7 @@ def main() -> int:
         same = (("--device", [given.device] if given.device else []), ("--only", given.only), ("--backends", given.backends))
         return 0 if sanitize([word for flag, values in same if values for word in (flag, *values)]) else 1
     if given.check:
-        # empty tensors are filled with NaN: what a kernel leaves out shows
+        # empty tensors are filled with NaN, so that elements that a kernel does not write are found
         torch.use_deterministic_algorithms(True, warn_only=True)
         warnings.filterwarnings("ignore", message=".*deterministic")
         ops = [PARTS[part] for part in given.only or PARTS if part in PARTS]

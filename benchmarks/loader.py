@@ -1,4 +1,4 @@
-"""Times the training loader beside the plain pipeline of the papers, one process with one thread, on files like GTA5's.
+"""Time the training loader and the papers' plain pipeline, one process with one thread, on files like GTA5's.
 
     python benchmarks/loader.py            # writes benchmarks/loader.md
     python benchmarks/loader.py --quick    # every path in seconds, on small files that mean nothing
@@ -206,7 +206,7 @@ def rate(load: Callable[[int], object], positions: range) -> float:
 
 
 def floors(root: Path, repeats: int) -> dict[str, float]:
-    """Median milliseconds of what cannot be left out, on the first files."""
+    """Return the median milliseconds of the steps that cannot be left out, on the first files."""
     png = [path.read_bytes() for path in sorted((root / "gta5/images").glob("*.png"))[:8]]
     jpg = [path.read_bytes() for path in sorted((root / "bdd100k/images/10k/train").glob("*.jpg"))[:8]]
     mask = [path.read_bytes() for path in sorted((root / "gta5/labels").glob("*.png"))[:8]]

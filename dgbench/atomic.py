@@ -1,4 +1,4 @@
-"""Writing a file so that a reader sees the old bytes, the new bytes or no file, never a part."""
+"""Atomic writes: a reader sees the old bytes, the new bytes or no file, never a part."""
 
 from __future__ import annotations
 

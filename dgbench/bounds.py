@@ -1,4 +1,4 @@
-"""What no measurement can have given: the bounds of a record's numbers, texts and names, by which files are refused."""
+"""Bounds of a record's numbers, texts and names: files outside of them are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILE_NAME = re.compile(r"confusion-[^/\\\0]{1,300}\.npz")
 
 
 def problem(record: Record) -> str | None:
-    """What no measurement can have given, as `field: problem`; None if there is nothing."""
+    """Return what is impossible about a record, as `field: problem`; None if there is nothing."""
     for name in _names(record, "str", "str | None"):
         if (text := getattr(record, name)) is not None and len(text) > _LONGEST:
             return f"{name}: has {len(text):,} characters, at most {_LONGEST:,} can be"
@@ -57,5 +57,5 @@ def _is_time(text: str) -> bool:
 
 
 def _names(record: Record, *types: str) -> tuple[str, ...]:
-    """The fields of a record that are declared as one of these types."""
+    """Return the fields of a record that are declared as one of these types."""
     return tuple(f.name for f in dataclasses.fields(record) if f.type in types)

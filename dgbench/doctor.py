@@ -1,4 +1,4 @@
-"""What this machine offers: one check per line, each with what was found and, where something is amiss, what to do."""
+"""Checks of this machine, one per line: each says what was found and, if something is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def doctor(root: Path | None = None) -> list[Check]:
 
 
 def _looked(name: str, look: Callable[[], Check | Iterable[Check]]) -> list[Check]:
-    """A check that cannot be made is a finding, and the others are made."""
+    """Make a check; one that fails is reported as a finding, and the others are still made."""
     try:
         found = look()
         return [found] if isinstance(found, Check) else list(found)
     except DgbenchError as error:
         return [Check(name, "fail", error.message, error.hint)]
-    except Exception as error:  # of any library that is asked: a machine in disorder is what the doctor is called for
+    except Exception as error:  # any library may fail here: broken installations are what this command is for
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         return [Check(name, "fail", f"cannot be checked: {reason}")]
 
@@ -127,16 +127,16 @@ def _kernels() -> list[Check]:
         return [Check("ops", "fail", f"cannot be imported: {error}")]
     found = compiled.status()
     if found.nvcc is None:
-        nvcc = Check("nvcc", "info", "not found: CUDA kernels cannot be compiled here, Triton and torch serve")
+        nvcc = Check("nvcc", "info", "not found: CUDA kernels cannot be compiled here, Triton and torch are used")
     else:
         path, _, version = found.nvcc.rpartition(" ")
         nvcc = Check("nvcc", "ok", f"{version} ({path})")
     if found.reason is None:
         library = Check("kernel library", "ok", str(compiled.library().path))
     else:
-        # worth the command only where it would work and something would use the result
+        # suggest the command only if it would work and its result would be used
         helps = found.nvcc is not None and found.architecture is not None and found.sources
-        hint = f"{compiled.BUILD_COMMAND}; until then other backends serve" if helps else None
+        hint = f"{compiled.BUILD_COMMAND}; until then other backends are used" if helps else None
         library = Check("kernel library", "info", found.reason, hint)
     checks = [nvcc, library]
     for op in dispatch.TABLE:
@@ -190,7 +190,7 @@ def _disk(name: str, folder: Path) -> Check:
     free = shutil.disk_usage(place).free / 2**30
     detail = f"{free:.1f} GiB free in {folder}"
     if not os.access(place, os.W_OK):
-        return Check(name, "fail", f"no permission to write in {place}", "change into a folder that is yours")
+        return Check(name, "fail", f"no permission to write in {place}", "change to a folder that you may write to")
     if free < 2:
         return Check(name, "warn", detail, "runs, caches and checkpoints want 2 GiB: free some space")
     return Check(name, "ok", detail)
@@ -230,5 +230,5 @@ def _hub() -> Check:
         from huggingface_hub import get_token
     except ImportError:
         return Check("hub", "warn", "huggingface_hub is not installed", "pip install huggingface-hub")
-    # only whether there is a login; the token itself is nobody's business
+    # only whether there is a login: the token is not shown
     return Check("hub", "ok" if get_token() else "info", "logged in" if get_token() else "not logged in: public files only")

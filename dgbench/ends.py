@@ -1,4 +1,4 @@
-"""How processes end: the program by a signal, its workers with it, whatever it was that ended it."""
+"""Termination of processes: of the program by a signal, and of its workers whenever the program ends."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-# exit codes of a loader's worker that could not hand over a batch, in PyTorch's error the only trace of why
+# exit codes of a loader's worker that could not pass on a batch: PyTorch's error does not give any other reason
 NO_SHARED_MEMORY, NO_FILES = 81, 82
-_QUIET = 5.0  # seconds after a signal in which more of them mean the same
+_QUIET = 5.0  # seconds after a signal in which further signals are ignored
 
 
 @contextmanager
 def terminable() -> Iterator[list[int]]:
-    """Within, SIGTERM and SIGHUP raise `Terminated` in the main thread; the list that is yielded then holds their numbers.
+    """Make SIGTERM and SIGHUP raise `Terminated` in the main thread, and append their numbers to the list that is yielded.
 
-    More of them are ignored for some seconds: `timeout` and batch systems send several at once, and what is being written on
-    the way out takes a moment. One that the caller of the program has ignored, as `nohup` does, stays ignored.
+    Further signals are ignored for some seconds: `timeout` and batch systems send several at once, and writing a checkpoint
+    takes a moment. A signal that the program's caller ignores, as `nohup` does, stays ignored.
     """
     received: list[int] = []
     quiet_until = 0.0
@@ -55,9 +55,9 @@ def terminable() -> Iterator[list[int]]:
 
 
 def follow(*lines: Connection) -> None:
-    """In a process that `multiprocessing` started: end it when its parent ends, by whatever, or a line's other end is closed.
+    """End this process, started by `multiprocessing`, when its parent ends or the other end of a pipe is closed.
 
-    What a terminal or a batch system sends to the whole group goes to the parent alone, which ends its workers in order.
+    Signals of a terminal or batch system to the whole process group are left to the parent, which ends its workers in order.
     """
     from multiprocessing import parent_process
 
@@ -80,7 +80,7 @@ def _end_after(waited: list[Connection | int]) -> None:
 
 @contextmanager
 def unheard_interrupts() -> Iterator[None]:
-    """Processes that are started within never hear of Ctrl-C; this one hears of it at the end."""
+    """Start processes within that ignore Ctrl-C; this process handles it at the end."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

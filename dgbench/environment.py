@@ -1,4 +1,4 @@
-"""What a result depends on besides code and recipe, and the commit of the code that runs."""
+"""The environment that a result depends on besides code and recipe, and the commit of the code that runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from dgbench import __version__
 
-_CODE = (".", "../mfuser", "../recipes", "../cuda")  # what can change a number, seen from this folder
+_CODE = (".", "../mfuser", "../recipes", "../cuda")  # folders that can change a number, relative to this one
 
 
 def describe_environment(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
@@ -23,6 +24,8 @@ def describe_environment(device: str = "cpu", threads: int | None = None) -> dic
         "platform": platform.platform(),
         "device": device,
     }
+    if device == "cpu":
+        found["cpu"] = cpu_name()
     if threads is not None:
         found["threads"] = str(threads)
     for package in ("torch", "torchvision", "timm", "open_clip_torch", "accelerate", "numpy", "pillow", "triton"):
@@ -34,10 +37,20 @@ def describe_environment(device: str = "cpu", threads: int | None = None) -> dic
 
 
 @cache
+def cpu_name() -> str:
+    """Return the model of the processor as the system names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@cache
 def code_commit() -> tuple[str | None, bool | None]:
     """Return the (git commit, dirty flag) of the dgbench code that runs; (None, None) when it cannot be known.
 
-    A checkout is asked only if it tracks this very file: an environment inside somebody's repository is not ours.
+    A checkout counts only if it tracks this file: a virtual environment may lie inside another repository.
     """
     here = Path(__file__)
     if _git("ls-files", "--error-unmatch", here.name, folder=here.parent) is not None:

@@ -1,6 +1,6 @@
-"""What dgbench raises when the user can do something about it: a message and, if there is one, the next step.
+"""Errors that the user can act on: a message and, if there is one, the next step.
 
-The command line prints these without a traceback; anything else that escapes is a bug of ours and keeps its own.
+The command line prints them without a traceback; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def suggest(name: str, known: Iterable[str]) -> str | None:
     match = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     if match:
         return folded[match[0]]
-    # a stem or a piece of the name, as in `mfuser` for `streets/mfuser`: too far apart for an edit distance
+    # a part of the name, as in `mfuser` for `streets/mfuser`: too different for an edit distance
     pieces = [candidate for candidate in names if len(name) > 2 and name.lower() in candidate.lower()]
     return pieces[0] if len(pieces) == 1 else None
 
 
 def spelled(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` is, or the only one that differs from it in capitals alone; None if there is none."""
+    """Return the known name equal to `name`, or the only one that differs from it in case only; None if there is none."""
     names = list(known)
     if name in names:
         return name

@@ -1,9 +1,9 @@
-"""One training at a time in a run folder: a lock that ends with its holder, and a note that says who that is.
+"""Lock of a run folder, so that one process at a time trains in it, and a note that names this process.
 
-`.training.lock` is locked by the system, which lets go of it when the holder ends, however it ends. `.training.json` beside it
-says process, host and time for whoever is refused. A note that was left behind by a kill is taken over, with one exception:
-where the run lies on a network disk, whose locks other hosts may not see, the note of another host is respected until somebody
-removes it. A copied run folder is free: the note names the lock file by its number on the disk, which a copy has not.
+`.training.lock` is locked through the system, which releases it when the holder ends, however it ends. `.training.json` beside it
+has process, host and time for the error message. A note that a killed process left is replaced, with one exception:
+on a network disk, whose locks other hosts may not see, the note of another host is respected until a user
+removes it. A copied run folder is free: the note contains the lock file's inode number, which differs in a copy.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OURS = frozenset({LOCK, NOTE})  # what a folder may hold and still be empty
 
 @contextmanager
 def training(run: Path) -> Iterator[bool]:
-    """Within, no other dgbench trains in the folder `run`, which must exist.
+    """Lock the existing folder `run` against training by other dgbench processes.
 
-    Of the processes of one distributed training the first holds the lock for all; it is given True, the others False.
+    In a distributed training, the first process holds the lock for all; it gets True, the others False.
 
     Raises: ResultError naming the holder if there is one.
     """
@@ -55,7 +55,7 @@ def training(run: Path) -> Iterator[bool]:
 
 
 def check_free(run: Path) -> None:
-    """Raises: ResultError naming the holder if a training holds the folder."""
+    """Raise a ResultError that names the holder if a training holds the folder."""
     if (run / LOCK).exists():
         with training(run):
             pass
@@ -63,7 +63,7 @@ def check_free(run: Path) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[bool]:
-    """Within, this process holds the lock file `path` (True), or another one does (False); nothing is waited for."""
+    """Hold the lock file `path` (True), unless another process does (False), without waiting."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -84,12 +84,12 @@ def _in_use(run: Path, holder: dict[str, Any] | None) -> tuple[str, str]:
     pid, host, since = (str(holder[key])[:100] for key in ("pid", "host", "since"))
     message = f"{run} is being trained in by process {pid} on {host} since {since}"
     if _elsewhere(holder):
-        return message, f"wait until it ends, or stop it there; if it has ended without a word: rm {run / NOTE}"
+        return message, f"wait until it ends, or stop it there; if it no longer runs: rm {run / NOTE}"
     return message, f"wait until it ends, or stop it: kill {pid}; or train in another folder"
 
 
 def _holder(run: Path) -> dict[str, Any] | None:
-    """Who says to hold the run; None if nobody does, or the note came with a copy of the folder."""
+    """Return the note of the run's holder; None if there is none, or the note came with a copy of the folder."""
     from dgbench import untrusted
 
     try:
@@ -102,7 +102,7 @@ def _holder(run: Path) -> dict[str, Any] | None:
 
 
 def _elsewhere(holder: dict[str, Any]) -> bool:
-    # containers of one machine have other names, but share its kernel and with it the lock
+    # containers of one machine have different host names, but share its kernel and with it the lock
     return holder["host"] != platform.node() and (not holder.get("boot") or holder["boot"] != _boot())
 
 
@@ -111,7 +111,7 @@ def _number(run: Path) -> int:
 
 
 def _boot() -> str:
-    """What names this start of the machine's kernel; empty where it does not say."""
+    """Return the id of this boot of the machine; empty if the system does not state one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

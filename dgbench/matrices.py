@@ -19,11 +19,11 @@ _BYTES = 1 << 30  # packed or not: 25,000 images of 19 classes are 72 MB
 
 @dataclass(frozen=True, slots=True)
 class Matrices:
-    """Counts (n, K, K) by image, and by which id image i is known; None in files from before ids were kept."""
+    """Counts (n, K, K) by image, and the images' ids; None in older files without ids."""
 
     ids: tuple[str, ...] | None
     counts: NDArray[np.int64]
-    note: str = ""  # what else was to be kept with them
+    note: str = ""  # further text that is stored with them
 
 
 def packed(counts: NDArray[np.int64], ids: Sequence[str] | None = None, note: str = "") -> bytes:
@@ -80,7 +80,7 @@ def paired(a: Matrices, b: Matrices) -> tuple[NDArray[np.int64], NDArray[np.int6
     if len(place) < len(b.ids) or len(set(a.ids)) < len(a.ids):
         raise ValueError("an image occurs twice")
     if lone := sorted(set(a.ids) ^ set(b.ids)):
-        raise ValueError(f"{len(lone)} images are in one alone, the first is {lone[0]}")
+        raise ValueError(f"{len(lone)} images are in only one of them, the first is {lone[0]}")
     if a.counts.shape != b.counts.shape:
         raise ValueError(f"the numbers of classes differ: {a.counts.shape[1]} and {b.counts.shape[1]}")
     return a.counts, b.counts[[place[name] for name in a.ids]]

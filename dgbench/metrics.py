@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -78,8 +77,14 @@ def iou(confusion: NDArray[Any], *, absent: Absent = "skip") -> NDArray[np.float
             `zero`: none; those that occur nowhere have 0.
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    labelled = confusion.sum(axis=-1)
-    union = labelled + confusion.sum(axis=-2) - hits
+    return iou_of(hits, confusion.sum(axis=-1), confusion.sum(axis=-2), absent)
+
+
+def iou_of(
+    hits: NDArray[np.float64], labelled: NDArray[Any], predicted: NDArray[Any], absent: Absent = "skip"
+) -> NDArray[np.float64]:
+    """Return the IoU per class from the diagonal and the sums of rows and columns of a confusion matrix, (..., K) each."""
+    union = labelled + predicted - hits
     counted = labelled > 0 if absent == "unlabelled" else union > 0
     nothing = 0.0 if absent == "zero" else np.nan
     result: NDArray[np.float64] = np.divide(hits, union, out=np.full(hits.shape, nothing), where=counted)
@@ -104,11 +109,11 @@ def interval(
 ) -> tuple[float, float]:
     """Return the interval of the mIoU over other images of the same domain: a jackknife that leaves out one image at a time.
 
-    The mean's standard error is that of the scores without image i (Tukey 1958), its quantile Student's with the degrees of
-    freedom that the spread of their squares leaves (Satterthwaite 1946): a class that stands in two images has few, however
-    many images there are. `benchmarks/interval_coverage.py` measures how often it holds the truth, beside other methods.
+    The standard error is that of the scores without image i (Tukey 1958), the quantile is Student's, with Satterthwaite's
+    degrees of freedom from the variance of their squares (1946): they are few if a class occurs in two images only, however
+    many images there are. `benchmarks/interval_coverage.py` measures its coverage and that of other methods.
 
-    It says how much the score would move with other images of the same domain; it does not cover other training runs, nor
+    It describes how much the score varies with other images of the same domain; it does not cover other training runs, nor
     the IoU of a class that occurs in no image (see `rare`).
 
     Args:
@@ -116,7 +121,7 @@ def interval(
         level: the interval's coverage, 0.95 for 2.5 % on each side.
         classes, absent: as `miou`'s.
 
-    Returns: (low, high) in 0..1; (NaN, NaN) for fewer than two images, or where a score hangs on a single one.
+    Returns: (low, high) in 0..1; (NaN, NaN) for fewer than two images, or if a score depends on a single one.
     """
     if len(per_image) < 2:
         return float("nan"), float("nan")
@@ -125,35 +130,55 @@ def interval(
     return _within(score - half, 0.0, 1.0), _within(score + half, 0.0, 1.0)
 
 
-def paired_difference(
-    a: NDArray[Any], b: NDArray[Any], *, level: float = 0.95, classes: Sequence[int] | None = None, absent: Absent = "skip"
+def weighted(
+    matrices: Sequence[NDArray[Any]],
+    weights: Sequence[float],
+    *,
+    level: float = 0.95,
+    classes: Sequence[int] | None = None,
+    absent: Absent = "skip",
 ) -> tuple[float, float, float]:
-    """Return mIoU(b) - mIoU(a) on the same images, with its interval, as (difference, low, high).
+    """Return a weighted sum of mIoUs of the same images seen in several ways, with its interval, as (sum, low, high).
 
-    Images are left out of both sides at once, so what makes an image hard for both cancels.
+    Images are left out of all at once, as in `report.statistics.difference`.
 
     Args:
-        a, b: (n, K, K) counts of two models, image i of one is image i of the other.
+        matrices: (n, K, K) counts each, image i of one is image i of the others.
+        weights: positive numbers whose sum is 1: the result is in 0..1.
         level, classes, absent: as `interval`'s.
 
-    Raises: ValueError if the shapes differ.
+    Raises: ValueError if the shapes or the numbers of matrices and weights differ.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"paired matrices differ in shape: {a.shape} and {b.shape}")
-    difference = miou(b.sum(axis=0), classes=classes, absent=absent) - miou(a.sum(axis=0), classes=classes, absent=absent)
-    if len(a) < 2:
-        return difference, float("nan"), float("nan")
-    half = _half_width(_without_each(b, classes, absent) - _without_each(a, classes, absent), level)
-    return difference, _within(difference - half, -1.0, 1.0), _within(difference + half, -1.0, 1.0)
+    if len({one.shape for one in matrices}) != 1:
+        raise ValueError(f"matrices differ in shape: {', '.join(sorted({str(one.shape) for one in matrices}))}")
+    pairs = list(zip(weights, matrices, strict=True))
+    total = math.fsum(weight * miou(one.sum(axis=0), classes=classes, absent=absent) for weight, one in pairs)
+    if len(matrices[0]) < 2:
+        return total, float("nan"), float("nan")
+    without = np.sum([weight * _without_each(one, classes, absent) for weight, one in pairs], axis=0)
+    half = _half_width(without, level)
+    return total, _within(total - half, 0.0, 1.0), _within(total + half, 0.0, 1.0)
+
+
+def trapezoid_weights(places: Sequence[float]) -> tuple[float, ...]:
+    """Return by how much each value at growing places enters the mean height of the line through them; their sum is 1.
+
+    Raises: ValueError for fewer than two places, or places that do not grow.
+    """
+    steps = np.diff(places)
+    if len(places) < 2 or not (steps > 0).all():
+        raise ValueError(f"a line needs two or more places that grow, got {', '.join(f'{place:g}' for place in places)}")
+    halves = np.concatenate([[0.0], steps, [0.0]]) / 2
+    return tuple(float(value) for value in (halves[1:] + halves[:-1]) / (places[-1] - places[0]))
 
 
 def rare(
     per_image: NDArray[Any], *, fewer_than: int = FEW_IMAGES, classes: Sequence[int] | None = None, absent: Absent = "skip"
 ) -> dict[int, int]:
-    """Return the classes that enter the mIoU and are labelled in fewer than so many images, and in how many they are.
+    """Return the classes of the mIoU that are labelled in fewer than so many images, and the number of these images.
 
-    What an IoU would be on other images is not to be seen in a few: below `FEW_IMAGES` the interval is too short more often
-    than it says. A class in no image at all is in the result if the mean counts it (predicted somewhere, or `absent="zero"`).
+    A few images say little about the IoU on other images: below `FEW_IMAGES`, the interval's coverage is lower than its
+    level. A class in no image at all is in the result if the mean counts it (predicted somewhere, or `absent="zero"`).
 
     Args:
         per_image: (n, K, K) counts, one matrix per image.
@@ -171,43 +196,40 @@ def _without_each(per_image: NDArray[Any], classes: Sequence[int] | None, absent
 
 
 def _within(value: float, low: float, high: float) -> float:
-    """Return the value cut to a range; NaN stays NaN."""
+    """Return the value clipped to a range; NaN stays NaN."""
     return float(np.clip(value, low, high))
 
 
-def _half_width(without: NDArray[np.float64], level: float) -> float:
-    """Return half the jackknife interval's width from a statistic without each of n >= 2 images, (n,)."""
+def jackknife(without: NDArray[np.float64]) -> tuple[float, float]:
+    """Return a statistic's variance from its values without each of n >= 2 images, (n,), and the degrees of freedom of it.
+
+    The variance of a sum of squares gives the degrees of freedom; those of normal numbers are about n.
+    """
     n = len(without)
     squares = (without - without.mean()) ** 2
     total = float(squares.sum())
     if total == 0:
-        return 0.0
-    # the variance of a sum of squares gives the degrees of freedom; those of normal numbers are about n
+        return 0.0, n - 1.0
     spread = float((squares**2).sum()) - total**2 / n
     freedom = min(n - 1.0, 2 * total**2 / spread) if spread > 0 else n - 1.0
-    return student_quantile(0.5 + level / 2, freedom) * math.sqrt((n - 1) / n * total)
+    return (n - 1) / n * total, freedom
 
 
-def student_quantile(p: float, freedom: float) -> float:
-    """Return Student's t quantile for 0.5 <= p < 1 and any number of degrees of freedom from 1.
+def _half_width(without: NDArray[np.float64], level: float) -> float:
+    """Return half the jackknife interval's width from a statistic without each of n >= 2 images, (n,)."""
+    from scipy import special
 
-    From a table of the distribution, integrated numerically: to 1e-5 for p up to 0.999.
-    """
-    if freedom > 10_000:
-        return NormalDist().inv_cdf(p)
-    # t = sqrt(freedom) tan(angle) makes the density a power of a cosine, smooth on all of 0..pi / 2
-    angles = np.linspace(0.0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    steps = (density[1:] + density[:-1]) / 2
-    cumulative = np.concatenate([[0.0], np.cumsum(steps)])
-    cumulative *= 0.5 / cumulative[-1]
-    angle = float(np.interp(p - 0.5, cumulative, angles))
-    return math.sqrt(freedom) * math.tan(angle)
+    variance, freedom = jackknife(without)
+    return float(special.stdtrit(freedom, 0.5 + level / 2)) * math.sqrt(variance)
 
 
 def _mean(confusion: NDArray[Any], classes: Sequence[int] | None, absent: Absent) -> NDArray[np.float64]:
     """Return the mean IoU over the classes that have one, (..., K, K) -> (...); NaN where none has (and no warning)."""
-    values = iou(confusion, absent=absent)
+    return mean_of_classes(iou(confusion, absent=absent), classes)
+
+
+def mean_of_classes(values: NDArray[np.float64], classes: Sequence[int] | None = None) -> NDArray[np.float64]:
+    """Return the mean over the classes that have an IoU, (..., K) -> (...); NaN where none has (and no warning)."""
     values = values if classes is None else values[..., list(classes)]
     present = ~np.isnan(values)
     # summed class by class, as the Cityscapes scripts do: numpy's own order differs from theirs in the last bit

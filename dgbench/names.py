@@ -1,6 +1,6 @@
-"""What the models' package offers, by name: methods, towers, operators and their backends.
+"""Names of methods, towers, operators and backends in the models' package.
 
-Told from its files and its light tables: a wrong name need not wait for torch.
+They are read from its files and from tables that do not import torch, so that a wrong name is reported quickly.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from pathlib import Path
 from dgbench.errors import DgbenchError, RecipeError, unknown
 
 _MODELS = Path(__file__).parents[1] / "mfuser"
-_TIMM = "timm:"  # before the name of a model of timm's, which timm alone can check
+_TIMM = "timm:"  # prefix of a timm model's name, which only timm can check
 
 
 def methods() -> list[str]:
-    """Every method's public name."""
+    """Return every method's public name."""
     from mfuser.methods import names
 
     return names()
 
 
 def towers(*roles: str) -> list[str]:
-    """Towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
+    """Return the towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
     from mfuser.towers.table import TOWERS
 
     return [name for name, row in TOWERS.items() if row.role in (*roles, "both")]
 
 
 def backends() -> dict[str, list[str]]:
-    """Operator -> its backends: the table of `mfuser.ops.dispatch`, or its text where that is not imported yet."""
+    """Return each operator's backends: the table of `mfuser.ops.dispatch`, or its text if that is not imported yet."""
     if (dispatch := sys.modules.get("mfuser.ops.dispatch")) is not None:
         return {operator: [row.name for row in rows] for operator, rows in dispatch.TABLE.items()}
     return backends_as_written()
 
 
 def backends_as_written() -> dict[str, list[str]]:
-    """Operator -> its backends, read from the text of the table."""
+    """Return each operator's backends, read from the text of the table."""
     found = {}
     for node in ast.parse((_MODELS / "ops" / "dispatch.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TABLE":
@@ -50,7 +50,7 @@ def backends_as_written() -> dict[str, list[str]]:
 
 
 def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
-    """Raise a DgbenchError for an operator or a backend that there is not."""
+    """Raise a DgbenchError for an unknown operator or backend."""
     known = backends()
     for name in operators:
         if name not in known:
@@ -62,7 +62,7 @@ def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
 
 
 def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None, backbone: str | None = None) -> None:
-    """Raise a RecipeError for what is neither a method nor a recipe, and for towers that there are not, whatever the capitals."""
+    """Raise a RecipeError for a name that is no method or recipe, and for unknown towers; case does not matter."""
     from dgbench.recipe import recipe_names
 
     recipes = recipe_names()

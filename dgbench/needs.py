@@ -1,6 +1,6 @@
-"""What a training or an evaluation needs of this disk: domains' files and towers' weights.
+"""Files that a training or an evaluation needs: those of domains and the weights of towers.
 
-Looked for before anything heavy is imported, so that everything that has to be fetched is named at once, with the command.
+They are checked before anything heavy is imported, so that one error names all that is missing, with the command to get it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
             raise RecipeError(f"train.init: no folder {init}", "give a run folder (runs/...), or one that mfuser.save wrote")
         from_scratch = False  # of towers it takes no published weights
     options = recipe.method.options
-    # trunks of a method's own are no files
+    # backbones that a method defines itself have no files
     own = backbone_names(recipe.method.name) - TOWERS.keys() if recipe.method.name in names() else set()
     towers = [name for key in TOWER_OPTIONS if isinstance(name := options.get(key), str) and name not in own]
     if any(name not in TOWERS and not name.startswith("timm:") for name in towers):
-        return  # a wrong name is told before anyone fetches gigabytes for it
+        return  # a wrong name is reported before gigabytes are downloaded for it
     data = recipe.data
     wanted: list[Wanted] = [
         ("source", row, split) for row, split in zip(data.rows(data.sources, root), data.source_splits, strict=True)
@@ -52,7 +52,7 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
     try:
         _check(wanted, towers if from_scratch else (), root, tokenized=bool(options.get("token_ids")))
     except DataError:
-        # towers of one size fit each other; of others nothing need be fetched before that is known, which takes torch
+        # towers of the same size fit each other; others are checked, which takes torch, before anything is downloaded
         rows = [TOWERS.get(name) for name in towers]
         if None in rows or len({(row.width, row.depth) for row in rows if row is not None}) > 1:
             _build(recipe)
@@ -63,13 +63,13 @@ def check_scoring(wanted: Sequence[Wanted], root: Path | None = None, no_run: Dg
     """Raise a DataError that names all the domains whose files are not here, and how to get them.
 
     Args:
-        no_run: that there is nothing to score, to be told with the rest.
+        no_run: the error that there is nothing to score, to be reported with the others.
     """
     _check(wanted, (), root, no_run)
 
 
 def scoring(recipe: Recipe, root: Path | None = None) -> list[Wanted]:
-    """Return what a run is scored on where no targets are named: its recipe's, and the validation splits of its sources."""
+    """Return what a run is scored on by default: its recipe's targets, and the validation splits of its sources."""
     data = recipe.data
     sources: list[Wanted] = [("source", row, "val") for row in data.rows(data.sources, root) if "val" in row.splits]
     return [*sources, *(("target", row, "val") for row in data.rows(data.targets, root))]
@@ -81,7 +81,7 @@ def _build(recipe: Recipe) -> None:
 
     try:
         mfuser.build(recipe.method.name, **recipe.method.options, image_size=recipe.data.crop)
-    except mfuser.WeightsNotFound:  # which is said of towers that fit
+    except mfuser.WeightsNotFound:  # only raised for towers that fit
         return
     except ValueError as error:
         raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
@@ -113,7 +113,7 @@ def _check(
 
 
 def _domains(wanted: Iterable[Wanted], root: Path | None) -> tuple[dict[str, str], list[DgbenchError]]:
-    """Those that are not here at all, each with its role, and what is wrong with others."""
+    """Return the domains that are missing completely, each with its role, and the errors of others."""
     absent: dict[str, str] = {}
     odd: dict[str, DgbenchError] = {}
     base = data_root(root)
@@ -136,17 +136,17 @@ def _holds_anything(row: Domain, base: Path) -> bool:
 
 
 def _weights(towers: Sequence[str], more: object, tokenized: bool) -> dict[str, list[HubFile]]:
-    """The files of each tower that are not here."""
+    """Return the missing files of each tower."""
     from mfuser.towers.table import TOWERS
     from mfuser.towers.weights import files
 
     missing = {}
     for tower in dict.fromkeys(towers):
         if tower not in TOWERS and not more:
-            continue  # timm's: where nothing else is missing, whatever builds the model says so, and need not ask timm twice
+            continue  # timm's are reported when the model is built, if nothing else is missing
         try:
             lacking = [file for file in files(tower) if file.where is None]
-        except ValueError:  # no model of timm's: the model's to tell
+        except ValueError:  # no model of timm's: reported when the model is built
             continue
         if tokenized and tower in TOWERS:
             lacking = [file for file in lacking if file is TOWERS[tower].weights]

@@ -1,4 +1,4 @@
-"""How long work tells where it is. The engine speaks to this face; what is drawn is up to `dgbench.render`."""
+"""Interface by which the engine reports progress; `dgbench.render` implements what is drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Progress(Protocol):
         """Begin `total` units of `what`, e.g. ("train streets/mfuser", 400, "steps"). Ends a bar that is still open."""
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
-        """`n` more units are done. Training gives the fields `loss`, `images_per_second` and `lr`."""
+        """Count `n` more units as done. Training gives the fields `loss`, `images_per_second` and `lr`."""
 
     def stop(self) -> None:
         """End the bar, complete or not."""
@@ -25,13 +25,13 @@ class Bars(Protocol):
     """Several transfers at once, each by its name; every method may be called from any thread."""
 
     def begin(self, name: str, total: int | None, done: int = 0) -> None:
-        """Begin a transfer of `total` bytes, None where nobody says, of which `done` are there from an earlier try."""
+        """Begin a transfer of `total` bytes (None: unknown), of which `done` are there from an earlier try."""
 
     def advance(self, name: str, n: int) -> None:
-        """`n` more bytes have come; fewer than none where a transfer began anew."""
+        """Count `n` more bytes as received; a negative number if a transfer started again."""
 
     def end(self, name: str) -> None:
-        """The transfer is over, complete or not."""
+        """End the display of a transfer, complete or not."""
 
     def note(self, text: str) -> None:
         """Say one line that stays on the screen."""

@@ -1,11 +1,11 @@
-"""What a score was measured under. Two numbers are comparable only if everything in here agrees.
+"""Evaluation protocols. Two scores are comparable only if all fields of their protocols agree.
 
-The published papers do not: they differ in test size, label grid and the Mapillary label map, which moves the average
+Published papers differ in test size, label grid and the Mapillary label map, which changes the average
 of three targets by 2 to 2.5 points for one and the same checkpoint (Tang et al., AAAI 2025, table 1). Every record
 therefore carries the hash of its protocol together with its domain's row, and no table ranks across two hashes.
 
-`docs/protocol.md` says where each preset's values come from. `dgbench.data.resizing` and `dgbench.engine.scoring` do
-what the fields say; a field that nothing obeys does not belong here.
+`docs/protocol.md` says where each preset's values come from. `dgbench.data.resizing` and `dgbench.engine.scoring`
+implement the fields.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ class Protocol:
     halved: tuple[str, ...] = ()  # domains halved by Rein's offline script: Pillow's bicubic, label nearest
     square: Mapping[str, int] = field(default_factory=dict)  # RobustNet's: this high, then cropped or padded to a square
 
-    # the size at which the model sees the image; a domain in neither is seen as its files are
+    # the size at which the model sees the image; by default that of the file
     fit: Mapping[str, Size] = field(default_factory=dict)  # domain -> (H, W) box, aspect ratio kept (mmcv's rescale)
-    short_edge: int | None = None  # every image's short edge is brought to this (detectron2's)
+    short_edge: int | None = None  # every image's short edge is resized to this (detectron2's)
     resize: Literal["opencv-bilinear", "pillow-bilinear"] = "opencv-bilinear"  # OpenCV's has no antialiasing
-    label_grid: Literal["original", "resized"] = "original"  # resized: the label is brought to the image's size, nearest
+    label_grid: Literal["original", "resized"] = "original"  # resized: the label is resized to the image's size, nearest
 
-    # how the model looks at it
+    # how the model is applied to the image
     window: Literal["crop", "whole"] = "crop"  # slides the training crop; the last window is shifted back to the border
     stride: float = 2 / 3  # of the window: 341 for 512, 683 for 1024; overlaps are averaged
-    upsampling: Literal["method", "masks", "scores"] = "method"  # mask logits to the window before or after they are mixed
+    upsampling: Literal["method", "masks", "scores"] = "method"  # mask logits are upsampled before or after combining them
     scales: tuple[float, ...] = (1.0,)  # of the test size; the softmax of several is averaged
     flip: bool = False  # the mirrored image too
 
-    # what the score is
+    # how the score is computed
     classes: Literal[19, 16, 13] = 19  # the mean runs over these; the confusion matrix is of all 19
     absent_classes: Literal["skip", "unlabelled", "zero"] = "skip"  # see `dgbench.metrics.miou`
     checkpoint: Literal["last"] = "last"  # never chosen by a target's labels
@@ -167,7 +167,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def lookup(name: str) -> Protocol:
-    """Return the preset of this name, in capitals or not.
+    """Return the preset of this name, in lower or upper case.
 
     Raises: RecipeError naming the nearest one.
     """
@@ -184,7 +184,7 @@ class Preset:
     name: str
     digest: str
     follows: str
-    rules: dict[str, str]  # what is ruled -> how, in words
+    rules: dict[str, str]  # aspect of the evaluation -> its rule, in words
 
 
 def presets(name: str | None = None) -> list[Preset]:
@@ -197,7 +197,7 @@ def presets(name: str | None = None) -> list[Preset]:
 
 
 def _in_words(p: Protocol) -> dict[str, str]:
-    """Every field that enters the hash; sizes as H x W."""
+    """Return every field that enters the hash; sizes as H x W."""
     sizes = {}
     for domain in ("cityscapes", "bdd100k", "mapillary", "acdc"):
         box = p.fit.get(domain)
@@ -232,7 +232,7 @@ def label_map(protocol: Protocol, domain: Domain) -> str:
 def domain_row(
     domain: Domain, split: str, label_map: str, size: tuple[int, int] | None, revision: str | None = None
 ) -> dict[str, Any]:
-    """Return what fixes the pixels and labels of a scored split; enters the hash.
+    """Return what determines the pixels and labels of a scored split; enters the hash.
 
     Args:
         revision: of the files that are read, where they may differ from the published ones; default: the domain's.
@@ -243,10 +243,10 @@ def domain_row(
 
 
 def protocol_hash(protocol: Protocol, domain_row: Mapping[str, Any]) -> str:
-    """Return 12 hex digits that change with anything that changes what a score means.
+    """Return a 12-digit hash of everything that a score depends on besides the model.
 
     Args:
-        domain_row: what fixes the pixels and labels of the domain: name, split, revision, label map, and for rendered
+        domain_row: what determines the pixels and labels of the domain: name, split, revision, label map, and for rendered
             domains the size. JSON-able.
     """
     return _sha256({"protocol": protocol._content(), "domain": dict(domain_row)})[:12]

@@ -1,4 +1,4 @@
-"""What the installation and the machine offer: files that travel with the package, and processor cores."""
+"""Files that ship with the package, and processor cores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _PACKAGE = Path(__file__).parent
 
 
 def recipes_dir() -> Path:
-    """The folder of the shipped recipes: at the repository's top level, and inside the package in a wheel."""
+    """Return the folder of the shipped recipes: at the repository's top level, and inside the package in a wheel."""
     packaged = _PACKAGE / "recipes"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "recipes"
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     # macOS has no affinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

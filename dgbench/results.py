@@ -1,7 +1,7 @@
 """Records: one immutable, typed JSON file per result, kept in the folder of the run that made it.
 
-There is no database: deleting a run's folder deletes its results. A file is written whole or not at all, and a reader
-looks only at names `record-*.json`, which half-written files never have.
+There is no database: deleting a run's folder deletes its results. A file is written completely or not at all, and a reader
+only considers names `record-*.json`, which partly written files never have.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dgbench.matrices import Matrices
 
 SCHEMA = 2
-_READS = (1, SCHEMA)  # what a schema lacks takes its default
+_READS = (1, SCHEMA)  # fields that a schema does not have take their default
 _log = logging.getLogger(__name__)
 _RECORD_BYTES = 1 << 20
 
@@ -41,16 +41,18 @@ _RECORD_BYTES = 1 << 20
 class Record:
     """One measurement: a checkpoint on a split of a domain, or the end of a training.
 
+    `severity` is a score that no leaderboard ranks: on corrupted images, or on fewer than its run is scored on.
+
     Fractions are 0..1, seconds are wall time. None means unknown or undefined, never zero.
     """
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}  # of what is read
 
     id: str
-    kind: Literal["eval", "train"]
+    kind: Literal["eval", "train", "severity"]
     created: str  # UTC, ISO 8601
     method: str
-    variant: str = ""  # what tells two builds of a method apart, e.g. "dinov2_l + eva02, mvfuser"
+    variant: str = ""  # towers and options that distinguish builds of a method, e.g. "dinov2_l + eva02, mvfuser"
     recipe: str
     recipe_hash: str
     source: str
@@ -58,13 +60,13 @@ class Record:
     split: str
     protocol: str = ""
     protocol_digest: str = ""  # of the protocol alone
-    protocol_hash: str = ""  # of the protocol and what fixes the domain's pixels and labels
+    protocol_hash: str = ""  # of the protocol and what determines the domain's pixels and labels
     miou: float | None = None
     iou: tuple[float | None, ...] = ()  # per class, None for a class in neither label nor prediction
     interval: tuple[float | None, float | None] = (None, None)  # 95 %, over images: metrics.interval
     n_images: int = 0
     n_available: int = 0  # images of the complete split; more than n_images marks a partial score
-    n_extra: int = 0  # images on the disk beyond what the set publishes: which ones were scored is not known
+    n_extra: int = 0  # images on the disk in addition to the published ones; it is not known which ones were scored
     rendered: bool = False  # the target is an export of a rendered domain in the files of a real set
     source_images: int = 0  # images trained on; 0: unknown, as in schema 1
     source_available: int = 0  # images of the complete source split; of a rendered source as many as were drawn
@@ -153,7 +155,7 @@ _DIGEST = re.compile(rb'(?<="digest": ")[0-9a-f]{64}(?="\n\}\n?\Z)')
 
 
 def file_stem(id_: str, kind: str, target: str, split: str) -> str:
-    """What the names of a record's files have in common: `record-STEM.json`, `confusion-STEM.npz`."""
+    """Return the common part of the names of a record's files: `record-STEM.json`, `confusion-STEM.npz`."""
     # "@" and "/" may occur in names of domains, the file must stay one portable name
     return f"{id_}-{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', target)}-{split}"
 
@@ -161,14 +163,14 @@ def file_stem(id_: str, kind: str, target: str, split: str) -> str:
 def to_json(record: Record) -> str:
     """Return the record as it is stored: indented JSON in field order, non-finite numbers as null."""
     content = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "path"}
-    digest = {"digest": content.pop("digest")}  # the last word
+    digest = {"digest": content.pop("digest")}  # comes last
     return json.dumps(
         {"schema": content.pop("schema"), **finite(content), **digest}, indent=1, ensure_ascii=False, allow_nan=False
     )
 
 
 def read(path: Path) -> Record:
-    """Read one record. What is in the file is not trusted: every field has its type, and numbers and texts their bounds.
+    """Read one record. Its content is not trusted: the type of every field is checked, and the bounds of numbers and texts.
 
     Raises: ResultError naming the file and the field at fault.
     """
@@ -180,7 +182,7 @@ def read(path: Path) -> Record:
         data = untrusted.read_bytes(path, _RECORD_BYTES)
         content = untrusted.read_object(data)
     except FileNotFoundError:
-        raise ResultError(f"no record {path}", "`dgbench leaderboard` shows the records there are") from None
+        raise ResultError(f"no record {path}", "`dgbench leaderboard` lists the records") from None
     except ValueError as error:
         raise ResultError(f"{path} {error}", "restore or remove the file") from None
     if content is None or "schema" not in content:
@@ -194,13 +196,13 @@ def read(path: Path) -> Record:
     if strange := sorted(content.keys() - _STORED):
         raise ResultError(f"{path}: {strange[0][:40]}: unknown field", "restore or remove the file")
     try:
-        # from the text: only there is a list the way to write a tuple
+        # validated from the text, because in JSON mode pydantic accepts a list for a tuple
         record = _adapter().validate_json(data)
         problem = bounds.problem(record)
     except ValidationError as error:
         problem = untrusted.in_words(error.errors(include_url=False)[0])
     if not problem and record.digest and _digest(_DIGEST.sub(b"", data)) != record.digest:
-        problem = "is damaged or was changed: its content is not what its digest says"
+        problem = "is damaged or was changed: its content does not match its digest"
     if problem:
         raise ResultError(f"{path}: {problem}", "restore or remove the file")
     return dataclasses.replace(record, path=path)
@@ -214,27 +216,39 @@ def _adapter() -> TypeAdapter[Record]:
 
 
 def query(root: Path | str = RUNS) -> list[Record]:
-    """Return all records below a folder, oldest first. A file that cannot be read is warned about and left out.
+    """Return all records below a folder, oldest first. A file that cannot be read is skipped with a warning.
 
-    Raises: ResultError if there is no such folder; only the usual one may be missing, before the first run.
+    Raises: ResultError if there is no such folder; only the default one may be missing, before the first run.
+    """
+    records, problems = scan(root)
+    for problem in problems:
+        _log.warning("%s; it is left out", problem)
+    return records
+
+
+def scan(root: Path | str = RUNS) -> tuple[list[Record], list[str]]:
+    """Return all records below a folder, oldest first, and a line for each file or folder that cannot be read.
+
+    Raises: as `query`.
     """
     root = Path(root)
     if root == Path(RUNS) and not root.exists():
-        return []
+        return [], []
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "there is no such folder"
         raise ResultError(f"no runs in {root}: {what}", "name the folder that holds them: --runs FOLDER")
-    found = []
-    for path in sorted(_record_files(str(root))):
+    found: list[Record] = []
+    problems: list[str] = []
+    for path in sorted(_record_files(str(root), problems)):
         try:
             found.append(read(Path(path)))
         except ResultError as error:
-            _log.warning("%s; it is left out", error.message)
-    return sorted(found, key=lambda record: (record.created, record.id))
+            problems.append(error.message)
+    return sorted(found, key=lambda record: (record.created, record.id)), problems
 
 
-def _record_files(root: str) -> Iterator[str]:
-    """Paths of records at any depth; links to folders are not followed."""
+def _record_files(root: str, problems: list[str]) -> Iterator[str]:
+    """Paths of records at any depth; links to folders are not followed. Folders that cannot be listed go into `problems`."""
     folders = [root]
     while folders:
         folder = folders.pop()
@@ -246,7 +260,7 @@ def _record_files(root: str) -> Iterator[str]:
                     elif entry.name.startswith("record-") and entry.name.endswith(".json"):
                         yield entry.path
         except OSError as error:
-            _log.warning("%s cannot be listed: %s; it is left out", folder, error.strerror)
+            problems.append(f"{folder} cannot be listed: {error.strerror}")
 
 
 def read_matrices(record: Record) -> Matrices:
@@ -276,7 +290,7 @@ def read_confusion(record: Record) -> NDArray[np.int64]:
 
 
 def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the matrices of two records for `metrics.paired_difference`: (n, K, K) each, matched by the images' ids.
+    """Return the matrices of two records for `report.statistics.difference`: (n, K, K) each, matched by the images' ids.
 
     Raises: ResultError if they are scores of different things, a file has no ids, or the ids differ.
     """
@@ -298,7 +312,7 @@ def paired(a: Record, b: Record) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def finite(value: Any) -> Any:
-    """Return JSON-able data with NaN and infinities as None; JSON has no word for them."""
+    """Return JSON-able data with NaN and infinities as None, since JSON does not have them."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""Run folders: a new one, one of the user's choice, and the one that is meant by a word."""
+"""Run folders: creating a new one, claiming one of the user's choice, and finding one by name."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dgbench import locks, temporaries
 from dgbench.errors import ResultError, suggest
 
 RUNS = "runs"  # the usual folder of runs, in the working folder
+_OF_SEED = "seed-"  # a run of `train --seeds`, in a folder of all its runs
 _STAMP = re.compile(r"^\d{8}T\d{6}Z")
 
 
@@ -32,7 +34,7 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
     Args:
         locked: this process holds the folder already.
 
-    Raises: ResultError if it holds anything already, or somebody trains in it.
+    Raises: ResultError if it is not empty, or another process trains in it.
     """
     if not locked:
         locks.check_free(folder)
@@ -40,29 +42,67 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
         temporaries.clear(folder, shared=True)  # a kill while the first file was written leaves a folder that can be trained in
     if (folder / "recipe.yaml").is_file():
         raise ResultError(f"{folder} holds a run already", f"go on with it: dgbench train --resume {folder}")
+    if any(folder.glob(f"{_OF_SEED}*/recipe.yaml")):
+        raise ResultError(f"{folder} holds runs of several seeds already", f"go on with them: dgbench train --resume {folder}")
     if folder.exists() and (not folder.is_dir() or any(path.name not in locks.OURS for path in folder.iterdir())):
         raise ResultError(f"{folder} exists and is not empty", "choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
+def seed_run(folder: Path, seed: int) -> Path:
+    """The run of this seed in a folder of runs that differ in their seeds."""
+    return folder / f"{_OF_SEED}{seed}"
+
+
+def runs_in(folder: Path, *, needs: str = "recipe.yaml") -> list[Path]:
+    """Return the runs in a folder of runs, by name, those of several seeds in their order; a run itself holds none."""
+    found = {p.parent for p in (*folder.glob(f"*/{needs}"), *folder.glob(f"*/{_OF_SEED}*/{needs}"))}
+    return sorted(found, key=lambda run: (run.parent, _number(run), run.name))
+
+
+def of_one_call(runs: Sequence[Path]) -> bool:
+    """Whether these are runs that one call of `train --seeds` began."""
+    return len({run.parent for run in runs}) == 1 and all(run.name.startswith(_OF_SEED) for run in runs)
+
+
+def find_runs(text: str = "latest", root: Path | str = RUNS, *, needs: str = "recipe.yaml") -> list[Path]:
+    """Return the run meant by `text` as `find_run` does, or all runs of the folder of runs that it names.
+
+    `latest` means all runs of `train --seeds` if that began the newest.
+
+    Args:
+        needs: what a run must hold if it was not named itself.
+
+    Raises: ResultError saying which runs exist.
+    """
+    if text == "latest":
+        run = find_run(text, root, needs=needs)
+        return runs_in(run.parent, needs=needs) if run.parent != Path(root) else [run]
+    for folder in (Path(text), Path(root) / text):
+        if not (folder / "recipe.yaml").exists() and (found := runs_in(folder, needs=needs)):
+            return found
+    return [find_run(text, root)]
+
+
 def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "recipe.yaml") -> Path:
     """Return the run folder meant by `text`: a folder, a record in it, a name below `root`, or `latest`.
 
     Args:
-        needs: what a folder must hold to count as a run; `latest` passes over those without it.
+        needs: what a folder must hold to count as a run; `latest` skips those without it.
 
     Raises: ResultError saying which runs exist.
     """
-    runs = sorted((p.parent for p in Path(root).glob(f"*/{needs}")), key=_age)
+    runs = sorted(runs_in(Path(root), needs=needs), key=_age)
     if text == "latest":
         if not runs:
             raise ResultError(f"no run with {needs} in {root}", "train one: dgbench train streets/mfuser")
         return runs[-1]
     path = next((p for p in (Path(text), Path(root) / text) if p.exists()), None)
     if path is None:
-        close = suggest(text, [run.name for run in runs])
-        latest = ", ".join(run.name for run in runs[-3:]) or "none yet"
+        names = [run.relative_to(root).as_posix() for run in runs]
+        close = suggest(text, names)
+        latest = ", ".join(names[-3:]) or "none yet"
         raise ResultError(f"no run `{text}`", f"did you mean `{close}`?" if close else f"runs in {root}: {latest}")
     folder = path.parent if path.is_file() else path
     if not (folder / needs).exists():
@@ -71,11 +111,24 @@ def find_run(text: str = "latest", root: Path | str = RUNS, *, needs: str = "rec
     return folder
 
 
-def _age(run: Path) -> tuple[str, str]:
-    # the name tells the time even after a copy has changed the files' dates
-    if stamp := _STAMP.match(run.name):
-        return stamp[0], run.name
-    return _stamp(datetime.fromtimestamp(run.stat().st_mtime, UTC)), run.name
+def scored_run(text: str, root: Path | str = RUNS) -> Path:
+    """Return the run folder meant by `text`, whose checkpoint is to be used.
+
+    Raises: ResultError saying which runs exist.
+    """
+    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
+    return find_run(text, root, needs="checkpoint" if text == "latest" else "recipe.yaml")
+
+
+def _age(run: Path) -> tuple[str, int, str]:
+    # the name tells the time even after a copy has changed the files' dates; of several seeds, that of their folder
+    stamp = _STAMP.match(run.name) or (_STAMP.match(run.parent.name) if run.name.startswith(_OF_SEED) else None)
+    return stamp[0] if stamp else _stamp(datetime.fromtimestamp(run.stat().st_mtime, UTC)), _number(run), run.name
+
+
+def _number(run: Path) -> int:
+    number = run.name.removeprefix(_OF_SEED)
+    return int(number) if run.name.startswith(_OF_SEED) and number.isdecimal() else 0
 
 
 def _stamp(now: datetime | None = None) -> str:

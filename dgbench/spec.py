@@ -1,4 +1,4 @@
-"""Contents checked against pydantic models: what recipes and declarations of domains have in common.
+"""Validation of recipes and domain declarations against pydantic models.
 
 Every problem becomes one line with its key path, so that all of them can be shown at once.
 """
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from dgbench.errors import DgbenchError, suggest
 from dgbench.yaml_text import decimal
 
-_OWN = "own"  # errors raised here and in the models: complete sentences
+_OWN = "own"  # errors raised here and in the models, whose text is complete
 
 
 class Spec(BaseModel):
@@ -28,12 +28,12 @@ class Spec(BaseModel):
 
 
 def own(text: LiteralString | str) -> PydanticCustomError:
-    """A problem whose text is complete: it is shown behind its key path as it is."""
+    """Return a problem with a complete text, which is shown after its key path without changes."""
     return PydanticCustomError(_OWN, "{text}", {"text": text})
 
 
 def one_line(error: DgbenchError) -> str:
-    """Message and hint of an error, to stand in a list of problems."""
+    """Return message and hint of an error in one line, for a list of problems."""
     return error.message + (f", {error.hint}" if error.hint else "")
 
 
@@ -65,7 +65,7 @@ Flag = Annotated[bool, BeforeValidator(_truth)]
 
 
 def strictly(annotation: Any) -> Any:
-    """An annotation with numbers and truth values read as in specs: neither is the other, and texts are neither."""
+    """Return an annotation that reads numbers and booleans strictly: neither is accepted for the other, nor text for either."""
     plain = {int: Whole, float: Number, bool: Flag}
     if annotation in plain:
         return plain[annotation]
@@ -89,20 +89,20 @@ class Problem:
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> list[Problem]:
-    """What pydantic found, in our words: the keys, what was expected and what was given."""
-    # a list whose values are wrong is said to be too short as well
+    """Return pydantic's errors in our words: the keys, what was expected and what was given."""
+    # pydantic reports a list with wrong values as too short, too
     told = [d for d in error.errors() if d["type"] != "too_short" or len(d["input"]) < d["ctx"]["min_length"]]
     return [problem_of(details, model, prefix) for details in told]
 
 
 def problem_of(details: ErrorDetails, model: Any = None, prefix: tuple[str | int, ...] = ()) -> Problem:
-    """One of pydantic's errors.
+    """Convert one of pydantic's errors.
 
     Args:
         model: whose keys are suggested for an unknown one, if there is one.    prefix: keys that lead to the model.
     """
     loc, kind, given = details["loc"], details["type"], shown(details["input"])
-    # a key of a dictionary that is wrong itself is told with the dictionary
+    # a wrong key of a dictionary is reported with the dictionary
     loc = loc[:-2] if loc[-1:] == ("[key]",) else loc
     context = details.get("ctx", {})
     text = f"expected another kind of value, got {given}"
@@ -167,7 +167,7 @@ def _key_path(loc: Sequence[str | int]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in a message: short, and as YAML writes it."""
+    """Return a value for a message: short, and as YAML writes it."""
     text = "nothing" if value is None else _written(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -185,7 +185,7 @@ def _written(value: Any, depth: int = 0) -> str:
 
 
 def _keys_at(model: Any, loc: Sequence[str | int]) -> set[str]:
-    """Return the keys that `model` knows at a place."""
+    """Return the keys of `model` at a location."""
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
             model = next(iter(_models_in(model.model_fields[part].annotation)), model)

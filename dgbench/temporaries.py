@@ -1,4 +1,4 @@
-"""Names of what is written beside its place and then renamed, and the removal of what a killed process left under them."""
+"""Names of temporary files and folders that are renamed when complete, and removal of those of killed processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 # older versions wrote no host, and no `.tmp` after files
 _NAME = re.compile(r"\.(?P<of>.+)\.(?:(?P<host>[^./]*)-)?(?P<pid>\d+)(?:\.tmp)?")
-_OLD = 7 * 86400.0  # seconds after which another machine's are taken for left behind
+_OLD = 7 * 86400.0  # seconds after which another machine's files count as abandoned
 
 
 def beside(path: Path) -> Path:
-    """A hidden name in the folder of `path` that only this process uses, and that tells whose it is."""
+    """Return a hidden name in the folder of `path` that only this process uses and that contains its id."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
 
 
 def clear(folder: Path, *, of: str | None = None, shared: bool = False) -> None:
-    """Remove files and folders in `folder` that processes which no longer run had under names of `beside`.
+    """Remove temporary files and folders (see `beside`) in `folder` whose process no longer runs.
 
     Args:
         of: only those of the file or folder of this name.
@@ -59,14 +59,14 @@ def _left(path: Path, host: str | None, pid: int) -> bool:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Return whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # another user's
         return True
-    # a worker whose parent was killed stays a zombie where nobody waits for it, as in containers without an init
+    # a worker whose parent was killed stays a zombie if no process waits for it, as in containers without an init
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True

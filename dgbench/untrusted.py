@@ -1,7 +1,7 @@
-"""Reading JSON that somebody else may have written: regular files of bounded size, and problems in our own words.
+"""Reading of JSON from untrusted sources: regular files of bounded size, with our own error texts.
 
-A record or a checkpoint's notes come with a run folder from anywhere. A pipe would hang a reader, a link to an endless
-device fill its memory, and a file that nests 100,000 lists end Python.
+Records and checkpoints' notes may come from anywhere. A pipe would make a reader hang, a link to an endless
+device would fill its memory, and a file of 100,000 nested lists would crash Python.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
             raise ValueError("is not a file")
         if state.st_size > limit:
             raise ValueError(f"has {state.st_size:,} bytes, at most {limit:,} are read")
-        # what the file has grown by since is not read
+        # bytes that were added to the file since are not read
         with os.fdopen(os.dup(descriptor), "rb") as file:
             return file.read(limit)
     except OSError as error:
@@ -86,7 +86,7 @@ def shortened(value: Any, length: int = 40) -> str:
     words = {True: "true", False: "false", None: "null"}
     if value is None or isinstance(value, bool):
         return words[value]
-    # a part is enough of a list or a text that may be a megabyte
+    # a part of a list or text is enough: it may have a megabyte
     part = value[:length] if isinstance(value, str | list | tuple) else list(value)[:length] if isinstance(value, dict) else value
     text = f'"{part}"' if isinstance(part, str) else repr(part)
     return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,7 +1,7 @@
-"""YAML as it is written: plain values are read by the core schema of YAML 1.2, or as text where text is expected.
+"""Reading of YAML: plain values by the core schema of YAML 1.2, or as text where text is expected.
 
-YAML 1.1, which most libraries read, makes `010` the number 8, `1:30` 90, `no` false, `2024-05-01` a date and leaves `1e-4` a
-text. Here digits are decimal numbers, `true`, `false` and `null` are those words alone, and everything else is text. A number
+YAML 1.1, which most libraries read, makes `010` the number 8, `1:30` 90, `no` false, `2024-05-01` a date and `1e-4` a
+text. Here digits are decimal numbers, only `true`, `false` and `null` are keywords, and everything else is text. A number
 that begins with a zero is refused, since programs disagree about it. Where a model expects text, a plain value is that text:
 a domain may be called `2024` or `2024-05-01`.
 """
@@ -22,7 +22,7 @@ from dgbench.untrusted import read_bytes
 
 _TAG = "tag:yaml.org,2002:"
 _NULL, _BOOL, _INT, _FLOAT, _STR = (_TAG + kind for kind in ("null", "bool", "int", "float", "str"))
-_ZEROS = "!zeros"  # numbers that are octal to some and decimal to others
+_ZEROS = "!zeros"  # numbers that some programs read as octal and others as decimal
 
 _WHOLE = re.compile(r"(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)\Z")
 _REAL = re.compile(
@@ -45,18 +45,18 @@ _NODES = 100_000  # more than any file here has, with what it refers to written 
 
 
 class _Told(yaml.constructor.ConstructorError):
-    """A problem whose text says everything."""
+    """A problem whose text is complete."""
 
     def __init__(self, text: str, mark: yaml.Mark | None) -> None:
         super().__init__(None, None, text, mark)
 
 
 class _Repeated(_Told):
-    """Two keys that are one."""
+    """A key that is given twice."""
 
 
 class _Refused(_Told):
-    """A value that is valid YAML and means different things to different programs, or nothing here."""
+    """A value that is valid YAML but ambiguous between programs, or has no meaning here."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,11 +137,11 @@ for _name, _construct in {
 
 
 def parse(path: Path, error: type[DgbenchError], example: str, model: Any = None) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Read the keys and values of a YAML file.
 
     Args:
-        error: what to raise. example: where to look how such a file is written.
-        model: what the content is checked against later: plain values are text where it expects text.
+        error: class of the error to raise. example: file that shows how such a file is written.
+        model: the model that validates the content later: plain values are text where it expects text.
 
     Raises: `error` naming the file and the line.
     """
@@ -165,10 +165,10 @@ def parse(path: Path, error: type[DgbenchError], example: str, model: Any = None
 
 
 def value(text: str, annotation: Any = None) -> Any:
-    """One value as it stands behind `--set KEY=`.
+    """Read one value as it follows `--set KEY=`.
 
     Args:
-        annotation: the type of the place that it goes to, if there is one.
+        annotation: the type of the key that is set, if known.
 
     Raises: ValueError saying in one line why it cannot be read.
     """
@@ -183,7 +183,7 @@ def value(text: str, annotation: Any = None) -> Any:
 
 
 def decimal(text: str) -> str | None:
-    """How a number is written that YAML 1.1 or a programming language writes otherwise; None if `text` is none of these."""
+    """Return how to write a number that YAML 1.1 or programming languages write otherwise; None if `text` is none."""
     plain = text.strip()
     for pattern, base in ((r"([-+]?)0o([0-7_]+)", 8), (r"([-+]?)0b([01_]+)", 2), (r"([-+]?)0x([0-9a-fA-F_]+)", 16)):
         if (match := re.fullmatch(pattern, plain)) and (digits := match[2].replace("_", "")) and len(digits) < 64:
@@ -199,7 +199,7 @@ def decimal(text: str) -> str | None:
 
 
 def dumped(content: Any) -> str:
-    """YAML that `parse` reads back as it was, and so does a reader of YAML 1.1."""
+    """Return YAML that `parse` and YAML 1.1 readers read back unchanged."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
 
 
@@ -214,7 +214,7 @@ def _represent_float(dumper: yaml.SafeDumper, number: float) -> yaml.ScalarNode:
 
 _Dumper.add_representer(float, _represent_float)
 for _tag, _pattern, _first in ((_FLOAT, _REAL, list("-+.0123456789")), (_ZEROS, _LEADING_ZERO, list("-+0"))):
-    _Dumper.add_implicit_resolver(_tag, _pattern, _first)  # a text that looks like one gets quotes
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)  # a text that looks like such a value gets quotes
 
 
 def _constructed(text: str, annotation: Any) -> Any:
@@ -231,7 +231,7 @@ def _constructed(text: str, annotation: Any) -> Any:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse what refers to itself, or grows without bounds when its references are written out."""
+    """Refuse content that refers to itself, or grows without bounds when its references are expanded."""
     count, left = 0, [root]
     while left:
         node = left.pop()
@@ -275,7 +275,7 @@ def _as_text(node: yaml.Node, annotation: Any) -> None:
 
 
 def field_type(model: Any, key: Any) -> Any:
-    """The annotation of what stands under a key of a model or a dictionary; None if there is none."""
+    """Return the annotation of a key of a model or a dictionary; None if there is none."""
     for kind in _alternatives(model):
         if _is_model(kind):
             for name, field in kind.model_fields.items():

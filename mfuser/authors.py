@@ -1,6 +1,6 @@
-"""Checkpoints that the authors of the methods published: read without running their code, recognised, taken and written.
+"""Checkpoints of the methods' authors: reading without running their code, recognition, and conversion in both directions.
 
-What a method's checkpoints look like is said by its `RELEASES`.
+A method's `RELEASES` describe its checkpoints.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mfuser.segmentor import Segmentor
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What became of a foreign checkpoint's tensors."""
+    """Result of loading an authors' checkpoint."""
 
     used: tuple[str, ...]
     dead: tuple[str, ...]  # tensors that the authors' model holds and never reads
 
 
 class _Inert:
-    """Stands for an object of the authors' tools (a log's history, a NumPy scalar): takes anything, does nothing."""
+    """Placeholder for an object of the authors' tools (a log's history, a NumPy scalar): accepts anything, does nothing."""
 
     def __new__(cls, *_: object, **__: object) -> _Inert:
         return super().__new__(cls)
@@ -41,12 +41,12 @@ class _Inert:
         pass
 
 
-# what the authors' trainer keeps beside the weights; of other modules nothing is accepted, not even inertly
+# modules of objects that the authors' trainer stores beside the weights; objects of other modules are refused
 _KNOWN_MODULES = ("mmengine", "mmcv", "mmseg", "numpy", "_codecs")
 
 
 def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
-    """The `state_dict` of a checkpoint file that mmcv or mmengine wrote, read without running any code of it.
+    """Read the `state_dict` of a checkpoint file that mmcv or mmengine wrote, without running any code of it.
 
     Raises: ValueError for a file that is no such checkpoint, is damaged, or asks for code to be run.
     """
@@ -61,7 +61,7 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # PyTorch advises to load such a file without its guard; that advice is not passed on
+        # PyTorch's message advises unsafe loading, which is not passed on
         reason = (
             "it is damaged, or holds more than tensors"
             if isinstance(error, pickle.UnpicklingError)
@@ -75,10 +75,10 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
-    """The method and release that a checkpoint is of, told by its tensors' names.
+    """Return the method and release that a checkpoint belongs to, recognised by its tensors' names.
 
-    Returns: several where a checkpoint leaves out what would tell them apart, as one without its frozen tower does. Of two
-        releases with the same options, one with the tower and one without, that with more marks.
+    Returns: several if the checkpoint leaves out the tensors that distinguish them, such as those of a frozen tower. Of two
+            releases with the same options, one with the tower and one without, the one with more marks.
 
     Raises: ValueError if it is of none.
     """
@@ -99,11 +99,11 @@ def _fullest(release: Release, others: Iterable[Release]) -> Release:
 
 
 def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor]) -> LoadReport:
-    """Fill a model with the tensors of one of the authors' checkpoints; nothing is changed unless all fits.
+    """Load the tensors of an authors' checkpoint into a model; nothing is changed unless all fit.
 
     Args:
-        model: as `build` makes it, with the options of one of its method's `RELEASES`. Where that says that the checkpoint
-            leaves out a frozen tower, built with `weights="published"`.
+        model: as `build` makes it, with the options of one of its method's `RELEASES`. If the release says that the checkpoint
+            leaves out a frozen tower, it must be built with `weights="published"`.
         state: the checkpoint's `state_dict`.
 
     Raises: ValueError for other options than the release's, or naming tensors that are missing, unknown, or of another shape.
@@ -138,9 +138,9 @@ def load_authors_checkpoint(model: Segmentor, state: Mapping[str, torch.Tensor])
 
 
 def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
-    """The model's tensors by the authors' names, without those that their model holds and never reads.
+    """Return the model's tensors by the authors' names, without those that their model holds and never reads.
 
-    Raises: ValueError for options that the authors' code has not, or would run otherwise.
+    Raises: ValueError for options that the authors' code does not have, or would run differently.
     """
     state = model.state_dict()
     written: dict[str, torch.Tensor] = {}
@@ -150,7 +150,7 @@ def to_authors_state_dict(model: Segmentor) -> dict[str, torch.Tensor]:
 
 
 def release_of(model: Segmentor, state: Mapping[str, torch.Tensor] | None = None) -> Release:
-    """The release whose weights a model takes.
+    """Return the release whose weights fit a model.
 
     Args:
         state: a checkpoint's; of releases with the same options, which of them it is of.
@@ -178,7 +178,7 @@ def release_of(model: Segmentor, state: Mapping[str, torch.Tensor] | None = None
 
 
 def sources_of(model: Segmentor, release: Release, names: Iterable[str]) -> dict[str, Source]:
-    """Where each of a model's tensors is in a release's checkpoint; those that are not in it are left out."""
+    """Return the key of each of a model's tensors in a release's checkpoint, for those that are in it."""
     towers = methods.towers(model.method)
     absent = tuple(f"{path}." for option in release.absent for path in towers[option].values())
     found = {name: release.source(name) for name in names if not name.startswith(absent)}

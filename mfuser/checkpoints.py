@@ -1,7 +1,7 @@
-"""Models on disk: `model.safetensors` with the weights, `model.json` with what rebuilds the structure, `manifest.json` with
-what these files were when they were written.
+"""Models on disk.
 
-Nothing is unpickled and nothing is fetched: a folder written here is loaded without network, tokenizer or recipe.
+`model.safetensors` holds the weights, `model.json` what rebuilds the structure, and `manifest.json` size and SHA-256 of these
+files. Nothing is unpickled and nothing is downloaded: a folder written here is loaded without network, tokenizer or recipe.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mfuser.segmentor import Segmentor
 FORMAT = 1
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
 _LARGEST = 1 << 20  # bytes of a description
-_LARGEST_NUMBER = 1 << 18  # in a description: sides and widths are smaller by far, ids of SigLIP2's 256,000 tokens just
+_LARGEST_NUMBER = 1 << 18  # in a description: more than any side or width, and than the ids of SigLIP2's 256,000 tokens
 _log = logging.getLogger(__name__)
 
 
 def save(model: Segmentor, folder: Path | str) -> Path:
-    """Write a model into `folder`, which is made if need be. The manifest comes last: it says what the files are.
+    """Write a model into `folder`, which is created if necessary. The manifest is written last.
 
     Raises: ValueError naming a tensor that is not finite, before anything is written; OSError naming the file that cannot be
         written.
@@ -40,13 +40,13 @@ def save(model: Segmentor, folder: Path | str) -> Path:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.model_state().items()}
     _refuse_unfinite(state, f"the model `{model.method}` is not saved")
     folder.mkdir(parents=True, exist_ok=True)
-    # of files that are about to be replaced
+    # the manifest of the files that are about to be replaced
     (folder / manifest.NAME).unlink(missing_ok=True)
     weights = folder / ".model.safetensors.tmp"
     try:
         save_file(state, weights)
     except SafetensorError as error:
-        # it wraps the system's refusal in a text
+        # it wraps the system's error in a text
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -64,13 +64,13 @@ _STEP = re.compile(r"step-(\d{1,18})", re.ASCII)
 
 
 def steps(run: Path | str) -> list[Path]:
-    """The complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last; other names are no checkpoints."""
+    """Return the complete checkpoints of a run's folder, `checkpoint/step-000200`, the newest last; other names are skipped."""
     found = [path for path in (Path(run) / "checkpoint").glob("step-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=lambda path: (step_of(path), path.name))
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after; -1 if its name is none's."""
+    """Return the step in the name of a checkpoint's folder; -1 if the name has none."""
     found = _STEP.fullmatch(folder.name)
     return int(found[1]) if found else -1
 
@@ -78,7 +78,7 @@ def step_of(folder: Path) -> int:
 def load(folder: Path | str) -> Segmentor:
     """Rebuild a model, in evaluation mode: a trainer calls `.train()`.
 
-    Its files are compared with the manifest that `save` wrote; of an older version's folder, which has none, a warning says so.
+    Its files are compared with the manifest that `save` wrote; folders of older versions have none and cause a warning.
 
     Args:
         folder: one that `save` wrote, or a run's, whose newest checkpoint it is.
@@ -91,9 +91,9 @@ def load(folder: Path | str) -> Segmentor:
     method, options, classes = _described(folder)
     path, state = folder / _WEIGHTS, _weights(folder)
     try:
-        # random weights would be drawn only to be overwritten
+        # random weights would only be overwritten
         model = build(method, weights="meta", **options)
-    except Exception as error:  # of values that no model was saved with, there is no end
+    except Exception as error:  # a changed description can cause any error
         if "allocate memory" in str(error) or isinstance(error, MemoryError):
             raise
         raise ValueError(f"{folder / _DESCRIPTION} describes no model: {_first_line(error)}") from None
@@ -105,7 +105,7 @@ def load(folder: Path | str) -> Segmentor:
 
 
 def load_weights(model: Segmentor, folder: Path | str) -> None:
-    """Give a model the weights of one that was saved, of the same method and with tensors of the same names and shapes.
+    """Load the weights of a saved model of the same method with tensors of the same names and shapes into a model.
 
     Args:
         folder: one that `save` wrote.
@@ -126,7 +126,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no weights: there is no {_WEIGHTS}")
     if not manifest.check(folder, _WEIGHTS):
-        _log.warning("%s has no %s, as of older versions: damage to its files cannot be told", folder, manifest.NAME)
+        _log.warning("%s has no %s, as in older versions: damage to its files cannot be detected", folder, manifest.NAME)
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -136,7 +136,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
-    """Method, options and classes of a saved model."""
+    """Read method, options and classes of a saved model."""
     path = folder / _DESCRIPTION
     try:
         text = manifest.read_text(path, _LARGEST)
@@ -163,7 +163,7 @@ def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
 
 
 def _as_declared(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method, of the types that it declares and no larger than any model's.
+    """Return the options of a method with their declared types and within the limits of any model.
 
     Raises: ValueError naming the option that is not.
     """

@@ -1,4 +1,4 @@
-"""Deformable attention: a token looks at a few places that it chooses itself, around its own.
+"""Deformable attention: a token attends to a few positions around its own, which it predicts.
 
 The pixel decoder runs it over the scales of a pyramid, and a fuser over the grids of two towers.
 """
@@ -35,7 +35,7 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Offsets look in as many directions as there are heads, 1..P cells away; all weights start equal."""
+        """Set offsets to one direction per head, 1..P cells away, and all attention weights equal."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -54,8 +54,8 @@ class DeformableAttention(nn.Module):
         """Attend from every query to all maps.
 
         Args:
-            query: (B, Q, D), with its position.    tokens: (B, L, D), the maps one after the other, without.
-            reference: (Q, 2), each query's own place as (x, y) in 0..1.    shapes: (H, W) of each map.
+            query: (B, Q, D), with position embedding.    tokens: (B, L, D), the maps one after the other, without.
+            reference: (Q, 2), each query's own position as (x, y) in 0..1.    shapes: (H, W) of each map.
         Returns: (B, Q, D), without a residual.
         """
         (batch, length, dim), queries = tokens.shape, query.shape[1]
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
 
 
 def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Reference points of a map's own tokens, (H * W, 2) of (x, y) in 0..1, row by row."""
+    """Return reference points of a map's own tokens, (H * W, 2) of (x, y) in 0..1, row by row."""
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)

@@ -21,15 +21,15 @@ def slide(
     *,
     windows_at_once: int = 16,
 ) -> Tensor:
-    """Scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 where the model's are): no graph is kept.
+    """Return scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 for fp64 models); no graph is kept.
 
     Windows start at multiples of the stride; the last one of a row or column is shifted back to the border. Images
     smaller than the window are padded with zeros on the right and below, and the padding is cut off again. Each window is
-    scored in inference mode and in whatever mode (`train`, `eval`) the model is.
+    scored in inference mode and in the model's current mode (`train`, `eval`).
 
     Args:
-        model: a Segmentor, or what maps windows (B, 3, *crop) to scores (B, K, *crop) otherwise.
-        images: (B, 3, H, W) in [0, 1], which is looked at once a call.    crop, stride: (H, W) of the window and its step.
+        model: a Segmentor, or another function from windows (B, 3, *crop) to scores (B, K, *crop).
+        images: (B, 3, H, W) in [0, 1], which is checked once per call.    crop, stride: (H, W) of the window and its step.
         windows_at_once: how many windows go through the model together; changes memory, not the result: to a model that
             declares `mixes_batch` they are shown one at a time.
 
@@ -45,7 +45,7 @@ def slide(
     scores: Tensor | None = None
     for top, part in bands(model, images, crop, stride, windows_at_once=windows_at_once):
         if scores is None:
-            # outside of inference mode: an ordinary tensor, which a loss may take for its target
+            # outside of inference mode: an ordinary tensor, which a loss can use as its target
             scores = part.new_empty(*part.shape[:2], *images.shape[2:])
         scores[:, :, top : top + part.shape[2]] = part
     assert scores is not None
@@ -62,7 +62,7 @@ def bands(
     windows_at_once: int = 16,
     device: torch.device | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The scores of `slide`, part by part along one axis: never those of the whole image at once.
+    """Yield the scores of `slide` in parts along one axis, never those of the whole image at once.
 
     Args:
         images: floating point as `slide` takes, or uint8 (B, 3, H, W) in 0..255, of which each window is divided by 255.
@@ -79,7 +79,7 @@ def bands(
     starts = windows((padded.shape[2], padded.shape[3]), crop, stride)
     places = [(b, first, second) for first in starts[along] for second in starts[across] for b in range(len(images))]
     covered = [_covered(first, window, side) for first, window, side in zip(starts, crop, padded.shape[2:], strict=True)]
-    total: Tensor | None = None  # over the windows that begin at `top`, and what those before reach into it
+    total: Tensor | None = None  # over the windows that begin at `top`, and the parts of earlier ones that overlap them
     top = 0
 
     def finished(count: int) -> Tensor:
@@ -91,13 +91,13 @@ def bands(
 
     for begin in range(0, len(places), windows_at_once):
         part, ready = places[begin : begin + windows_at_once], []
-        with torch.inference_mode():  # not around `yield`: it would hold for whoever takes the bands
+        with torch.inference_mode():  # not around `yield`: it would apply to the caller's code
             scores = model(torch.stack([_window(padded, place, crop, along, device) for place in part]))
             for score, (b, first, second) in zip(scores, part, strict=True):
                 if total is None:
                     shape = list(padded.shape[2:])
                     shape[along] = crop[along]
-                    # sums of 16-bit scores would be off by more than their differences
+                    # sums of 16-bit scores would have larger errors than their differences
                     total = scores.new_zeros(len(images), scores.shape[1], *shape, dtype=_precise(scores))
                 if first > top:
                     ready.append((top, finished(first - top)))
@@ -111,7 +111,7 @@ def bands(
 
 
 def mixes_batch(model: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a model, or what `functools.partial` makes of one, declares that it mixes the images of a batch."""
+    """Return whether a model, or a `functools.partial` of one, declares that it mixes the images of a batch."""
     if isinstance(model, partial):
         return any(mixes_batch(argument) for argument in (model.func, *model.args))
     return bool(getattr(model, "mixes_batch", False))
@@ -127,7 +127,7 @@ def _window(
 
 
 def _covered(starts: list[int], window: int, side: int) -> Tensor:
-    """How many windows see each place of one axis."""
+    """Return the number of windows that cover each position of one axis."""
     count = torch.zeros(side)
     for start in starts:
         count[start : start + window] += 1
@@ -139,7 +139,7 @@ def _precise(scores: Tensor) -> torch.dtype:
 
 
 def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Where the windows over an image of `size` begin: (rows, columns). All are (H, W)."""
+    """Return where the windows over an image of `size` begin: (rows, columns). All are (H, W)."""
     rows, columns = (
         [min(i * step, max(0, side - window)) for i in range(max(0, math.ceil((side - window) / step)) + 1)]
         for side, window, step in zip(size, crop, stride, strict=True)

@@ -1,7 +1,7 @@
-"""How files that are not ours name our tensors: maps from our names to theirs, and what such a map is made of.
+"""Maps from our tensors' names to those in files of other projects.
 
-Each map goes from our name to where its values come from, so that a missing source is noticed when it is asked for and
-an unused one when all are done. Every step can be taken backwards, which is how we write the authors' format.
+Each map goes from our name to the source of its values, so that a missing source is noticed when it is read, and
+an unused one at the end. Every step can be reversed, which is used to write the authors' format.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of ours comes from: one or several foreign tensors, stacked by rows, perhaps transposed.
+    """Source of one of our tensors: one or several foreign tensors, stacked by rows, perhaps transposed.
 
-    `bare` says that theirs lacks the leading dimensions of size 1 that ours has.
+    `bare`: the foreign tensor lacks the leading dimensions of size 1 of ours.
     """
 
     keys: tuple[str, ...]
@@ -29,7 +29,7 @@ class Source:
     bare: bool = False
 
     def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Our tensor, up to dimensions of size 1.
+        """Return our tensor, up to dimensions of size 1.
 
         Raises: KeyError for a foreign tensor that is not there.
         """
@@ -41,7 +41,7 @@ class Source:
         return value.T if self.transposed else value
 
     def write(self, value: Tensor) -> dict[str, Tensor]:
-        """The foreign tensors that `read` would take `value` from."""
+        """Return the foreign tensors that `read` would take `value` from."""
         value = value.T if self.transposed else value
         while self.bare and value.shape[0] == 1:
             value = value[0]
@@ -59,7 +59,7 @@ def renamed(name: str, rules: Rules) -> Source:
 
 
 def _split(name: str) -> list[str]:
-    """`a.{q,k,v}_proj.weight` stands for three tensors stacked by rows."""
+    """Expand `a.{q,k,v}_proj.weight`, which means three tensors stacked by rows."""
     found = re.search(r"\{(.*?)\}", name)
     if not found:
         return [name]

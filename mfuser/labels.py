@@ -1,4 +1,4 @@
-"""What every loss asks of its labels: integers of any type, each a class or "ignore"."""
+"""Checks of labels for all losses: integers of any type, each a class or "ignore"."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def train_ids(labels: Tensor, classes: int) -> Tensor:
     Args:
         labels: train ids 0..classes-1, and IGNORE.
 
-    Raises: TypeError for another type, ValueError for another rank or value. A GPU's values are not looked at, which would
-        hold up each step (a hundredth of it on an H200): there cross entropy's own assertion stops what is no train id.
+    Raises: TypeError for another type, ValueError for another rank or value. Values on a GPU are not checked, which would
+        delay each step (by a hundredth on an H200): there cross entropy's own assertion stops invalid train ids.
     """
     if not isinstance(labels, Tensor) or labels.dtype not in _TYPES:
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

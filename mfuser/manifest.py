@@ -1,7 +1,7 @@
-"""What the files of a saved folder were when they were written: `manifest.json` with size and SHA-256 of each.
+"""`manifest.json` of a saved folder: size and SHA-256 of each file when it was written.
 
-It is written last and compared whenever one of the files is read, so that a flipped bit, a cut or a file of another time
-is told instead of loaded.
+It is written last and compared whenever one of the files is read, so that a flipped bit, a truncated or a replaced file
+is an error instead of being loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LARGEST = 1 << 20  # bytes of a manifest
 
 
 def seal(folder: Path, names: Iterable[str]) -> None:
-    """Write down what these files of `folder` are now, beside those written down before.
+    """Record these files of `folder`, in addition to those recorded before.
 
     Raises: OSError naming the file that cannot be read or written.
     """
@@ -33,7 +33,7 @@ def seal(folder: Path, names: Iterable[str]) -> None:
 
 
 def check(folder: Path, name: str) -> bool:
-    """Whether a file of `folder` is what was written; False if nothing says what that was, as in older folders.
+    """Check a file of `folder` against the manifest; False if there is none, as in older folders.
 
     Raises: ValueError naming the file that is damaged, missing, or not of this folder.
     """
@@ -58,7 +58,7 @@ def check(folder: Path, name: str) -> bool:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if found != digest:
-        raise ValueError(f"{path} is damaged: its content is not what {NAME} says was written")
+        raise ValueError(f"{path} is damaged: its content does not match {NAME}")
     return True
 
 
@@ -70,7 +70,7 @@ def write(path: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
-    # the name, too; not every system lets a folder be opened
+    # the rename, too; not every system can open a folder
     with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -80,12 +80,12 @@ def write(path: Path, text: str) -> None:
 
 
 def read_text(path: Path, largest: int) -> str:
-    """The text of a regular file.
+    """Return the text of a regular file.
 
     Raises: FileNotFoundError, or ValueError naming the file if it is larger, cannot be read or is no text.
     """
     try:
-        # asked before it is opened: a pipe would wait for its writer
+        # checked before it is opened: a pipe would wait for its writer
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
             raise ValueError(f"{path} is not a file")

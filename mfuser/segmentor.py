@@ -1,4 +1,4 @@
-"""What the benchmark knows of a model: images to scores, a batch to losses, parameters to optimizer groups."""
+"""Interface of a model to the benchmark: images to scores, a batch to losses, parameters to optimizer groups."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CITYSCAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """A stream of further training images that a method declares; a recipe says under `data.extra` where they lie.
+    """A stream of further training images that a method declares; `data.extra` of a recipe gives their location.
 
-    A step brings as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
+    A step has as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
     `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore.
     """
 
@@ -51,7 +51,7 @@ class TrainingData(Protocol):
     """The training images, as `before_step` may ask for them."""
 
     def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
-        """Yield every training image once, in an order that `seed` decides: the same batches on every process.
+        """Yield every training image once, in an order given by `seed`: the same batches on every process.
 
         Args:
             augmented: as in training; otherwise crops of the training size at the images' own scale.
@@ -59,15 +59,15 @@ class TrainingData(Protocol):
         ...
 
 
-# how far bicubic resizing takes a photograph beyond 0 and 1; images of 0..255, of -1..1 and normalised ones go farther
+# how far bicubic resizing can overshoot 0 and 1; images in 0..255, in -1..1 and normalised ones exceed it
 _SLACK = 0.25
 
 
 def check_images(images: Tensor, *, values: bool = True) -> None:
-    """Refuse what would be scored without a word and wrongly.
+    """Refuse images that would silently give wrong scores.
 
     Args:
-        values: look at them, too, for which a CPU waits until its GPU has done all before.
+        values: check them, too, for which a CPU waits until its GPU has finished all previous work.
 
     Raises: TypeError for images that are not floating point; ValueError for another shape than (B, 3, H, W) and for values
         more than a quarter outside [0, 1].
@@ -77,7 +77,7 @@ def check_images(images: Tensor, *, values: bool = True) -> None:
         raise TypeError(f"images are {given}, expected floating point in [0, 1]: convert those of 8 bits, and divide by 255")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images are {tuple(images.shape)}, expected (B, 3, H, W)")
-    # on shapes alone, or in a compiler's eyes, there are no values
+    # on the meta device and under a compiler, there are no values
     if not values or images.is_meta or watched() or not images.numel():
         return
     low, high = (float(value) for value in torch.aminmax(images.detach()))
@@ -98,11 +98,11 @@ class Segmentor(nn.Module):
         method: the name it is built by.    options: JSON-able arguments that rebuild its structure, no network needed.
         random_towers: it was built with towers that were drawn, in place of their published weights.
         classes: names of the K classes.    image_size: (H, W) that `forward` takes.
-        ops: the operators of `mfuser.ops` that it runs.    backend: who runs them, "auto" or a name.
+        ops: the operators of `mfuser.ops` that it runs.    backend: that of the operators, "auto" or a name.
         extras: streams of images that a training step needs besides its batch.
         any_size: `forward` takes every (H, W) whose sides are multiples of `size_step`; otherwise `image_size` alone.
-        mixes_batch: scores of an image depend on the others of its batch: inference shows the model one at a time.
-        eval_parts: dotted names of submodules that stay in evaluation mode, which `train` leaves so.
+        mixes_batch: scores of an image depend on the others of its batch: inference runs the model on one at a time.
+        eval_parts: dotted names of submodules that `train` leaves in evaluation mode.
         training_only: teachers, memory banks, dictionaries: what `enter_training` makes. They are not in the model file and
             not counted; their parameters and buffers are kept for resuming beside the optimizer.
     """
@@ -120,24 +120,24 @@ class Segmentor(nn.Module):
     mixes_batch: bool = False
     eval_parts: tuple[str, ...] = ()
     training_only: nn.ModuleDict
-    # parameters whose names hold one of these get no weight decay
+    # parameters whose names contain one of these get no weight decay
     no_decay: tuple[str, ...] = ("norm",)
-    # nor do the parameters of these modules, whatever they are called
+    # nor do the parameters of these modules, whatever their names
     no_decay_types: tuple[type[nn.Module], ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
+        """Return class scores (B, K, H, W) of images (B, 3, H, W) in [0, 1]; argmax over K is the prediction."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Class logits (B, Q, K + 1), the last "no object", and mask logits (B, Q, h, w) that `forward` mixes to scores.
+        """Return class logits (B, Q, K + 1), the last "no object", and mask logits (B, Q, h, w), which `forward` combines.
 
         None for a method that scores pixels without masks.
         """
         return None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is what is minimised."""
+        """Return named loss terms, already weighted; their sum is minimised."""
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def enter_training(self) -> None:
@@ -147,14 +147,14 @@ class Segmentor(nn.Module):
         """
 
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
-        """Do what the method does to itself before a step: mine styles, move a teacher. By default nothing.
+        """Update the method before a step, such as its styles or its teacher. By default nothing.
 
         What it changes must be parameters or buffers, of the model or of `training_only`: those are what a resumed training
-        begins with. The generators are seeded by the step, the same on every process.
+        starts from. The generators are seeded by the step, equally on every process.
         """
 
     def train(self, mode: bool = True) -> Segmentor:
-        """Set training mode, but for `eval_parts`."""
+        """Set training mode, except for `eval_parts`."""
         super().train(mode)
         for name in self.eval_parts:
             if not name.startswith(_TRAINING_ONLY) or "training_only" in self._modules:
@@ -188,14 +188,14 @@ class Segmentor(nn.Module):
                 raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
 
     def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
-        """Take what a tower's published file holds beside its parts, such as SigLIP's `logit_scale`; by default nothing.
+        """Use scalars of a tower's published file outside its parts, such as SigLIP's `logit_scale`; by default nothing.
 
         Args:
             option: the one that names the tower.
         """
 
     def check_backends(self) -> None:
-        """Say at once, before any time is spent, that the named backend cannot run here, whatever the tensors.
+        """Raise an error at once if the named backend cannot run here for any tensors.
 
         Raises: BackendError with the reason.
         """
@@ -203,7 +203,7 @@ class Segmentor(nn.Module):
             resolve(op, self.backend)
 
     def groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups of the trainable parameters: with weight decay, and without by `no_decay` and `no_decay_types`."""
+        """Return parameter groups for the optimizer: with weight decay, and without by `no_decay` and `no_decay_types`."""
         spared = [m for m in self.modules() if isinstance(m, self.no_decay_types)]
         exempt = {id(p) for module in spared for p in module.parameters(recurse=False)}
         decay: list[nn.Parameter] = []
@@ -218,7 +218,7 @@ class Segmentor(nn.Module):
     def check_size(self, images: Tensor) -> None:
         """Raise ValueError unless the images have a size that the model takes, and as `check_images` does.
 
-        On a GPU values are not looked at: that would hold up every window and every step. `mfuser.slide` looks once a call.
+        On a GPU values are not checked: that would delay every window and every step. `mfuser.slide` checks once per call.
         """
         check_images(images, values=images.device.type == "cpu")
         if self.any_size:

@@ -1,7 +1,8 @@
-"""A Hub on the loopback: enough of its HTTP face for huggingface_hub to download from, with faults to order."""
+"""A Hub on the loopback: enough of its HTTP face for huggingface_hub to download from and upload to, with faults to order."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
@@ -27,6 +28,7 @@ class Hub:
     error_code: str | None = None  # the Hub's own word beside the status
     licence: str | None = None  # on the card of every dataset
     commit: str = COMMIT  # behind `main`
+    private: dict[str, bool] = field(default_factory=dict)  # repositories of models that were made, and who may see them
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, `repo/file`, Range
 
     def bodies(self) -> list[tuple[str, str | None]]:
@@ -50,12 +52,46 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
         def do_GET(self) -> None:
             self.answer(body=True)
 
+        def do_POST(self) -> None:
+            """Make a repository, ask how files are to be sent, and commit them."""
+            given = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.requests.append(("POST", self.path, None))
+            if isinstance(hub.fault, int):
+                self.send_response(hub.fault)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            elif self.path == "/api/repos/create":
+                made = json.loads(given)
+                repo = f"{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
+                exists = repo in hub.private
+                hub.private.setdefault(repo, made.get("private") or made.get("visibility") == "private")
+                self.tell({"url": f"{hub.url}/{repo}"}, 409 if exists else 200)
+            elif self.path == "/api/validate-yaml":
+                self.tell({"errors": [], "warnings": []})
+            elif "/preupload/" in self.path:
+                files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(given)["files"]]
+                self.tell({"files": files})
+            else:
+                repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+                for line in map(json.loads, given.splitlines()):
+                    if line["key"] == "file":
+                        hub.files[f"{repo}/{line['value']['path']}"] = base64.b64decode(line["value"]["content"])
+                self.tell({"commitUrl": f"{hub.url}/{repo}/commit/{hub.commit}", "commitOid": hub.commit})
+
+        def tell(self, told: object, status: int = 200) -> None:
+            body = json.dumps(told).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
         def answer(self, *, body: bool) -> None:
             asked = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
             path = "/".join(asked.groups()) if asked else self.path
             hub.requests.append((self.command, path, self.headers.get("Range")))
-            if not isinstance(hub.fault, int) and path.startswith("/api/datasets/"):
-                self.tell_of_dataset(path)
+            if not isinstance(hub.fault, int) and path.startswith(("/api/datasets/", "/api/models/")):
+                self.tell_of_repository(path)
                 return
             if isinstance(hub.fault, int) or path not in hub.files:
                 self.send_response(hub.fault if isinstance(hub.fault, int) else 404)
@@ -97,14 +133,14 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                 return
             self.wfile.write(content[start:])
 
-        def tell_of_dataset(self, path: str) -> None:
-            """What a dataset repository holds: its description, or its tree."""
-            asked = re.fullmatch(r"/api/datasets/([^/]+/[^/?]+)(?:/(revision|tree)/([^/?]+))?.*", path)
+        def tell_of_repository(self, path: str) -> None:
+            """What a repository holds: its description, or its tree."""
+            asked = re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/?]+)(?:/(revision|tree)/([^/?]+))?.*", path)
             assert asked is not None
-            repo, what, revision = asked.groups()
-            prefix = f"datasets/{repo}/"
+            kind, repo, what, revision = asked.groups()
+            prefix = f"datasets/{repo}/" if kind == "datasets" else f"{repo}/"
             files = {name.removeprefix(prefix): content for name, content in hub.files.items() if name.startswith(prefix)}
-            if not files or revision not in (None, "main", hub.commit):
+            if not (files or repo in hub.private) or revision not in (None, "main", hub.commit):
                 self.send_response(404)
                 self.send_header("X-Error-Code", "RevisionNotFound" if files else "RepoNotFound")
                 self.send_header("Content-Length", "0")
@@ -126,18 +162,13 @@ def serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                     "sha": hub.commit,
                     "siblings": siblings,
                     "cardData": card,
-                    "private": False,
+                    "private": hub.private.get(repo, False),
                     "gated": False,
                     "downloads": 0,
                     "likes": 0,
                     "tags": [],
                 }
-            body = json.dumps(told).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.tell(told)
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

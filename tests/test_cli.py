@@ -1,4 +1,4 @@
-"""Commands as they are typed: exit codes, what is printed where, several values after one option, completion."""
+"""Commands as they are typed: exit codes, what is printed where, and how fast they start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import typer
@@ -20,7 +19,6 @@ from typer.testing import CliRunner, Result
 from dgbench import __version__, cli, results
 from dgbench.errors import DataError
 from dgbench.protocol import PROTOCOLS, lookup
-from dgbench.runs import claim_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
 from records import model
@@ -46,126 +44,6 @@ def fails(*arguments: str, code: int = 1) -> str:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-# ---- several values after one option
-
-probe_app = typer.Typer()
-
-
-@probe_app.command(cls=cli.Command)
-def probe(
-    words: Annotated[list[str] | None, typer.Argument()] = None,
-    targets: cli.TargetsOpt = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", "-s")] = None,
-    device: Annotated[str, typer.Option()] = "",
-    flag: Annotated[bool, typer.Option("--flag")] = False,
-) -> None:
-    """Print what was understood."""
-    typer.echo(json.dumps([words or [], targets or [], settings or [], device, flag]))
-
-
-@pytest.mark.parametrize(
-    ("typed", "understood"),
-    [
-        ("--targets a b c", [[], ["a", "b", "c"], [], "", False]),
-        ("--targets a b --flag", [[], ["a", "b"], [], "", True]),
-        ("x --targets a --targets b c", [["x"], ["a", "b", "c"], [], "", False]),
-        ("--targets a b -- x y", [["x", "y"], ["a", "b"], [], "", False]),
-        ("--targets a,b c --targets d,", [[], ["a", "b", "c", "d"], [], "", False]),
-        ("--targets=a b --device cpu", [[], ["a", "b"], [], "cpu", False]),
-        ("--set a=1 b=-2 --targets c -s d=3 e=4", [[], ["c"], ["a=1", "b=-2", "d=3", "e=4"], "", False]),
-        ("x y --device cpu", [["x", "y"], [], [], "cpu", False]),
-        ("-- --targets a", [["--targets", "a"], [], [], "", False]),
-        ("", [[], [], [], "", False]),
-    ],
-)
-def test_an_option_takes_values_up_to_the_next_flag(typed: str, understood: list[object]) -> None:
-    result = CliRunner().invoke(probe_app, typed.split())
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == understood
-
-
-def test_a_file_whose_name_has_a_comma_is_one_value(here: Path) -> None:
-    (here / "a,b.yaml").touch()
-    assert json.loads(CliRunner().invoke(probe_app, ["--targets", "a,b.yaml", "c,d"]).stdout)[1] == ["a,b.yaml", "c", "d"]
-
-
-@pytest.mark.parametrize("typed", ["--targets", "--targets --flag", "--targets -- a", "--set --targets a"])
-def test_an_option_without_a_value_is_a_usage_error(typed: str) -> None:
-    result = CliRunner().invoke(probe_app, typed.split())
-    assert result.exit_code == 2
-    assert f"nvalid value for '{typed.split()[0]}': needs at least one value" in result.stderr
-
-
-@pytest.mark.parametrize("command", ["train", "eval", "leaderboard"])
-def test_help_shows_that_several_values_may_follow(command: str) -> None:
-    assert "--targets NAME..." in run(command, "--help").stdout
-
-
-# ---- completion, as a shell asks for it
-
-
-def completed(words: str, shell: str = "bash") -> list[str]:
-    """Return what a shell is offered for the last word of a line; a trailing space begins a new word."""
-    typed = words.split(" ")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_DGBENCH_COMPLETE": f"complete_{shell}"}
-    if shell == "bash":
-        environment |= {"COMP_WORDS": words, "COMP_CWORD": str(len(typed) - 1)}
-    else:
-        environment |= {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    code = "from dgbench.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return done.stdout.split()
-
-
-@pytest.mark.parametrize("before", ["", "streets-city ", "streets-city streets-fog "])
-def test_every_value_of_targets_is_completed(before: str) -> None:
-    offered = completed(f"dgbench eval --targets {before}")
-    assert {"streets-world", "cityscapes"} <= set(offered)
-    assert not set(before.split()) & set(offered), "what is there already is not offered again"
-
-
-def test_a_begun_value_is_completed() -> None:
-    assert completed("dgbench eval --targets streets-city streets-w") == ["streets-world"]
-    assert completed("dgbench eval latest --targets streets-city --quiet --targets streets-w") == ["streets-world"]
-
-
-def test_other_shells_complete_as_well() -> None:
-    assert "streets-world" in completed("dgbench eval --targets streets-city streets-w", "zsh")[-1]
-    assert completed("dgbench eval --targets streets-city streets-w", "fish") == ["streets-world"]
-
-
-def test_what_is_completed_is_of_the_tests_own_folder() -> None:
-    assert not list(Path.cwd().iterdir())
-    claim_run(Path("runs") / "mine").joinpath("recipe.yaml").touch()
-    assert completed("dgbench train --resume ") == ["latest", "runs/mine"]
-
-
-def test_values_end_at_the_next_flag() -> None:
-    assert "streets-world" not in completed("dgbench eval --targets streets-city --device ")
-    assert "streets-world" not in completed("dgbench eval --targets streets-city --device cpu ")
-    assert completed("dgbench eval --targets streets-city --json ") == ["latest"]
-    assert "--device" in completed("dgbench eval --targets streets-city --")
-
-
-def test_commands_recipes_keys_and_domains_are_completed() -> None:
-    assert completed("dgbench lea") == ["leaderboard"]
-    assert "streets/mfuser" in completed("dgbench train str")
-    assert completed("dgbench train --set train.steps=3 train.batch") == ["train.batch_size="]
-    assert completed("dgbench data show streets-n") == ["streets-night"]
-    assert completed("dgbench eval --protocol paper") == ["paper-full", "paper-half"]
-    assert completed("dgbench protocols cl") == ["clouds"]
-
-
-def test_towers_devices_and_backends_are_completed() -> None:
-    assert completed("dgbench train --vlm s") == ["siglip_b", "siglip", "siglip2_b", "siglip2", "small"]
-    assert completed("dgbench profile --vfm dinov3") == ["dinov3_s", "dinov3_b", "dinov3_l"]
-    assert completed("dgbench train --device c")[:2] == ["cpu", "cuda"]
-    assert completed("dgbench kernels bench --op m") == ["ms_deform_attn", "mvfuser"]
-    assert completed("dgbench kernels bench --backend t") == ["triton", "torch"]
-    assert completed("dgbench download siglip2") == ["siglip2_b", "siglip2"]
 
 
 # ---- start-up
@@ -347,6 +225,7 @@ def test_doctor() -> None:
         ("eval --targets strets-city", "error: unknown domain `strets-city`", "did you mean `streets-city`?"),
         ("eval --targets streets-fog@2", "error: severity `2`", "streets-fog@0.6"),
         ("eval", "error: no run with checkpoint in runs", "dgbench train"),
+        ("severity", "error: no run with checkpoint in runs", "dgbench train"),
         ("eval nowhere", "error: no run `nowhere`", "runs in runs"),
         ("predict x.jpg", "error: no run with checkpoint in runs", "dgbench train"),
         ("train --resume latest", "error: no run with recipe.yaml in runs", "dgbench train"),
@@ -395,6 +274,8 @@ def test_all_problems_of_a_recipe_are_listed_at_once(here: Path) -> None:
         ("predict", "error: missing argument 'PHOTO...'\n\nhint: see `dgbench predict --help`"),
         ("data show streets-fog --n 0", "error: invalid value for '--n': must be at least 1, got 0"),
         ("train --seed x", "error: invalid value for '--seed': expected an integer, got `x`"),
+        ("severity --plot x.jpg", "error: invalid value for '--plot': x.jpg must end in .png, .svg, .pdf"),
+        ("severity --levels 6", "error: invalid value for '--levels'"),
         ("profile --convention x", "error: invalid value for '--convention': 'x' is not one of 'mac', 'flop', 'paper'"),
         ("train --seed", "error: option '--seed' requires an argument"),
         (

@@ -191,18 +191,26 @@ def test_what_was_downloaded_is_what_a_tower_is_filled_from(near: Hub) -> None:
         assert torch.equal(tower.trunk.state_dict()[name], value), name
 
 
-@pytest.mark.full
-def test_a_file_of_the_published_size_is_downloaded_and_built_from(near: Hub, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def published_dino() -> tuple[dict[str, torch.Tensor], bytes]:
+    """The state of timm's own DINOv2 at its published size, and the file on the Hub."""
     import timm
     from safetensors.torch import save
 
-    theirs = timm.create_model("vit_large_patch14_dinov2", num_classes=0)  # timm's own: 518 pixels, 37 x 37 positions
-    near.files[NAME] = save(theirs.state_dict())
+    state = timm.create_model("vit_large_patch14_dinov2", num_classes=0).state_dict()  # 518 pixels, 37 x 37 positions
+    return state, save(state)
+
+
+@pytest.mark.full
+def test_a_file_of_the_published_size_is_downloaded_and_built_from(
+    near: Hub, published_dino: tuple[dict[str, torch.Tensor], bytes], tmp_path: Path
+) -> None:
+    theirs, near.files[NAME] = published_dino
     done = program("download", "dinov2_l", "--json", folder=tmp_path, endpoint=near.url)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["bytes"] > 1.2e9
     model = mfuser.build("source-only", backbone="dinov2_l", image_size=(112, 112))
-    for name, value in theirs.state_dict().items():
+    for name, value in theirs.items():
         if name != "pos_embed":
             assert torch.equal(model.encoder.trunk.state_dict()[name], value), name
     assert model.encoder.trunk.pos_embed.shape == (1, 65, 1024)
@@ -211,15 +219,16 @@ def test_a_file_of_the_published_size_is_downloaded_and_built_from(near: Hub, tm
 
 @pytest.mark.full
 @pytest.mark.parametrize("vlm", ["eva02", "clip", "siglip"])
-def test_a_pair_of_towers_of_the_published_size_is_downloaded_and_built_from(vlm: str, near: Hub, tmp_path: Path) -> None:
+def test_a_pair_of_towers_of_the_published_size_is_downloaded_and_built_from(
+    vlm: str, near: Hub, published_dino: tuple[dict[str, torch.Tensor], bytes], tmp_path: Path
+) -> None:
     import open_clip
-    import timm
     from safetensors.torch import save
 
     row, text = TOWERS[vlm].weights, TOWERS[vlm].text
     assert row is not None
     assert text is not None
-    near.files[NAME] = save(timm.create_model("vit_large_patch14_dinov2", num_classes=0).state_dict())
+    near.files[NAME] = published_dino[1]
     # the file on the Hub is the state of open_clip's own model
     state = open_clip.create_model(text.open_clip, pretrained=None, load_weights=False).state_dict()
     near.files[f"{row.repo}/{row.file}"] = save({name: value.contiguous() for name, value in state.items()})

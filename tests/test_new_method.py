@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
-from dgbench.cost.profile import _step
+from dgbench.cost.model_times import training_step
 from mfuser import methods
 
 METHOD = '''
@@ -260,7 +260,7 @@ def test_a_profile_counts_what_is_scored_and_not_the_teacher(house: House, by: s
 
 def test_a_profile_times_a_training_step_with_the_teacher_and_the_streams(house: House) -> None:
     model = mfuser.build("two-views")
-    _step(model, (64, 64), torch.device("cpu"), torch.float32)()
+    training_step(model, (64, 64), torch.device("cpu"), torch.float32)()
     assert set(model.training_only) == {"teacher", "bank"}
 
 
@@ -310,7 +310,7 @@ def test_resuming_with_other_images_in_a_stream_is_refused(house: House, tmp_pat
     works("train", recipe, "--set", "train.steps=2", "--out", tmp_path / "run", "--device", "cpu", "--no-eval")
     (copy / "styles" / "a.png").unlink()
     said = fails("train", "--resume", tmp_path / "run", "--device", "cpu", "--no-eval")
-    assert "was begun with other images in data.extra.style" in said
+    assert "was started with other images in data.extra.style" in said
 
 
 def test_a_damaged_or_missing_file_of_training_parts_is_named(house: House, tmp_path: Path) -> None:

@@ -54,6 +54,45 @@ def fails(*arguments: str, code: int) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
 
 
+def runs_of(folder: Path, fuser: str, *scores: tuple[int, float]) -> None:
+    """Run folders as `dgbench train` leaves them: a resolved recipe and records."""
+    for seed, miou in scores:
+        run_folder = claim_run(folder / f"{fuser}-{seed}")
+        recipe = load_recipe(
+            "streets/mfuser", [f"method.fuser={fuser}", f"train.seed={seed}", "data.targets=[streets-city,streets-world]"]
+        )
+        dump(recipe, run_folder / "recipe.yaml")
+        for each in model(0.5, miou, miou, seed=seed):
+            results.write(each, run_folder)
+
+
+@pytest.fixture(scope="module")
+def layers() -> FusionProfile:
+    """What `dgbench profile` with LAYERS shows, counted once for all that draw it."""
+    return profile_fusion(Silent(), vfm="tiny", vlm="tiny", size=(64, 64), timed=False)
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """`dgbench profile` with LAYERS as typed beside own runs, and where it drew its picture."""
+    folder = tmp_path_factory.mktemp("typed")
+    runs_of(folder / "runs", "mvfuser", (0, 0.40), (1, 0.44), (2, 0.45))
+    runs_of(folder / "runs", "selfattn_concat", (0, 0.38))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run(*LAYERS, "--format", "markdown", "--plot", "deep/layers.svg"), folder / "deep" / "layers.svg"
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fusion layers at the paper's width in its convention, with an own run of another width."""
+    folder = tmp_path_factory.mktemp("papers")
+    runs_of(folder / "runs", "mvfuser", (0, 0.40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return run("--fusion", "--convention", "paper", "--format", "markdown").stdout
+
+
 # ---- the formats
 
 
@@ -87,8 +126,9 @@ def test_csv_is_read_by_others_with_full_numbers() -> None:
         assert values["convention"] == "mac"
 
 
-def test_csv_has_a_row_for_each_fuser() -> None:
-    frame = pd.read_csv(io.StringIO(run(*LAYERS, "--format", "csv").stdout)).set_index("fuser")
+def test_csv_has_a_row_for_each_fuser(layers: FusionProfile, capsys: pytest.CaptureFixture[str]) -> None:
+    render.show(layers, "csv")
+    frame = pd.read_csv(io.StringIO(capsys.readouterr().out)).set_index("fuser")
     assert list(frame.index) == FUSERS
     # 4 C^2 a token and two products of 130 tokens with 130
     assert frame["cost_products"]["selfattn_concat"] == 4 * 130 * 64**2 + 2 * 130**2 * 64
@@ -99,8 +139,8 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def test_markdown_is_a_table_of_github(here: Path) -> None:
-    text = run(*LAYERS, "--format", "markdown").stdout
+def test_markdown_is_a_table_of_github(typed: tuple[Result, Path]) -> None:
+    text = typed[0].stdout
     first = text.split("\n\n")[1].splitlines()
     header, rule, *rows = (cells(line) for line in first)
     assert header[:3] == ["fuser", "params M", "GMAC"]
@@ -114,8 +154,9 @@ def test_markdown_is_a_table_of_github(here: Path) -> None:
     assert len(lines) == (2 + 5) + (2 + 6)  # and the sweep: six sizes
 
 
-def test_latex_has_closed_environments_and_no_bare_signs() -> None:
-    text = run(*FLOOR, "--by-module", "--format", "latex").stdout + run(*LAYERS, "--format", "latex").stdout
+def test_latex_has_closed_environments_and_no_bare_signs(layers: FusionProfile, capsys: pytest.CaptureFixture[str]) -> None:
+    render.show(layers, "latex")
+    text = run(*FLOOR, "--by-module", "--format", "latex").stdout + capsys.readouterr().out
     begun, ended = re.findall(r"\\begin\{(\w+)\}", text), re.findall(r"\\end\{(\w+)\}", text)
     assert begun
     assert sorted(begun) == sorted(ended)
@@ -156,20 +197,17 @@ def test_by_module_shows_the_parts() -> None:
     assert "part by part" not in run(*FLOOR).stdout
 
 
-def test_the_papers_table_at_its_printed_digits() -> None:
-    text = run("--fusion", "--convention", "paper", "--format", "markdown").stdout
-    assert "1297 + 1297 tokens of width 1024" in text
-    rows = {row[0]: row[1:3] for row in map(cells, text.splitlines()[:9]) if len(row) > 2}
+def test_the_papers_table_at_its_printed_digits(papers: str) -> None:
+    assert "1297 + 1297 tokens of width 1024" in papers
+    rows = {row[0]: row[1:3] for row in map(cells, papers.splitlines()[:9]) if len(row) > 2}
     assert rows["mvfuser"] == ["1.67", "17.21"]
     assert rows["selfattn_concat"] == ["4.20", "98.64"]
     assert rows["selfattn_separate"] == ["8.40", "71.08"]
     assert rows["bi_deform_attn"] == ["3.35", "34.65"]
 
 
-def test_accuracies_of_own_runs_stand_beside_the_costs(here: Path) -> None:
-    runs_of("mvfuser", (0, 0.40), (1, 0.44), (2, 0.45))
-    runs_of("selfattn_concat", (0, 0.38))
-    text = run(*LAYERS, "--format", "markdown").stdout
+def test_accuracies_of_own_runs_stand_beside_the_costs(typed: tuple[Result, Path]) -> None:
+    text = typed[0].stdout
     header, _, *rows = (cells(line) for line in text.splitlines() if line.startswith("|"))
     column = {row[0]: row[header.index("own mIoU")] for row in rows[:5]}
     # (40 + 44 + 45) / 3 and the root of (3^2 + 1^2 + 2^2) / 2
@@ -179,10 +217,10 @@ def test_accuracies_of_own_runs_stand_beside_the_costs(here: Path) -> None:
     assert "mean over streets-city, streets-world" in text
 
 
-def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_runs_of_another_do_not(here: Path) -> None:
-    runs_of("mvfuser", (0, 0.40))
-    text = run("--fusion", "--format", "markdown").stdout
-    header, _, *rows = (cells(line) for line in text.splitlines() if line.startswith("|"))
+def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_runs_of_another_do_not(
+    papers: str, typed: tuple[Result, Path]
+) -> None:
+    header, _, *rows = (cells(line) for line in papers.splitlines() if line.startswith("|"))
     column = {row[0]: row[header.index("paper C") :] for row in rows[:5]}
     assert header[header.index("paper C") :] == ["paper C", "paper B", "paper M", "paper avg."]
     assert column == {
@@ -192,31 +230,14 @@ def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_ru
         "selfattn_separate": ["69.68", "61.91", "70.85", "67.48"],
         "bi_deform_attn": ["69.46", "61.17", "70.11", "66.91"],
     }
-    assert "arXiv:2504.03193, Table 3" in text
-    assert "Own runs are left out where their towers are not 1024 wide: tiny + tiny." in text
-    assert "paper" not in run(*LAYERS, "--format", "markdown").stdout
-
-
-def runs_of(fuser: str, *scores: tuple[int, float]) -> None:
-    """Run folders as `dgbench train` leaves them: a resolved recipe and records."""
-    for seed, miou in scores:
-        folder = claim_run(Path("runs") / f"{fuser}-{seed}")
-        recipe = load_recipe(
-            "streets/mfuser", [f"method.fuser={fuser}", f"train.seed={seed}", "data.targets=[streets-city,streets-world]"]
-        )
-        dump(recipe, folder / "recipe.yaml")
-        for each in model(0.5, miou, miou, seed=seed):
-            results.write(each, folder)
+    assert "arXiv:2504.03193, Table 3" in papers
+    assert "Own runs are left out where their towers are not 1024 wide: tiny + tiny." in papers
+    assert "paper" not in typed[0].stdout
 
 
 # ---- pictures
 
 _MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-", ".PNG": b"\x89PNG\r\n\x1a\n"}
-
-
-@pytest.fixture(scope="module")
-def layers() -> FusionProfile:
-    return profile_fusion(Silent(), vfm="tiny", vlm="tiny", size=(64, 64), sweep=((96, 96),), timed=False)
 
 
 @pytest.mark.parametrize("suffix", _MAGIC)
@@ -234,10 +255,10 @@ def test_a_plot_is_a_picture_of_its_kind(suffix: str, layers: FusionProfile, her
     assert render.draw_fusion(layers, here / f"again{suffix}").read_bytes() == content, "the same numbers make the same file"
 
 
-def test_plot_says_where_the_picture_is(here: Path) -> None:
-    result = run(*LAYERS, "--plot", "deep/layers.svg")
+def test_plot_says_where_the_picture_is(typed: tuple[Result, Path]) -> None:
+    result, picture = typed
     assert "plot: deep/layers.svg" in result.stderr
-    assert labels(here / "deep" / "layers.svg") >= set(FUSERS)
+    assert labels(picture) >= set(FUSERS)
 
 
 def labels(path: Path) -> set[str]:
@@ -327,7 +348,7 @@ def test_fusion_takes_one_batch() -> None:
         ([*FLOOR, "--device", "abacus"], 1, "unknown device `abacus`"),
         (["--fusion", "--vfm", "nope"], 1, "vfm `nope` is unknown"),
         (["--convention", "macs"], 2, "'--convention'"),
-        (["--format", "html"], 2, "'--format'"),
+        (["--format", "pdf"], 2, "'--format'"),
         (["--size", "0", "64"], 2, "'--size'"),
         (["--size", "64", "64", "64"], 2, "'--size'"),
         (["--batch", "0"], 2, "'--batch'"),

@@ -29,7 +29,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 LINES = [line for language, text in BLOCKS if not language for line in text.splitlines()]
 INLINE = list(dict.fromkeys(re.findall(r"`(dgbench [a-z-][^`]*)`", README)))
 SET_UP = [line for line in LINES if line.startswith("pip install")]
-COMMANDS = [line for line in [*LINES, *INLINE] if line.startswith("dgbench ")]
+COMMANDS = [line for line in dict.fromkeys([*LINES, *INLINE]) if line.startswith("dgbench ")]
 SMALL = (
     " --set data.size=[64,128] data.crop=[64,64] data.train_images=6 data.val_images=3 train.steps=2"
     " train.batch_size=2 train.log_every=1"

@@ -73,7 +73,8 @@ def test_a_stream_without_our_marks_gets_stand_ins(variables: dict[str, str], tm
     done = shell("dgbench leaderboard", tmp_path, **{"LC_ALL": "C.UTF-8", **variables})
     text = done.stdout.decode(variables.get("PYTHONIOENCODING", "utf-8"))
     assert (done.returncode, done.stderr) == (0, b"")
-    assert re.search(r"^ref  mfuser \(tiny \+ tiny\) .* [-–]$", text, re.MULTILINE)
+    assert re.search(r"^ref  mfuser \(tiny \+ tiny\) .* adverse$", text, re.MULTILINE)
+    assert re.search(r"^pub  VFMNet \+ MGRNet +DINOv2-L +[-–] +[-–] +[-–] +70\.3 ", text, re.MULTILINE)
 
 
 def test_bytes_that_are_no_text_come_back_as_escapes(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The command line: each command parses, calls one function and shows its typed result.
 
-A file for each panel of `dgbench --help`, and one for each group of commands. Heavy imports live in the commands' bodies,
+There is a file for each panel of `dgbench --help` and for each group of commands. Heavy imports are inside the commands,
 so that `--help` and completion need nothing beyond Typer.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli import compare, data, get, help, kernels, measure, run, share
+from dgbench.cli import ci, compare, data, get, help, kernels, measure, predict, run, share
 from dgbench.cli.options import TargetsOpt
 from dgbench.cli.program import Command, Program
 
@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
-# without a name, a panel's commands are the program's own, in this order
-for part in (get, share, run, measure, compare, help):
+# typers without a name add a panel's commands to the program, in this order
+for part in (get, share, run, predict, measure, compare, ci, help):
     app.add_typer(part.panel)
 
 
@@ -54,6 +54,6 @@ def main() -> None:
     from dgbench.render import streams
 
     streams.prepare()
-    # the interpreter ends by looking for garbage among the million objects that torch's import made: a fifth of a second
+    # without this, garbage collection at exit takes a fifth of a second for the million objects of torch's import
     atexit.register(gc.freeze)
     app(prog_name="dgbench")

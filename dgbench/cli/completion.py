@@ -1,4 +1,4 @@
-"""What a shell is offered for a begun value; light imports only, and those in the functions."""
+"""Shell completion of values; imports are light and inside the functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
 
     given = ctx.params.get("targets") or ()
     known: Sequence[str] = tuple(DOMAINS)
-    with contextlib.suppress(DgbenchError, OSError):  # a declaration that is wrong is the command's to tell
+    with contextlib.suppress(DgbenchError, OSError):  # a wrong declaration is reported by the command
         known = names(ctx.params.get("root"))
     return [name for name in known if name.startswith(incomplete) and name not in given]
 
@@ -48,7 +48,7 @@ def vfms(incomplete: str) -> list[str]:
 
 
 def devices(incomplete: str) -> list[str]:
-    # a folder for each GPU that the driver has found; torch, which would know better, takes seconds
+    # a folder for each GPU that the driver has found; importing torch would take seconds
     count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return [name for name in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) if name.startswith(incomplete)]
 
@@ -57,6 +57,12 @@ def label_maps(incomplete: str) -> list[str]:
     from dgbench.data.labels import LABEL_MAPS
 
     return [name for name in LABEL_MAPS if name.startswith(incomplete)]
+
+
+def corruptions(incomplete: str) -> list[str]:
+    from dgbench.data.corruptions import CORRUPTIONS
+
+    return [name for name in CORRUPTIONS if name.startswith(incomplete)]
 
 
 def operators(incomplete: str) -> list[str]:
@@ -100,5 +106,14 @@ def recipes(incomplete: str) -> list[str]:
 
 
 def runs(incomplete: str) -> list[str]:
-    found = [path.parent.as_posix() for path in sorted(Path("runs").glob("*/recipe.yaml"))]
-    return [name for name in ("latest", *found) if name.startswith(incomplete)]
+    from dgbench.runs import runs_in
+
+    found = runs_in(Path("runs"))
+    folders = {run.parent for run in found} - {Path("runs")}
+    return [name for name in ("latest", *(path.as_posix() for path in sorted([*found, *folders]))) if name.startswith(incomplete)]
+
+
+def trackers(incomplete: str) -> list[str]:
+    # those of accelerate, whose import takes seconds
+    known = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+    return [name for name in known if name.startswith(incomplete)]

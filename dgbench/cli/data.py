@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DomainArg, Format, FormatOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt, listed
+from dgbench.cli.options import DomainArg, Format, FormatOpt, LabelMapOpt, QuietOpt, RootOpt, SplitOpt, TableOpt, listed
 from dgbench.cli.program import Command, Program
 
 group = typer.Typer(
@@ -17,12 +17,12 @@ group = typer.Typer(
 
 
 @group.command("list", cls=Command, epilog="Example: dgbench data list")
-def data_list(root: RootOpt = None, form: FormatOpt = Format.TEXT) -> None:
+def data_list(root: RootOpt = None, form: FormatOpt = Format.TEXT, table: TableOpt = None) -> None:
     """List the domains and where each lies on this disk."""
     from dgbench import render
     from dgbench.data.listing import states
 
-    render.show(states(root), form)
+    render.show(states(root), form, table)
 
 
 @group.command("show", cls=Command, epilog="Example: dgbench data show streets-night --n 6 --out sheet.png")
@@ -52,6 +52,7 @@ def data_stats(
     label_map: LabelMapOpt = None,
     root: RootOpt = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Count how much of a domain each class makes up."""
@@ -59,7 +60,7 @@ def data_stats(
     from dgbench.data.listing import class_shares
 
     shares = class_shares(domain, split, images=n, root=root, label_map=label_map, progress=render.progress(quiet=quiet))
-    render.show(shares, form)
+    render.show(shares, form, table)
 
 
 @group.command("verify", cls=Command, epilog="Example: dgbench data verify cityscapes bdd100k")
@@ -78,6 +79,7 @@ def data_verify(
     ] = False,
     root: RootOpt = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Read every file: pairs, sizes, label values against the map, classes; exit 1 if something is wrong."""
@@ -87,7 +89,7 @@ def data_verify(
     progress = render.progress(quiet=quiet)
     wanted = [(name, split) for name in names for split in (splits or splits_to_verify(name, root))]
     reports = [verify(name, split, root, label_map=label_map, progress=progress) for name, split in wanted]
-    render.show(reports, form)
+    render.show(reports, form, table)
     if not all(report.ok and (partial or not (report.n_missing or report.n_extra)) for report in reports):
         raise typer.Exit(1)
 

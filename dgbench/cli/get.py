@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import Format, FormatOpt, QuietOpt, RootOpt, listed
+from dgbench.cli.options import Format, FormatOpt, QuietOpt, RootOpt, TableOpt, listed
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -54,6 +54,7 @@ def download(
     split: Annotated[str, typer.Option(metavar="NAME", help="With --hub: what to call a set of loose files.")] = "val",
     root: RootOpt = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Fetch domains and towers: show what is needed, then transfer, check and unpack it; again to go on after a stop."""
@@ -89,11 +90,11 @@ def download(
             show=render.tell if not quiet else lambda _plan: None,
         )
         if dry_run:
-            render.show(downloads.plan(names or (), options, wish), form)
+            render.show(downloads.plan(names or (), options, wish), form, table)
             return
         outcome = downloads.download(names or (), options, wish)
     if outcome.rows:
-        render.show(list(outcome.rows), form)
+        render.show(list(outcome.rows), form, table)
     for problem in outcome.problems:
         render.failure(problem.message, problem.hint)
     if outcome.problems:
@@ -121,12 +122,12 @@ def _retyped(command: str, names: Sequence[str], options: Mapping[str, object]) 
 
 
 @panel.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench models --json")
-def models(form: FormatOpt = Format.TEXT) -> None:
+def models(form: FormatOpt = Format.TEXT, table: TableOpt = None) -> None:
     """List the towers: role, weights, licence, and whether they are on this disk."""
     from dgbench import render
     from mfuser.towers.hub import models as towers
 
-    render.show(towers(), form)
+    render.show(towers(), form, table)
 
 
 @panel.command(cls=Command, rich_help_panel="Get", epilog="Example: dgbench methods mfuser")
@@ -135,9 +136,10 @@ def methods(
         str | None, typer.Argument(metavar="NAME", help="One of them, with its options.", autocompletion=completion.methods)
     ] = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
 ) -> None:
     """List the methods: paper, towers, licence of the weights, whether the authors' code is followed, recipes."""
     from dgbench import render
     from dgbench.methods import details, listing
 
-    render.show(listing() if name is None else details(name), form)
+    render.show(listing() if name is None else details(name), form, table)

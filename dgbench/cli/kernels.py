@@ -7,19 +7,19 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, listed
+from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, TableOpt, listed
 from dgbench.cli.program import Command, Program
 
 group = typer.Typer(cls=Program, help="List the operators' backends, build the CUDA kernels, time them.", no_args_is_help=True)
 
 
 @group.command("list", cls=Command, epilog="Example: dgbench kernels list")
-def kernels_list(form: FormatOpt = Format.TEXT) -> None:
+def kernels_list(form: FormatOpt = Format.TEXT, table: TableOpt = None) -> None:
     """List each operator's backends: whether they run here, which one runs by default, where the kernels' library lies."""
     from dgbench import render
     from dgbench.cost.kernels import listing
 
-    render.show(listing(), form)
+    render.show(listing(), form, table)
 
 
 @group.command("build", cls=Command, epilog="Example: dgbench kernels build --arch sm_80 sm_90")
@@ -35,6 +35,7 @@ def kernels_build(
         ),
     ] = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Compile the CUDA kernels ahead of time; needs nvcc, but no GPU when --arch names one."""
@@ -45,7 +46,7 @@ def kernels_build(
         built = build(architectures or (), render.progress(quiet=quiet))
     except ValueError as error:
         raise typer.BadParameter(str(error), ctx=ctx, param_hint="'--arch'") from None
-    render.show(built, form)
+    render.show(built, form, table)
 
 
 @group.command("bench", cls=Command, epilog="Example: dgbench kernels bench --op selective_scan --shape 2 2594 512 16")
@@ -75,6 +76,7 @@ def kernels_bench(
     ] = None,
     device: DeviceOpt = None,
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Time the operators' backends on this machine, forward and forward + backward, beside what bounds them."""
@@ -87,4 +89,4 @@ def kernels_bench(
     if shape is not None and set(ops or ()) - {"selective_scan"}:
         raise typer.BadParameter("is the selective scan's: give it without --op", ctx=ctx, param_hint="'--shape'")
     timed = bench(ops or (), backends or (), render.progress(quiet=quiet), shape=shape, dtype=dtype, device=device)
-    render.show(timed, form)
+    render.show(timed, form, table)

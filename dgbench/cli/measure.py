@@ -1,7 +1,8 @@
-"""Measure: what models cost."""
+"""Commands of the panel Measure: the cost of models, and scores under a growing shift."""
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,15 +10,27 @@ from typing import Annotated
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RunsOpt
+from dgbench.cli.options import (
+    DeviceOpt,
+    Format,
+    FormatOpt,
+    ProtocolOpt,
+    QuietOpt,
+    RootOpt,
+    RunsOpt,
+    TableOpt,
+    listed,
+)
 from dgbench.cli.program import Command
+from dgbench.cli.trainings import stopped
+from dgbench.errors import Terminated
 
 panel = typer.Typer()
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 class Rule(StrEnum):
-    """The conventions of `dgbench.cost.conventions`; a command's values are known before anything of the engine is imported."""
+    """The conventions of `dgbench.cost.conventions`, repeated here because options are parsed before the engine is imported."""
 
     MAC = "mac"
     FLOP = "flop"
@@ -75,6 +88,7 @@ def profile(
     device: DeviceOpt = None,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
     """Count parameters and operations without weights; on a GPU also time models and measure memory and energy."""
@@ -82,8 +96,7 @@ def profile(
     from dgbench.names import check_models
 
     progress = render.progress(quiet=quiet)
-    if plot is not None and plot.suffix.lower() not in _PICTURES:
-        raise typer.BadParameter(f"{plot} must end in {', '.join(_PICTURES)}", ctx=ctx, param_hint="'--plot'")
+    _check_picture(plot, ctx)
     if size is not None and len(size) > 2:
         raise typer.BadParameter("takes height and width, or one number for both", ctx=ctx, param_hint="'--size'")
     crop = (size[0], size[-1]) if size else None
@@ -111,14 +124,14 @@ def profile(
             records=results.query(runs),
             passes=passes,
         )
-        render.show(layers, form)
+        render.show(layers, form, table)
         if plot is not None:
             render.note(f"plot: {render.draw_fusion(layers, plot)}")
         return
     from dgbench.cost.profile import profile as measure
     from dgbench.cost.profile import subjects
 
-    kept = results.query(runs) if plot is not None else []  # a --runs that is no folder is told before anything is timed
+    kept = results.query(runs) if plot is not None else []  # a wrong --runs is reported before anything is timed
     chosen = subjects(names or (), vlm=vlm, vfm=vfm, backbone=backbone, settings=settings or (), size=crop)
     found = measure(
         chosen,
@@ -133,9 +146,83 @@ def profile(
         by_module=by_module,
         passes=passes,
     )
-    render.show(found, form)
+    render.show(found, form, table)
     if plot is not None:
         from dgbench.cost.tradeoff import tradeoff
 
         points = tradeoff(kept, progress, convention=convention, size=crop)
         render.note(f"plot: {render.draw_tradeoff(points, plot)}")
+
+
+@panel.command(
+    cls=Command, rich_help_panel="Measure", epilog="Example: dgbench severity latest --targets streets-fog --plot fog.png"
+)
+def severity(
+    ctx: typer.Context,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run folder, record or `latest`.", autocompletion=completion.runs)
+    ] = "latest",
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="Streets with weather, or any domains to corrupt; default: streets-night, -rain, -fog, -snow.",
+            autocompletion=completion.domains,
+            callback=listed,
+        ),
+    ] = None,
+    steps: Annotated[
+        list[float] | None, typer.Option(metavar="NUMBER...", min=0, max=1, help="Of weather; default: 0 0.25 0.5 0.75 1.")
+    ] = None,
+    corruptions: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="fog, contrast, motion_blur and others; default: all 12.",
+            autocompletion=completion.corruptions,
+            callback=listed,
+        ),
+    ] = None,
+    levels: Annotated[
+        list[int] | None, typer.Option(metavar="NUMBER...", min=1, max=5, help="Of corruptions; default: 1 2 3 4 5.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="First images of each domain only; no table ranks such scores.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PICTURE", help="Draw the curves: .png, .svg, .pdf.")] = None,
+    protocol: ProtocolOpt = None,
+    device: DeviceOpt = None,
+    root: RootOpt = None,
+    runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
+    quiet: QuietOpt = False,
+) -> None:
+    """Score a run as weather or corruptions grow stronger, with the area under the curve."""
+    from dgbench import protocol as protocols
+    from dgbench import render
+    from dgbench.engine.severity import CONDITIONS, measure, sweeps
+    from dgbench.needs import check_scoring
+    from dgbench.recipe import load_recipe
+    from dgbench.runs import scored_run
+
+    _check_picture(plot, ctx)
+    rules = protocols.lookup(protocol).name if protocol else None
+    folder = scored_run(run, runs)
+    recipe = load_recipe(folder / "recipe.yaml", check_method=False, root=root)
+    rows = recipe.data.rows(targets or CONDITIONS, root)
+    wanted = sweeps(rows, steps=steps, corruptions=corruptions, levels=levels)
+    check_scoring([("target", row, "val") for row in rows], root)
+    progress = render.progress(quiet=quiet)
+    try:
+        found = measure(folder, wanted, progress=progress, device=device, root=root, protocol_name=rules, limit=limit)
+    except (KeyboardInterrupt, Terminated) as stop:
+        raise stopped(stop, f"call it again to go on: dgbench severity {shlex.quote(str(folder))} and the same options") from None
+    render.show(found, form, table)
+    if plot is not None:
+        render.note(f"plot: {render.draw_severity(found, plot)}")
+
+
+def _check_picture(path: Path | None, ctx: typer.Context) -> None:
+    if path is not None and path.suffix.lower() not in _PICTURES:
+        raise typer.BadParameter(f"{path} must end in {', '.join(_PICTURES)}", ctx=ctx, param_hint="'--plot'")

@@ -1,6 +1,6 @@
-"""Usage errors in the house's form: Click's sentence as a message, and a hint that says what there is instead.
+"""Usage errors in the form of dgbench's other errors: Click's sentence as the message, and a hint with what to use.
 
-Options of other programs that train are pointed to ours: `--lr` to `--set optim.lr=…`.
+For options of other training programs, the hint gives ours: `--set optim.lr=…` for `--lr`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import typer
 
 from dgbench.errors import suggest
 
-# other programs' option -> ours, the first whose own option the command has
+# other programs' options -> ours: the first one that the command has
 _ELSEWHERE = {
     **dict.fromkeys(
         ("steps", "iters", "iterations", "iter", "max-steps", "max-iters", "num-steps", "total-steps"),
@@ -55,7 +55,7 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def explained(error: typer.TyperException) -> tuple[str | None, str | None]:
-    """Message and hint of a usage error; without a message, the hint is a help text and the whole answer."""
+    """Return message and hint of a usage error; without a message, the hint is a help text and the whole answer."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return None, error.message
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
@@ -86,7 +86,7 @@ def _instead(option: str, context: typer.Context) -> str:
 
 
 def _value_error(cause: BaseException | None) -> str | None:
-    """What is wrong with a value, in our words and not in those of the library that checked it."""
+    """Return what is wrong with a value in our words, not in those of the library that checked it."""
     if cause is None or not hasattr(cause, "errors"):
         return None
     details = cause.errors()[0]

@@ -29,16 +29,23 @@ def _device(ctx: typer.Context, name: str | None) -> str | None:
 
 
 class Format(StrEnum):
-    """What a result is printed as; `Command` lets `--json` stand for `--format json`."""
+    """Output format of a result, on stdout or in a file; `Command` accepts `--json` for `--format json`."""
 
     TEXT = "text"
     CSV = "csv"
     MARKDOWN = "markdown"
     LATEX = "latex"
+    HTML = "html"
     JSON = "json"
 
 
-FormatOpt = Annotated[Format, typer.Option("--format", metavar="NAME", help="text, csv, markdown, latex or json.")]
+ENDINGS = {".txt": "text", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".html": "html", ".json": "json"}
+FormatOpt = Annotated[Format, typer.Option("--format", metavar="NAME", help="text, csv, markdown, latex, html or json.")]
+# `Command` makes the format of its ending, unless one is named
+TableOpt = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help=f"Write the result there: {', '.join(ENDINGS)}, or any with --format."),
+]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOpt = Annotated[
     str | None,

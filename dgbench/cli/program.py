@@ -1,4 +1,4 @@
-"""The program and its commands, as classes of Typer: lists of values, help, and mistakes told in one clear message.
+"""The program and its commands, as classes of Typer: lists of values, help, and one clear message for every error.
 
 Click has no option that takes several values and stops at the next flag; `Command` adds it to the list-valued ones:
 `--targets A B`.
@@ -12,12 +12,14 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from dgbench.cli.mistakes import explained
+from dgbench.cli.options import ENDINGS
 from dgbench.cli.refusals import full_disk, refusal
 from dgbench.errors import DgbenchError, StoppedError, Terminated
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _without_types_of_flags(params: list[AnyParameter]) -> list[AnyParameter]:
-    """A flag takes no value: nothing stands behind it in a list of options."""
+    """Remove the types of flags, which take no value, from a list of options."""
     for param in params:
         if isinstance(param, TyperOption) and param.is_flag:
             param.metavar = ""
@@ -36,13 +38,13 @@ def _without_types_of_flags(params: list[AnyParameter]) -> list[AnyParameter]:
 
 
 def _help_names(ctx: Context) -> list[str]:
-    # in this order, where Click takes that of a set
+    # in this order: Click takes them from a set
     return list(ctx.help_option_names)
 
 
 @cache
 def _json_flag() -> AnyParameter:
-    """`--json` as Typer makes it of a function, which is the only way that it makes options."""
+    """Return `--json` as Typer makes it from a function, its only way to make options."""
     app = typer.Typer(add_completion=False)
 
     @app.command()
@@ -70,7 +72,7 @@ class Command(TyperCommand):
         return _without_types_of_flags(super().get_params(ctx))
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
-        """`-h` and `--help`."""
+        """Return `-h` and `--help`."""
         return _help_names(ctx)
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
@@ -88,15 +90,30 @@ class Command(TyperCommand):
             if ctx.params["form"] not in ("text", "json"):
                 raise typer.BadParameter("another format is given, too", ctx=ctx, param_hint="'--json'")
             ctx.params["form"] = "json"
+        elif not ctx.resilient_parsing and (table := ctx.params.get("table")) is not None:
+            _take_format_of(table, ctx)
         if ctx.resilient_parsing:
-            # completion goes back `nargs` words to see whose value it completes: here, as far as there is no other flag
+            # completion looks `nargs` words back for the option that it completes: here, up to any other flag
             for option in lists.values():
                 option.nargs = len(args) + 1
         return rest
 
 
+def _take_format_of(table: Path, ctx: Context) -> None:
+    """Let the ending of a result's file name its format, unless `--format` does, and refuse a wrong one before the work."""
+    source = ctx.get_parameter_source("form")
+    if source is not None and source.name == "DEFAULT":
+        if table.suffix.lower() not in ENDINGS:
+            raise typer.BadParameter(
+                f"{table} must end in {', '.join(ENDINGS)}, or name its format with --format", ctx=ctx, param_hint="'--out'"
+            )
+        ctx.params["form"] = ENDINGS[table.suffix.lower()]
+    if table.is_dir():
+        raise typer.BadParameter(f"{table} is a folder", ctx=ctx, param_hint="'--out'")
+
+
 def _refuse_empty(args: Sequence[str], ctx: Context) -> None:
-    """An empty value is what a shell makes of a variable that is not set; as a path it would mean the current folder."""
+    """Refuse an empty value, which a shell makes of an unset variable; as a path it would mean the current folder."""
     for before, given in zip(("", *args), args, strict=False):
         flag, equals, value = given.partition("=")
         if not given or (given.startswith("--") and equals and not value):
@@ -127,7 +144,7 @@ def _one_flag_each(args: Sequence[str], lists: Mapping[str, TyperOption], ctx: C
 
 
 class Program(TyperGroup):
-    """The whole program: whatever a user can mend or cause ends in one clear message and an exit code."""
+    """The whole program: every error that a user can fix or cause ends in one clear message and an exit code."""
 
     def format_help(self, ctx: Context, formatter: HelpFormatter) -> None:
         """Draw panels on a terminal only."""
@@ -139,11 +156,11 @@ class Program(TyperGroup):
         return _without_types_of_flags(super().get_params(ctx))
 
     def get_help_option_names(self, ctx: Context) -> list[str]:
-        """`-h` and `--help`."""
+        """Return `-h` and `--help`."""
         return _help_names(ctx)
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        """Run as a program; usage errors are told in the voice of all others, and exit 2."""
+        """Run as a program; usage errors are printed like all others, and exit with 2."""
         whole = settings.pop("standalone_mode", True)
         settings["standalone_mode"] = False
         if not whole:
@@ -157,7 +174,7 @@ class Program(TyperGroup):
         sys.exit(code)
 
     def _code(self, *args: Any, **settings: Any) -> int:
-        """Run, tell what went wrong, and return the exit code."""
+        """Run, print what went wrong, and return the exit code."""
         try:
             os.getcwd()
         except OSError:  # libraries in C would end the process
@@ -167,7 +184,7 @@ class Program(TyperGroup):
             return 1
         try:
             code = super().main(*args, **settings)
-            if not code:  # else it was told what went wrong, which may be that nothing can be written
+            if not code:  # otherwise the error was printed, which may be that nothing can be written
                 sys.stdout.flush()
         except typer.Abort:  # Ctrl-C at a question
             _note("interrupted")
@@ -190,7 +207,7 @@ class Program(TyperGroup):
         return code if isinstance(code, int) else 0
 
     def list_commands(self, ctx: Context) -> list[str]:
-        """Put the groups first, as a user meets them."""
+        """List the groups first, in the order in which a user needs them."""
         return sorted(super().list_commands(ctx), key=lambda name: not isinstance(self.commands[name], TyperGroup))
 
     def invoke(self, ctx: Context) -> Any:
@@ -210,7 +227,7 @@ class Program(TyperGroup):
                 if os.environ.get("DGBENCH_DEBUG") == "1":
                     raise
                 if received:
-                    # whatever else went wrong on the way out, such as a worker that the same signal ended
+                    # any other error while stopping, such as a worker that the same signal ended
                     _tell_end(error)
                     raise typer.Exit(128 + received[0]) from None
                 if (code := _explain(error)) is None:
@@ -229,13 +246,13 @@ def _tell_end(error: BaseException) -> None:
     try:
         _note(error.message if isinstance(error, StoppedError) else "terminated")
         sys.stderr.flush()
-    except OSError:  # the terminal is gone, as it is after SIGHUP: what is left unsaid must not be an error at exit either
+    except OSError:  # the terminal is gone, as after SIGHUP: the unwritten text must not be an error at exit either
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _explain(error: BaseException) -> int | None:
-    """Print what went wrong and return the exit code; None if it is not the user's to know, but ours to mend."""
-    if type(error).__module__.startswith("typer"):  # usage errors and exits are Typer's own to show
+    """Print what went wrong and return the exit code; None if it is a bug of dgbench."""
+    if type(error).__module__.startswith("typer"):  # usage errors and exits are shown by Typer
         return None
     from dgbench import render
 
@@ -247,7 +264,7 @@ def _explain(error: BaseException) -> int | None:
         return 130
     ours = isinstance(error, DgbenchError)
     message, hint = getattr(error, "message", None), getattr(error, "hint", None)
-    # mfuser's errors have both as well
+    # mfuser's errors have message and hint, too
     told = isinstance(message, str) and (ours or (isinstance(hint, str) and type(error).__module__.startswith("mfuser")))
     if (refused := full_disk(error) if told else refusal(error)) is not None:
         message, hint = refused

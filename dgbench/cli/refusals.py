@@ -1,4 +1,4 @@
-"""What the machine refuses (disk, memory, open files, shared memory), each told in one line with what to do about it."""
+"""Errors of the machine (disk, memory, open files, shared memory): one line for each, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterator
 
-_LESS = "work on less at once: --set train.batch_size=2 eval.batch_size=1 train.workers=0, or smaller images"
+_LESS = "use smaller batches: --set train.batch_size=2 eval.batch_size=1 train.workers=0, or smaller images"
 _SHARED = "give it more (docker: --shm-size=8g), or load in the training process: --set train.workers=0"
 
 
 def refusal(error: BaseException) -> tuple[str, str | None] | None:
-    """Return message and hint if `error` is the machine's refusal, or was caused by a full disk; None if it is neither."""
-    # a worker's exit code is in the first of the two errors that PyTorch raises of it
+    """Return message and hint if `error` is such an error of the machine, or was caused by a full disk; else None."""
+    # a worker's exit code is in the first of the two errors that PyTorch raises for it
     text = "\n".join(_said(error)) if isinstance(error, RuntimeError) else str(error)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return f"`{_name(error.object)}` has bytes that are no UTF-8", "rename the file or folder: its name cannot be stored"
@@ -35,13 +35,13 @@ def refusal(error: BaseException) -> tuple[str, str | None] | None:
 
 
 def _said(error: BaseException | None) -> Iterator[str]:
-    """The texts of an error and of those that it came of."""
+    """Yield the texts of an error and of its causes."""
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
 
 
-# 81 and 82 are the codes with which workers end (dgbench/ends.py)
+# 81 and 82 are exit codes of workers (dgbench/ends.py)
 _SHARED_MEMORY = re.compile(
     r"shared memory.*no space|bus error|no space.*(shared memory|/dev/shm)|"
     r"(unable to (write to file|allocate shared memory|resize file) .*(</?torch_|no space))|"
@@ -67,7 +67,7 @@ def _limit() -> str:
 
 
 def _out_of_memory(error: BaseException, text: str) -> str | None:
-    """What is said of a lack of memory behind the words; None if it is something else."""
+    """Return what the message says about the lack of memory; None if the error is something else."""
     if type(error).__name__ == "OutOfMemoryError":
         return f" on the GPU: {(text.splitlines() or [''])[0]}"
     torchs = isinstance(error, RuntimeError) and (

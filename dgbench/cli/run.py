@@ -1,4 +1,4 @@
-"""Run: train, score a checkpoint, segment photographs."""
+"""Commands of the panel Run: train, score checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgbench.cli import completion
+from dgbench.cli import completion, trainings
 from dgbench.cli.options import (
     BackboneOpt,
     DeviceOpt,
@@ -20,13 +20,14 @@ from dgbench.cli.options import (
     QuietOpt,
     RootOpt,
     RunsOpt,
+    TableOpt,
     TargetsOpt,
     VfmOpt,
     VlmOpt,
     listed,
 )
 from dgbench.cli.program import Command
-from dgbench.errors import RecipeError, ResultError, StoppedError, Terminated
+from dgbench.errors import DgbenchError, RecipeError, ResultError, Terminated
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
@@ -55,13 +56,32 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Same as --set train.seed=NUMBER.")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seeds", metavar="NUMBER...", help="Train with each of them, one after the other.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Run folder; default: a new one in --runs.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Run folder, with --seeds that of all runs; default: a new one in --runs."
+        ),
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a stopped run, or `latest`.", autocompletion=completion.runs)
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Go on with a stopped run, a folder of --seeds, or `latest`.", autocompletion=completion.runs
+        ),
     ] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not score the checkpoint afterwards.")] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="NAME...",
+            help="Tell these trackers losses and scores: tensorboard, or another that accelerate knows.",
+            autocompletion=completion.trackers,
+            callback=listed,
+        ),
+    ] = None,
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
@@ -69,80 +89,112 @@ def train(
     quiet: QuietOpt = False,
 ) -> None:
     """Train on one domain, score on others, show the leaderboard."""
-    from dgbench import locks, render, results
+    from dgbench import render
     from dgbench.needs import check_training
     from dgbench.recipe import load_recipe, resolve
-    from dgbench.runs import claim_run, find_run, new_run
+    from dgbench.runs import claim_run, new_run
 
+    if seeds and seed is not None:
+        raise typer.BadParameter("is given with --seed: give one of them", ctx=ctx, param_hint="'--seeds'")
+    if seeds and len(set(seeds)) < len(seeds):
+        raise typer.BadParameter("names a seed twice", ctx=ctx, param_hint="'--seeds'")
+    options = trainings.Options(not no_eval, device, root, track or ())
+    recipe_name = ""
     if resume is not None:
-        if any((vlm, vfm, backbone, source, targets, settings, out)) or seed is not None or name != "mfuser":
-            problem = "goes on with the recorded recipe: only --device, --root and output options may be given with it"
+        if any((vlm, vfm, backbone, source, targets, settings, out, seeds)) or seed is not None or name != "mfuser":
+            problem = "goes on with the recorded recipe: only --device, --root, --track and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
-        run = find_run(resume, runs)
-        locks.check_free(run)  # at once, before torch is imported
-        begun = load_recipe(run / "recipe.yaml", check_method=False, root=root)
-        check_training(begun, root, scored=not no_eval, from_scratch=not _has_checkpoint(run))
-        recipe = load_recipe(run / "recipe.yaml", root=root)
-        recipe_name = recipe.name
+        planned = trainings.begun(resume, runs, options)
+        recipe_name = planned[0].recipe.name
+        _check_trackers(track)
     else:
         _refuse_late_name(ctx, {"--source": source, "--targets": targets, "--set": settings}, root)
-        recipe_name, flags = resolve(
-            name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=seed, root=root
-        )
-        # first what can be told without importing torch
-        light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names", root=root)
-        check_training(light, root, scored=not no_eval)
-        recipe = load_recipe(recipe_name, settings or (), flags=flags, root=root)
-        run = claim_run(out) if out is not None else new_run(runs, recipe.name)
+        if seeds:
+            trainings.check_one_process("--seeds")
+        recipes: list[Recipe] = []
+        for number in seeds or (seed,):
+            recipe_name, flags = resolve(
+                name, vlm=vlm, vfm=vfm, backbone=backbone, source=source, targets=targets, seed=number, root=root
+            )
+            if not recipes:  # first what can be told without importing torch
+                light = load_recipe(recipe_name, settings or (), flags=flags, check_method="names", root=root)
+                check_training(light, root, scored=not no_eval)
+            recipes.append(load_recipe(recipe_name, settings or (), flags=flags, root=root))
+        _check_trackers(track)
+        if seeds:
+            planned = trainings.of_seeds(recipes, runs, out)
+        else:
+            run = claim_run(out) if out is not None else new_run(runs, recipes[0].name)
+            planned = [trainings.Training(recipes[0], run, chosen=out is not None)]
     progress = render.progress(quiet=quiet)
-    try:
-        with locks.training(run) as first:
-            if first and out is not None:  # once more: a run of somebody else may have begun and ended here since
-                claim_run(out, locked=True)
-            from dgbench.engine.evaluate import evaluate
-            from dgbench.engine.train import train as fit
+    if planned[0].together is not None:
+        _show_seeds(trainings.one_by_one(planned, options, progress, new=resume is None), planned[0].together, form)
+        return
+    run = planned[0].run
+    where = shlex.quote(str(run))
+    advice = (
+        f"go on with: dgbench train --resume {where}{options.again()}",
+        f"training is complete, score it with: dgbench eval {where}",
+    )
+    done = trainings.carry_out(planned[0], options, progress, advice)
+    _show_training(planned[0], done, recipe_name, options, runs, form)
 
-            trained = fit(recipe, run, progress=progress, resume=resume is not None, device=device, root=root)
-    except (KeyboardInterrupt, Terminated) as stop:
-        if not (run / "recipe.yaml").is_file():
-            raise
-        raise _stopped(stop, f"go on with: dgbench train --resume {shlex.quote(str(run))}") from None
-    finally:
-        # a run that failed before its first file is no run
-        with contextlib.suppress(OSError):
-            run.rmdir()
-    if no_eval:
+
+def _check_trackers(names: list[str] | None) -> None:
+    if names:
+        from dgbench.engine.tracking import check_trackers
+
+        check_trackers(names)
+
+
+def _show_training(
+    training: trainings.Training, done: trainings.Done, recipe_name: str, options: trainings.Options, runs: Path, form: Format
+) -> None:
+    from dgbench import render, results
+
+    run, results_ = training.run, [done.trained, *done.scores]
+    if not options.scored:
         render.note(f"trained: {run}")
         if form != Format.TEXT:
-            render.show([trained], form)
+            render.show([done.trained], form)
         return
-    try:
-        records = evaluate(run, None, progress=progress, device=device, include_source=True, root=root)
-    except (KeyboardInterrupt, Terminated) as stop:
-        raise _stopped(stop, f"training is complete, score it with: dgbench eval {shlex.quote(str(run))}") from None
     if form in (Format.JSON, Format.CSV):
-        render.show([trained, *records], form)
+        render.show(results_, form)
         return
     from dgbench.report.expected import held_against, references
     from dgbench.report.leaderboard import leaderboard, of_run
 
     # with --out the run may lie elsewhere, and --runs nowhere yet
     others = results.query(runs) if runs.exists() else []
-    known = {record.id: record for record in (*others, trained, *records)}
+    known = {record.id: record for record in (*others, *results_)}
     render.show(of_run(leaderboard(known.values(), references(), published=False, beside=True), run), form)
-    if (expected := held_against(recipe, _as_shipped(recipe_name, root), [trained, *records])) is not None:
+    if (expected := held_against(training.recipe, _as_shipped(recipe_name, options.root), results_)) is not None:
         render.write("")
         render.show(expected, form)
-    if other := trained.extra.get("settings_of"):
+    if other := done.trained.extra.get("settings_of"):
         render.note(f"trained with the settings of {other}, which are for other towers: no recipe has these")
     render.note(f"run: {run}")
+
+
+def _show_seeds(done: list[trainings.Done], folder: Path, form: Format) -> None:
+    from dgbench import render
+    from dgbench.report.matrix import matrices
+
+    if scores := [record for one in done for record in one.scores]:
+        render.show(matrices(scores, each=True), form)
+    elif form != Format.TEXT:
+        render.show([one.trained for one in done], form)
+    render.note(f"runs: {folder}")
 
 
 @panel.command("eval", cls=Command, rich_help_panel="Run", epilog="Example: dgbench eval --targets streets-city streets-fog@0.6")
 def eval_(
     ctx: typer.Context,
     run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="Run folder, record or `latest`.", autocompletion=completion.runs)
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN...", help="Run folders, folders of runs, records or `latest`.", autocompletion=completion.runs
+        ),
     ] = None,
     targets: TargetsOpt = None,
     checkpoint: Annotated[
@@ -153,65 +205,61 @@ def eval_(
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
     form: FormatOpt = Format.TEXT,
+    table: TableOpt = None,
     quiet: QuietOpt = False,
 ) -> None:
-    """Score a run's checkpoint; without --targets, on its recipe's targets and source."""
+    """Score checkpoints of runs; without --targets, on their recipes' targets and source."""
     from dgbench import protocol as protocols
     from dgbench import render
     from dgbench.data.catalog import rows
     from dgbench.needs import check_scoring, scoring
     from dgbench.recipe import load_recipe
 
-    if run is not None and checkpoint is not None:
+    if run and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     rules = protocols.lookup(protocol).name if protocol else None
     try:
-        folder = _run_with_checkpoint(run or checkpoint or "latest", runs)
+        found = [folder for text in run or [checkpoint or "latest"] for folder in _runs_with_checkpoint(text, runs)]
     except ResultError as error:
         check_scoring([("target", row, "val") for row in rows(targets or (), root)], root, error)
         raise
-    recipe = load_recipe(folder / "recipe.yaml", check_method=False, root=root)
-    asked = recipe.data.rows(targets, root) if targets else None
-    check_scoring([("target", row, "val") for row in asked] if asked else scoring(recipe, root), root)
-    if run is None and checkpoint is None:
-        render.note(f"run: {folder}")
+    folders = list(dict.fromkeys(found))
+    asked = []  # everything is checked before any time is spent
+    for folder in folders:
+        recipe = load_recipe(folder / "recipe.yaml", check_method=False, root=root)
+        asked.append(recipe.data.rows(targets, root) if targets else None)
+        check_scoring([("target", row, "val") for row in asked[-1]] if asked[-1] else scoring(recipe, root), root)
+    if not run and checkpoint is None:
+        render.note(f"run: {', '.join(map(str, folders))}")
     from dgbench.engine.evaluate import evaluate
 
     progress = render.progress(quiet=quiet)
-    try:
-        records = evaluate(
-            folder, asked, progress=progress, device=device, include_source=asked is None, root=root, protocol_name=rules
-        )
-    except (KeyboardInterrupt, Terminated) as stop:
+    records = []
+    for number, (folder, domains) in enumerate(zip(folders, asked, strict=True)):
         given = {"--targets": targets, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
-        words = [str(folder)]
+        words = [str(left) for left in folders[number:]]
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
-        raise _stopped(stop, f"go on with: dgbench eval {shlex.join(words)}") from None
-    render.show(records, form)
+        scored = f"{number} of {len(folders)} runs are scored; " if len(folders) > 1 else ""
+        advice = f"{scored}go on with: dgbench eval {shlex.join(words)}"
+        if scored:
+            progress.note(f"run {number + 1} of {len(folders)}: {folder}")
+        try:
+            records += evaluate(
+                folder, domains, progress=progress, device=device, include_source=domains is None, root=root, protocol_name=rules
+            )
+        except (KeyboardInterrupt, Terminated) as stop:
+            raise trainings.stopped(stop, advice) from None
+        except DgbenchError:
+            if scored:
+                render.note(f"{folder} cannot be scored; {advice}")
+            raise
+    if len(folders) == 1:
+        render.show(records, form, table)
+        return
+    from dgbench.report.matrix import matrices
 
-
-@panel.command(cls=Command, rich_help_panel="Run", epilog="Example: dgbench predict photo.jpg --out overlay.png")
-def predict(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files of any size, or folders of them.")],
-    checkpoint: Annotated[
-        str, typer.Option(metavar="RUN", help="Run folder, saved model or `latest`.", autocompletion=completion.runs)
-    ] = "latest",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="PATH", help="Picture to write, or a folder; default: PHOTO-overlay.png here.")
-    ] = Path(),
-    device: DeviceOpt = None,
-    runs: RunsOpt = Path("runs"),
-    form: FormatOpt = Format.TEXT,
-) -> None:
-    """Segment photographs and draw the classes over them."""
-    from dgbench import render
-
-    saved = Path(checkpoint)
-    folder = saved if (saved / "model.json").is_file() else _run_with_checkpoint(checkpoint, runs)
-    from dgbench.engine.predict import predict as segment
-
-    render.show(segment(photos, folder, out, device=device), form)
+    render.show(matrices(records, each=True), form, table)
 
 
 def _refuse_late_name(ctx: typer.Context, given: Mapping[str, Sequence[str] | None], root: Path | None) -> None:
@@ -229,30 +277,16 @@ def _refuse_late_name(ctx: typer.Context, given: Mapping[str, Sequence[str] | No
             raise typer.BadParameter(problem, ctx=ctx, param_hint=f"'{option}'")
 
 
-def _has_checkpoint(run: Path) -> bool:
-    # the names that mfuser.checkpoints writes, told without torch
-    return any(path.name.removeprefix("step-").isdecimal() for path in (run / "checkpoint").glob("step-*"))
-
-
 def _as_shipped(name: str, root: Path | None) -> Recipe | None:
     from dgbench.recipe import load_recipe
 
-    with contextlib.suppress(RecipeError):  # of a run that goes on, the file may be anywhere
+    with contextlib.suppress(RecipeError):  # the recipe file of a resumed run may be anywhere
         return load_recipe(name, root=root)
     return None
 
 
-def _stopped(stop: BaseException, advice: str) -> StoppedError:
-    """What to say about a command that was stopped, with the exit status that shells give it."""
-    if isinstance(stop, Terminated):
-        import signal
+def _runs_with_checkpoint(text: str, runs: Path) -> list[Path]:
+    from dgbench.runs import find_runs
 
-        return StoppedError(f"stopped by {signal.Signals(stop.signum).name}; {advice}", code=128 + stop.signum)
-    return StoppedError(f"interrupted; {advice}")
-
-
-def _run_with_checkpoint(text: str, runs: Path) -> Path:
-    from dgbench.runs import find_run
-
-    # a run that stopped early is passed over by `latest`, but is refused by its own name with what to do about it
-    return find_run(text, runs, needs="checkpoint" if text == "latest" else "recipe.yaml")
+    # as above; in a folder of runs, those are meant that can be scored
+    return find_runs(text, runs, needs="checkpoint")

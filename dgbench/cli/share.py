@@ -1,4 +1,4 @@
-"""Share: runs that come from others."""
+"""Commands of the panel Share: checkpoints of other authors, and runs on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli.options import Format, FormatOpt
+from dgbench.cli import completion
+from dgbench.cli.options import Format, FormatOpt, RunsOpt
 from dgbench.cli.program import Command
 
 panel = typer.Typer()
@@ -31,3 +32,54 @@ def convert(
 
     ids = conversion.read_token_ids(token_ids) if token_ids else None
     render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), form)
+
+
+@panel.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench push latest me/mfuser-tiny")
+def push(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or `latest`.", autocompletion=completion.runs)],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face Hub; made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it; default: private.")] = False,
+    images: Annotated[bool, typer.Option("--with-images", help="Pictures, too; mind the licences of what they show.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what would be uploaded.")] = False,
+    runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
+) -> None:
+    """Upload a finished run to the Hugging Face Hub, private unless --public."""
+    import sys
+
+    from dgbench import render, share
+    from dgbench.runs import find_run
+
+    planned = share.plan(find_run(run, runs, needs="checkpoint"), repo, public=public, images=images)
+    if dry:
+        render.show(planned, form)
+        return
+    render.tell(planned)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("is needed where nobody can be asked", ctx=ctx, param_hint="'--yes'")
+        typer.confirm("upload this?", abort=True, err=True)
+    done = share.push(planned)
+    render.note(f"uploaded: {done.url}")
+    if form != Format.TEXT:
+        render.show(done, form)
+
+
+@panel.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench pull me/mfuser-tiny")
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face Hub.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Run folder to make; default: NAME in --runs.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit.")] = None,
+    runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
+) -> None:
+    """Fetch a run that was pushed, check every file of it, and show its scores."""
+    from dgbench import render, results, share
+
+    folder = share.pull(repo, out or runs / repo.rpartition("/")[2], revision=revision)
+    render.show([record for record in results.query(folder) if record.kind == "eval"], form)
+    render.note(f"run: {folder}")

@@ -1,1 +1,1 @@
-"""What models cost: counts, timings, profiles, and the benches of their kernels."""
+"""Cost of models: counts, timings, profiles, and benchmarks of their kernels."""

@@ -1,4 +1,4 @@
-"""Calls of the operators with inputs drawn for them: what `dgbench kernels bench` and `benchmarks/kernels.py` time and check."""
+"""Calls of the operators on random inputs, which `dgbench kernels bench` and `benchmarks/kernels.py` time and check."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Case:
     """One call of an operator on inputs of its own.
 
     Attributes:
-        call: runs it with the backend of that name.    leaves: what the backward gives gradients of.
-        dout: the gradient of the result.    probe: what dispatch is asked with.
+        call: runs it with the backend of that name.    leaves: inputs with gradients.
+        dout: the gradient of the result.    probe: arguments for dispatch.
         bytes: what forward and backward must read and write at least, each tensor once.
-        exps: exponentials of the forward that no way of computing it avoids.
+        exps: exponentials that every implementation of the forward needs.
         products: multiply-adds of the forward's matrix products.    remake: the same call on other leaves and dout.
     """
 
@@ -40,17 +40,17 @@ class Case:
     products: int = 0
 
     def forward(self, backend: str) -> Tensor:
-        """The operator's result."""
+        """Return the operator's result."""
         with torch.no_grad():
             return self.call(backend)
 
     def both(self, backend: str) -> tuple[Tensor, ...]:
-        """The result and the gradient of every leaf."""
+        """Return the result and the gradient of every leaf."""
         out = self.call(backend)
         return out, *torch.autograd.grad(out, self.leaves, self.dout)
 
     def precise(self) -> Case:
-        """The same numbers in fp64, to compare with."""
+        """Return the same case in fp64, to compare with."""
         return self.remake(tuple(leaf.detach().double().requires_grad_() for leaf in self.leaves), self.dout.double())
 
 
@@ -66,7 +66,7 @@ def scan_case(
     gated: bool = False,
     seed: int = 0,
 ) -> Case:
-    """The selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
+    """Return the selective scan as MVFuser calls it: a bias and softplus for the steps, D, A in fp32.
 
     Args:
         shift: of the raw steps, whose bias is drawn around -1 already; -40 makes steps tiny, 30 large.
@@ -138,7 +138,7 @@ def deform_case(
     spread: str = "near",
     seed: int = 0,
 ) -> Case:
-    """Deformable self-attention over square maps: every cell of every map is a query; places and weights in fp32.
+    """Make deformable self-attention over square maps: every cell of every map is a query; locations and weights in fp32.
 
     Args:
         spread: "near", 1..P cells from the query's own place in a direction per head, as such layers start
@@ -194,12 +194,12 @@ def _deform(leaves: tuple[Tensor, ...], dout: Tensor, *, sides: tuple[int, ...],
 def block_case(
     dtype: torch.dtype, device: torch.device, *, batch: int, length: int, width: int, state: int = 16, seed: int = 0
 ) -> Case:
-    """A whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
+    """Return a whole MVFuser in training: fp32 weights, autocast for bf16 and fp16, no dropout."""
     draw = _Draw(dtype, device, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = MVFuser(width, state=state, dropout=0.0).to(device, _wide(dtype))
-    # as a trained one may have it: the initial 0.001 would hide errors
+    # as after training: the initial 0.001 would hide errors
     nn.init.ones_(module.scale)
     joint = draw(batch, length, width).requires_grad_()
     return _block((joint, *module.parameters()), draw(batch, length, width), module=module)

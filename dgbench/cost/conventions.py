@@ -1,6 +1,6 @@
-"""What a count is: operations by kind, and the conventions that make one number of them; needs no torch.
+"""Operation counts by kind, and the conventions that turn them into one number; needs no torch.
 
-Units differ between papers, so a number is only ever given by a convention's name (`CONVENTIONS`). `count` says what each
+Units differ between papers, so a number is always given with a convention's name (`CONVENTIONS`). `count` defines what each
 operator costs.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one forward pass. `scan` and its part `skip` are floating-point operations, the others multiply-accumulates."""
+    """Cost of one forward pass. `scan` and its part `skip` are floating-point operations, the others multiply-accumulates."""
 
     products: int = 0
     sampling: int = 0
@@ -27,31 +27,31 @@ class Cost:
 
     @property
     def parts(self) -> tuple[int, int, int, int]:
-        """In the order of the fields."""
+        """The numbers, in the order of the fields."""
         return self.products, self.sampling, self.scan, self.skip
 
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """How a cost becomes one number."""
+    """A rule by which a cost becomes one number."""
 
     unit: str  # of 1e9
     total: Callable[[Cost], int]
 
 
 CONVENTIONS: dict[str, Convention] = {
-    # one a multiply-accumulate; the scan stands beside it
+    # a multiply-accumulate is one; the scan is given separately
     "mac": Convention("GMAC", lambda cost: cost.products + cost.sampling),
-    # two a multiply-accumulate, and the scan
+    # a multiply-accumulate is two; the scan is included
     "flop": Convention("GFLOP", lambda cost: 2 * (cost.products + cost.sampling) + cost.scan),
-    # as MFuser's ablation table prints: a batch of two, two a multiply-accumulate, of the scan only its skip
+    # as in MFuser's ablation table: a batch of two, a multiply-accumulate is two, of the scan only its skip
     "paper": Convention("G", lambda cost: 4 * (cost.products + cost.skip)),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The cost of a pass: in all, by module (its qualified name; what it calls is part of it) and by operator."""
+    """The cost of a pass: total, by module (its qualified name, including what it calls) and by operator."""
 
     total: Cost
     by_module: Mapping[str, Cost]

@@ -27,18 +27,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgbench.cost.conventions import CONVENTIONS, Cost, Counted
+from dgbench.cost.operators import (
+    GRID_NEIGHBOURS,
+    NEIGHBOURS,
+    CountError,
+    Sizes,
+    attention,
+    costs_nothing,
+    deformable,
+    einsum,
+    fourier,
+    matmul,
+    scan,
+)
 from dgbench.cost.shapes import on_shapes
-from dgbench.errors import DgbenchError
 
 with warnings.catch_warnings():
     # it scripts a function of its own as it is imported, which torch would have it leave
     warnings.simplefilter("ignore", FutureWarning)
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import addmm_flop_jit, bmm_flop_jit, conv_flop_jit, linear_flop_jit
-
-
-class CountError(DgbenchError):
-    """A model cannot be counted: an operator is unknown, or the two counters differ."""
 
 
 def count(model: nn.Module, *inputs: Tensor) -> Counted:
@@ -68,9 +76,8 @@ def count(model: nn.Module, *inputs: Tensor) -> Counted:
     return found
 
 
-# ---- what each operator costs
+# ---- fvcore
 
-_Sizes = tuple[int, ...]
 _MAC, _SAMPLING, _SCAN, _SKIP = "products", "sampling", "scan", "skip"
 # labels that our handles give to fvcore: operator and kind; fvcore's own handles count products
 _KIND = {
@@ -82,206 +89,13 @@ _KIND = {
 }
 
 
-def _attention(query: _Sizes, key: _Sizes, value: _Sizes) -> int:
-    """Products of (B, H, Lq, D) with (B, H, Lk, D) and of their scores with (B, H, Lk, Dv)."""
-    return _product(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _matmul(first: _Sizes, second: _Sizes) -> int:
-    """Products of `torch.matmul`: vectors, and batches that are repeated where the other has more; fvcore's knows neither."""
-    rows = first[-2:-1]  # none of a vector
-    columns = second[-1:] if len(second) > 1 else ()
-    batch = torch.broadcast_shapes(first[:-2], second[:-2])
-    return _product((*batch, *rows, first[-1], *columns))
-
-
-def _scan(u: _Sizes, A: _Sizes, gated: bool) -> tuple[int, int]:
-    """FLOP of a scan in all, and of its skip."""
-    tokens = _product(u)
-    return 9 * tokens * A[1] + tokens + gated * tokens, tokens
-
-
-def _deformable(value: _Sizes, weights: _Sizes) -> int:
-    """Four neighbours and a weight for each sampled channel."""
-    return 5 * _product(weights) * value[3]
-
-
-def _einsum(equation: str, operands: list[_Sizes]) -> int:
-    """Products of one or two operands; fvcore's own handle reads them off a text of four digits."""
-    terms, _, result = equation.replace(" ", "").partition("->")
-    labels = terms.split(",")
-    if len(operands) > 2 or "." in equation or not result:
-        raise CountError(f"einsum `{equation}` is not counted", "write it as products of two operands, with their result")
-    if len(operands) == 1:
-        return 0  # a sum
-    sizes = {label: size for term, shape in zip(labels, operands, strict=True) for label, size in zip(term, shape, strict=True)}
-    # what only one operand has is summed before
-    return _product(tuple(size for label, size in sizes.items() if label in result or all(label in term for term in labels)))
-
-
-def _fourier(sizes: _Sizes, dims: Iterable[int], *, real: bool) -> int:
-    """Products of a transform over `dims` of as many numbers as `sizes` has, of the spectrum as a whole where it is halved."""
-    length = _product(tuple(sizes[dim] for dim in dims))
-    return round((1.25 if real else 2.5) * _product(sizes) * math.log2(length)) if length > 1 else 0
-
-
-# neighbours of a sampled place, by the operator's name
-_NEIGHBOURS = {
-    "upsample_nearest1d": 0,
-    "upsample_nearest2d": 0,
-    "_upsample_nearest_exact2d": 0,
-    "upsample_linear1d": 2,
-    "upsample_bilinear2d": 4,
-    "_upsample_bilinear2d_aa": 4,
-    "upsample_bicubic2d": 16,
-    "_upsample_bicubic2d_aa": 16,
-    "upsample_trilinear3d": 8,
-}
-_GRID_NEIGHBOURS = (4, 0, 16)  # of grid_sampler's modes: bilinear, nearest, bicubic
-
-
 def _unknown(where: str, operators: Iterable[str]) -> CountError:
     listed = ", ".join(f"`{operator}`" for operator in sorted(operators))
     return CountError(
         f"{where}: not counted: {listed}",
-        "give it a handle and a formula in dgbench/cost/count.py, or list it there if it costs nothing",
+        "give it a formula in dgbench/cost/operators.py and a handle in dgbench/cost/count.py, or list it in operators.py if it "
+        "costs nothing",
     )
-
-
-def _product(sizes: _Sizes) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _costs_nothing(operator: str) -> bool:
-    """Whether an operator of ATen works element by element, only moves data, or is one of `_FREE`."""
-    space, _, name = operator.partition("::")
-    if space != "aten":
-        return False
-    if name.strip("_") in _FREE or name.removesuffix("_") in _FREE:
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return False
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    return any(torch.Tag.pointwise in overload.tags or overload.is_view for overload in overloads)
-
-
-# no multiply-accumulate in any paper's count
-_FREE = frozenset(
-    (
-        # norms, softmax, pooling
-        "layer_norm",
-        "native_layer_norm",
-        "group_norm",
-        "native_group_norm",
-        "batch_norm",
-        "native_batch_norm",
-        "rms_norm",
-        "fused_rms_norm",
-        "cudnn_batch_norm",
-        "native_batch_norm_legit_no_training",
-        "instance_norm",
-        "softmax",
-        "log_softmax",
-        "safe_softmax",
-        "max_pool2d",
-        "max_pool2d_with_indices",
-        "avg_pool2d",
-        "adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-        "native_batch_norm_legit",
-        "native_batch_norm_legit_functional",
-        # reductions
-        "sum",
-        "mean",
-        "prod",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "all",
-        "any",
-        "argmax",
-        "argmin",
-        "std",
-        "var",
-        "var_mean",
-        "cumsum",
-        "norm",
-        "linalg_vector_norm",
-        "sort",
-        "topk",
-        "nonzero",
-        # lookups and copies
-        "cat",
-        "stack",
-        "clone",
-        "copy",
-        "to",
-        "to_copy",
-        "contiguous",
-        "repeat",
-        "repeat_interleave",
-        "roll",
-        "flip",
-        "tile",
-        "index",
-        "unsafe_index",
-        "index_select",
-        "index_put",
-        "gather",
-        "scatter",
-        "embedding",
-        "one_hot",
-        "where",
-        "masked_fill",
-        "pad",
-        "constant_pad_nd",
-        "reflection_pad2d",
-        "replication_pad2d",
-        "fft_fftshift",
-        "fft_ifftshift",
-        "complex",
-        "randperm",
-        "unsafe_view",
-        "alias",
-        "detach",
-        "dropout",
-        "tril",
-        "triu",
-        "pixel_shuffle",
-        # factories, and arithmetic that no tag calls elementwise
-        "fill",
-        "zero",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "zeros",
-        "zeros_like",
-        "ones",
-        "ones_like",
-        "full",
-        "full_like",
-        "arange",
-        "linspace",
-        "scalar_tensor",
-        "lift_fresh",
-        "meshgrid",
-        "floor_divide",
-        "iand",
-        "ior",
-    )
-)
-
-
-# ---- fvcore
 
 
 def _by_fvcore(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
@@ -289,7 +103,7 @@ def _by_fvcore(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counted:
         analysis = FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.tracer_warnings("none").clear_op_handles().set_op_handle(**_HANDLES)
         table = analysis.by_module_and_operator()
-    if unknown := {operator for operator in analysis.unsupported_ops() if not _costs_nothing(operator)}:
+    if unknown := {operator for operator in analysis.unsupported_ops() if not costs_nothing(operator)}:
         owners = [name for name in table if unknown & analysis.unsupported_ops(name).keys()]
         raise _unknown(max(owners, key=len) or type(model).__name__, unknown)
     by_operator: dict[str, Cost] = {}
@@ -307,7 +121,7 @@ def _cost(by_operator: Mapping[str, float]) -> Cost:
     return Cost(parts[_MAC], parts[_SAMPLING], parts[_SCAN] + parts[_SKIP], parts[_SKIP])
 
 
-def _shape(value: Any) -> _Sizes:
+def _shape(value: Any) -> Sizes:
     """Of a tensor of TorchScript's graph."""
     sizes = value.type().sizes()
     if sizes is None:
@@ -320,7 +134,7 @@ def _is_none(value: Any) -> bool:
 
 
 def _sampled(name: str, neighbours: int) -> Callable[[Any, Any], Counter[str]]:
-    return lambda _inputs, outputs: Counter({name: neighbours * _product(_shape(outputs[0]))})
+    return lambda _inputs, outputs: Counter({name: neighbours * math.prod(_shape(outputs[0]))})
 
 
 def _given(value: Any) -> Any:
@@ -347,7 +161,7 @@ def _transformed(name: str) -> Callable[[Any, Any], Counter[str]]:
                 if length is None:
                     raise CountError(f"the length of a `{name}` is computed", "give it as a number, or pad the input before")
                 sizes[dim] = length
-        return Counter({"fourier transform": _fourier(tuple(sizes), dims, real=real)})
+        return Counter({"fourier transform": fourier(tuple(sizes), dims, real=real)})
 
     return handle
 
@@ -358,21 +172,19 @@ _HANDLES: dict[str, Any] = {
     **{f"aten::fft_{name}": _transformed(name) for name in _TRANSFORMS},
     "aten::addmm": addmm_flop_jit,
     "aten::bmm": bmm_flop_jit,
-    "aten::mm": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
-    "aten::matmul": lambda inputs, _: Counter(matmul=_matmul(*map(_shape, inputs))),
+    "aten::mm": lambda inputs, _: Counter(matmul=matmul(*map(_shape, inputs))),
+    "aten::matmul": lambda inputs, _: Counter(matmul=matmul(*map(_shape, inputs))),
     "aten::linear": linear_flop_jit,
-    "aten::einsum": lambda inputs, _: Counter(einsum=_einsum(inputs[0].toIValue(), [*map(_shape, inputs[1].node().inputs())])),
+    "aten::einsum": lambda inputs, _: Counter(einsum=einsum(inputs[0].toIValue(), [*map(_shape, inputs[1].node().inputs())])),
     "aten::_convolution": conv_flop_jit,
-    "aten::scaled_dot_product_attention": lambda inputs, _: Counter(attention=_attention(*map(_shape, inputs[:3]))),
+    "aten::scaled_dot_product_attention": lambda inputs, _: Counter(attention=attention(*map(_shape, inputs[:3]))),
     "aten::grid_sampler": lambda inputs, outputs: Counter(
-        {"grid sampling": _GRID_NEIGHBOURS[inputs[2].toIValue()] * _product(_shape(outputs[0]))}
+        {"grid sampling": GRID_NEIGHBOURS[inputs[2].toIValue()] * math.prod(_shape(outputs[0]))}
     ),
-    **{f"aten::{name}": _sampled("interpolation", neighbours) for name, neighbours in _NEIGHBOURS.items()},
-    "mfuser::selective_scan": lambda inputs, _: _scan_label(
-        *_scan(_shape(inputs[0]), _shape(inputs[2]), not _is_none(inputs[6]))
-    ),
+    **{f"aten::{name}": _sampled("interpolation", neighbours) for name, neighbours in NEIGHBOURS.items()},
+    "mfuser::selective_scan": lambda inputs, _: _scan_label(*scan(_shape(inputs[0]), _shape(inputs[2]), not _is_none(inputs[6]))),
     "mfuser::ms_deform_attn": lambda inputs, _: Counter(
-        {"deformable attention": _deformable(_shape(inputs[0]), _shape(inputs[3]))}
+        {"deformable attention": deformable(_shape(inputs[0]), _shape(inputs[3]))}
     ),
 }
 
@@ -405,27 +217,27 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func._overloadpacket
-        if packet not in self.counted and func not in self.counted and not _costs_nothing(func._schema.name):
+        if packet not in self.counted and func not in self.counted and not costs_nothing(func._schema.name):
             self.unknown.add(func._schema.name)
         return func(*args, **kwargs or {})
 
 
 def _resized(neighbours: int) -> Callable[..., int]:
-    return lambda *_args, out_shape, **_options: 2 * neighbours * _product(out_shape)
+    return lambda *_args, out_shape, **_options: 2 * neighbours * math.prod(out_shape)
 
 
 def _scan_formula(
-    u: _Sizes, delta: _Sizes, A: _Sizes, B: _Sizes, C: _Sizes, D: _Sizes | None, z: _Sizes | None, *_rest: Any, **_options: Any
+    u: Sizes, delta: Sizes, A: Sizes, B: Sizes, C: Sizes, D: Sizes | None, z: Sizes | None, *_rest: Any, **_options: Any
 ) -> int:
-    return _scan(u, A, z is not None)[0]
+    return scan(u, A, z is not None)[0]
 
 
-def _grid_formula(_input: _Sizes, _grid: _Sizes, mode: int, *_rest: Any, out_shape: _Sizes, **_options: Any) -> int:
-    return 2 * _GRID_NEIGHBOURS[mode] * _product(out_shape)
+def _grid_formula(_input: Sizes, _grid: Sizes, mode: int, *_rest: Any, out_shape: Sizes, **_options: Any) -> int:
+    return 2 * GRID_NEIGHBOURS[mode] * math.prod(out_shape)
 
 
-def _r2c_formula(real: _Sizes, dims: list[int], _norm: int, onesided: bool, **_options: Any) -> int:
-    return 2 * _fourier(real, dims, real=onesided)
+def _r2c_formula(real: Sizes, dims: list[int], _norm: int, onesided: bool, **_options: Any) -> int:
+    return 2 * fourier(real, dims, real=onesided)
 
 
 def _formulas() -> dict[Any, Any]:
@@ -434,13 +246,13 @@ def _formulas() -> dict[Any, Any]:
     import mfuser.ops.selective_scan  # noqa: F401  they register the operators
 
     return {
-        **{getattr(aten, name): _resized(neighbours) for name, neighbours in _NEIGHBOURS.items()},
+        **{getattr(aten, name): _resized(neighbours) for name, neighbours in NEIGHBOURS.items()},
         aten.grid_sampler_2d: _grid_formula,
-        aten._fft_c2c: lambda sizes, dims, *_, **__: 2 * _fourier(sizes, dims, real=False),
+        aten._fft_c2c: lambda sizes, dims, *_, **__: 2 * fourier(sizes, dims, real=False),
         aten._fft_r2c: _r2c_formula,
-        aten._fft_c2r: lambda _half, dims, *_, out_shape, **__: 2 * _fourier(out_shape, dims, real=True),
+        aten._fft_c2r: lambda _half, dims, *_, out_shape, **__: 2 * fourier(out_shape, dims, real=True),
         torch.ops.mfuser.selective_scan: _scan_formula,
-        torch.ops.mfuser.ms_deform_attn: lambda value, _shapes, _places, weights, *_, **__: 2 * _deformable(value, weights),
+        torch.ops.mfuser.ms_deform_attn: lambda value, _shapes, _places, weights, *_, **__: 2 * deformable(value, weights),
     }
 
 

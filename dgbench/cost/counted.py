@@ -1,13 +1,13 @@
-"""Counts that are known already: those that ship with the package, and those that were made on this machine before.
+"""Stored counts: those that ship with the package, and those that were made on this machine before.
 
-A count is a fact of the code that builds a model and of the rules that count it, not of the machine; making one takes
-seconds. So each is kept under a key of all the sources that decide it (`sources`): after an edit of a method, nothing of it that
-was kept is found, and after one of what methods share, nothing at all; the model is counted again. Counts made here are kept
-with the versions of the packages that take part, too.
-Those that ship are not: which torch runs changes no shape, and a release of timm's or open_clip's that changed one would no
-longer load the published weights. Where those two are other versions here, that is said beside the numbers.
+A count depends on the code that builds a model and on the rules of counting, not on the machine; making one takes
+seconds. So each is stored under a key of all its source files (`sources`): after an edit of a method, its stored counts are not
+found, and after an edit of shared code, none are; models are then counted again. The key of counts made here also has
+the versions of the packages involved.
+That of shipped counts does not: the version of torch changes no shape, and a release of timm or open_clip that changed one would
+no longer load the published weights. If these two have other versions here, that is stated with the numbers.
 
-`python benchmarks/counts.py` makes the shipped file anew; tests say when it must be, and count its rows again.
+`python benchmarks/counts.py` updates the shipped file; tests report when this is necessary, and count its rows again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mfuser.methods import file as method_file
 from mfuser.segmentor import Segmentor
 
 SHIPPED = Path(__file__).with_name("counts.json.gz")
-ITSELF = "(itself)"  # what a model does and holds outside of its parts
-_RULES = ("conventions", "count", "counted", "shapes")  # files of this folder that decide counts
+ITSELF = "(itself)"  # operations and parameters of a model outside of its parts
+_RULES = ("conventions", "count", "counted", "operators", "shapes")  # files of this folder that affect counts
 _TOWERS = ("timm", "open_clip_torch")  # packages that models are built of
 _PACKAGES = ("torch", *_TOWERS, "fvcore")
 
@@ -63,11 +63,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What a model of one size holds, part by part in their order and `ITSELF` last, and what its forward pass costs."""
+    """Parameters of a model of one size, by part in their order with `ITSELF` last, and the cost of its forward pass."""
 
     held: tuple[Held, ...]
     counted: Counted
-    elsewhere: str = ""  # the packages that it was made with, as `timm 1.0.20`, where other versions are here
+    elsewhere: str = ""  # the packages that it was made with, as `timm 1.0.20`, if their versions differ here
 
 
 def made_now(subject: Subject) -> Tally:
@@ -77,10 +77,10 @@ def made_now(subject: Subject) -> Tally:
     """
     from dgbench.cost.count import count
 
-    # the kernels' own name: they would not take tensors without data; what is computed is the same
+    # the torch backend, since kernels do not take tensors without data; the computation is the same
     model = built(subject, weights="meta", backend="torch").to("meta")
     counted = count(model, torch.empty(1, 3, *subject.size, device="meta"))
-    # what training alone needs, a teacher or a memory bank, is no part of the model
+    # training-only state, such as a teacher or a memory bank, is not part of the model
     held = [_held(name, module.parameters()) for name, module in model.named_children() if name != "training_only"]
     return Tally((*held, _held(ITSELF, model.parameters(recurse=False))), counted)
 
@@ -98,7 +98,7 @@ def built(subject: Subject, *, weights: Literal["random", "meta"] = "random", **
     known = {f.name for f in dataclasses.fields(mfuser.options(subject.method.name))}
     options = subject.method.options | {key: value for key, value in forced.items() if key in known}
     if "token_ids" in known and options.get("token_ids") is None:
-        # which words they are costs nothing, and a tokenizer may be a download
+        # the ids do not affect the cost, and a tokenizer might have to be downloaded
         options["token_ids"] = [[0] * 5 for _ in Segmentor.classes]
     try:
         return mfuser.build(subject.method.name, **options, image_size=subject.size, weights=weights)
@@ -106,12 +106,12 @@ def built(subject: Subject, *, weights: Literal["random", "meta"] = "random", **
         raise RecipeError(f"`{subject.method.name}` cannot be built: {error}", "change --set method.* or --size") from error
 
 
-# ---- what decides a count
+# ---- keys of counts
 
 
 @functools.cache
 def sources(method: str, models: Path = Path(mfuser.__file__).parent, rules: Path = Path(__file__).parent) -> str:
-    """The hash of all that decides a method's counts: its file, what methods are built of, and the rules that count them."""
+    """Return the hash of all that decides a method's counts: its file, the code it is built of, and the rules of counting."""
     its_file = method_file(method)
     inside = models / "methods" / its_file.name
     files = [path for path in models.rglob("*.py") if _is_shared(path.relative_to(models))]
@@ -126,14 +126,16 @@ def sources(method: str, models: Path = Path(mfuser.__file__).parent, rules: Pat
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether a file of the models' package can decide what another method costs: a backend computes what its operator's rule
-    counts, and no method imports another."""
+    """Return whether a file of `mfuser` can affect the counts of several methods.
+
+    A backend cannot, since its operator's rule counts for it, and no method imports another.
+    """
     its_own = path.parent.as_posix() == "methods" and path.name != "__init__.py"
     return not its_own and not path.name.endswith("_backend.py")
 
 
 def key(subject: Subject) -> str:
-    """What tells one count from another under the same sources: the method with all its options, and the size."""
+    """Return the key of a count under the same sources: the method with all its options, and the size."""
     options = {name: value for name, value in subject.method.options.items() if name not in ("backend", "token_ids")}
     return json.dumps([subject.method.name, options, subject.size], sort_keys=True, separators=(",", ":"))
 
@@ -143,7 +145,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     for package in packages:
         try:
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a checkout that is on the path alone
+        except metadata.PackageNotFoundError:  # a checkout on the path that is not installed
             found[package] = "unknown"
     return found
 
@@ -152,7 +154,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def known(subject: Subject) -> Tally | None:
-    """The count that ships, or that was kept here; None if there is none of these very sources."""
+    """Return the count that is shipped or cached; None if there is none of these exact sources."""
     shipped, method = _shipped(SHIPPED), subject.method.name
     if (row := shipped.get("rows", {}).get(key(subject))) is not None and shipped["sources"].get(method) == sources(method):
         made, here = shipped["made with"], _versions(_TOWERS)
@@ -165,7 +167,7 @@ def known(subject: Subject) -> Tally | None:
 
 
 def keep(subject: Subject, tally: Tally) -> Tally:
-    """Keep a count in the user's cache folder, if that can be written, and return it."""
+    """Store a count in the user's cache folder, if that can be written, and return it."""
     text = json.dumps(_written(tally))
     with contextlib.suppress(OSError):
         atomic.write(_kept_at(subject), f"{_digest(text)}\n{text}")

@@ -1,4 +1,4 @@
-"""What a fusion layer costs, MVFuser's and the others': parameters, operations, time and memory, over token counts."""
+"""Cost of the fusion layers: parameters, operations, time and memory, over token counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FusionRow:
     fuser: str
     parameters: int
     cost: Cost  # of an image
-    total: float  # as the profile's convention has it, in units of 1e9
+    total: float  # by the profile's convention, in units of 1e9
     gflop: float  # of an image, the scan included
     forward: Times | None = None
     both: Times | None = None  # with the backward
@@ -71,8 +71,8 @@ class FusionProfile:
     hardware: Hardware | None
     unmeasured: str  # why nothing was timed
     backends: dict[str, str]
-    scored: str  # what `accuracy` is of
-    left_out: tuple[str, ...]  # towers of own runs that are of another width
+    scored: str  # a description of `accuracy`
+    left_out: tuple[str, ...]  # towers of own runs with another width
     cite: str  # where `published` is from
     created: str
     environment: dict[str, str]
@@ -154,7 +154,7 @@ def profile_fusion(
 
 
 def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
-    """Where a fuser stands between two towers, for images of any size."""
+    """Return the towers around a fuser, for images of any size."""
     try:
         patch = tower(vlm).patch
         with unfilled():
@@ -168,7 +168,7 @@ def _site(vfm: str, vlm: str) -> Callable[[tuple[int, int]], Site]:
 
 
 def _widths(*towers: str) -> set[int]:
-    """How wide towers are; none for one that is not known."""
+    """Return the widths of towers; none for an unknown one."""
     return {width for name in towers for width in _width(name)}
 
 
@@ -183,7 +183,7 @@ def _width(name: str) -> tuple[int, ...]:
 
 @dataclass
 class _Taken:
-    """Of each fuser, over several passes: milliseconds of forward and of forward and backward, and peak GiB."""
+    """Measurements of each fuser over several passes: ms of forward, ms of forward and backward, and peak GiB."""
 
     forward: dict[str, list[float]] = field(default_factory=dict)
     both: dict[str, list[float]] = field(default_factory=dict)
@@ -191,7 +191,7 @@ class _Taken:
 
 
 class _Bench:
-    """All fusers at one place, counted and timed at any size."""
+    """All fusers between the same towers, counted and timed at any size."""
 
     def __init__(
         self,
@@ -207,13 +207,13 @@ class _Bench:
     def point(
         self, size: tuple[int, int], taken: _Taken, accuracy: Mapping[str, Accuracy], printed: Mapping[str, Mapping[str, float]]
     ) -> FusionPoint:
-        """Every fuser on images of this size."""
+        """Count and time every fuser on images of this size."""
         site = self.site(size)
         tokens, rows = self._tokens(size, site), []
         for name in FUSERS:
             from dgbench.cost.count import count
 
-            # kernels do not take tensors without data; what is computed is the same
+            # the torch backend, since kernels do not take tensors without data; the computation is the same
             fuser = FUSERS[name](replace(site, backend="torch")).to("meta")
             cost = count(fuser, *(torch.empty(1, length, self.dim, device="meta") for length in tokens)).total
             parameters = sum(parameter.numel() for parameter in fuser.parameters())
@@ -268,10 +268,10 @@ class _Bench:
         return torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32)
 
     def _peak(self, call: Call) -> float | None:
-        """GiB beyond what is there already; None if it does not fit."""
+        """Return the GiB in addition to those in use; None if it does not fit."""
         if self.device is None or self.device.type != "cuda":
             return 0.0
-        call()  # buffers that stay
+        call()  # allocates buffers that stay
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         try:

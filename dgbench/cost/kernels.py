@@ -58,11 +58,11 @@ class KernelList:
 
 
 def listing() -> KernelList:
-    """Ask every backend of every operator, with small tensors on the GPU, if there is one, else on the CPU."""
+    """Check every backend of every operator, with small tensors on the GPU, if there is one, else on the CPU."""
     device = pick_device(None)
     states = []
     for op, rows in dispatch.TABLE.items():
-        # an operator without a case is asked without tensors
+        # an operator without a case is checked without tensors
         probes = {name: _CASES[op](dtype, device, **_TINY[op]).probe if op in _CASES else () for name, dtype in DTYPES.items()}
         picks = {name: _pick(op, probe) for name, probe in probes.items()}
         for row in rows:
@@ -72,7 +72,7 @@ def listing() -> KernelList:
 
 
 def candidates(op: str, device: torch.device) -> list[dispatch.Backend]:
-    """The backends worth timing on a device, whether "auto" takes them or not.
+    """Return the backends worth timing on a device, whether "auto" takes them or not.
 
     Left out are the reference's loop and, on a CPU, kernels for a GPU, which run there interpreted or emulated at best.
     """
@@ -87,7 +87,7 @@ def _pick(op: str, probe: Sequence[Tensor | None]) -> str | None:
 
 
 def library_state() -> LibraryState:
-    """Look at sources, compiler, GPU and library; changes nothing."""
+    """Check sources, compiler, GPU and library; changes nothing."""
     found = compiled.status()
     return LibraryState(
         reason=found.reason,
@@ -150,7 +150,7 @@ def _build_hint(problem: str) -> str | None:
     if "nvcc is missing" in problem:
         return (
             "CUDA's compiler comes with the toolkit (https://developer.nvidia.com/cuda-downloads) or, in an environment "
-            "of conda's, with `conda install -c nvidia cuda-nvcc`; without it Triton's kernels serve, and torch's anywhere"
+            "of conda's, with `conda install -c nvidia cuda-nvcc`; without it Triton's kernels are used, or torch"
         )
     if "name the architectures" in problem:
         return f"{compiled.BUILD_COMMAND} --arch sm_90"
@@ -179,7 +179,7 @@ _ON_GPU: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What bounds a call: bandwidth measured by a large copy; on a GPU also the units that compute exponentials.
+    """Limits of a machine: bandwidth measured by a large copy; on a GPU also the units that compute exponentials.
 
     Attributes:
         gb_per_s: bytes read plus bytes written.    multiprocessors, ghz: 0 on a CPU; the clock is the highest allowed.
@@ -191,9 +191,9 @@ class Machine:
     ghz: float = 0.0
 
     def floor_ms(self, case: Case, *, backward: bool) -> tuple[float, str]:
-        """Milliseconds below which no implementation gets, and what sets them. The backward is with its forward.
+        """Return the lower bound of any implementation's time in ms, and what sets it. The backward includes its forward.
 
-        The backward needs every exponential once more, since nobody stores (B, L, D, N) of them.
+        The backward needs every exponential once more, since (B, L, D, N) of them are not stored.
         """
         memory = sum(case.bytes[: 1 + backward]) / self.gb_per_s / 1e6
         rate = self.multiprocessors * _EXPS_PER_CLOCK * self.ghz * 1e6
@@ -215,7 +215,7 @@ def machine(device: torch.device) -> Machine:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median milliseconds of a backend, and how many times as fast as the base it is."""
+    """Median milliseconds of a backend, and its speed-up over the base."""
 
     backend: str
     forward_ms: float
@@ -299,7 +299,7 @@ def bench(
 
 
 def _plan(case: Case, named: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The backends to be timed, in the order asked for, and why others are not."""
+    """Return the backends to be timed, in the order asked for, and the reasons why others are not."""
     rows = {row.name: row for row in dispatch.TABLE[case.op]}
     wanted = list(named) or [row.name for row in candidates(case.op, case.dout.device)]
     reasons = {

@@ -1,40 +1,34 @@
 """What models cost: parameters and operations, counted without weights, and on a device times, memory and energy.
 
 Counts are of one image in evaluation mode and do not depend on the machine (`count`); those known already are looked up
-(`counted`). Times are of random weights, which
-cost what trained ones do.
+(`counted`). Times are of random weights (`model_times`), which cost what trained ones do.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 import mfuser
 from dgbench import results
 from dgbench.cost.conventions import CONVENTIONS, Convention, Cost
-from dgbench.cost.counted import ITSELF, Subject, Tally, built, keep, known, made_now
-from dgbench.cost.timing import Call, Hardware, Times, hardware, joules, samples, times
-from dgbench.engine.device import peak_gib, pick_device
+from dgbench.cost.counted import ITSELF, Subject, Tally, keep, known, made_now
+from dgbench.cost.model_times import MODEL, STEP, STEP_BATCH, Taken, Timing, visit
+from dgbench.cost.timing import Hardware, hardware
+from dgbench.engine.device import pick_device
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
 from dgbench.progress import Progress, Silent
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
-from mfuser import ops
 from mfuser.inference import windows
-from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers.table import TOWERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZE = (512, 512)  # (H, W) of the papers' crops
-_STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
-_MOST = 64  # images at a time that the search for the best batch tries
-_GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +40,6 @@ class Component:
     trainable: int
     cost: Cost
     total: float  # as the profile's convention has it, in units of 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """`batch` images at a time: milliseconds of a call, peak GiB of a GPU's memory, joules an image."""
-
-    batch: int
-    ms: Times
-    gib: float | None
-    joules: float | None = None
-
-    @property
-    def images_per_second(self) -> float:
-        """By the median."""
-        return 1e3 * self.batch / self.ms.median
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +191,10 @@ def profile(
         if on is not None and gpu is not None:
             passes = passes if on.type == "cuda" else 1
             progress.start(f"timing on {gpu.name}", passes * len(chosen), "visits")
-            taken = [_Taken() for _ in chosen]
+            taken = [Taken() for _ in chosen]
             for _ in range(passes):
                 for subject, found in zip(chosen, taken, strict=True):
-                    _visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled)
+                    visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled)
                     progress.advance()
             rows = [_with_times(row, found, batches) for row, found in zip(rows, taken, strict=True)]
     finally:
@@ -318,160 +297,9 @@ def _components(tally: Tally, passes: int, rule: Convention) -> tuple[Component,
 
 # ---- times
 
-_MODEL, _STEP = "model", "step"
-_What = tuple[str, int]  # the forward pass or a training step, and the images at a time
 
-
-@dataclass
-class _Taken:
-    """All that is measured of a model, over several passes: a process is fast or slow for seconds on end."""
-
-    ms: dict[_What, list[float]] = field(default_factory=dict)
-    gib: dict[_What, float] = field(default_factory=dict)
-    joules: dict[_What, float] = field(default_factory=dict)  # an image
-    best: int | None = None  # the batch that most images a second pass at
-    backends: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
-
-    def timing(self, what: _What) -> Timing | None:
-        """Sum up one thing's passes."""
-        ms = self.ms.get(what)
-        return Timing(what[1], Times.of(ms), self.gib.get(what), self.joules.get(what)) if ms else None
-
-    def measure(self, what: _What, call: Call, device: torch.device, *, energy: bool = False) -> None:
-        """Time a call once more."""
-        gpu = device.type == "cuda"
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        self.ms[what] = self.ms.get(what, []) + samples({"": call}, device, at_most=0.25, flush=False)[""]
-        if gpu:
-            self.gib[what] = peak_gib(device)
-        if energy and what not in self.joules and (used := joules(call, device)) is not None:
-            self.joules[what] = used / what[1]
-
-
-def _visit(
-    taken: _Taken,
-    subject: Subject,
-    device: torch.device,
-    dtype: torch.dtype,
-    batches: Sequence[int],
-    slide: tuple[int, int] | None,
-    *,
-    compiled: bool,
-) -> None:
-    """Build a model, and measure it once."""
-    gpu = device.type == "cuda"
-    ran = ops.tally()
-    try:
-        with torch.device(device):
-            model = built(subject).to(device).eval()
-        model.check_backends()
-        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
-        ask = _Asked(forward, subject.size, slide, device, dtype)
-        for size in batches or (1,):
-            taken.measure((_MODEL, size), ask.batch(size), device, energy=bool(batches))
-        if gpu and not batches:
-            taken.best = taken.best or _best_batch(ask, device)
-            taken.measure((_MODEL, taken.best), ask.batch(taken.best), device, energy=True)
-        if gpu and slide is None:
-            taken.measure((_STEP, _STEP_BATCH), _step(model, subject.size, device, dtype), device)
-    except torch.OutOfMemoryError as error:
-        taken.problem = str(error).splitlines()[0]  # what was measured before stays
-    finally:
-        model = forward = ask = None  # type: ignore[assignment]
-        if gpu:
-            torch.cuda.empty_cache()
-    taken.backends |= ops.ran_since(ran)
-
-
-def _with_times(row: Row, taken: _Taken, batches: Sequence[int]) -> Row:
-    timings = tuple(timing for size in batches or (1,) if (timing := taken.timing((_MODEL, size))))
-    best = taken.timing((_MODEL, taken.best)) if taken.best else None
-    step = taken.timing((_STEP, _STEP_BATCH))
+def _with_times(row: Row, taken: Taken, batches: Sequence[int]) -> Row:
+    timings = tuple(timing for size in batches or (1,) if (timing := taken.timing((MODEL, size))))
+    best = taken.timing((MODEL, taken.best)) if taken.best else None
+    step = taken.timing((STEP, STEP_BATCH))
     return dataclasses.replace(row, timings=timings, best=best, step=step, backends=taken.backends, problem=taken.problem)
-
-
-class _Asked:
-    """A model's forward pass over images of one size, at any batch."""
-
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        crop: tuple[int, int],
-        slide: tuple[int, int] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
-        self.stride = protocol("unified").stride_of(crop)
-
-    def batch(self, size: int) -> Call:
-        """A call with that many images."""
-        images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
-
-        def call() -> Tensor:
-            # not inference_mode: nn.MultiheadAttention's products under autocast are batched there, and far slower
-            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                if self.slide is None:
-                    return self.model(images)
-                return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
-
-        return call
-
-
-def _best_batch(ask: _Asked, device: torch.device) -> int:
-    """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
-    best, rate, worse, size = 1, 0.0, 0, 1
-    while size <= _MOST and worse < 2:
-        try:
-            tried = size / times(ask.batch(size), device, at_most=0.1, least=5, flush=False).median
-        except RuntimeError as error:  # out of memory is one, too
-            if not isinstance(error, torch.OutOfMemoryError) and "INT_MAX" not in str(error):
-                raise
-            torch.cuda.empty_cache()
-            break
-        worse = 0 if tried > _GAIN * rate else worse + 1
-        best, rate = (size, tried) if tried > _GAIN * rate else (best, rate)
-        size *= 2
-    return best
-
-
-def _step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
-    """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
-    model.enter_training()
-    model.to(device)
-    extra: dict[str, Tensor] = {}
-    for stream in model.extras:
-        images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
-        extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})
-    batch = Batch(*_noise(model, size, device), extra)
-    model.before_step(0, 1, _Noise(batch))  # what a method mines once
-    model.train()
-    optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
-
-    def call() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = torch.stack(list(model.loss(batch).values())).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return call
-
-
-@dataclass(frozen=True, slots=True)
-class _Noise:
-    """Training data of one batch: `mfuser.segmentor.TrainingData`."""
-
-    batch: Batch
-
-    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
-        """Yield it."""
-        yield self.batch
-
-
-def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    coarse = torch.randint(0, len(model.classes), (_STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
-    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
-    return torch.rand(_STEP_BATCH, 3, *size, device=device), labels

@@ -1,7 +1,7 @@
-"""Trace a model on shapes alone: TorchScript's graph of a forward pass on the meta device, where nothing is computed.
+"""Tracing of a model on shapes alone: TorchScript's graph of a forward pass on the meta device, without computation.
 
 fvcore counts in such a graph. While TorchScript traces, sizes read in Python are tensors, which torch's own shape
-functions for the meta device do not take; so each of them runs in a second thread, where no one traces.
+functions for the meta device do not take; so each of them runs in a second thread, which is not being traced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 @contextmanager
 def on_shapes() -> Iterator[None]:
-    """Within, `torch.jit` may trace models whose parameters and inputs are on the meta device."""
+    """Let `torch.jit` trace models whose parameters and inputs are on the meta device, within the context."""
     with torch.no_grad(), ThreadPoolExecutor(1) as thread, _Elsewhere(thread), _Convolutions():
         yield
 
@@ -43,7 +43,7 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
 
     def fresh(value: Any) -> Any:
-        # a view is one to this thread's autograd already; the tracing thread's wants to make it one itself
+        # this thread's autograd has already marked the result as a view; the tracing thread's must do that itself
         if not isinstance(value, Tensor) or not value.is_meta or id(value) in given:
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
@@ -52,7 +52,7 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Convolutions(TorchFunctionMode):
-    """Convolutions by the one name that TorchScript records: their others vanish where a mode takes the calls."""
+    """A mode that calls convolutions by the one name that TorchScript records; other names are lost under a mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _CONVOLUTIONS.get(func, func)(*args, **kwargs or {})

@@ -1,4 +1,4 @@
-"""How long calls take on a device, how far their times spread, what the GPU is, and the energy that it used."""
+"""Times of calls on a device and their spread, the GPU's properties, and the energy that it used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Milliseconds of repeated calls, as their caller waits for them: the median, and what 90 % of them lie between."""
+    """Milliseconds of repeated calls, as their caller waits for them: the median, and the central 90 % interval."""
 
     median: float
     low: float
@@ -34,7 +34,7 @@ class Times:
 
 
 def median_ms(call: Call, device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True) -> float:
-    """Median time of a call in milliseconds; see `times`."""
+    """Return the median time of a call in milliseconds; see `times`."""
     return times(call, device, at_most=at_most, least=least, flush=flush).median
 
 
@@ -51,7 +51,7 @@ def times(call: Call, device: torch.device, *, at_most: float = 0.5, least: int 
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, *, at_most: float = 0.5, least: int | None = None, flush: bool = True
 ) -> dict[str, Times]:
-    """Time several calls in turn, one of each a round, so that whatever drifts on the machine drifts under all of them.
+    """Time several calls in turn, one of each per round, so that drift of the machine affects all equally.
 
     Args: as those of `times`; `at_most` is for each call.
     """
@@ -112,7 +112,7 @@ def _gpu_ms(call: Call, cache: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What was timed on. Clocks in MHz, power in W, memory in GiB; None where nobody tells."""
+    """The device of the timings. Clocks in MHz, power in W, memory in GiB; None: unknown."""
 
     name: str
     driver: str | None = None
@@ -123,7 +123,7 @@ class Hardware:
 
 
 def hardware(device: torch.device) -> Hardware:
-    """Ask nvidia-smi about a GPU while it works; a CPU has a name alone."""
+    """Query nvidia-smi about a GPU under load; for a CPU, only the name is known."""
     if device.type != "cuda":
         return Hardware(device_name(device))
     busy = torch.ones(8192, 8192, device=device)
@@ -137,7 +137,7 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def nvidia_smi(what: str, device: torch.device) -> str | None:
-    """A value that nvidia-smi tells of a GPU, without its unit; None where it does not."""
+    """Return a value that nvidia-smi states for a GPU, without its unit; None if it does not state it."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
@@ -148,7 +148,7 @@ def nvidia_smi(what: str, device: torch.device) -> str | None:
 
 
 def joules(call: Call, device: torch.device, *, seconds: float = 1.5) -> float | None:
-    """Energy of a call in joules, by the GPU's own counter over `seconds` of calls; None where it has none."""
+    """Return the energy of a call in joules, by the GPU's counter over `seconds` of calls; None where it has none."""
     if device.type != "cuda":
         return None
     import pynvml

@@ -35,12 +35,12 @@ class Panel:
 
     title: str
     points: tuple[Point, ...]
-    left_out: tuple[str, ...]  # rows without a model here to count, or without a complete mean or source
+    left_out: tuple[str, ...]  # rows whose model cannot be counted, or without a complete mean or source
 
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """What `dgbench profile --plot` draws."""
+    """The data of `dgbench profile --plot`."""
 
     panels: tuple[Panel, ...]
     unit: str
@@ -50,12 +50,12 @@ class Tradeoff:
 def tradeoff(
     records: Iterable[Record], progress: Progress, *, convention: str = "mac", size: tuple[int, int] | None = None
 ) -> Tradeoff:
-    """Count the models of one's own runs, of the recipes' reference results, and of published rows that name a recipe.
+    """Count the models of own runs, of the recipes' reference results, and of published rows that name a recipe.
 
     Args:
         size: (H, W) to count at; by default each recipe's crop.
     """
-    board = leaderboard(records, references())
+    board = leaderboard(records, references(), tested=False)
     groups = [*board.groups, *board.published]
     costs: dict[str, float] = {}
     progress.start("counting", sum(len(group.rows) for group in groups), "rows")
@@ -85,7 +85,7 @@ def _panel(group: Group, convention: str, size: tuple[int, int] | None, costs: d
 
 
 def _recipe_of(row: Row) -> Recipe | None:
-    """The recipe that says what the row's model is; of a run, its own copy."""
+    """Return the recipe that defines the row's model; for a run, its own copy."""
     if row.kind == "run":
         return load_recipe(Path(row.origin) / "recipe.yaml")
     return load_recipe(row.recipe) if row.recipe else None

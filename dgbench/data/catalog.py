@@ -1,7 +1,7 @@
-"""From the name of a domain to its row: the table's, a user's declaration, or a set that was fetched from a Hub.
+"""Lookup of a domain's row by name: in the table, in users' declarations, or among data sets fetched from a Hub.
 
-A name is looked up once, where it enters (the command line, a recipe), and the row is passed on. Nothing is remembered between
-look-ups: what a recipe declares is handed over by whoever has the recipe.
+A name is looked up once, where it enters (the command line, a recipe), and the row is passed on. Nothing is cached between
+look-ups: a recipe's own declarations are passed as an argument.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def names(root: Path | None = None) -> tuple[str, ...]:
     """Return every domain's name, without aliases; those that a user declared in a file, or fetched from a Hub, come last.
 
-    A declaration that is wrong is warned about and left out, and so is a name that is declared twice, differently.
+    Wrong declarations, and names with two different declarations, are skipped with a warning.
     """
     fetched = tuple(name for name in hub_sets.names(data_root(root)) if built_in(name) is None)
     if "DGBENCH_DOMAINS" not in os.environ and not (data_root(root) / "domains").is_dir():
@@ -36,7 +36,7 @@ def names(root: Path | None = None) -> tuple[str, ...]:
 
 
 def lookup(name: str, root: Path | None = None, declared: Mapping[str, UserDomain] | None = None) -> Domain:
-    """Return the row of a name or an alias, in capitals or not, or of a YAML file; `streets-fog@0.6` sets a severity in 0..1.
+    """Return the row of a name or alias, in any case, or of a YAML file; `streets-fog@0.6` sets a severity in 0..1.
 
     Args:
         root: data root in whose `domains/` and fetched sets unknown names are looked for; default: DGBENCH_DATA or `./data`.
@@ -56,7 +56,7 @@ def lookup(name: str, root: Path | None = None, declared: Mapping[str, UserDomai
         one = custom.read(Path(name))
         custom.check(one, root, declared)
         return custom.build(one.name, one.spec)
-    # declared names are small; folders of fetched sets are called as somebody called them
+    # declared names are in lower case; folders of fetched data sets may have any name
     if own := next((key for key in (base, base.lower()) if key in declared), None):
         row = custom.build(own, declared[own])
     elif found := custom.find(base, root) or custom.find(base.lower(), root):
@@ -72,9 +72,9 @@ def lookup(name: str, root: Path | None = None, declared: Mapping[str, UserDomai
 def rows(
     given: Iterable[str | Domain], root: Path | None = None, declared: Mapping[str, UserDomain] | None = None
 ) -> tuple[Domain, ...]:
-    """Return the row of each name; what is a row already stays as it is.
+    """Return the row of each name; rows are returned unchanged.
 
-    Raises: DataError as `lookup`, and where two of them have one name and mean different things.
+    Raises: DataError as `lookup`, and if two different rows have the same name.
     """
     found = tuple(one if isinstance(one, Domain) else lookup(one, root, declared) for one in given)
     known = {name: spec.digest() for name, spec in (declared or {}).items()}
@@ -82,7 +82,7 @@ def rows(
         if row.digest and known.setdefault(row.name, row.digest) != row.digest:
             raise DataError(
                 f"`{row.name}` is declared twice, differently",
-                "give one of them another name: scores under one name must mean one thing",
+                "give one of them another name, since scores are identified by it",
             )
     return found
 

@@ -1,4 +1,4 @@
-"""Domains that a user declares: a small YAML file, or `data.domains` of a recipe; once read they are rows like any other.
+"""Domains that a user declares in a YAML file or in `data.domains` of a recipe; once read, they are rows like any other.
 
     title: My city
     folder: my-city                  # below the data root; default: the domain's name
@@ -8,7 +8,7 @@
     label_map: {1: road, 2: car}     # or the name of a map that dgbench has
     ignored: [0]
 
-The domain is called after the file, or by its key `name`. Files are found in DGBENCH_DOMAINS (a file or a folder), in
+The domain's name is that of the file, or its key `name`. Files are found in DGBENCH_DOMAINS (a file or a folder), in
 `domains/` below the data root, or by their path.
 """
 
@@ -51,7 +51,7 @@ def _numbers(given: Any) -> Any:
         raise own(f"expected the name of a label map, or one written out: {{1: road, 2: car}}, got {shown(given)}")
     numbered: dict[int | str, Any] = {}
     for key, value in given.items():
-        # JSON, in which a run keeps its recipe, has text for keys
+        # keys are text in JSON, in which a run stores its recipe
         number = int(key) if isinstance(key, str) and _WHOLE.fullmatch(key) else _stored(key)
         if number in numbered:
             raise own(f"{number} is given twice")
@@ -59,12 +59,12 @@ def _numbers(given: Any) -> Any:
     return numbered
 
 
-_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")  # what JSON makes of an integer
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")  # an integer as JSON writes it
 Key = Annotated[int | str, BeforeValidator(_stored)]  # a stored value, or the name of a label in a file of polygons
 
 
 class SplitSpec(Spec):
-    """Where the pairs of a split are."""
+    """Location of the pairs of a split."""
 
     images: str  # glob below the folder; `*` does not cross a `/`
     labels: Annotated[dict[str, str], Field(min_length=1)]  # replacements that turn an image's path into its label's
@@ -166,7 +166,7 @@ class UserDomain(Spec):
         return given
 
     def digest(self) -> str:
-        """12 hex digits of what fixes pairs and labels: not of title, folder, licence and the like."""
+        """Return a 12-digit hash of what determines pairs and labels: not of title, folder, licence and the like."""
         splits = {name: [split.images, list(split.labels.items())] for name, split in self.splits.items()}
         label_map = self.label_map if isinstance(self.label_map, str) else sorted(map(list, self.label_map.items()), key=str)
         content = [splits, self.encoding, label_map, sorted(self.ignored, key=str)]
@@ -183,7 +183,7 @@ class Declared:
 
 
 def check(declared: Declared, root: Path | None = None, others: Mapping[str, UserDomain] | None = None) -> None:
-    """Raise a DataError unless a declaration's name can be one, and means the same wherever else it is declared.
+    """Raise a DataError unless a declaration's name is valid, and any other declaration of this name is the same.
 
     A score must not depend on which of two declarations comes first.
 
@@ -202,14 +202,14 @@ def check(declared: Declared, root: Path | None = None, others: Mapping[str, Use
         if before is not None and before.spec.digest() != declared.spec.digest():
             raise DataError(
                 f"`{declared.name}` is declared twice, differently: by {before.origin} and by {declared.origin}",
-                "give one of them another name: scores under one name must mean one thing",
+                "give one of them another name, since scores are identified by it",
             )
 
 
 def find(name: str, root: Path | None = None) -> Declared | None:
     """Return the declaration of this name, if there is one.
 
-    Raises: DataError if the file called after it is wrong, or two files declare one name.
+    Raises: DataError if the file of this name is wrong, or two files declare the name.
     """
     found, twice = _discovered(root)
     if name in twice:
@@ -218,15 +218,14 @@ def find(name: str, root: Path | None = None) -> Declared | None:
         return found[name]
     for path in _files(root):
         if path.stem == name:
-            read(path)  # it says what is wrong with it, or that it has another name
+            read(path)  # raises what is wrong with it, or that it has another name
     return None
 
 
 def discover(root: Path | None = None) -> dict[str, Declared]:
-    """Declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
+    """Return declarations in DGBENCH_DOMAINS and in `domains/` below the data root, by name.
 
-    A file that is wrong is warned about, and so is a name that two files declare, differently: whoever does not ask for it
-    goes on.
+    Wrong files, and names with two different declarations, only cause a warning, since they may not be needed.
     """
     found, twice = _discovered(root)
     for error in twice.values():
@@ -235,7 +234,7 @@ def discover(root: Path | None = None) -> dict[str, Declared]:
 
 
 def _discovered(root: Path | None) -> tuple[dict[str, Declared], dict[str, DataError]]:
-    """The declarations, and what is wrong with names that are declared twice."""
+    """Return the declarations, and the errors of names that are declared twice."""
     found: dict[str, Declared] = {}
     twice: dict[str, DataError] = {}
     for path in _files(root):
@@ -268,7 +267,7 @@ def _files(root: Path | None) -> list[Path]:
 
 
 def read(path: Path) -> Declared:
-    """A declaration as a file has it.
+    """Read a declaration from a file.
 
     Raises: DataError listing every problem with its key path.
     """
@@ -292,7 +291,7 @@ def _read(path: Path, _changed: int) -> Declared:
 
 
 def build(name: str, spec: UserDomain) -> Domain:
-    """The row of a declared domain."""
+    """Return the row of a declared domain."""
     splits = {
         split: Split(rule.count, (Layout("declared", rule.images, tuple(rule.labels.items()), spec.encoding),))
         for split, rule in spec.splits.items()
@@ -316,7 +315,7 @@ def build(name: str, spec: UserDomain) -> Domain:
 
 
 def _label_map(name: str, given: Mapping[Key, Key], ignored: tuple[Key, ...]) -> LabelMap:
-    # names get values in the order in which they are written; without one for "unlabeled" the background is 255
+    # names get values in the order in which they are written; if "unlabeled" is not among them, the background is 255
     values = {key: key if isinstance(key, int) else place for place, key in enumerate((*given, *ignored))}
     classes = {values[key]: NAMES.index(value) if isinstance(value, str) else value for key, value in given.items()}
     names = {key: value for key, value in values.items() if isinstance(key, str)}
@@ -335,7 +334,7 @@ def _check_key(key: Key, info: ValidationInfo) -> None:
 
 def _unusable(name: str) -> str | None:
     if not _NAME.fullmatch(name):
-        return f"`{name}` is no name for a domain: small letters, digits, `-` and `_`"
+        return f"`{name}` is not a valid name of a domain: use lower-case letters, digits, `-` and `_`"
     if built_in(name) is not None:
-        return f"`{name}` is a domain that dgbench has: choose another name"
+        return f"`{name}` is a built-in domain: choose another name"
     return None

@@ -1,7 +1,7 @@
-"""One class that reads every domain: an index of samples, each decoded to an RGB image and a map of train ids.
+"""The dataset class for all domains: an index of samples, each decoded to an RGB image and a map of train ids.
 
-Rendered domains are kept in the cache folder (`dgbench.data.rendered`). Files of other domains are read in place, with labels
-mapped on the fly and checked.
+Images of rendered domains are cached (`dgbench.data.rendered`). Files of other domains are read in place, with labels
+mapped and checked when they are read.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class SegDataset:
             antialiasing) and their labels are left as they are. None keeps files as they are; rendered domains then
             are 256x512.
         limit: use the first `limit` samples only.
-        label_map: read labels by this map instead of the domain's own (Mapillary has three in use). Where only labels that
-            someone has already mapped are on the disk, those are read, and `label_map` says so.
+        label_map: read labels by this map instead of the domain's own (Mapillary has three in use). If only converted labels
+            (train ids) are on the disk, those are read, and `label_map` says so.
 
-    `available` is the number of images in the complete split, `extra` how many lie on the disk beyond them, `found` what lies
-    there (None if rendered), `label_map` what the files are read by, `policy` the name under which a score of these labels is
+    `available` is the number of images in the complete split, `extra` how many more are on the disk, `found` the files
+    (None if rendered), `label_map` the map that they are read by, `policy` the name under which a score of these labels is
     recorded.
 
     Raises: DataError when the folder, a file or a label is missing or malformed. A few labels are read at once, so that
@@ -95,7 +95,7 @@ class SegDataset:
         layout = self.found.layout
         if layout.label_map is not None:
             self.label_map = self.domain.read_by(layout.label_map)
-            # equal labels have one name, whether they are mapped here or were before
+            # equal labels have the same name, whether they are mapped here or were before
             self.policy = self.policy if layout.revision == "official" else layout.label_map
         self.available, self.extra = self.found.expected, self.found.extra
         self._count = min(len(self._rows), limit or len(self._rows))
@@ -122,11 +122,11 @@ class SegDataset:
 
     @property
     def revision(self) -> str:
-        """What pins pixels and labels; part of the protocol hash."""
+        """Identifier of pixels and labels; part of the protocol hash."""
         return self.domain.revision() if self.found is None else self.found.revision()
 
     def name(self, index: int) -> str:
-        """The sample's stable name: its path below the domain's folder, or its index."""
+        """Return the sample's stable name: its path below the domain's folder, or its index."""
         return f"{index:06d}" if self.found is None else str(self._rows[index]["id"])
 
     def __getitem__(self, index: int) -> Sample:
@@ -149,7 +149,7 @@ class SegDataset:
         return Sample(row["id"], image, label)
 
     def image(self, index: int, part: Part | None = None) -> NDArray[np.uint8]:
-        """Only the image, (H, W, 3) RGB at the dataset's size, or only a part of it: cheaper than the whole sample."""
+        """Return only the image, (H, W, 3) RGB at the dataset's size, or a part of it: cheaper than the whole sample."""
         if self.found is None:
             image = self._rendered().image(index)
         elif self.size is None:
@@ -159,7 +159,7 @@ class SegDataset:
         return image if part is None else part.of(image)
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """(H, W) at which `image` comes, told by the file's header."""
+        """Return (H, W) of `image`, from the file's header."""
         return self.size or size_of(self._rows[index])
 
     @property
@@ -168,7 +168,7 @@ class SegDataset:
         return None if self.found is None else self.found.folder
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a label may have changed: names, sizes and times of the files, and the label map."""
+        """Return a 16-digit hash that changes with the labels: of names, sizes and times of the files, and the label map."""
         digest = hashlib.sha256()
 
         def enter(*what: object) -> None:
@@ -177,13 +177,13 @@ class SegDataset:
         enter(self.domain.name, self.revision, self.split, len(self), self.size if self.found is None else None)
         enter(self.label_map.name, sorted(self.label_map.classes.items()), pixels.VERSION)
         for path in [] if self.found is None else self.found.label_files(len(self)):
-            with suppress(FileNotFoundError):  # a link that leads nowhere: told when it is read
+            with suppress(FileNotFoundError):  # a broken link: reported when it is read
                 state = path.stat()
                 enter(path.name, state.st_size, state.st_mtime_ns)
         return digest.hexdigest()[:16]
 
     def label(self, index: int) -> NDArray[np.uint8]:
-        """Only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
+        """Return only the label, (H, W) train ids as the file has them: cheaper than the whole sample."""
         if self.found is None:
             return self._rendered().label(index)
         return self._read_label(self._rows[index])
@@ -197,13 +197,13 @@ class SegDataset:
         return Rendered(self.domain.name, self.split, self.size, self.domain.revision())
 
     def prepare(self, progress: Progress, workers: int | None = None) -> None:
-        """Render what is not in the cache yet, in parallel. Folder domains have nothing to prepare."""
+        """Render images that are not in the cache, in parallel. Does nothing for other domains."""
         if self.domain.procedural:
             self._rendered().prepare(self._count, progress, workers)
 
 
 def _tell(found: Found) -> None:
-    """Say once what a user should know about the files that are read."""
+    """Warn once about the files that are read, where they differ from the published ones."""
     what = f"{found.domain.name} {found.split}"
     known = found.domain.splits[found.split].known_bad
     for kind, paths in (("images without a label", found.unlabelled), ("labels without an image", found.imageless)):
@@ -230,12 +230,12 @@ def _warn(text: str) -> None:
 
 
 def label_path(row: dict[str, Any]) -> Path:
-    """The file of a row's label; of rows that hold bytes, what to call them: it is not opened."""
+    """Return the file of a row's label; for rows that hold bytes, a name for messages, which is not opened."""
     return Path(row["label"]["path"] or row["id"])
 
 
 def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
+    """Return (H, W, 3) RGB of a row's image or of a part of it, from its file or its bytes.
 
     Raises: DataError naming the file or the row when it cannot be read as an image, or when its EXIF turns it and its label
         is not turned so.
@@ -252,7 +252,7 @@ def image_of(row: dict[str, Any], part: Part | None = None) -> NDArray[np.uint8]
 
 
 def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of a row's image or of a part of it, from what `image_bytes` gave.
+    """Return (H, W, 3) RGB of a row's image or of a part of it, from the result of `image_bytes`.
 
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
@@ -261,7 +261,7 @@ def decoded(row: dict[str, Any], data: bytes, part: Part | None = None) -> NDArr
 
 
 def turned_apart(row: dict[str, Any], data: bytes) -> str:
-    """What is wrong with a pair whose image is to be turned when shown, and whose label is not; "" where nothing is."""
+    """Return what is wrong with a pair whose image has an EXIF rotation and whose label has another; "" if nothing is."""
     turned = orientation(data)
     if turned == 1:
         return ""
@@ -272,7 +272,7 @@ def turned_apart(row: dict[str, Any], data: bytes) -> str:
 
 
 def image_bytes(row: dict[str, Any]) -> bytes:
-    """The content of a row's image file.
+    """Return the content of a row's image file.
 
     Raises: DataError naming the file when it cannot be read.
     """
@@ -285,7 +285,7 @@ def _image_name(row: dict[str, Any]) -> str:
 
 
 def size_of(row: dict[str, Any]) -> tuple[int, int]:
-    """(H, W) of a row's image, by its header.
+    """Return (H, W) of a row's image, by its header.
 
     Raises: DataError naming the file or the row when it cannot be read as an image.
     """
@@ -302,7 +302,7 @@ def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
 
 
 def read_photo(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file as a viewer shows it: turned as its EXIF says.
+    """Return (H, W, 3) RGB of an image file as a viewer shows it, with its EXIF orientation applied.
 
     Raises: DataError naming the file when it cannot be read as an image.
     """
@@ -311,7 +311,7 @@ def read_photo(path: Path) -> NDArray[np.uint8]:
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | None = None) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased); or a part of that.
+    """Return (H, W, 3) RGB of an image file, resized to `size` = (H, W) when given (bilinear, antialiased); or a part of that.
 
     Raises: DataError naming the file when it cannot be read as an image.
     """
@@ -324,7 +324,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, *, part: Part | 
 
 @contextmanager
 def _explained(path: Path | str) -> Iterator[None]:
-    """Within, what is wrong with an image file becomes a DataError that names it."""
+    """Turn errors of an image file into a DataError that names it."""
     try:
         yield
     except UnsuitableError as error:

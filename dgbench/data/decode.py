@@ -1,8 +1,8 @@
-"""Label files to the values that they store, and on to train ids, by the encoding that a layout names.
+"""Decoding of label files: to stored values and then to train ids, by the encoding that a layout names.
 
 Readers disagree about labels: Pillow reads SYNTHIA's 16-bit colours as zeros, OpenCV turns palette indices into colours,
-torchvision misreads 4-bit palettes, none with an error. Each encoding here is read by what reads it right, and refuses a
-file that is of another kind; `pixels` says what a pixel's value is.
+torchvision misreads 4-bit palettes, all without an error. Each encoding is read by a library that reads it right; a
+file of another kind is refused. `pixels` defines a pixel's value.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dgbench.data.palettes import IGNORED_COLORS
 from dgbench.data.pixels import Stored as Stored
 from dgbench.errors import DataError
 
-_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # JSON of anybody's making
-_UNKNOWN = 65535  # stands for a colour or a segment that nothing declares
+_NOT_AS_EXPECTED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # from untrusted JSON
+_UNKNOWN = 65535  # marks a colour or a segment that is not declared
 _GREY_COLORS = {red for red, green, blue in (*IGNORED_COLORS, *(c.color for c in CLASSES)) if red == green == blue}
 
 
 def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> NDArray[np.uint8]:
-    """(H, W) train ids of a label file.
+    """Return (H, W) train ids of a label file.
 
     Args:
         path: the file; only its name is used when `data` holds its bytes.
@@ -40,7 +40,7 @@ def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: byt
     """
     stored = read_stored(path, label_map, encoding, data)
     if stored.max() < 256 and len(label_map.table) == 256:
-        # OpenCV's tables: counting and indexing in NumPy take ten times as long, more than the decoding
+        # OpenCV's look-up tables: in NumPy, counting and indexing take ten times as long, more than the decoding
         import cv2
 
         narrow = np.ascontiguousarray(stored, np.uint8)
@@ -59,7 +59,7 @@ def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: byt
 
 
 def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: bytes | None = None) -> Stored:
-    """(H, W) values as the file stores them, not yet looked up in the map.
+    """Return (H, W) values as the file stores them, not yet looked up in the map.
 
     Raises: DataError naming the file if it is missing, damaged, or of another encoding.
     """
@@ -74,7 +74,7 @@ def read_stored(path: Path, label_map: LabelMap, encoding: str = "ids", data: by
 
 
 def present(stored: Stored) -> list[int]:
-    """The values that occur, rising."""
+    """Return the values that occur, in ascending order."""
     return [int(value) for value in np.flatnonzero(np.bincount(stored.ravel()))]
 
 
@@ -84,7 +84,7 @@ def _span(label_map: LabelMap) -> str:
 
 
 def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """SYNTHIA: a 16-bit colour PNG, the class in red (green has the instance). Pillow would keep the high bytes: zeros."""
+    """Decode SYNTHIA: 16-bit colour PNG, class in red (instance in green). Pillow would keep the high bytes: zeros."""
     depth, kind = pixels.png_header(content)
     if (depth, kind) != (16, pixels.COLOR):
         what = f" but a PNG of {depth}-bit {pixels.KINDS.get(kind, 'unknown')}" if depth else ""
@@ -95,7 +95,7 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
     import cv2
 
     with pixels.opened(content, path) as file:
-        file.verify()  # the checksums of all chunks: OpenCV returns what it got of a damaged file
+        file.verify()  # the checksums of all chunks: OpenCV returns a part of a damaged file
     decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None:
         raise OSError("OpenCV cannot decode it")
@@ -104,8 +104,8 @@ def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:
 
 
 def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """Colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
-    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case of those, in a third of the time
+    """Convert colours of Cityscapes' palette to train ids. A grey file under this name already holds train ids."""
+    if pixels.png_header(content) == (8, pixels.GREY):  # the usual case, in a third of the time
         grey = pixels.values(content, path, label_map)
         if not set(pixels.used(grey.astype(np.uint8, copy=False)).tolist()) <= _GREY_COLORS:
             return grey
@@ -114,7 +114,7 @@ def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     if (train_ids != _UNKNOWN).all():
         if not packed.any() and pixels.png_header(content)[1] not in (pixels.COLOR, pixels.COLOR_ALPHA):
             raise DataError(
-                f"{path} is black all over: as a colour map it is unlabeled, as a map of train ids it is road",
+                f"{path} is completely black: as a colour map it is unlabeled, as a map of train ids it is road",
                 "move the image and its label out of the folder, or save the label as RGB",
             )
         return train_ids.astype(np.uint8)
@@ -129,7 +129,7 @@ def _colors(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """IDD, Cityscapes: JSON objects with a label's name and a polygon, each drawn over those before it."""
+    """Draw IDD's and Cityscapes' JSON objects, each a label's name and a polygon, in their order."""
     try:
         scene: dict[str, Any] = json.loads(content)
         size = int(scene["imgWidth"]), int(scene["imgHeight"])
@@ -144,7 +144,7 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
     image = Image.new("L", size, label_map.names.get("unlabeled", IGNORE))
     drawer = ImageDraw.Draw(image)
     for label, polygon in objects:
-        # a `cargroup` is several cars that could not be told apart
+        # a `cargroup` is several cars that were not annotated separately
         name = label if label in label_map.names else str(label).removesuffix("group")
         if name not in label_map.names:
             raise DataError(
@@ -157,7 +157,7 @@ def _polygons(content: bytes, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _panoptic(content: bytes, path: Path, _: LabelMap) -> Stored:
-    """WildDash2, COCO: colours are segments, `<folder>.json` beside the folder says which category each is; 0 is void."""
+    """Decode WildDash2 and COCO: colours are segments, whose categories are in `<folder>.json` next to the folder; 0 is void."""
     table_file = path.parent.with_suffix(".json")
     if not table_file.is_file():
         raise DataError(f"no {table_file.name} beside the folder of {path}", "unpack the official label archive again")
@@ -202,7 +202,7 @@ def _color_table() -> NDArray[np.uint16]:
 
 @lru_cache(4)
 def _segments(path: Path, _changed: int) -> dict[str, dict[int, int]]:
-    """File name of a panoptic PNG -> segment -> category."""
+    """Map the file name of each panoptic PNG to its segments' categories."""
     try:
         annotations = json.loads(files.content(path, "table of segments"))["annotations"]
         return {a["file_name"]: {int(s["id"]): int(s["category_id"]) for s in a["segments_info"]} for a in annotations}

@@ -1,4 +1,4 @@
-"""What a row of the table of domains says: a domain, its splits, and the layouts in which a split's files may lie."""
+"""Rows of the table of domains: a domain, its splits, and the possible layouts of a split's files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from dgbench.data.labels import LabelMap
 
 UNFINISHED = ".dgbench-incomplete"  # a file in a domain's folder while `dgbench download` is adding others to it
-# a file in every folder that `dgbench data export` makes, so that one that is copied or moved says what it holds; hidden, as
+# a file in every folder that `dgbench data export` makes, so that copied or moved folders are recognised; hidden, because
 # no glob of a layout may match it
 RENDERED = ".dgbench-rendered"
+
+_FREE = ("Apache-2.0", "MIT", "CC0", "CC BY")  # how licences begin that let everybody pass images on
 
 Role = Literal["source", "target", "both"]
 Access = Literal["procedural", "open", "account", "request", "own"]
@@ -25,11 +27,11 @@ Access = Literal["procedural", "open", "account", "request", "own"]
 class Layout:
     """One way in which the files of a split lie below the domain's folder."""
 
-    name: str  # shown to the user as the one that was found
+    name: str  # shown to the user
     images: str  # glob, relative to the domain's folder
     to_label: tuple[tuple[str, str], ...]  # replacements that turn an image's relative path into its label's
     encoding: str = "ids"  # key of dgbench.data.decode.ENCODINGS
-    label_map: str | None = None  # what its label files are read by; None: the domain's own, or what is asked for
+    label_map: str | None = None  # the map of its label files; None: the domain's own, or the requested one
     only: tuple[str, ...] = ()  # a text file, at one of these places, that lists the images of the split by file name
     revision: str = "official"  # anything else: pixels or labels differ from the published files, and so do scores
     count: int | None = None  # images of the complete split in this layout, where it has fewer than the split
@@ -43,8 +45,8 @@ class Split:
 
     count: int | None  # images in the complete split; None: whatever is found (user domains)
     layouts: tuple[Layout, ...] = ()  # empty: rendered
-    # file stem -> what is said about it. A listed pair is looked at, and left out if it is unreadable or of two sizes; a
-    # listed image without a label, or a label without an image, goes without a warning
+    # file stem -> what is known about it. A listed pair is checked, and left out if it is unreadable or of two sizes; a
+    # listed image without a label, or a label without an image, causes no warning
     known_bad: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -68,28 +70,33 @@ class Domain:
     aliases: tuple[str, ...] = ()
     severity: float | None = None  # streets only, from `name@severity`
     inline_map: LabelMap | None = None  # a user domain's own label map
-    digest: str = ""  # of what defines a user domain
+    digest: str = ""  # hash of a user domain's definition
 
     @property
     def procedural(self) -> bool:
         return self.access == "procedural"
 
     @property
+    def redistributable(self) -> bool:
+        """Whether its licence lets everybody pass its images on; where none is known, or a purpose is excluded, it does not."""
+        return self.licence.startswith(_FREE) and not self.licence.startswith(("CC BY-NC", "CC BY-ND"))
+
+    @property
     def base(self) -> str:
         return self.name.partition("@")[0]
 
     def roots(self, data_root: Path) -> Iterator[Path]:
-        """The folders below `data_root` in which its files may lie, the outer ones first."""
+        """Return the folders below `data_root` in which its files may lie, the outer ones first."""
         outer = [data_root / f for f in self.folders if (data_root / f).is_dir()]
         yield from outer
         yield from (folder / f for folder in outer for f in self.folders if (folder / f).is_dir())
 
     def root(self, data_root: Path) -> Path | None:
-        """The domain's folder below `data_root`, or None when there is none."""
+        """Return the domain's folder below `data_root`, or None when there is none."""
         return next(self.roots(data_root), None)
 
     def revision(self) -> str:
-        """What pins the data that a score was computed on; part of the protocol hash."""
+        """Return what identifies the data that a score was computed on; part of the protocol hash."""
         if self.procedural:
             from dgbench.streets import VERSION
 
@@ -107,7 +114,7 @@ class Domain:
         return ", ".join(f"`{s}`" for s in self.splits)
 
     def read_by(self, label_map: str | None = None) -> LabelMap:
-        """The label map of this name, by default the domain's own.
+        """Return the label map of this name, by default the domain's own.
 
         Raises: DataError for an unknown name, or if the domain has no default.
         """
@@ -126,12 +133,12 @@ class Domain:
 
 
 def replaced(path: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """`path` after replacements, one after another."""
+    """Return `path` after replacements, one after another."""
     for old, new in pairs:
         path = path.replace(old, new)
     return path
 
 
 def outside(path: str) -> bool:
-    """Whether a relative path may lead out of the folder that it is taken from."""
+    """Return whether a relative path may lead outside its base folder."""
     return path.startswith("/") or (".." in path and ".." in path.split("/")) or "\0" in path

@@ -1,8 +1,8 @@
 """The table of domains: what each is, where its files lie on disk, and how its labels are to be read.
 
 Adding a domain is adding a row. `streets-*` are rendered by `dgbench.streets` and need no files; every other row
-describes folders below a data root, as published and as people have rearranged them, all read in place. A name becomes a row,
-a user's own included, in `dgbench.data.catalog`.
+describes folders below a data root, as published and as other repositories arrange them, all read in place. Names, also of
+users' domains, are looked up in `dgbench.data.catalog`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _ids_or_train_ids(
     count: int | None = None,
     only: tuple[str, ...] = (),
 ) -> tuple[Layout, Layout]:
-    """The published labels, and train ids that a converter wrote beside them."""
+    """Return the published labels, and train ids that a converter wrote next to them."""
     mapped = (*renamed, (".png", "_labelTrainIds.png"))
     return (
         Layout(name, images, renamed, encoding, only=only, count=count),
@@ -48,7 +48,7 @@ def _ids_or_train_ids(
 
 
 def _gta(split: str = "", folders: tuple[str, ...] = (), count: int | None = None) -> tuple[Layout, ...]:
-    """RobustNet's part of GTA5, in a folder of its own or listed in its text file; by default everything."""
+    """Return RobustNet's splits of GTA5, in a folder of their own or listed in text files; by default everything."""
     renamed = (("images/", "labels/"),)
     if not split:
         # RobustNet leaves 15 images of one colour out of its train part
@@ -62,7 +62,7 @@ def _gta(split: str = "", folders: tuple[str, ...] = (), count: int | None = Non
 
 
 def _synthia(split: str = "") -> tuple[Layout, ...]:
-    """RobustNet's part of SYNTHIA, by default everything."""
+    """Return RobustNet's splits of SYNTHIA, by default everything."""
     renamed = (("RGB/", "GT/LABELS/"),)
     if not split:
         parts = _ids_or_train_ids("all of RobustNet's parts", "RGB/*/*.png", renamed, "rgb16")
@@ -124,7 +124,7 @@ _BDD_BAD = {
 
 def _mapillary(split: str, folder: str) -> tuple[Layout, ...]:
     images, beside = f"{folder}/images/*.jpg", ("/images/", "/labels/")
-    note = "train ids made by someone's script: which of the three maps it used cannot be seen"
+    note = "train ids of an unknown conversion: it is not known which of the three maps it used"
     converted = partial(Layout, label_map="train-ids", revision="converted", note=note)
     apart = (f"{folder}/images/", f"cityscapes_trainIdLabel/{split}/label/")
     layouts = (
@@ -181,7 +181,7 @@ def _idd(split: str) -> tuple[Layout, ...]:
             return Layout(name + tail, images, renamed, encoding, label_map, revision=revision, note=note)
 
         made = "made by AutoNUE's script, with terrain for non-drivable fallback"
-        merged = "animals count as persons, groups of poles as poles; terrain and train cannot be told apart and are ignored"
+        merged = "animals count as persons, groups of poles as poles; terrain and train share values with others and are ignored"
         return (
             labelled("official", "polygons.json", "polygons"),
             labelled("ids", "labelids.png"),
@@ -390,6 +390,6 @@ DOMAINS: dict[str, Domain] = {d.name: d for d in _TABLE}
 
 
 def built_in(name: str) -> Domain | None:
-    """Return the row of the table with this name or alias, in capitals or not."""
+    """Return the row of the table with this name or alias, in lower or upper case."""
     name = name.lower()
     return DOMAINS.get(name) or next((d for d in DOMAINS.values() if name in d.aliases), None)

@@ -1,6 +1,6 @@
-"""Procedural streets written as a published data set is: its folders, its file names, its labels' encoding.
+"""Export of procedural streets in the form of a published data set: its folders, file names and label encoding.
 
-What can be read, downloaded or converted as Cityscapes can be tried on an export of Cityscapes first, where every label is
+Code that reads Cityscapes, for example, can be tested on an export as Cityscapes, where every label is
 known. How labels are written follows from the domain's row (globs, encoding, label map); only file names are listed here.
 """
 
@@ -29,7 +29,7 @@ from dgbench.data.labels import IGNORE, NAMES, LabelMap, palette
 from dgbench.errors import DataError, unknown
 from dgbench.progress import Progress, Silent
 
-# By the domain's first folder: what the stars of a glob stand for, from the last back. `i` counts from 0, `n` from 1 over
+# By the domain's first folder: the values for the `*` of a glob, from the last to the first. `i` counts from 0, `n` from 1 over
 # all splits; `a` and `b` are hexadecimal digits. Of domains that are not listed, files are numbered.
 _STARS: Mapping[str, tuple[str, ...]] = {
     "gta5": ("{n:05d}",),
@@ -82,22 +82,22 @@ def export(
     label_map: str | None = None,
     progress: Progress | None = None,
 ) -> list[Exported]:
-    """Render scenes and write them below the data root `out` as the files of `domain`; the folder appears when it is whole.
+    """Render scenes and write them below the data root `out` as the files of `domain`; the folder appears when complete.
 
     Args:
         streets: a rendered domain, with or without a severity.
-        n: at most so many images a split; by default all that `streets` has.
+        n: maximum number of images per split; by default all that `streets` has.
         splits: of `domain`; by default those of train and val that it has. `val` is rendered from the validation scenes,
-            as is every split whose name ends so, and the others from the training scenes.
+            like every split whose name ends in `val`, and the others from the training scenes.
         size: (H, W), by default 256x512.
         layout: name of one of the split's layouts; by default the published one.
-        label_map: what the labels are written by, where the domain has several.
+        label_map: the map by which labels are written, if the domain has several.
 
     Raises: DataError if there is no such domain, split, layout or map, or the domain has a folder below `out` already.
     """
     source, row = lookup(streets), lookup(domain, out)
     if not source.procedural:
-        raise DataError(f"`{source.name}` is not rendered: only scenes of ours can be exported", "streets-city, for example")
+        raise DataError(f"`{source.name}` is not a rendered domain: only these can be exported", "streets-city, for example")
     if row.procedural:
         raise DataError(f"`{row.name}` is rendered and has no files", "name a published domain, `cityscapes` for example")
     if size is not None and min(size) < _SMALLEST:
@@ -145,7 +145,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one split is written."""
+    """Settings for writing one split."""
 
     split: str
     layout: Layout
@@ -176,7 +176,7 @@ def _plan(row: Domain, split: str, layout_name: str | None, label_map_name: str 
 
 
 def _inverse(label_map: LabelMap, never: Sequence[str]) -> tuple[Stored, tuple[int, ...]]:
-    """The stored value of each train id, and which train ids have none."""
+    """Return the stored value of each train id, and which train ids have none."""
     table = np.full(256, label_map.stored(IGNORE), np.uint16)
     has = set(label_map.classes.values())
     inexpressible = tuple(i for i, name in enumerate(NAMES) if i not in has or name in never)
@@ -193,12 +193,12 @@ def _new_folder(row: Domain, out: Path) -> Path:
             "give its declaration a `folder` without a leading slash, or none",
         )
     if taken := next((out / name for name in row.folders if (out / name).exists()), None):
-        raise DataError(f"{taken} exists: an export never adds to files that are there", "give another --out")
+        raise DataError(f"{taken} exists: an export never adds to existing files", "give another --out")
     return out / row.folders[0]
 
 
 class _Writer:
-    """Writes splits into a folder, no path twice."""
+    """Writer of splits into a folder, which uses no path twice."""
 
     def __init__(self, row: Domain, streets: str, folder: Path) -> None:
         self.row, self.streets, self.folder = row, streets, folder
@@ -206,7 +206,7 @@ class _Writer:
         self._segments: dict[Path, list[_Annotation]] = {}  # JSON of panoptic labels -> what goes into it
 
     def write(self, dataset: SegDataset, plan: _Plan, progress: Progress) -> dict[str, int]:
-        """Write a split's images and labels; return how many pixels of which class had to become ignored."""
+        """Write a split's images and labels; return the number of pixels of each class that became ignored."""
         counts = np.zeros(256, np.int64)
         names = []
         for i in range(len(dataset)):
@@ -228,7 +228,7 @@ class _Writer:
         return {NAMES[i]: int(counts[i]) for i in plan.inexpressible if counts[i]}
 
     def finish(self) -> None:
-        """Write what is known only when all images are."""
+        """Write the files that need all images."""
         for path, listed in self._segments.items():
             used = {segment["category_id"] for annotation in listed for segment in annotation["segments_info"]}
             content = {
@@ -242,7 +242,7 @@ class _Writer:
             Path(place, RENDERED).write_text(note, encoding="utf-8")
 
     def _path(self, plan: _Plan, i: int, count: int) -> str:
-        """The next path that the glob of images matches, in an order that sorting keeps."""
+        """Return the next path that the glob of images matches, in an order that sorting keeps."""
         digest = hashlib.sha256(f"{self.streets} {plan.split} {i}".encode()).hexdigest()
         values: dict[str, Any] = {
             "i": self._given,
@@ -279,7 +279,7 @@ def _write_ids(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
 
 
 def _write_rgb16(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
-    """The class in red, the number of the object in green."""
+    """Write the class in red and the number of the object in green."""
     import cv2
 
     objects, given = np.zeros(train_ids.shape, np.uint16), 0
@@ -296,7 +296,7 @@ def _write_colors(path: Path, train_ids: NDArray[np.uint8], _: _Plan) -> None:
 
 
 def _write_polygons(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> None:
-    """A rectangle for each stretch of rows in which a run of pixels is the same; what is ignored stays bare."""
+    """Write a rectangle for each block of rows in which a run of pixels is the same; ignored pixels have no polygon."""
     names = {value: name for name, value in plan.label_map.names.items()}
     objects = [
         {"label": names[int(plan.stored[train_id])], "polygon": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}
@@ -308,7 +308,7 @@ def _write_polygons(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> No
 
 
 def _rectangles(labels: NDArray[np.uint8]) -> list[tuple[int, int, int, int, int]]:
-    """Rectangles that together cover a label map: value, and the first and last column and row as x0, y0, x1, y1."""
+    """Return rectangles that cover a label map: value, and the first and last column and row as x0, y0, x1, y1."""
     done, growing = [], dict[tuple[int, int, int], int]()  # (value, x0, x1) -> the row in which it began
     for y, row in enumerate(labels):
         edges = np.flatnonzero(np.diff(row)) + 1
@@ -320,7 +320,7 @@ def _rectangles(labels: NDArray[np.uint8]) -> list[tuple[int, int, int, int, int
 
 
 def _write_panoptic(path: Path, train_ids: NDArray[np.uint8], plan: _Plan) -> _Annotation:
-    """A segment for each class, numbered beyond what one colour channel holds."""
+    """Write a segment for each class, with ids greater than one colour channel holds."""
     values = plan.stored[train_ids].astype(np.uint32)
     numbers = 256 * values + 1
     Image.fromarray(np.stack([numbers & 255, numbers >> 8 & 255, numbers >> 16], -1).astype(np.uint8)).save(path, "PNG")

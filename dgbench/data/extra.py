@@ -1,7 +1,7 @@
 """Streams of further training images that a method declares: style images, wild images, generated images with labels.
 
-A recipe names a folder or a domain for each under `data.extra`. Which image a place of a batch gets, and where it is cropped,
-depends on (seed, stream, position) alone, so that a resumed run sees the same ones.
+A recipe names a folder or a domain for each under `data.extra`. The image for each position of a batch, and its crop,
+depend on (seed, stream, position) alone, so that a resumed run sees the same ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Stream:
         return len(self.source)
 
     def digest(self) -> str:
-        """Return 16 hex digits that tell which images these are, by their names."""
+        """Return a 16-digit hash of the images' names."""
         if isinstance(self.source, SegDataset):
             names = [self.source.domain.name, self.source.revision, *map(self.source.name, range(len(self)))]
         else:
@@ -58,7 +58,7 @@ class Stream:
         return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
     def prepare(self, progress: Progress) -> None:
-        """Render what is to be rendered."""
+        """Render the images of rendered domains."""
         if isinstance(self.source, SegDataset):
             self.source.prepare(progress)
 
@@ -109,7 +109,7 @@ def streams(
     root: Path | None = None,
     domains: Mapping[str, UserDomain] | None = None,
 ) -> list[Stream]:
-    """Return the streams that a method declares, from where the recipe says that they are.
+    """Return the streams that a method declares, from the locations in the recipe.
 
     Args:
         given: a folder or a domain's name by stream.    crop: (H, W) of the training crop.
@@ -180,14 +180,14 @@ def _stream(
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files below a folder that end so, in an order that no file system decides."""
+    """Return the files below a folder with these suffixes, in an order that does not depend on the file system."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
     hidden = [path for path in found if any(part.startswith(".") for part in path.relative_to(folder).parts)]
     return sorted(set(found) - set(hidden), key=lambda path: path.relative_to(folder).as_posix())
 
 
 class WithExtras(torch.utils.data.Dataset[tuple[Tensor, Tensor, dict[str, Tensor]]]):
-    """Maps a position in the training stream to image, label and the streams' images and labels, all uint8."""
+    """A mapping from a position in training to image, label and the streams' images and labels, all uint8."""
 
     def __init__(self, view: TrainView, streams: Sequence[Stream], seed: int) -> None:
         self.view, self.streams = view, streams

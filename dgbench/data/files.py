@@ -1,7 +1,7 @@
-"""Image and label files on a disk: opened only if they are files, and what is wrong with their content in our words.
+"""Opening of image and label files, only if they are regular files, and error texts for damaged content.
 
-A data folder comes from anywhere. A pipe in it would hang its reader and a link to an endless device fill its memory; a
-program that looks at the suffix, or at every format that it knows, may start another one (Pillow: Ghostscript for EPS).
+A data folder may come from anywhere. A pipe in it would make a reader hang and a link to an endless device fill its memory; a
+library that goes by the suffix, or tries all its formats, may start another program (Pillow: Ghostscript for EPS).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from dgbench.errors import DataError
 
-MOST = 2 << 30  # bytes: what Pillow's limit of pixels takes at 16 bits a channel fits
+MOST = 2 << 30  # bytes: enough for Pillow's limit of pixels at 16 bits per channel
 
-# what Pillow raises for one image or another that is damaged, or made to do damage
+# exceptions that Pillow raises for damaged or malicious images
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -35,12 +35,12 @@ DAMAGED = (
     Image.DecompressionBombError,
 )
 
-# of images that Pillow reads all the same; those of twice as many pixels it refuses
+# for images that Pillow still reads; it refuses those with twice as many pixels
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def opened(path: Path | str, what: str) -> BinaryIO:
-    """A regular file, or one that a link leads to, open for reading. `what` is expected: "image", "label".
+    """Open a regular file, or one that a link leads to, for reading. `what` is expected: "image", "label".
 
     Raises: DataError naming the path if there is none, it may not be read, is larger than `MOST`, or no file.
     """
@@ -56,7 +56,7 @@ def opened(path: Path | str, what: str) -> BinaryIO:
     except IsADirectoryError:
         raise DataError(f"{path} is a folder, {_a(what)} file was expected") from None
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # which says nothing about this file
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # not a problem of this file
             raise
         raise DataError(f"{path} cannot be opened: {error.strerror}", f"{_a(what)} file was expected") from None
     state = os.fstat(descriptor)
@@ -70,7 +70,7 @@ def opened(path: Path | str, what: str) -> BinaryIO:
 
 
 def content(path: Path | str, what: str) -> bytes:
-    """The bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Raises: DataError as `opened`, and if reading fails.
     """
@@ -82,11 +82,11 @@ def content(path: Path | str, what: str) -> bytes:
 
 
 def damage(error: BaseException) -> tuple[str, str | None]:
-    """What one of `DAMAGED` says about an image in a line, and what to do if that is something else than for damage."""
+    """Return what one of `DAMAGED` says about an image in a line, and what to do, if that is not the usual advice for damage."""
     said = (str(error).splitlines() or [""])[0]
     if isinstance(error, Image.DecompressionBombError):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return f"it says to have more than {most:,} pixels, which are not read", "save it smaller, or cut it into parts"
+        return f"its header states more than {most:,} pixels, the limit", "save it smaller, or cut it into parts"
     if "MAX_TEXT" in said:
         return "it holds more than 1 MB of text", "save it without metadata (exiftool -all= FILE)"
     plain = isinstance(error, OSError | SyntaxError) and said

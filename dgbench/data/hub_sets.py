@@ -1,7 +1,7 @@
-"""Rows that `dgbench download --hub` left below a domain's folder: `hub/<split>/` of datasets' own, and `hub/source.json`.
+"""Rows that `dgbench download --hub` stored below a domain's folder: `hub/<split>/` of `datasets`, and `hub/source.json`.
 
 `source.json` says which repository and commit they are from and how their labels are read. A folder of them below the data
-root is a domain of its own, called after the folder.
+root is a domain with the folder's name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 HUB = "hub"
 SOURCE = f"{HUB}/source.json"
-BESIDE = ("panoptic",)  # encodings of which a part lies beside the labels
+BESIDE = ("panoptic",)  # encodings with a further file beside the labels
 
 
 def names(root: Path) -> list[str]:
-    """The folders below the data root that hold such rows."""
+    """Return the folders below the data root that hold such rows."""
     return sorted(path.parents[1].name for path in root.glob(f"*/{SOURCE}"))
 
 
 def domain(name: str, root: Path) -> Domain | None:
-    """The row of a fetched set; None if there is none of this name.
+    """Return the row of a downloaded data set; None if there is none of this name.
 
     Raises: DataError if its description is damaged.
     """
@@ -54,7 +54,7 @@ def domain(name: str, root: Path) -> Domain | None:
 
 
 def layout(folder: Path, split: str) -> Layout | None:
-    """How the rows of a split in a domain's folder are read; None if there are none. `images` is the folder of the rows.
+    """Return how the rows of a split in a domain's folder are read; None if there are none. `images` is the folder of the rows.
 
     Raises: DataError if their description is damaged.
     """
@@ -68,9 +68,9 @@ def layout(folder: Path, split: str) -> Layout | None:
 
 
 def opened(path: Path) -> datasets.Dataset:
-    """The rows of a folder: `id` (string), `image` and `label`, each {"bytes", "path"} with the bytes as stored.
+    """Return the rows of a folder: `id` (string), `image` and `label`, each {"bytes", "path"} with the bytes as stored.
 
-    A path or an address that a row states is of the machine that wrote it, or of somebody's choosing: it reads None here, and
+    A path or URL in a row is not trusted, and may be another machine's: it is replaced by None, and
     a row without bytes is refused when it is read.
 
     Raises: DataError if the folder is damaged or holds something else.
@@ -106,7 +106,7 @@ def _bytes_alone(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return kept
 
 
-_SPLIT = re.compile(r"\w[\w.-]*")  # a folder's name, and nothing that leads elsewhere
+_SPLIT = re.compile(r"\w[\w.-]*")  # the name of a folder, not a path that leads elsewhere
 
 
 def _source(folder: Path) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 OpenCV takes about four fifths of Pillow's time for a PNG or a JPEG of 1914x1052 (torchvision takes the same, and has
 deprecated its decoders). But Pillow can stop early: rows of a PNG that lie below the wanted part need not be decoded.
-benchmarks/loader.md has the times. What OpenCV's libjpeg writes to the terminal about damaged data is kept from it; `verify`
-asks for it.
+benchmarks/loader.md has the times. libjpeg's warnings about damaged data, which OpenCV prints, are suppressed; `verify`
+reports them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dgbench.data import files, native_stderr
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 
-# of a PNG's rows: up to here, Pillow's part of the work is less than OpenCV's whole
+# fraction of a PNG's rows up to which decoding them with Pillow is faster than decoding all with OpenCV
 _WORTH = 0.8
 
 
@@ -40,7 +40,7 @@ class Part:
     right: int
 
     def of(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """This part of an image (H, W, 3) or label (H, W): a view."""
+        """Return this part of an image (H, W, 3) or label (H, W), as a view."""
         return pixels[self.top : self.bottom, self.left : self.right]
 
 
@@ -49,9 +49,9 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
 
     PNG and JPEG with 8-bit grey or RGB take the fast path, everything else Pillow's. Of 16-bit grey, 65535 becomes 255; of
     16-bit colours and of grey with alpha, Pillow keeps the high bytes, which differ from that by one level at most. Alpha is
-    dropped. Nothing is rotated by EXIF (but Pillow does so with a TIFF).
+    dropped. The EXIF orientation is not applied (but Pillow does so with a TIFF).
 
-    Raises: UnsuitableError for what has no agreed way to 8 bits; what Pillow raises for a file that is damaged or no image.
+    Raises: UnsuitableError for values without a standard conversion to 8 bits; Pillow's errors for damaged files.
     """
     with opened(data) as file:
         # Pillow calls 16-bit RGB `RGB`, too, and keeps the high bytes
@@ -66,12 +66,12 @@ def decode(data: bytes, part: Part | None = None) -> NDArray[np.uint8]:
             if whole is not None:
                 pixels: NDArray[np.uint8] = np.asarray(whole)
                 return pixels if part is None else part.of(pixels)
-            # Pillow says what is wrong in words that a user knows
+            # Pillow's error message is clearer
         return _pillow(file, part)
 
 
 def opened(source: bytes | BinaryIO) -> Image.Image:
-    """An image file, open.
+    """Open an image file.
 
     Raises: UnidentifiedImageError if it is none of `FORMATS`.
     """
@@ -82,12 +82,12 @@ def opened(source: bytes | BinaryIO) -> Image.Image:
 
 
 def orientation(data: bytes) -> int:
-    """How a viewer is to turn an image, 1 (not at all) to 8 as EXIF counts; 1 where the file says nothing or is no image."""
+    """Return the EXIF orientation of an image, 1 (upright) to 8; 1 if the file has none or is no image."""
     if data[:8] == _PNG and not _may_be_turned(data):
         return 1
     try:
         with opened(data) as file:
-            # Pillow decodes a whole PNG to look for the chunk behind the pixels
+            # Pillow decodes a whole PNG to find a chunk after the pixels
             exif = Image.Image.getexif(file)
             if data[:8] == _PNG and (chunk := _png_chunk(data, b"eXIf")):
                 exif.load(b"Exif\0\0" + chunk)
@@ -98,7 +98,7 @@ def orientation(data: bytes) -> int:
 
 
 def upright(data: bytes) -> NDArray[np.uint8]:
-    """The pixels of an image file as a viewer shows them, (H, W, 3) RGB: turned as its EXIF says.
+    """Return the pixels of an image file as a viewer shows them, (H, W, 3) RGB: with its EXIF orientation applied.
 
     Raises: as `decode`.
     """
@@ -110,14 +110,14 @@ def upright(data: bytes) -> NDArray[np.uint8]:
 
 
 def decoder_warning(data: bytes) -> str:
-    """What libjpeg says about a JPEG beside its pixels, "" where that is nothing. Not for several threads at once."""
+    """Return libjpeg's warning about a JPEG, "" if there is none. Not for several threads at once."""
     with native_stderr.captured() as told:
         cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)  # all data, an eighth of the pixels
         return told.text().strip().partition("\n")[0]
 
 
 class UnsuitableError(Exception):
-    """An image whose values have no agreed way to 8 bits."""
+    """An image whose values have no standard conversion to 8 bits."""
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -145,7 +145,7 @@ def _pillow(file: Image.Image, part: Part | None) -> NDArray[np.uint8]:
 
 
 def _may_be_turned(data: bytes) -> bool:
-    """Whether a PNG has a chunk that can say so: eXIf, or XMP and ImageMagick's profiles in chunks of text."""
+    """Return whether a PNG has a chunk that can hold an orientation: eXIf, or XMP and ImageMagick's profiles in text chunks."""
     return any(kind == b"eXIf" or kind in _TEXTS for kind, _ in _png_chunks(data))
 
 
@@ -157,7 +157,7 @@ def _png_chunk(data: bytes, wanted: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes, wanted: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-    """Kind of each chunk, and the content of those that are `wanted`."""
+    """Yield the kind of each chunk, with the content of those that are `wanted`."""
     place = 8
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -166,7 +166,7 @@ def _png_chunks(data: bytes, wanted: bytes = b"") -> Iterator[tuple[bytes, bytes
 
 
 def _first_rows(data: bytes, rows: int) -> bytes | None:
-    """A PNG file of the first rows of another: its header with another height. None for what stores rows in another order.
+    """Return a PNG of an image's first rows: its header with another height. None for interlaced files.
 
     Rows follow each other in one compressed stream, each filtered by those above (PNG specification, 4.6), so a decoder
     that asks for fewer of them stops there.

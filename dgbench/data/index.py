@@ -1,7 +1,7 @@
-"""What of a split lies on the disk: which layout, which pairs of image and label, and what has no counterpart.
+"""The files of a split on the disk: its layout, pairs of image and label, and files without a counterpart.
 
-Pairs are made by path: an image's path leads to its label's. `index` puts them into a `datasets.Dataset`, the same columns
-whether the files lie in folders (paths) or in rows that were fetched from a Hub (bytes).
+Pairs are made by path: a label's path is derived from its image's. `index` returns a `datasets.Dataset` with the same columns
+for files in folders (paths) and rows that were fetched from a Hub (bytes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Found:
     imageless: tuple[str, ...] = ()  # labels whose image is missing
     left_out: Mapping[str, str] = field(default_factory=dict)  # image of a known bad pair -> what is wrong with it
     rows: int = 0  # of a Hub's rows; `pairs` is empty then
-    rendered: bool = False  # written by `dgbench data export`: scenes of ours, not the published set
+    rendered: bool = False  # written by `dgbench data export`: rendered scenes, not the published set
 
     def __len__(self) -> int:
         return self.rows or len(self.pairs)
@@ -60,16 +60,16 @@ class Found:
         return max(0, len(self) - self.expected)
 
     def label_files(self, count: int) -> list[Path]:
-        """The files that hold the labels of the first `count` pairs."""
+        """Return the files that hold the labels of the first `count` pairs."""
         if self.rows:
             return sorted(path for path in (self.folder / self.layout.images).rglob("*") if path.is_file())
         labels = [self.folder / label for _, label in self.pairs[:count]]
-        # what some encodings keep beside the folder of labels: which segment is which category
+        # the file beside the folder of labels that gives each segment's category, in some encodings
         beside = {path.parent.with_suffix(".json") for path in labels}
         return [*labels, *sorted(path for path in beside if path.is_file())]
 
     def revision(self) -> str:
-        """What pins pixels and labels: the domain's revision, and what makes these files differ from the published ones."""
+        """Return what identifies pixels and labels: the domain's revision, and how these files differ from the published ones."""
         layout = "" if self.layout.revision == "official" else self.layout.revision
         return ", ".join(filter(None, (self.domain.revision(), layout, "rendered" if self.rendered else "")))
 
@@ -103,7 +103,7 @@ def require(domain: Domain, split: str, root: Path | None = None) -> Found:
 
 
 def rows_of(found: Found) -> datasets.Dataset:
-    """The pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
+    """Return the pairs of a split as rows: id (string), image and label ({"path", "bytes"})."""
     import datasets
 
     if found.rows:
@@ -133,7 +133,7 @@ def _is_text(path: str) -> bool:
 
 
 def find(domain: Domain, split: str, root: Path | None = None) -> Found:
-    """Find a split's files: of all layouts the one with the most pairs, of equals the first.
+    """Find a split's files: the layout with the most pairs, in case of a tie the first.
 
     Raises: DataError if there is no folder, or no image in any layout.
     """
@@ -162,7 +162,7 @@ def find(domain: Domain, split: str, root: Path | None = None) -> Found:
 
 
 def _complete(found: Found) -> Found:
-    """Add what only the chosen layout is asked for: labels without images, and a look at known bad pairs."""
+    """Add what is only searched in the chosen layout: labels without images, and checks of known bad pairs."""
     rendered = _rendered(found)
     if found.rows:
         return replace(found, rendered=rendered)
@@ -184,7 +184,7 @@ def _complete(found: Found) -> Found:
 
 
 def _rendered(found: Found) -> bool:
-    """Whether a folder in which its files lie, or one above it, was made by an export."""
+    """Return whether a folder of its files, or one above it, was made by an export."""
     folders = {""}
     for path in (found.layout.images,) if found.rows else (path for pair in found.pairs for path in pair):
         parent = path if found.rows else path.rpartition("/")[0]
@@ -195,9 +195,9 @@ def _rendered(found: Found) -> bool:
 
 
 def label_of(image: str, layout: Layout) -> str:
-    """The path of an image's label, both relative to the domain's folder.
+    """Return the path of an image's label, both relative to the domain's folder.
 
-    Raises: DataError if it is not below it, as the name of a file can make it by what is replaced.
+    Raises: DataError if the replacements lead outside this folder.
     """
     label = replaced(image, layout.to_label)
     if outside(label):
@@ -209,7 +209,7 @@ def label_of(image: str, layout: Layout) -> str:
 
 
 def stem(path: str) -> str:
-    """A file's name without folders and suffix."""
+    """Return a file's name without folders and suffix."""
     return path.rpartition("/")[2].rpartition(".")[0]
 
 
@@ -217,7 +217,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 def mismatch(image: Path, label: Path) -> str | None:
-    """What is wrong with a pair as far as the files' heads tell; None if nothing is."""
+    """Return what is wrong with a pair according to the files' headers; None if nothing is."""
     sizes = []
     for path in (image, label):
         try:
@@ -237,16 +237,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class _Files:
-    """A folder whose sub-folders are listed once each: asking a file server 25,000 times whether a file exists is slow."""
+    """A folder whose sub-folders are listed once each, since asking a file server for 25,000 single files is slow."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.listed = cache(self._listed)
 
     def _listed(self, relative: str) -> tuple[frozenset[str], frozenset[str]]:
-        """Names of everything in a folder, and of the folders among them."""
+        """Return the names of everything in a folder, and of the folders among them."""
         try:
-            # names that start with a dot are other programs' companions of a file
+            # names that start with a dot are files of other programs
             entries = [entry for entry in os.scandir(self.folder / relative) if not entry.name.startswith(".")]
         except (FileNotFoundError, NotADirectoryError):
             entries = []
@@ -257,7 +257,7 @@ class _Files:
         return name in self.listed(parent)[0]
 
     def matching(self, pattern: str) -> list[str]:
-        """The paths that match a glob, sorted; `*` does not cross a `/`."""
+        """Return the paths that match a glob, sorted; `*` does not cross a `/`."""
         return sorted(self._walk("", pattern.split("/")))
 
     def _walk(self, parent: str, parts: Sequence[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The 19 evaluated classes, their palette, and the label maps that lead to them.
+"""The 19 evaluated classes, their palette, and the label maps to them.
 
-A label map leads from the value stored in a label file to a train id, 255 = ignored. A value that the map does not list is
-an error of the file, never silently "ignored": wrong label files are the field's most common cause of meaningless scores.
+A label map assigns a train id to each value stored in a label file, 255 = ignored. A value that the map does not list is
+an error of the file, and not ignored silently: wrong label files are a common cause of meaningless scores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NAMES: tuple[str, ...] = tuple(c.name for c in CLASSES)
 
 @dataclass(frozen=True)
 class LabelMap:
-    """From stored values to train ids. `ignored` are values that are allowed and count as ignore."""
+    """A map from stored values to train ids. `ignored` are values that are allowed and count as ignore."""
 
     name: str
     classes: Mapping[int, int]  # stored value, 0..65535 -> train id
@@ -78,11 +78,11 @@ class LabelMap:
         return 256 if max((*self.classes, *self.ignored), default=0) < 256 else 65536
 
     def strangers(self, values: Iterable[int]) -> list[int]:
-        """Those of the stored values that the map does not know."""
+        """Return the stored values that are not in the map."""
         return [v for v in values if v >= self._length or not self.known[v]]
 
     def stored(self, train_id: int) -> int:
-        """The smallest value that stands for a train id, 255 for what is ignored; inverts the map for writing files.
+        """Return the smallest value that maps to a train id, 255 for ignored; inverts the map for writing files.
 
         Raises: DataError where the map has no value for that class (SYNTHIA has no terrain).
         """
@@ -123,7 +123,7 @@ _SYNTHIA = {
     11: 18,
 }
 
-# Mapillary Vistas v1.2 ids, in the three versions in use; scores under two of them do not compare.
+# Mapillary Vistas v1.2 ids, in the three versions in use; scores under two of them are not comparable.
 _VISTAS_ROBUSTNET = {
     13: 0,
     24: 0,
@@ -177,7 +177,7 @@ _VISTAS_WD2 = {k: v for k, v in _VISTAS_ROBUSTNET.items() if k != 58} | {
     46: 5,
 }
 
-# IDD's own ids are the places in this list (AutoNUE, anue_labels.py)
+# IDD's own ids are the indices in this list (AutoNUE, anue_labels.py)
 _IDD_NAMES = (
     "road",
     "parking",
@@ -279,7 +279,7 @@ LABEL_MAPS: dict[str, LabelMap] = {
         # GTA5 uses Cityscapes' ids; 34 (licence plate) occurs in some of its files
         _map("gta5-ids", _LABEL_IDS, range(35)),
         _map("synthia-ids", _SYNTHIA, range(23)),
-        # train ids with more than one value for what is not evaluated
+        # train ids with more than one value for classes that are not evaluated
         _map("urbansyn-ids", _TRAIN_IDS, range(19, 256)),
         _map("mapillary-robustnet", _VISTAS_ROBUSTNET, range(66)),
         _map("mapillary-openseg", _VISTAS_OPENSEG, range(66)),
@@ -295,7 +295,7 @@ LABEL_MAPS: dict[str, LabelMap] = {
 
 
 def named(name: str) -> LabelMap:
-    """The label map of this name.
+    """Return the label map of this name.
 
     Raises: DataError naming the nearest one.
     """
@@ -305,7 +305,7 @@ def named(name: str) -> LabelMap:
 
 
 def palette() -> NDArray[np.uint8]:
-    """(256, 3) RGB by train id; ignored pixels are black."""
+    """Return (256, 3) RGB by train id; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(CLASSES)] = [c.color for c in CLASSES]
     return table

@@ -1,4 +1,4 @@
-"""What `dgbench data` tells about domains: the list, how often each class occurs, a contact sheet."""
+"""Information on domains for `dgbench data`: the list, class frequencies, contact sheets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SplitState:
-    """What of a split lies on this disk."""
+    """The files of a split on this disk."""
 
     layout: str  # name of the one that was found
     folder: str
     n_pairs: int
-    n_expected: int  # pairs of the complete split, without those known to be bad; fewer than n_pairs: some are foreign
+    n_expected: int  # pairs of the complete split, without those known to be bad; fewer than n_pairs: some do not belong to it
     rendered: bool = False  # by `dgbench data export`: not the published set
 
 
@@ -41,12 +41,12 @@ class DomainState:
     label_maps: tuple[str, ...]  # the default one first; none where there is no agreed map to the 19 classes
     aliases: tuple[str, ...]
     where: str | None  # its folder, "rendered" if it needs none, None if it is not on this disk
-    here: dict[str, SplitState]  # split -> what lies on this disk
+    here: dict[str, SplitState]  # split -> its files on this disk
 
 
 @dataclass(frozen=True, slots=True)
 class ClassShare:
-    """How much of a domain one class makes up."""
+    """Frequency of one class in a domain."""
 
     domain: str
     split: str
@@ -101,7 +101,7 @@ def _split_state(domain: Domain, split: str, root: Path | None) -> SplitState | 
 
 
 def usual_split(name: str, root: Path | None = None) -> str:
-    """The split that a command looks at when none is named: val if there is one."""
+    """Return the split that a command uses when none is named: val if there is one."""
     splits = catalog.lookup(name, root).splits
     return "val" if "val" in splits else next(iter(splits))
 

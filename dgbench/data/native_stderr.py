@@ -1,6 +1,6 @@
-"""What libraries in C write to the process's standard error, kept from the terminal and read.
+"""Capture of what C libraries write to the process's standard error.
 
-libjpeg's warnings about damaged data go there from inside OpenCV, without a way to ask for them.
+OpenCV lets libjpeg print its warnings about damaged data there, and offers no other way to get them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import TextIO
 
 _LOCK = threading.Lock()
-_ours: Captured | None = None  # while anybody captures
+_ours: Captured | None = None  # the active capture, shared by all threads
 
 
 class Captured:
-    """What was written so far."""
+    """The text captured so far."""
 
     def __init__(self) -> None:
         self.users = 0
@@ -37,15 +37,15 @@ class Captured:
             sys.stderr = os.fdopen(copy, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
 
     def size(self) -> int:
-        """Bytes so far: more of them after a call than before it, and it (or another thread's) has written."""
+        """Return the bytes so far: if they grow during a call, it (or another thread's) has written."""
         return os.fstat(self._file).st_size
 
     def text(self) -> str:
-        """All that was written."""
+        """Return all that was written."""
         return os.pread(self._file, min(self.size(), 1 << 20), 0).decode(errors="replace")
 
     def end(self) -> None:
-        """Put everything back; what is not an image library's goes on to the terminal."""
+        """Restore standard error; text that is not an image library's is written to the terminal."""
         if self._replaced is not None:
             stand_in, sys.stderr = sys.stderr, self._replaced
             stand_in.close()
@@ -63,7 +63,7 @@ _LIBRARIES = ("JPEG", "JFIF", "Huffman", "libpng", "SOS", "progression sequence"
 
 @contextlib.contextmanager
 def captured() -> Iterator[Captured]:
-    """Within, nothing that is written by C reaches the terminal. Threads that do so at once share one capture."""
+    """Keep what C code writes to stderr off the terminal. Threads that do so at once share one capture."""
     global _ours
     with _LOCK:
         _ours = told = _ours or Captured()

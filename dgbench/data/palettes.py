@@ -1,8 +1,8 @@
-"""Palettes of label files: which entry stands for which value.
+"""Palettes of label files: the label of each entry.
 
-A palette PNG stores indices and a colour for each. What the label is depends on who made the file: a set that publishes
-palette PNGs keeps the label in the index and shows it by the colour; a program that saves a grey map in fewer bytes
-(oxipng, optipng, pngquant, an editor) numbers the grey values that occur anew, and keeps the label in the colour.
+A palette PNG stores indices and a colour for each. The label depends on who made the file: a data set that publishes
+palette PNGs stores the label in the index and shows it by the colour; a program that saves a grey map in fewer bytes
+(oxipng, optipng, pngquant, an editor) renumbers the grey values that occur, and keeps the label in the colour.
 """
 
 from __future__ import annotations
@@ -158,13 +158,13 @@ _PALETTE_FILES = ("gta5-ids", "mapillary-robustnet", "mapillary-openseg", "mapil
 
 
 def values_of(used: NDArray[np.int64], stored: NDArray[np.int16], label_map: LabelMap, path: Path) -> NDArray[np.uint8] | None:
-    """(256,) the label of each index of a palette image, or None where the indices are the labels.
+    """Return the label of each index of a palette image, (256,), or None if the indices are the labels.
 
     Args:
-        used: the indices that occur, rising.
+        used: the indices that occur, in ascending order.
         stored: (256, 3) the palette; -1 beyond its end.
 
-    Raises: DataError naming file and entry if the palette says that it is another numbering, but not which.
+    Raises: DataError naming file and entry if the palette was renumbered in an unknown way.
     """
     colors: list[Color] = [tuple(row) for row in stored[used].tolist()]
     if _shows(used, colors, label_map):
@@ -177,7 +177,7 @@ def values_of(used: NDArray[np.int64], stored: NDArray[np.int16], label_map: Lab
     if np.array_equal(values[used], used):
         return None
     if label_map.name in _PALETTE_FILES and not set(colors) - set(_PUBLISHED[label_map.name]):
-        # the set has grey colours, too: a palette of them may be its own in another order, or a grey map's
+        # the data set has grey colours, too: a palette of these may be its own in another order, or that of a grey map
         _refuse_reordered(used, colors, label_map, path)
     if grey[(stored >= 0).all(1)].all():
         return values
@@ -199,7 +199,7 @@ def _is_grey(stored: NDArray[np.int16]) -> NDArray[np.bool_]:
 
 
 def _shows(used: NDArray[np.int64], colors: list[Color], label_map: LabelMap) -> bool:
-    """Whether the colours are those that go with the indices: the set's own, or the 19 classes'."""
+    """Return whether the palette is a known one in its published order: the data set's, or that of the 19 classes."""
     published = _PUBLISHED.get(label_map.name, ())
     if all(i < len(published) and color == published[i] for i, color in zip(used, colors, strict=True)):
         return True
@@ -213,7 +213,7 @@ def _refuse_reordered(used: NDArray[np.int64], colors: list[Color], label_map: L
     published = _PUBLISHED.get(label_map.name, ())
     for i, color in zip(used.tolist(), colors, strict=True):
         own = [value for value, other in enumerate(published) if other == color]
-        # black is what programs fill a palette with
+        # programs fill palettes with black
         if own and i not in own and color != BLACK:
             raise DataError(
                 f"{path} has a palette whose entry {i} is {color}, which is published as the colour of "

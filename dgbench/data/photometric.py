@@ -1,7 +1,7 @@
-"""Photometric distortions of training images, by the name of the code that they are from.
+"""Photometric distortions of training images, named after the code that they are from.
 
 Each takes an RGB image (H, W, 3), uint8, and a generator, and returns a new image of the same shape. Those of the CNN-era
-methods are torchvision's `ColorJitter` on Pillow images; what it draws comes from our generator, and Pillow does the rest.
+methods are torchvision's `ColorJitter` on Pillow images, with random numbers from our generator.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _blur(image: Pixels, radius: float) -> Pixels:
 
 
 def _affine(values: Pixels, gain: float, offset: float) -> Pixels:
-    """A look-up table: eight-bit values have no more than 256 results."""
+    """Apply gain and offset by a look-up table: eight-bit values have no more than 256 results."""
     table = np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
     mapped: Pixels = cv2.LUT(values, table)
     return mapped

@@ -1,6 +1,6 @@
-"""What a pixel of a label file stands for, decided here for every kind of image file and nowhere else.
+"""The value of a pixel of a label file, for every kind of image file.
 
-Values that went through a lossy codec are no labels, whatever they look like: such files are refused.
+Label files with lossy compression are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dgbench.errors import DataError
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 
-VERSION = 2  # raised when a file is read as other labels than before: what was counted of them is then counted again
+VERSION = 2  # raised when files are read as other labels than before: stored class counts are then made again
 FORMATS = ("PNG", "BMP", "GIF", "TIFF", "WEBP")  # that can keep values without loss
 _TIFF_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000", "lerc")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
@@ -32,13 +32,13 @@ KINDS = {0: "grey", 2: "colour", 3: "palette", 4: "grey + alpha", 6: "colour + a
 
 
 def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
-    """(H, W) values of a file that stores a number for each pixel.
+    """Return (H, W) values of a file that stores a number for each pixel.
 
     8-bit and 16-bit grey as they are; a palette by its index, or by its grey values where those are the labels
     (`palettes`); colour whose channels are equal, as programs save grey. Narrower grey, which means multiples of 255 but is
-    sometimes written as numbers, only where one of both can be meant. Alpha may not tell pixels apart.
+    sometimes written as numbers, only if one of both fits the label map. Alpha must be the same everywhere.
 
-    Raises: DataError naming the file where that says nothing certain.
+    Raises: DataError naming the file if its values are ambiguous.
     """
     with opened(content, path) as file:
         bits = _bits(content, file)
@@ -60,14 +60,14 @@ def values(content: bytes, path: Path, label_map: LabelMap) -> Stored:
             first = channels[..., 0]
             if file.mode == "LA":
                 return np.ascontiguousarray(first)
-            # black alone is what renderings show "unlabeled" as, too
+            # renderings also show "unlabeled" as black
             if first.any() and (first == channels[..., 1]).all() and (first == channels[..., 2]).all():
                 return np.ascontiguousarray(first)
         raise _no_label_map(path, file.mode)
 
 
 def colors(content: bytes, path: Path) -> NDArray[np.uint32]:
-    """(H, W) R + 256 G + 65536 B of a file that stores a colour for each pixel, in whatever kind a program saved it.
+    """Return (H, W) values R + 256 G + 65536 B of a file that stores a colour for each pixel, in any kind of PNG.
 
     Raises: DataError naming the file if it holds anything else than 8-bit colours.
     """
@@ -82,15 +82,15 @@ def colors(content: bytes, path: Path) -> NDArray[np.uint32]:
 
 
 def color_of(code: int) -> tuple[int, int, int]:
-    """R, G, B of one of `colors`."""
+    """Return R, G, B of one of `colors`."""
     return code & 255, code >> 8 & 255, code >> 16
 
 
 @contextmanager
 def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
-    """A label file, open.
+    """Open a label file.
 
-    Raises: DataError naming the file if it is stored with loss; what Pillow raises if it is none of `FORMATS`.
+    Raises: DataError naming the file if it has lossy compression; Pillow's error if it is none of `FORMATS`.
     """
     if content[:3] == b"\xff\xd8\xff":
         raise _lossy(path, "a JPEG")
@@ -107,7 +107,7 @@ def opened(content: bytes, path: Path) -> Iterator[Image.Image]:
 
 
 def used(indices: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The values that occur in an 8-bit image, rising."""
+    """Return the values that occur in an 8-bit image, in ascending order."""
     import cv2  # NumPy takes ten times as long
 
     counts = cv2.calcHist([np.ascontiguousarray(indices)], [0], None, [256], [0, 256])
@@ -115,7 +115,7 @@ def used(indices: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def png_header(content: bytes) -> tuple[int, int]:
-    """Bits per sample and colour type of a PNG, (0, -1) of anything else."""
+    """Return bits per sample and colour type of a PNG, (0, -1) for anything else."""
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 26:
         return 0, -1
     depth, kind = struct.unpack(">BB", content[24:26])
@@ -137,7 +137,7 @@ def _lossy(path: Path, what: str) -> DataError:
 
 
 def _lossless_webp(content: bytes) -> bool:
-    """Whether the pixels of a WebP are in the lossless chunk; the extended form has chunks before it, animations none."""
+    """Return whether the pixels of a WebP are in the lossless chunk; the extended form has chunks before it, animations none."""
     place = 12
     while place + 8 <= len(content):
         kind, size = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
@@ -148,7 +148,7 @@ def _lossless_webp(content: bytes) -> bool:
 
 
 def _bits(content: bytes, file: Image.Image) -> int:
-    """Bits per sample, as far as Pillow's mode does not tell them; of a palette 8."""
+    """Return the bits per sample that Pillow's mode does not tell; 8 for a palette."""
     depth, kind = png_header(content)
     if depth:
         return 8 if kind == 3 else depth
@@ -160,12 +160,12 @@ def _bits(content: bytes, file: Image.Image) -> int:
 
 
 def _narrow(scaled: NDArray[np.uint8], bits: int, path: Path, label_map: LabelMap) -> Stored:
-    """A sample of 1, 2 or 4 bits means a share of white: 8-bit grey that an optimiser narrowed has the values `scaled`."""
+    """Return the values of samples of 1, 2 or 4 bits, which are fractions of white; `scaled` holds them as 8-bit grey."""
     numbers = scaled // np.uint8(255 // (2**bits - 1))
     if np.array_equal(numbers, scaled) or label_map.strangers(used(numbers).tolist()):
         return scaled
     raise DataError(
-        f"{path} is a {bits}-bit grey image, whose values every reader scales up to 255: it cannot be seen whether "
+        f"{path} is a {bits}-bit grey image, whose values every reader scales up to 255: it is ambiguous whether "
         f"{used(numbers)[-1]} or {used(scaled)[-1]} was meant",
         "save it as 8-bit grey, or unpack the official label archive again",
     )
@@ -186,12 +186,12 @@ def _of_palette(file: Image.Image, path: Path, label_map: LabelMap) -> Stored:
 
 
 def _refuse_see_through(file: Image.Image, path: Path) -> None:
-    """Values under transparent pixels are whatever a program left there."""
+    """Refuse transparent pixels, whose values are arbitrary."""
     if not file.has_transparency_data:
         return
     alpha = np.asarray(file.convert("RGBA"))[..., 3]
     if alpha.min() != alpha.max() or not alpha.max():
         raise DataError(
-            f"{path} is transparent in places, where its values mean nothing",
+            f"{path} has transparent pixels, whose values have no meaning",
             "save the labels without alpha, with the value for ignored pixels there",
         )

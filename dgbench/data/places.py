@@ -9,7 +9,7 @@ from dgbench.errors import DataError
 
 
 def data_root(given: Path | None = None) -> Path:
-    """Where dataset folders lie: the argument, else DGBENCH_DATA, else `./data`.
+    """Return the data root: the argument, else DGBENCH_DATA, else `./data`.
 
     Raises: DataError if the variable holds no absolute path.
     """
@@ -17,7 +17,7 @@ def data_root(given: Path | None = None) -> Path:
 
 
 def cache_root() -> Path:
-    """Where rendered images and statistics are kept: DGBENCH_CACHE, else the user's cache folder; never below the current one.
+    """Return the folder of rendered images and statistics: DGBENCH_CACHE, else the user's cache; never the current folder.
 
     Raises: DataError if the variable holds no absolute path, or the user has no home folder.
     """
@@ -37,7 +37,7 @@ def cache_root() -> Path:
 
 
 def _named_by(variable: str) -> Path | None:
-    """The folder that a variable names, None where it is empty or not set; it means the same wherever a command is started."""
+    """Return the folder that a variable names, None if it is empty or unset; it does not depend on the current folder."""
     value = os.environ.get(variable)
     if value and not os.path.isabs(value):
         meant = os.path.abspath(os.path.expanduser(value))

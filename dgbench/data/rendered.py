@@ -1,7 +1,7 @@
-"""Rendered images and labels, kept as PNG files in the cache folder: a second run reads what the first rendered.
+"""Cache of rendered images and labels: PNG files that a later run reads instead of rendering.
 
-Each file says in a text chunk what it holds. Decoders look neither at that nor at the checksums of pixel data; both are
-compared here, and what is damaged or another image's is rendered again.
+Each file names its content in a text chunk. Decoders ignore this and the checksums of pixel data; both are
+checked here, and an image whose file is damaged or another image's is rendered again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dgbench.errors import DataError
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores
 
-_FEW = 16  # images that are rendered sooner than a pool of processes starts
+_FEW = 16  # number of images that are rendered faster than a pool of processes starts
 _CHUNK = 8  # images that a process is given at a time
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IMAGE, _LABEL = 0, 1
@@ -37,7 +37,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One split of a rendered domain at one size; `revision` is the renderer's and pins every byte."""
+    """One split of a rendered domain at one size; `revision` is the renderer's and identifies every byte."""
 
     domain: str
     split: str
@@ -45,17 +45,17 @@ class Rendered:
     revision: str
 
     def pair(self, index: int) -> tuple[Pixels, Pixels]:
-        """(H, W, 3) RGB and (H, W) train ids, from the cache or rendered and kept there."""
+        """Return (H, W, 3) RGB and (H, W) train ids, from the cache or rendered and kept there."""
         image, label = self._kept(index, _IMAGE), self._kept(index, _LABEL)
         return self._render(index) if image is None or label is None else (image, label)
 
     def image(self, index: int) -> Pixels:
-        """The image alone: cheaper than the pair."""
+        """Return the image alone, which is cheaper than the pair."""
         image = self._kept(index, _IMAGE)
         return self._render(index)[_IMAGE] if image is None else image
 
     def label(self, index: int) -> Pixels:
-        """The label alone: cheaper than the pair."""
+        """Return the label alone, which is cheaper than the pair."""
         label = self._kept(index, _LABEL)
         return self._render(index)[_LABEL] if label is None else label
 
@@ -89,7 +89,7 @@ class Rendered:
                     for done in as_completed(pending):
                         progress.advance(done.result())
                 except BaseException:
-                    held.close()  # they end at once, whatever they are doing
+                    held.close()  # ends them at once
                     pool.shutdown(cancel_futures=True)
                     raise
         except BrokenProcessPool:
@@ -109,7 +109,7 @@ class Rendered:
         return self._folder() / f"{index:06d}{('', '_labelTrainIds')[which]}.png"
 
     def _head(self, index: int, which: int) -> bytes:
-        """The bytes with which the file begins: size and kind of its pixels, and whose they are."""
+        """Return the bytes with which the file begins: size and kind of its pixels, and the image that they belong to."""
         height, width = self.size
         kind = ("image", "label")[which]
         name = f"{self.revision} {self.domain} {self.split} {index:06d} {width}x{height} {kind}"
@@ -117,7 +117,7 @@ class Rendered:
         return _SIGNATURE + _chunk(b"IHDR", shape) + _chunk(b"tEXt", b"dgbench\0" + name.encode("latin-1"))
 
     def _begins_right(self, index: int) -> bool:
-        """Whether both files are there and this pair's, by their first bytes; damage further on is found when they are read."""
+        """Return whether both files exist and are this pair's, by their first bytes; other damage is found when they are read."""
         for which in (_IMAGE, _LABEL):
             head = self._head(index, which)
             try:
@@ -129,7 +129,7 @@ class Rendered:
         return True
 
     def _kept(self, index: int, which: int) -> Pixels | None:
-        """What the cache has, None where that is nothing, damaged or of something else."""
+        """Return the cached pixels, None if there are none or they are damaged or of something else."""
         try:
             data = self._path(index, which).read_bytes()
         except OSError:
@@ -160,7 +160,7 @@ class Rendered:
         path = self._path(index, which)
         temporary = temporaries.beside(path)
         try:
-            # behind the first chunk goes the text; a crash of the machine may leave less than this, which reading notices
+            # the text chunk follows the first chunk; a crash of the machine may cut the file, which reading detects
             temporary.write_bytes(head + encoded.getvalue()[len(_SIGNATURE) + _IHDR :])
             os.replace(temporary, path)
         except OSError as error:
@@ -180,7 +180,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _whole(data: bytes, start: int) -> bool:
-    """Whether from byte `start` on there are chunks with right checksums up to the end mark, and nothing behind it."""
+    """Return whether all chunks from byte `start` have correct checksums up to the end marker, and nothing follows it."""
     view = memoryview(data)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(view[start : start + 4], "big")

@@ -1,4 +1,4 @@
-"""What a protocol makes of an image and its label before a model sees them.
+"""Resizing of images and labels to a protocol's test size.
 
 OpenCV's bilinear has no antialiasing and counts in 11-bit fractions, Pillow's widens its kernel: where 2048 pixels
 become 1024 the two differ visibly. Each is called as it is, so that a protocol's numbers are those of its papers.
@@ -20,11 +20,11 @@ Pixels = NDArray[np.uint8]
 def as_tested(
     image: Pixels, label: Pixels, rules: Protocol, domain: str, size: Size | None = None
 ) -> tuple[list[Pixels], Pixels]:
-    """Return the images that a model is shown, one for each of the protocol's scales, and the label to score against.
+    """Return the model's input images, one for each of the protocol's scales, and the label to score against.
 
     Args:
         image: (H, W, 3) RGB.    label: (H, W) train ids.    domain: the name by which the protocol knows its size.
-        size: (H, W) at which a recipe shows every image, whatever the protocol would.
+        size: (H, W) of a recipe for all images, which overrides the protocol's.
     """
     if size is None:
         sizes = [rules.test_size(domain, (label.shape[0], label.shape[1]), scale) for scale in rules.scales]
@@ -39,7 +39,7 @@ def as_tested(
 
 
 def prepared(image: Pixels, label: Pixels, rules: Protocol, domain: str) -> tuple[Pixels, Pixels]:
-    """Return image and label as scripts of the papers prepare both: halved, or as a square; most domains as they are."""
+    """Return image and label as the papers' scripts prepare them: halved, or as a square; unchanged for most domains."""
     height, width = rules.prepared_size(domain, (label.shape[0], label.shape[1]))
     square = height == width and bool(rules.square)
     if (height, width) == label.shape:

@@ -1,4 +1,4 @@
-"""Which image comes next: uniform epochs, by weight of its source, or by class.
+"""Samplers of training images: uniform epochs, by weight of the source, or by class.
 
 Rare-class sampling is DAFormer's (Hoyer et al., CVPR 2022, eq. 4), class-uniform sampling NVIDIA's (Zhu et al., CVPR 2019), as
 RobustNet has it.
@@ -33,25 +33,25 @@ from dgbench.resources import usable_cores
 if TYPE_CHECKING:
     from dgbench.recipe import DataSpec
 
-# DAFormer, tqdm and MFuser draw images with more than this many pixels of the class, and want half as many in the crop
+# DAFormer, tqdm and MFuser draw images with more than this many pixels of the class, and require half as many in the crop
 MIN_PIXELS = 3000
 MIN_CROP_RATIO = 0.5
 _GTA5_AREA = 1914 * 1052
 
 
 def min_pixels(size: tuple[int, int] | None) -> float:
-    """Return how many pixels of a class make an image one of its own.
+    """Return the number of pixels of a class from which on an image is drawn for it.
 
     Args:
-        size: (H, W) to which a recipe brings the images. Its images are not the files of the papers: there it is the same
-            share of the image as in GTA5. None, for files as they are: the papers' number.
+        size: (H, W) to which a recipe resizes the images, for which it is the same
+            share of the image as in GTA5. None, for images at their stored size: the papers' number.
     """
     return MIN_PIXELS if size is None else MIN_PIXELS * size[0] * size[1] / _GTA5_AREA
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a crop should hold: more than `pixels` pixels of class `train_id`."""
+    """Requirement on a crop: more than `pixels` pixels of class `train_id`."""
 
     train_id: int
     pixels: float
@@ -59,13 +59,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """Where a crop should lie: it holds this pixel (y, x), which may be a fraction."""
+    """Requirement on a crop: it contains this pixel (y, x), which may be a fraction."""
 
     y: float
     x: float
 
     def on(self, stored: tuple[int, ...], grid: tuple[int, ...]) -> Around:
-        """Return the same place after an image of (H, W) `stored` was brought to `grid`."""
+        """Return the same position after an image of (H, W) `stored` was resized to `grid`."""
         return Around(min(self.y * grid[0] / stored[0], grid[0] - 1), min(self.x * grid[1] / stored[1], grid[1] - 1))
 
 
@@ -77,7 +77,7 @@ class UniformSampler:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def draw(self, position: int) -> tuple[int, Wanted | None]:
-        """The image of the `position`-th draw, and nothing that the crop should hold."""
+        """Return the image of the `position`-th draw, with no requirement on the crop."""
         epoch, offset = divmod(position, self.count)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
@@ -85,12 +85,12 @@ class UniformSampler:
 
 
 class RareClassSampler:
-    """Draw a class with P(c) = softmax((1 - f_c) / T), then an image that holds enough of it.
+    """Sampler that draws a class with P(c) = softmax((1 - f_c) / T), then an image with enough pixels of it.
 
     Args:
         counts: (n, K) pixels per image and class.
         temperature: T; small favours rare classes, large is uniform over classes.
-        size: (H, W) to which the recipe brings the images, None for files as they are; see `min_pixels`.
+        size: (H, W) to which the recipe resizes the images, None for their stored size; see `min_pixels`.
 
     Raises: DataError where no label holds a class.
     """
@@ -101,14 +101,14 @@ class RareClassSampler:
         self.classes = np.flatnonzero(frequency > 0)
         if not len(self.classes):
             raise DataError(
-                f"no pixel of the {len(counts)} labels is of a class, all are ignored: rare-class sampling has nothing to draw",
+                f"all pixels of the {len(counts)} labels are ignored: rare-class sampling has no class to draw",
                 "`dgbench data verify` lists which values they hold and what they are read as; train on labelled images",
             )
         logits = (1 - frequency[self.classes]) / temperature
         weights = np.exp(logits - logits.max())
         self.probability = weights / weights.sum()
         self._in_crop = MIN_CROP_RATIO * min_pixels(size)
-        # the counts are of labels as they are stored, whatever the size
+        # counts are those of labels at their stored size
         least = np.full(len(counts), MIN_PIXELS) if size is None else MIN_PIXELS / _GTA5_AREA * counts.sum(1)
         self._images = {}
         for c in self.classes:
@@ -116,17 +116,17 @@ class RareClassSampler:
             self._images[int(c)] = enough if len(enough) else np.flatnonzero(counts[:, c] > 0)
 
     def draw(self, position: int) -> tuple[int, Wanted | None]:
-        """The image of the `position`-th draw, and what its crop should hold."""
+        """Return the image of the `position`-th draw, and what its crop should contain."""
         rng = np.random.default_rng([self.seed, 1, position])
         c = int(rng.choice(self.classes, p=self.probability))
         return int(rng.choice(self._images[c])), Wanted(c, self._in_crop)
 
 
 class WeightedSampler:
-    """Draw a source with a probability of its weight's share, then one of its images, with replacement.
+    """Sampler that draws a source by weight, then one of its images, with replacement.
 
     Args:
-        counts: images of each source, in the order in which they stand in the union.    weights: one for each source.
+        counts: images of each source, in the order of the union.    weights: one for each source.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -135,17 +135,17 @@ class WeightedSampler:
         self.probability = np.asarray(weights, np.float64) / math.fsum(weights)
 
     def draw(self, position: int) -> tuple[int, None]:
-        """Return the image of the `position`-th draw, and nothing that the crop should hold."""
+        """Return the image of the `position`-th draw, with no requirement on the crop."""
         rng = np.random.default_rng([self.seed, 3, position])
         source = int(rng.choice(len(self.counts), p=self.probability))
         return int(self.first[source] + rng.integers(self.counts[source])), None
 
 
 class ClassUniformSampler:
-    """Shuffled epochs in which a share of the images is drawn by class, as often for each, and cropped around that class.
+    """Shuffled epochs in which a share of the images is drawn by class, equally for all, and cropped around that class.
 
-    An epoch has, of `count` images, int(count * (1 - share)) drawn uniformly, and for every class that occurs
-    int(count * share / 19) of its tiles: shuffled, and from the beginning again where there are fewer.
+    An epoch of `count` images has int(count * (1 - share)) that are drawn uniformly, and for every class that occurs
+    int(count * share / 19) of its tiles: shuffled, and repeated if there are fewer.
 
     Args:
         tiles: (n, 4) of image, class, and the centroid's y and x, as `class_tiles` returns them.
@@ -173,7 +173,7 @@ class ClassUniformSampler:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def draw(self, position: int) -> tuple[int, Around | None]:
-        """Return the image of the `position`-th draw, and where its crop should lie."""
+        """Return the image of the `position`-th draw, and the position that its crop should contain."""
         epoch, offset = divmod(position, self.length)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
@@ -184,7 +184,7 @@ class ClassUniformSampler:
         return int(image), Around(float(y), float(x))
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        """Images, and tiles behind them."""
+        """Return shuffled images, followed by tiles."""
         rng = np.random.default_rng([self.seed, 4, epoch])
         parts = [np.resize(rng.permutation(self.count), self.uniform)]
         for c in self.classes:
@@ -197,7 +197,7 @@ class ClassUniformSampler:
 def sampler_of(
     data: DataSpec, dataset: SegDataset | Union, seed: int, progress: Progress
 ) -> UniformSampler | WeightedSampler | RareClassSampler | ClassUniformSampler:
-    """Return the sampler that a recipe's `data` asks for.
+    """Return the sampler of a recipe's `data`.
 
     Raises: DataError if it chooses images by their classes, and no label holds any.
     """
@@ -220,7 +220,7 @@ def sampler_of(
 def class_counts(dataset: SegDataset | Union, progress: Progress) -> NDArray[np.int64]:
     """Return (n, 19) pixels of each class in each image, counted once.
 
-    They are kept beside the data, so that everybody who reads it has them, or in the cache folder where that cannot be
+    They are stored beside the data, for all users of it, or in the cache folder if that cannot be
     written, and counted again when a label file or the label map has changed.
     """
     if isinstance(dataset, Union):
@@ -236,8 +236,8 @@ def class_counts(dataset: SegDataset | Union, progress: Progress) -> NDArray[np.
 def class_tiles(dataset: SegDataset | Union, tile: int, progress: Progress) -> NDArray[np.float64]:
     """Return (n, 4) of image, class, and y and x of the class's centroid, for each class in each square tile of the labels.
 
-    Tiles of `tile` pixels lie side by side from the upper left corner; what remains at the right and below has none, as in the
-    original code. Kept where `class_counts` keeps its own.
+    Tiles of `tile` pixels lie side by side from the upper left corner; the rest at the right and bottom has none, as in the
+    original code. The result is stored like that of `class_counts`.
     """
     if isinstance(dataset, Union):
         found = [class_tiles(part, tile, progress) for part in dataset.parts]
@@ -268,7 +268,7 @@ def _centroids(label: NDArray[np.uint8]) -> Iterator[tuple[int, tuple[float, flo
 def _looked_up(
     dataset: SegDataset, what: str, one: Callable[[int], NDArray[Any]], form: tuple[type, int], progress: Progress
 ) -> NDArray[Any]:
-    """Return what `one` finds in each label, put together; from a file if that was done before."""
+    """Return the results of `one` for all labels, concatenated; from a file if there is one."""
     places = _cache_files(dataset, what)
     for path in places:
         with suppress(OSError, ValueError):  # a damaged file is made again
@@ -286,7 +286,7 @@ def _looked_up(
                     found.append(rows)
                     progress.advance()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the labels that are left
+                pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the remaining labels
                 raise
     finally:
         progress.stop()
@@ -304,7 +304,7 @@ def _looked_up(
 
 
 def _cache_files(dataset: SegDataset, what: str) -> list[Path]:
-    """Where they may lie, the preferred place first."""
+    """Return the folders in which they may be, the preferred one first."""
     name = f"{what}-{dataset.domain.name}-{dataset.split}-{dataset.fingerprint()}.npy"
     beside = [dataset.folder / ".dgbench" / name] if dataset.folder is not None else []
     return [*beside, cache_root() / "class-counts" / name]

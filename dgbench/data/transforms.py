@@ -3,9 +3,9 @@
 All randomness of a sample comes from a generator made of (seed, position), so a batch is the same whichever worker makes
 it and whenever training resumes.
 
-The order of work is the papers' turned round. There, the whole image is decoded and resized before it is cropped, and
-all of it is done again when the crop does not hold the class it was drawn for. Here the label alone decides on the
-window; then the image is decoded as far as the window reaches, cropped, and only the crop is resized. Windows start at
+The order of operations differs from the papers' code. There, the whole image is decoded and resized before it is cropped, and
+all of this is repeated if the crop does not contain the class it was drawn for. Here the window is chosen from the label
+alone; then the image is decoded as far as the window reaches, cropped, and only the crop is resized. Windows start at
 whole pixels of the file instead of the resized image; the rest is the same, and eight-bit throughout.
 """
 
@@ -29,8 +29,8 @@ from dgbench.data.sampling import Around, Wanted
 from dgbench.data.union import Union
 from dgbench.errors import DataError
 
-TRIES = 10  # of mmsegmentation for a class's share, and of DAFormer for a wanted class; what comes after them is taken
-# some of GTA5's labels have a few rows less than their images: what both have is used, as the papers' loaders do
+TRIES = 10  # of mmsegmentation for a class's share, and of DAFormer for a wanted class; then the last one is taken
+# some of GTA5's labels have a few rows less than their images: the rows of both are used, as in the papers' loaders
 ODD = 16
 
 Scale = tuple[float, float]  # by which height and width are multiplied
@@ -41,7 +41,7 @@ class Sampler(Protocol):
 
 
 class Resize(Protocol):
-    """How the size of an image is drawn before it is cropped; `recipe.data.ResizeSpec` has the fields' meanings."""
+    """Random resizing of an image before it is cropped; `recipe.data.ResizeSpec` explains the fields."""
 
     @property
     def mode(self) -> str: ...
@@ -57,7 +57,7 @@ class Resize(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What a training crop goes through; field names as in the recipe."""
+    """Augmentation of a training crop; field names as in the recipe."""
 
     crop: tuple[int, int]  # (H, W)
     scale: tuple[float, float]
@@ -68,7 +68,7 @@ class Augmentation:
 
 
 class TrainView(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Maps a position in the training stream to (image (3, H, W), label (H, W)), both uint8; `to_model` takes batches of it."""
+    """A mapping from a position in training to (image (3, H, W), label (H, W)), both uint8; `to_model` takes batches of it."""
 
     def __init__(self, dataset: SegDataset | Union, sampler: Sampler, augmentation: Augmentation, seed: int) -> None:
         self.dataset, self.sampler, self.augmentation, self.seed = dataset, sampler, augmentation, seed
@@ -90,12 +90,12 @@ class TrainView(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 def _label(dataset: SegDataset, index: int) -> tuple[Pixels, tuple[int, ...]]:
-    """Return the label on the image's grid, and the shape that it is stored in."""
+    """Return the label on the image's grid, and its stored shape."""
     label, size = dataset.label(index), dataset.image_size(index)
     if dataset.size is not None:  # the image comes at this size, the label as it is stored
         return resize_label(label, size, by="opencv"), label.shape
     if any(abs(a - b) > ODD for a, b in zip(size, label.shape, strict=True)):
-        dataset.image(index)  # which says so, if EXIF turns it
+        dataset.image(index)  # raises an error if it has an EXIF rotation
         raise DataError(
             f"{dataset.name(index)} is {size[0]}x{size[1]} (H x W), but its label is {label.shape[0]}x{label.shape[1]}",
             "the pair is damaged or mismatched: download it again, or move both files out of the folder",
@@ -105,7 +105,7 @@ def _label(dataset: SegDataset, index: int) -> tuple[Pixels, tuple[int, ...]]:
 
 
 def to_model(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bring a batch of a TrainView to where it is trained on: images (B, 3, H, W) in [0, 1], labels (B, H, W) int64."""
+    """Move a batch of a TrainView to a device: images (B, 3, H, W) in [0, 1], labels (B, H, W) int64."""
     # eight-bit until here: a quarter of the bytes between processes and to the GPU
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return images.float().div_(255), labels.to(device, non_blocking=True).long()
@@ -114,11 +114,11 @@ def to_model(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tens
 def draw_window(
     label: Pixels, a: Augmentation, rng: np.random.Generator, wanted: Wanted | Around | None = None
 ) -> tuple[Part, tuple[int, int], Pixels]:
-    """Return a window of random scale and place.
+    """Return a window of random scale and position.
 
-    Of up to 10 places, the first is taken at which no class has more than `cat_max_ratio` of the labelled pixels. Where a
-    class is wanted (rare-class sampling), up to 10 windows are made so, until one holds enough of it after resizing; where a
-    place is wanted (class-uniform sampling), every window holds it.
+    Of up to 10 positions, the first is taken at which no class has more than `cat_max_ratio` of the labelled pixels. If a
+    class is wanted (rare-class sampling), up to 10 windows are made so, until one has enough of it after resizing; if a
+    position is wanted (class-uniform sampling), every window contains it.
 
     Returns: the window; the (H, W) to which it is to be resized, less than the crop where the image ends before it; its
         label at the crop's size, padded with 255.
@@ -136,7 +136,7 @@ def draw_window(
 
 
 def resized(image: Pixels, size: tuple[int, int], crop: tuple[int, int]) -> Pixels:
-    """A window's image (h, w, 3) at `size` = (H, W), padded with black to `crop`.
+    """Return a window's image (h, w, 3) at `size` = (H, W), padded with black to `crop`.
 
     By OpenCV's bilinear, without antialiasing, as mmsegmentation does.
     """
@@ -144,7 +144,7 @@ def resized(image: Pixels, size: tuple[int, int], crop: tuple[int, int]) -> Pixe
 
 
 def _scale(shape: tuple[int, ...], a: Augmentation, rng: np.random.Generator) -> Scale:
-    """Draw by how much an image of (H, W) is resized."""
+    """Draw the scale of an image of (H, W)."""
     if a.resize is None or a.resize.mode == "ratio":
         ratio = a.scale[0] + (a.scale[1] - a.scale[0]) * rng.random()
         return ratio, ratio
@@ -180,7 +180,7 @@ def _place(
 
 
 def _corner(place: float, length: int, end: int, rng: np.random.Generator) -> int:
-    """Draw where a window of this length begins that holds `place`, and moved so that it does not reach beyond the image."""
+    """Draw the start of a window of this length that contains `place` and does not reach beyond the image."""
     pixel = int(place)
     return min(max(0, int(rng.integers(pixel - length + 1, pixel + 1))), max(0, end - length))
 
@@ -201,7 +201,7 @@ def _padded(pixels: Pixels, crop: tuple[int, int], value: int) -> Pixels:
 
 
 class StepBatches(torch.utils.data.Sampler[list[int]]):
-    """Positions of each step's batch on one process, from `start` to `stop`: a resumed run asks from where it was."""
+    """Positions of each step's batch on one process, from `start` (the step of a resumed run) to `stop`."""
 
     def __init__(self, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.steps, self.batch_size, self.rank, self.world = range(start, stop), batch_size, rank, world

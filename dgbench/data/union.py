@@ -1,4 +1,4 @@
-"""Several sources as one dataset: their images one behind another."""
+"""Several sources as one dataset: the concatenation of their images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Union:
 
     def __init__(self, parts: Sequence[SegDataset]) -> None:
         self.parts = tuple(parts)
-        self.first = (0, *accumulate(len(part) for part in self.parts[:-1]))  # place of each one's first image
+        self.first = (0, *accumulate(len(part) for part in self.parts[:-1]))  # index of each one's first image
         self.split = "+".join(dict.fromkeys(part.split for part in self.parts))
         sizes = {part.size for part in self.parts}
-        self.size = sizes.pop() if len(sizes) == 1 else None  # (H, W) to which all are brought
+        self.size = sizes.pop() if len(sizes) == 1 else None  # (H, W) to which all are resized
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -45,18 +45,18 @@ class Union:
         return any(part.exported for part in self.parts)
 
     def locate(self, index: int) -> tuple[SegDataset, int]:
-        """Return the dataset that holds an image, and the image's place in it."""
+        """Return the dataset of an image, and the image's index in it."""
         which = bisect.bisect_right(self.first, index) - 1
         return self.parts[which], index - self.first[which]
 
     def prepare(self, progress: Progress, workers: int | None = None) -> None:
-        """Render what is not in the cache yet, in parallel."""
+        """Render images that are not in the cache, in parallel."""
         for part in self.parts:
             part.prepare(progress, workers)
 
 
 def sources(data: DataSpec, root: Path | None = None) -> SegDataset | Union:
-    """Return what a recipe's `data` trains on.
+    """Return the training dataset of a recipe's `data`.
 
     Raises: DataError if files of a source are missing.
     """

@@ -1,4 +1,4 @@
-"""A look at every file of a split: pairs, sizes, whether each can be read, and which values the labels hold."""
+"""Verification of every file of a split: pairs, sizes, readability, and label values."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found of a split."""
+    """The result of verifying a split."""
 
     domain: str
     split: str
@@ -63,7 +63,7 @@ class Report:
     problems: tuple[Problem, ...]
     known_bad: dict[str, str]  # file -> what is said about it; left out by every reader
     one_color: tuple[str, ...]  # images of a single colour: readable, but nothing can be learnt from them
-    turned: tuple[str, ...]  # images that EXIF says are to be turned when shown; where their labels are not, a problem, too
+    turned: tuple[str, ...]  # images with an EXIF rotation; if their labels do not have it, also a problem
     sizes: dict[str, int]  # W x H of images -> how many
     values: tuple[Value, ...]
     shares: dict[str, float]  # class -> share of the labelled pixels, 0..1; empty without a label map
@@ -76,7 +76,7 @@ class Report:
 
 
 def splits_to_verify(name: str, root: Path | None = None) -> list[str]:
-    """Of train and val (or of all splits, if it has neither) those of which something lies on the disk.
+    """Return those of train and val (or of all splits, if it has neither) of which files exist.
 
     Raises: DataError if that is none of them.
     """
@@ -98,7 +98,7 @@ def splits_to_verify(name: str, root: Path | None = None) -> list[str]:
 def verify(
     name: str, split: str, root: Path | None = None, *, label_map: str | None = None, progress: Progress | None = None
 ) -> Report:
-    """Look at every file of a split, on all cores.
+    """Read and check every file of a split, on all cores.
 
     Args:
         label_map: read the labels by this map instead of the domain's own.
@@ -140,7 +140,7 @@ class _Looked:
     size: tuple[int, int] | None = None  # (H, W)
     one_color: bool = False
     turned: bool = False
-    suspect: dict[str, Any] | None = None  # its row, if a decoder warned, of this image or one that was read meanwhile
+    suspect: dict[str, Any] | None = None  # its row, if a decoder warned about this image or one that was read meanwhile
     counts: NDArray[np.int64] | None = None  # pixels of each stored value
     problems: tuple[Problem, ...] = ()
 
@@ -191,12 +191,12 @@ def _look(found: Found, label_map: LabelMap | None, told: native_stderr.Captured
 
 def _of_one_color(pixels: NDArray[np.uint8]) -> bool:
     first = pixels[0, 0]
-    # nearly every image is told by a few of its pixels
+    # a few pixels are enough for nearly every image
     return bool((pixels[::32, ::32] == first).all() and (pixels == first).all())
 
 
 class _Tally:
-    """What the looks at pairs add up to."""
+    """Sum of the checks of pairs."""
 
     def __init__(self, found: Found, label_map: LabelMap | None) -> None:
         self.found, self.label_map = found, label_map
@@ -247,7 +247,7 @@ class _Tally:
         class_pixels = self._class_pixels()
         if self.label_map is not None and self.pixels and not class_pixels:
             held = ", ".join(map(str, sorted(self.pixels)[:8]))
-            detail = f"the labels hold {held} alone, and no pixel is of a class by the label map `{self.label_map.name}`"
+            detail = f"the labels only hold {held}, and no pixel has a class of the label map `{self.label_map.name}`"
             self.problems.append(Problem("nothing labelled", "all labels", detail))
         labelled = max(sum(class_pixels.values()), 1)
         classes = list(enumerate(NAMES)) if self.label_map is not None else []
@@ -299,7 +299,7 @@ def _meaning(value: int, label_map: LabelMap) -> str:
 
 
 def _legend(found: Found) -> dict[int, str]:
-    """The data set's own names for its values, from the JSON that it comes with (Mapillary's form)."""
+    """Return the data set's own names for its values, from the JSON that it comes with (Mapillary's form)."""
     path = found.folder / found.domain.legend
     if not found.domain.legend or not path.is_file():
         return {}

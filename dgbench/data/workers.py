@@ -1,4 +1,4 @@
-"""The start of a data loader's worker processes, and their end when the system gives them no memory to share or no files."""
+"""Start of a data loader's worker processes, and their end if the system has no more shared memory or open files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dgbench import ends
 
 
 def worker_init(_: int) -> None:
-    """Start a loader's worker: it is one of several, each of which OpenCV would give every core, and ends with its parent."""
+    """Set up a loader's worker: OpenCV uses one core in it, and it ends with its parent."""
     cv2.setNumThreads(0)
     ends.follow()
-    # a batch that cannot be sent is dropped otherwise, and the parent waits for it for ever
+    # otherwise a batch that cannot be sent is dropped, and the parent waits for it for ever
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
 
 

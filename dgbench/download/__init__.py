@@ -1,1 +1,1 @@
-"""Download weights and domains by name: plans, transfers, archives, sets from the Hub."""
+"""Download of weights and domains by name: plans, transfers, archives, data sets of the Hub."""

@@ -1,5 +1,7 @@
-"""Doing what orders say: packages through their downloader, repositories, and archives a few at a time, each put into place
-when its last file is there. One order's failure leaves the others alone; a full disk and Ctrl-C end them all.
+"""Execution of orders.
+
+Packages are fetched through their downloader, repositories from the Hub, and archives a few at a time; each domain is put into
+place when its last file is there. One order's failure leaves the others alone; a full disk and Ctrl-C end them all.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from dgbench.progress import Bars
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the work is done with."""
+    """Settings and tools of one command's downloads."""
 
     transfer: Transfer
     bars: Bars
     patience: Patience
     jobs: int  # archives at a time
-    again: str  # what a user is told to do after a failure
+    again: str  # advice to a user after a failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Problem:
 
 
 class Problems:
-    """What went wrong, by order; the first of each counts."""
+    """Errors by order; only the first of each is kept."""
 
     def __init__(self) -> None:
         self.found: list[Problem] = []
@@ -56,13 +58,13 @@ class Problems:
             self.add_name(order.name, error)
 
     def add_name(self, name: str, error: DgbenchError) -> None:
-        """For what there is no order for: a tower, a domain that could not be looked at."""
+        """Add a problem that has no order: of a tower, or of a domain that could not be examined."""
         self.found.append(Problem(name, error.message, error.hint))
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Within, a refusal of the file system is a problem of one order, and not the end of the others."""
+    """Record errors of the file system as problems of one order, and continue with the others."""
     try:
         yield
     except OSError as error:
@@ -76,7 +78,7 @@ def told() -> Iterator[None]:
 
 
 def _refusal(error: OSError) -> DataError:
-    """What the file system said, of which file, in one line."""
+    """Return the file system's error and its file in one line."""
     files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     return DataError(
@@ -85,12 +87,12 @@ def _refusal(error: OSError) -> DataError:
 
 
 def acquire(moving: Sequence[Order], work: Work, problems: Problems) -> None:
-    """Get the orders, each whole or not at all; what goes wrong with one is in `problems`.
+    """Execute the orders, each completely or not at all; the errors of each are in `problems`.
 
-    Raises: StoppedError for Ctrl-C, telling how much is kept.
+    Raises: StoppedError for Ctrl-C, stating how much is kept.
     """
     try:
-        # these ask on the terminal or draw bars of their own: one after the other, before the others begin
+        # these ask questions or draw their own progress bars: one after the other, before the others
         for order in moving:
             try:
                 with told():
@@ -108,7 +110,7 @@ def acquire(moving: Sequence[Order], work: Work, problems: Problems) -> None:
         _archives([order for order in moving if order not in problems.orders], work, problems)
     except KeyboardInterrupt:
         kept = sum(order.stage.kept_bytes() for order in moving if order.tree is None)
-        raise StoppedError(f"stopped; {kept / 1e9:,.2f} GB that have come are kept. To go on, {work.again}") from None
+        raise StoppedError(f"stopped; {kept / 1e9:,.2f} GB that were received are kept. To continue, {work.again}") from None
 
 
 def _archives(moving: Sequence[Order], work: Work, problems: Problems) -> None:
@@ -124,7 +126,7 @@ def _archives(moving: Sequence[Order], work: Work, problems: Problems) -> None:
             left[order.name] = len(mine)
             for one in mine:
                 tasks[pool.submit(_one_archive, order, one, work)] = (order, one)
-            if not mine:  # an earlier try had only this left to do
+            if not mine:  # only this step was left from an earlier try
                 _finish(order, problems)
         pending = set(tasks)
         while pending:
@@ -143,7 +145,7 @@ def _archives(moving: Sequence[Order], work: Work, problems: Problems) -> None:
                     else:
                         problems.add(order, error)
                 except InterruptedTransfer:
-                    problems.add(order, DataError(f"{order.name} was left unfinished", f"what has come is kept; {work.again}"))
+                    problems.add(order, DataError(f"{order.name} was left unfinished", f"received bytes are kept; {work.again}"))
                 if not left[order.name] and not order.by_hand and order not in problems.orders:
                     _finish(order, problems)
     except BaseException:
@@ -154,7 +156,7 @@ def _archives(moving: Sequence[Order], work: Work, problems: Problems) -> None:
 
 
 def _one_archive(order: Order, one: Archive | given.Given, work: Work) -> None:
-    """Bring one archive here, check it and unpack it. A transferred archive is removed once it is unpacked, or useless."""
+    """Transfer one archive, check it and unpack it. A transferred archive is removed once it is unpacked, or useless."""
     if work.transfer.stop.is_set():
         raise InterruptedTransfer
     assert order.source is not None
@@ -195,7 +197,7 @@ def _one_archive(order: Order, one: Archive | given.Given, work: Work) -> None:
 
 def _of_fetched(order: Order, archive: Archive, work: Work) -> Receipt:
     path = order.stage.archive(archive.name)
-    # csDownload has brought its archives already
+    # csDownload has transferred its archives already
     url = order.urls.get(archive.name, order.page)
     part = path.with_name(path.name + ".part")
     work.bars.begin(path.name, order.sizes.get(archive.name), part.stat().st_size if part.is_file() else 0)
@@ -228,19 +230,19 @@ def _finish(order: Order, problems: Problems) -> None:
 
 
 def _hub(order: Order, wish: HubWish, again: str) -> None:
-    """Fetch a repository and put it into place, with how its rows are read if it is a domain of the user's."""
+    """Download a repository and put it into place, with a description of its rows if it becomes a domain."""
     assert order.listed is not None
     atomic.write(order.stage.home / "revision", order.listed.revision)
     tree, files = order.stage.tree, order.listed.files
     if wish.columns is None:
         hub_files.fetch(order.listed, tree, again)
-        # huggingface_hub's own notes on how far it was
+        # huggingface_hub's own state of the download
         shutil.rmtree(tree / ".cache", ignore_errors=True)
     else:
         apart = order.stage.home / "repository"
         apart.mkdir(parents=True, exist_ok=True)
         if not any("*" in column for column in wish.columns.values()):
-            # a wrong column is known from the first file, not from the last
+            # a wrong column is reported after the first file, not after the last
             first = hub_files.fetch_one(order.listed, hub_rows.first_parquet(order.listed, wish.repo), apart, again)
             hub_rows.check_columns(order.listed, wish.columns, first)
         hub_files.fetch(order.listed, apart, again)
@@ -253,7 +255,7 @@ def _hub(order: Order, wish: HubWish, again: str) -> None:
 
 
 def _link(order: Order) -> None:
-    """Let the data root's folder be the user's unpacked tree, which stays where it is."""
+    """Link the data root's folder to the user's unpacked tree, which stays where it is."""
     assert order.tree is not None
     target, tree = order.stage.target, order.tree.resolve()
     if target.exists() or target.is_symlink():
@@ -273,5 +275,5 @@ def _link(order: Order) -> None:
 
 
 def by_hand_hint(name: str) -> str:
-    """What a user can do who would rather download in a browser."""
+    """Return how to download in a browser instead."""
     return f"download it in a browser, then run: dgbench download {name} --from FOLDER"

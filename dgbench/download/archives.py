@@ -1,10 +1,10 @@
-"""Archives that came from outside: what is in them, and unpacking them so that nothing leaves the folder.
+"""Listing and safe unpacking of untrusted archives: nothing is written outside the folder.
 
-zip (also split into volumes), tar (plain, gz, bz2, xz) and rar, told apart by their first bytes. Every member's path is
+zip (also split into volumes), tar (plain, gz, bz2, xz) and rar, recognised by their first bytes. Every member's path is
 normalised and checked; links, devices and pipes are refused; what is written is counted against what was declared, the
-archive's own size and the room on the disk. The folder that is unpacked into must be a new one, so that no link can wait
-in it. rar has no free reader in Python: `bsdtar` turns it into a tar stream, or `unrar` unpacks it into a folder of its own.
-A flipped bit is found in all of them but two: a plain tar, which has checksums of its headers alone, and a rar that bsdtar
+archive's own size and the space on the disk. The target folder must be a new one, so that it contains no
+links. There is no free reader of rar in Python: `bsdtar` converts it to a tar stream, or `unrar` unpacks it into its own folder.
+A flipped bit is detected except in two cases: a plain tar, which only has checksums of its headers, and a rar that bsdtar
 reads (libarchive 3.6 does not check what is stored uncompressed).
 """
 
@@ -35,7 +35,7 @@ from dgbench.errors import DataError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".rar")
 _BLOCK = 1 << 20
-# the last two are what Python's readers raise for numbers, names and nesting that they did not expect
+# the last two are raised by Python's readers for unexpected numbers, names and nesting
 _DAMAGE = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -59,7 +59,7 @@ class ArchiveError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an archive of a data set never needs, and an archive made to fill disks does."""
+    """Limits that archives of data sets stay below, and that a zip bomb exceeds."""
 
     ratio: float = 100.0  # unpacked bytes over packed ones ...
     always: int = 1 << 30  # ... where they are more than this
@@ -77,17 +77,17 @@ class Member:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file has the name of an archive; the volumes before a split zip's last do not count."""
+    """Return whether a file has the name of an archive; the volumes before a split zip's last do not count."""
     return path.name.lower().endswith(SUFFIXES) and path.is_file()
 
 
 def packed_size(path: Path) -> int:
-    """Bytes of the archive with all its volumes."""
+    """Return the bytes of the archive with all its volumes."""
     return sum(volume.stat().st_size for volume in volumes(path))
 
 
 def members(path: Path, limit: int | None = None) -> list[str]:
-    """The paths of an archive's files, at most the first `limit`; of a rar none, as telling needs a program.
+    """Return the paths of an archive's files, at most the first `limit`; none for a rar, which needs a program to be listed.
 
     Raises: ArchiveError as `unpack` does.
     """
@@ -116,11 +116,11 @@ def unpack(
     """Unpack an archive into a folder that does not exist yet; return the size of each file by its path there.
 
     Args:
-        place: the path below `into` of a member with the given path, or None to leave it out.
-        advance: is told of bytes written, and may raise to stop.
+        place: returns the path below `into` of a member with the given path, or None to skip it.
+        advance: called with the number of bytes written; may raise an exception to stop.
 
     Raises: ArchiveError for damage, a member that would leave the folder, a link or a device, a path given twice, or more
-        bytes or files than `limits` allow; DataError if the disk has no room for what is declared; OSError if it fills up.
+        bytes or files than `limits` allow; DataError if the disk has too little space; OSError if it fills up.
     """
     limits = limits or Limits()
     allowed = _allowed(path, limits)
@@ -155,7 +155,7 @@ def unpack(
 
 
 def safe_path(name: str) -> str | None:
-    """A member's path with forward slashes, or None if it could leave the folder.
+    """Return a member's path with forward slashes, or None if it could leave the folder.
 
     Backslashes separate folders in archives packed on Windows (SYNTHIA's is one); a drive letter, a leading slash or `..`
     would leave it.
@@ -228,7 +228,7 @@ def _tar_members(path: Path, entries: Iterator[tuple[tarfile.TarInfo, IO[bytes] 
         try:
             name = info.name.encode("utf-8", "surrogateescape").decode("utf-8")
         except UnicodeDecodeError:
-            # as older systems in Europe wrote names; a set's files need names that every reader can hold as text
+            # Latin-1, as older systems in Europe wrote names; they are converted, since readers need text
             name = info.name.encode("utf-8", "surrogateescape").decode("latin-1")
         yield Member(_checked(path, name), info.size, info.isdir(), lambda c=content: c)  # type: ignore[misc]
 
@@ -244,7 +244,7 @@ def _rar(path: Path, most: int, apart: Path) -> Iterator[Iterator[Member]]:
                 try:
                     yield _tar_members(path, tar_entries(process.stdout, most))
                 except tarfile.TarError as error:
-                    problem = error  # most likely bsdtar ended early, and says why
+                    problem = error  # most likely bsdtar ended early and has printed the reason
                 process.stdout.read()
                 if process.wait() != 0 or problem:
                     told.seek(0)
@@ -291,19 +291,19 @@ def _checked(path: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name from outside in a message: one line, of bounded length."""
+    """Return a name from outside for a message: one line, of bounded length."""
     cut = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
     return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _clutter(inside: str) -> bool:
-    # what macOS and Windows add to archives
+    # files that macOS and Windows add to archives
     parts = inside.split("/")
     return "__MACOSX" in parts or parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini") or parts[-1].startswith("._")
 
 
 def _check_declared(path: Path, into: Path, allowed: int) -> None:
-    """Refuse by the sizes that a zip declares, before a byte is written; other kinds declare them on the way."""
+    """Refuse a zip by its declared sizes, before a byte is written; other kinds declare them member by member."""
     declared = packed_size(path)
     if _kind(path) == "zip":
         with _reading(path), open_zip(path) as archive:
@@ -360,13 +360,13 @@ _BY_HAND = "unpack {path} yourself (7-Zip reads most kinds) and give the folder 
 
 
 def _bomb(total: int, allowed: int) -> str:
-    return f"it unpacks to at least {total:,} bytes, more than {allowed:,} are not believed of an archive of its size"
+    return f"it unpacks to at least {total:,} bytes, more than the {allowed:,} that are accepted for its size"
 
 
 def _unsafe(path: Path, why: str) -> ArchiveError:
     return ArchiveError(
         f"{path.name} is not unpacked: {why}",
-        "no official archive does that: it comes from somewhere else or was changed on the way. Get it again from the data "
+        "official archives do not do this: it is from another source or was changed. Download it again from the data "
         f"set's own site; {path} can be deleted",
     )
 
@@ -376,6 +376,6 @@ def _damaged(path: Path, why: str) -> ArchiveError:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of ours that may be half there."""
+    """Delete a folder of dgbench that may be incomplete."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""What `dgbench download` fetches by name: the towers' weights, the domains' official archives, sets from the Hub.
+"""`dgbench download`: towers' weights, domains' official archives, and data sets of the Hub, by name.
 
-First everything is worked out and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
-domain's failure does not keep the others from coming.
+First the plan is made and shown (`Plan`); then a few files at a time are transferred, checked and unpacked. One
+domain's failure does not affect the others.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ class Stored:
     name: str
     state: Literal["downloaded", "unpacked", "linked", "here"]
     folder: str
-    files: int | None  # that the manifest lists; None for a folder that is not of our making
+    files: int | None  # in the manifest; None for a folder that dgbench did not make
     bytes: int | None
-    checked: str | None  # what its archives were held against
+    checked: str | None  # what its archives were compared with
     revision: str | None  # of a Hub repository
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a command."""
+    """The result of a command."""
 
     rows: tuple[Fetched | Stored, ...]
     problems: tuple[Problem, ...]
@@ -56,9 +56,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to download.
+    """Options of a download.
 
-    `ask` shows terms and tells whether the user accepts them; None refuses. `show` is given the plan before anything moves.
+    `ask` shows terms and returns whether the user accepts them; None refuses. `show` is called with the plan before transfers.
     """
 
     root: Path | None = None
@@ -75,7 +75,7 @@ class Options:
 
 
 def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Plan:
-    """What `download` would do. Servers are asked for sizes unless DGBENCH_OFFLINE=1; one that does not answer is told of.
+    """Return what `download` would do. Sizes are asked of servers unless DGBENCH_OFFLINE=1; one that fails is reported.
 
     Raises: DataError for an unknown name.
     """
@@ -92,13 +92,13 @@ def plan(names: Sequence[str], options: Options | None = None, wish: tuple[str, 
 
 
 def download(names: Sequence[str], options: Options | None = None, wish: tuple[str, HubWish] | None = None) -> Outcome:
-    """Fetch what the names stand for; all names are looked at before anything is fetched.
+    """Download towers and domains by name; all names are checked before anything is downloaded.
 
     Args:
-        wish: name and description of a Hub repository that becomes a domain of the user's.
+        wish: name and description of a Hub repository that becomes a domain.
 
-    Raises: DgbenchError for an unknown name, no room, or terms that are not accepted; StoppedError if the user stops it;
-        mfuser's DownloadError where it forbids downloads. What goes wrong with one domain or one tower is in `problems`.
+    Raises: DgbenchError for an unknown name, too little space, or terms that are not accepted; StoppedError if the user stops it;
+        mfuser's DownloadError where it forbids downloads. Errors of a single domain or tower are in `problems`.
     """
     options = options or Options()
     problems = Problems()
@@ -151,7 +151,7 @@ def download(names: Sequence[str], options: Options | None = None, wish: tuple[s
 def _worked_out(
     names: Sequence[str], options: Options, wish: tuple[str, HubWish] | None, problems: Problems
 ) -> tuple[list[str], list[GivenWeights], list[Order]]:
-    """The towers among the names, what the user has of them, and an order for each domain that can be worked out."""
+    """Return the towers among the names, the local files given for them, and an order for each domain that can be resolved."""
     given.check(options.from_paths)
     if options.mirror is not None:
         check_mirror(options.mirror)
@@ -198,7 +198,7 @@ def _tower(name: str, root: Path) -> str:
             )
         known = (alias for row in domains.DOMAINS.values() for alias in (row.name, *row.aliases))
         raise DgbenchError(*unknown("tower or domain", name, [*TOWERS, *known]))
-    # here and not above: importing towers takes seconds that others do not need
+    # imported here, because importing towers takes seconds
     from mfuser.towers.table import tower
 
     try:
@@ -270,8 +270,8 @@ def _check_room_and_terms(wanted: Sequence[Order], towers: Sequence[Need], root:
     options.show(made)
     if made.room > made.free:
         raise DataError(
-            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked, with {options.jobs} archives at a "
-            f"time beside), {made.free / 1e9:,.1f} GB are free",
+            f"not enough room: {made.room / 1e9:,.1f} GB are needed in {made.place} (unpacked files and {options.jobs} archives "
+            f"at a time), {made.free / 1e9:,.1f} GB are free",
             "make room there, name fewer domains at once, or point --root or DGBENCH_DATA at a larger disk",
         )
     asking = [order for order in wanted if order.must_be_accepted]
@@ -309,7 +309,7 @@ def _checked(manifest: Manifest | None) -> str | None:
         return "size, sha256 of large files"
     known = sum(receipt.md5 is not None for receipt in manifest.receipts)
     others = len(manifest.receipts) - known
-    # the checksums inside archives were looked at in any case
+    # the checksums inside archives were checked in any case
     told = [f"{what} of {n} archive{'s' * (n > 1)}" for what, n in (("md5", known), ("size", others)) if n]
     return ", ".join(told)
 
@@ -321,11 +321,11 @@ def _by_hand(order: Order) -> DataError:
     missing = ", ".join(a.name for a in order.wanted)
     waiting = ", ".join(receipt.name for receipt in order.stage.receipts())
     kept = f"; unpacked already and waiting for it: {waiting}" if waiting else ""
-    return DataError(f"`{order.name}` is handed out in a browser only. Missing: {missing}{kept}", f"\n{steps}")
+    return DataError(f"`{order.name}` can only be downloaded in a browser. Missing: {missing}{kept}", f"\n{steps}")
 
 
 def _forbidden(order: Order) -> str | None:
-    """The variable that forbids what an order would transfer, as `DGBENCH_OFFLINE=1`."""
+    """Return the variable that forbids an order's transfer, as `DGBENCH_OFFLINE=1`."""
     if not order.uses_network:
         return None
     if os.environ.get("DGBENCH_OFFLINE") == "1":

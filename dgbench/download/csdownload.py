@@ -1,4 +1,4 @@
-"""Cityscapes' packages through the downloader of cityscapesScripts (its command `csDownload`), which knows the site's login.
+"""Download of Cityscapes' packages with cityscapesScripts (its command `csDownload`), which handles the site's login.
 
 It asks for name and password on the terminal, offers to store them, resumes, and checks the md5 that the site states.
 """
@@ -21,12 +21,12 @@ _REGISTER = "https://www.cityscapes-dataset.com/register/"
 
 
 def check(by_hand: str) -> None:
-    """See that the downloader can run here, before anything else is begun.
+    """Check that the downloader can run here, before anything else is started.
 
     Args:
-        by_hand: what a user may do instead, for the messages.
+        by_hand: what a user can do instead, for the messages.
 
-    Raises: DataError if it is not installed, or would have nobody to ask for a password.
+    Raises: DataError if it is not installed, or there is no terminal to ask for a password.
     """
     downloader = _downloader(by_hand)
     if not credentials(downloader).is_file() and not sys.stdin.isatty():
@@ -38,12 +38,12 @@ def check(by_hand: str) -> None:
 
 
 def credentials(downloader: ModuleType) -> Path:
-    """Where the downloader stores a login if it is told to."""
+    """Return where the downloader stores a login if it is told to."""
     return Path(downloader.appdirs.user_data_dir("cityscapesscripts", "cityscapes"), "credentials.json")
 
 
 def fetch(names: list[str], place: Callable[[str], Path], tell: Callable[[str], None], by_hand: str, patience: Patience) -> None:
-    """Bring packages to where `place` says; whatever is there already is not asked for.
+    """Download packages to the paths that `place` returns, except for those that exist.
 
     Raises: DataError saying what the site or the downloader answered; FullDiskError.
     """
@@ -51,7 +51,7 @@ def fetch(names: list[str], place: Callable[[str], Path], tell: Callable[[str], 
     if not missing:
         return
     downloader = _downloader(by_hand)
-    # what it prints is for people: our own results alone go to stdout
+    # its messages go to stderr: stdout is for our results
     with contextlib.redirect_stdout(sys.stderr), _explained(by_hand):
         session = downloader.login()
         for name in missing:
@@ -63,10 +63,10 @@ def _package(
 ) -> None:
     import requests
 
-    folder = path.parent / "csDownload"  # a package that it is not done with has the final name already
+    folder = path.parent / "csDownload"  # it gives an unfinished package its final name
     folder.mkdir(parents=True, exist_ok=True)
     half, failures, furthest = folder / name, 0, -1
-    # it would ask for the bytes after the last one and take the refusal for an error
+    # it would request the bytes after the last one and treat the refusal as an error
     while not zipfile.is_zipfile(half):
         try:
             with full_disk(half, None, "run the same command again"):
@@ -116,7 +116,7 @@ def _explained(by_hand: str):  # type: ignore[no-untyped-def]
     except EOFError:
         raise DataError("Cityscapes needs a login, and nothing was typed", f"{_REGISTER} gives accounts; or {by_hand}") from None
     except Exception as error:
-        # the downloader's own refusals are plain exceptions
+        # the downloader raises plain exceptions
         text = _line(error)
         hint = f"run the same command again; or {by_hand}"
         if "credentials" in text.lower():

@@ -1,4 +1,4 @@
-"""What a user has already (`--from`): archives, known by name or by what is in them, or an unpacked tree."""
+"""Files that a user already has (`--from`): archives, recognised by name or content, or an unpacked tree."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dgbench.download import archives
 from dgbench.download.sources import Archive, Source, matches
 from dgbench.errors import DataError
 
-_LOOK = 5000  # members of a tar that are looked at, since it has no table of contents
+_LOOK = 5000  # members of a tar that are checked, since it has no table of contents
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An archive of the user's, and the archives of the table that it stands for."""
+    """An archive of the user's, and the archives of the table that it replaces."""
 
     path: Path
     covers: tuple[str, ...]
 
 
 def check(paths: Sequence[Path]) -> None:
-    """See that everything given is there. Raises: DataError naming the first path that is not."""
+    """Check that all given paths exist. Raises: DataError naming the first one that does not."""
     for path in paths:
         if not path.exists():
             raise DataError(
@@ -34,7 +34,7 @@ def check(paths: Sequence[Path]) -> None:
 
 
 def archives_for(source: Source, paths: Sequence[Path]) -> list[Given]:
-    """Those archives in or below the given folders (one deep) that belong to a source; each of its table at most once.
+    """Return the archives in or below the given folders (one deep) that belong to a source; each of its table at most once.
 
     Raises: DataError for an archive that has an official name and other content.
     """
@@ -54,7 +54,7 @@ def archives_for(source: Source, paths: Sequence[Path]) -> list[Given]:
 
 
 def trees(row: Domain, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Folders that may hold a domain unpacked: those given, and those just below that bear its name, the inner ones first."""
+    """Return folders that may hold a domain unpacked: the given ones and those just below with its name, inner ones first."""
     folders = [path for path in paths if path.is_dir()]
     named = [child for path in folders for child in sorted(path.iterdir()) if child.is_dir() and child.name in row.folders]
     # bdd100k/bdd100k: some archives repeat the name
@@ -63,18 +63,18 @@ def trees(row: Domain, paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def holds_all(folder: Path, source: Source) -> bool:
-    """Whether a folder holds what all archives of a source give."""
+    """Return whether a folder holds the content of all archives of a source."""
     needed = [archive for archive in source.archives if archive.needed]
     return bool(needed) and all(holds(folder, archive) for archive in needed)
 
 
 def holds(folder: Path, archive: Archive) -> bool:
-    """Whether a folder holds what an archive gives: at least one file for each glob."""
+    """Return whether a folder holds an archive's content: at least one file for each glob."""
     return all(any(next(folder.glob(one), None) for one in glob.split("|")) for glob in archive.gives)
 
 
 def lacks(archive: Archive, files: Iterable[str]) -> str | None:
-    """The first glob of an archive that none of the paths matches."""
+    """Return the first glob of an archive that none of the paths matches."""
     paths = list(files)
     return next((glob for glob in archive.gives if not any(matches(path, glob) for path in paths)), None)
 
@@ -89,7 +89,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def official_name(path: Path) -> str:
-    """An archive's name without what browsers add to a second download: `set (1).zip`."""
+    """Return an archive's name without a browser's suffix for a second download: `set (1).zip`."""
     return re.sub(r" ?\(\d+\)(?=\.)", "", path.name)
 
 
@@ -108,7 +108,7 @@ def _named(source: Source, path: Path) -> tuple[str, ...]:
 
 def _recognised(source: Source, path: Path) -> tuple[str, ...]:
     gives = [archive.gives for archive in source.archives]
-    # archives that hold the same kind of files (parts) are told apart by name alone
+    # archives with the same kind of files (parts) are only distinguished by name
     candidates = [archive for archive in source.archives if gives.count(archive.gives) == 1]
     if not candidates:
         return ()
@@ -116,7 +116,7 @@ def _recognised(source: Source, path: Path) -> tuple[str, ...]:
     try:
         files = [source.place(member) for member in archives.members(path, _LOOK if tar else None)]
     except DataError:
-        return ()  # not every archive in a folder of downloads is ours to judge
+        return ()  # a folder of downloads may hold other archives
     if tar:
         return tuple(a.name for a in candidates if any(matches(file, glob) for glob in a.gives for file in files))
     return tuple(a.name for a in candidates if lacks(a, files) is None)

@@ -1,6 +1,6 @@
-"""Files of dataset repositories on the Hugging Face Hub: what a commit holds, and bringing it here, checked.
+"""Files of dataset repositories on the Hugging Face Hub: list and checked download of a commit.
 
-huggingface_hub moves the bytes and takes up what was cut. What it raises is turned into what a user can do.
+huggingface_hub transfers the bytes and resumes. Its exceptions are converted to errors that say what a user can do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Listed:
 
 
 def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
-    """Ask the Hub for the commit behind a revision and for the files of it that match.
+    """Ask the Hub for the commit of a revision and for its files that match.
 
     Raises: DataError saying what the Hub answered and what to do.
     """
@@ -57,7 +57,7 @@ def listing(repo: str, revision: str, patterns: Sequence[str]) -> Listed:
 
 
 def fetch(wanted: Listed, folder: Path, again: str) -> None:
-    """Bring a commit's files into a folder, going on with what an earlier try left, and check each size and stated sha256.
+    """Download a commit's files into a folder, resuming earlier tries, and check each size and stated sha256.
 
     Raises: DataError saying what the Hub answered, or which file is damaged (it is removed); FullDiskError.
     """
@@ -157,7 +157,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
                 f"see https://status.huggingface.co, and {again}",
             ) from None
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-            raise  # the file system's refusal names its file itself
+            raise  # the file system's error names its file
         raise DataError(
             f"no connection to {endpoint} for {repo}: {reason}",
             f"check the network and HTTPS_PROXY, then {again}: it goes on where it stopped",
@@ -165,6 +165,6 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
 
 
 def fetch_one(wanted: Listed, name: str, folder: Path, again: str) -> Path:
-    """Bring one file of a commit into a folder."""
+    """Download one file of a commit into a folder."""
     fetch(Listed(wanted.repo, wanted.revision, None, {name: wanted.files[name]}, wanted.sha256), folder, again)
     return folder / name

@@ -1,8 +1,8 @@
-"""Sets from the Hugging Face Hub: a commit of a repository, and its rows as (id, image, label) in a folder of the user's.
+"""Data sets of the Hugging Face Hub: the rows of a repository's commit as (id, image, label) in a folder.
 
-A repository holds Parquet files, of which two columns are the image and the label; or loose files, of which two globs name
-them and are paired by what their stars stand for (`rgb/rgb_*.png` and `ss/ss_*.png`). A branch is resolved to a commit once,
-and the commit is what is fetched and recorded. The rows are kept with their bytes, undecoded, as `datasets` stores them:
+A repository holds Parquet files with a column for the image and one for the label; or separate files, named by two globs
+and paired by the part that `*` matches (`rgb/rgb_*.png` and `ss/ss_*.png`). A branch is resolved to a commit once,
+which is downloaded and recorded. The rows are stored with their bytes, undecoded, as `datasets` does:
 `<folder>/hub/<split>/`, and `source.json` beside the splits says where they are from and how their labels are read.
 """
 
@@ -32,7 +32,7 @@ _PARQUET = ("*.[pP][aA][rR][qQ][uU][eE][tT]", "*.[pP][qQ]")
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """Where the rows of a folder are from and how they are read: the content of `source.json`."""
+    """Origin of a folder's rows and how they are read: the content of `source.json`."""
 
     name: str
     repository: str
@@ -58,7 +58,7 @@ class HubWish:
 
 
 def read(folder: Path) -> HubSet | None:
-    """Where a folder's rows are from; None if it did not come from the Hub."""
+    """Return where a folder's rows are from; None if it did not come from the Hub."""
     try:
         return HubSet(**json.loads((folder / SOURCE).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -68,7 +68,7 @@ def read(folder: Path) -> HubSet | None:
 
 
 def rows(folder: Path, split: str) -> datasets.Dataset:
-    """The rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded; every path is None.
+    """Return the rows of a split: `id` (string), `image` and `label`, each {"bytes", "path"}, undecoded; every path is None.
 
     Raises: DataError if the folder is no set from the Hub, has no such split, or is damaged.
     """
@@ -86,9 +86,9 @@ def rows(folder: Path, split: str) -> datasets.Dataset:
 def wish_of(
     repo: str, columns: Sequence[str], revision: str | None, name: str | None, *, encoding: str, label_map: str, split: str
 ) -> tuple[str, HubWish]:
-    """The name of the domain to be and what a user wants of the Hub, checked as far as that goes without a network.
+    """Return the name of the new domain and the user's request, checked as far as possible without a network.
 
-    Raises: DataError for columns, an encoding or a label map that cannot be.
+    Raises: DataError for invalid columns, encoding or label map.
     """
     from dgbench.data.decode import ENCODINGS
     from dgbench.data.labels import named
@@ -107,7 +107,7 @@ def wish_of(
 
 
 def columns_of(pairs: Sequence[str]) -> dict[str, str]:
-    """`image=COLUMN label=COLUMN` as a dictionary.
+    """Return `image=COLUMN label=COLUMN` as a dictionary.
 
     Raises: DataError unless both are given, once each, both columns or both globs with as many stars.
     """
@@ -121,20 +121,20 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
         raise DataError(f"image and label are both `{columns['image']}`: one of them is the other's", form)
     if columns["image"].count("*") != columns["label"].count("*") or "**" in "".join(columns.values()):
         raise DataError(
-            f"`{columns['image']}` and `{columns['label']}` cannot be paired: star by star they stand for the same text",
+            f"`{columns['image']}` and `{columns['label']}` cannot be paired: they need the same number of `*`",
             "use single stars, as many in both: 'image=images/*/*.jpg' 'label=labels/*/*.png'",
         )
     return columns
 
 
 def patterns_of(columns: Mapping[str, str]) -> list[str]:
-    """What to fetch of a repository whose columns are these."""
+    """Return the patterns of files to download from a repository with these columns."""
     globs = [column for column in columns.values() if _is_glob(column)]
     return [*(globs or _PARQUET), "README.md", "LICENSE*"]
 
 
 def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path) -> HubSet:
-    """Make rows of the files that were fetched, and write down where they are from.
+    """Make rows of the downloaded files, and record their origin.
 
     Args:
         fetched: the repository's files.    into: the domain's folder.
@@ -153,7 +153,7 @@ def convert(name: str, wanted: Listed, wish: HubWish, fetched: Path, into: Path)
         splits = _parquet_splits(wanted, fetched)
         for file in (fetched / name for files in splits.values() for name in files):
             check_columns(wanted, wish.columns, file)
-        # a split that a card announces and that holds nothing is none
+        # empty splits of a card are skipped
         splits = {split: files for split, files in splits.items() if any(_row_count(fetched / name) for name in files)}
         if not splits:
             raise DataError(f"{wanted.repo} has no rows", "see the repository's page on the Hub: its set may lie elsewhere")
@@ -223,7 +223,7 @@ def _loose_rows(split: str, files: Sequence[str], columns: Mapping[str, str], fo
 
 
 def check_columns(wanted: Listed, columns: Mapping[str, str], file: Path) -> None:
-    """See that a Parquet file has the columns, of images: bytes, or a struct with `bytes` in it, as `datasets` stores them.
+    """Check that a Parquet file has the image columns: bytes, or a struct with `bytes`, as `datasets` stores them.
 
     Raises: DataError naming the columns that there are.
     """
@@ -264,7 +264,7 @@ def _damaged(repo: str, name: str, error: Exception) -> DataError:
 
 
 def first_parquet(wanted: Listed, repo: str) -> str:
-    """The smallest Parquet file, to look at before the rest is fetched.
+    """Return the smallest Parquet file, to inspect before the rest is downloaded.
 
     Raises: DataError if there is none.
     """
@@ -278,7 +278,7 @@ def first_parquet(wanted: Listed, repo: str) -> str:
 
 
 def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
-    """Which files make up which split, as `datasets` reads the repository's card and file names."""
+    """Return the files of each split, as `datasets` reads the repository's card and file names."""
     import datasets
 
     _check_card(wanted, folder / "README.md")
@@ -292,14 +292,14 @@ def _parquet_splits(wanted: Listed, folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split, files in (builder.config.data_files or {}).items():
         found[str(split)] = [_within(wanted, file, folder) for file in files]
-    # one of datasets' names for it; two of them stay apart
+    # one of datasets' names for the split; several of them stay separate
     others = [split for split in found if split in ("validation", "valid")]
     renamed = others[0] if len(others) == 1 and "val" not in found else None
     return {"val" if split == renamed else split: files for split, files in found.items()}
 
 
 def _with_usual_names(wanted: Listed, folder: Path) -> Path:
-    """The folder, or one of links in which `.pq` and `.PARQUET` are called `.parquet`, the only name that `datasets` knows."""
+    """Return a folder whose files are called `.parquet`, the only suffix that `datasets` knows: this one, or one of links."""
     odd = [name for name in wanted.files if _is_parquet(name) and not name.endswith(".parquet")]
     if not odd:
         return folder
@@ -327,7 +327,7 @@ def _within(wanted: Listed, file: str, folder: Path) -> str:
 
 
 def _check_card(wanted: Listed, card: Path) -> None:
-    """See that a repository's card names files of the repository only, before `datasets` looks for what it names.
+    """Check that a repository's card only names files of the repository, before `datasets` opens them.
 
     Raises: DataError naming the path or address.
     """
@@ -335,9 +335,9 @@ def _check_card(wanted: Listed, card: Path) -> None:
 
     try:
         told = metadata_load(card) if card.is_file() else None
-    except Exception as error:  # whatever a YAML reader says of somebody's text
+    except Exception as error:  # any error of the YAML reader on untrusted text
         raise DataError(
-            f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}", "its owner has to mend README.md"
+            f"{wanted.repo}: its card cannot be read: {(str(error).splitlines() or ['?'])[0]}", "its owner has to fix README.md"
         ) from None
     configs = (told or {}).get("configs")
     seen = 0
@@ -349,8 +349,8 @@ def _check_card(wanted: Listed, card: Path) -> None:
     ]
     while left:
         part, seen = left.pop(), seen + 1
-        if seen > _CARD:  # a few lines of YAML can stand for millions
-            raise DataError(f"{wanted.repo}: its card names more than {_CARD:,} files", "its owner has to mend README.md")
+        if seen > _CARD:  # a few lines of YAML can expand to millions
+            raise DataError(f"{wanted.repo}: its card names more than {_CARD:,} files", "its owner has to fix README.md")
         if isinstance(part, Mapping):
             left += part.values()
         elif isinstance(part, list | tuple):

@@ -1,4 +1,4 @@
-"""What getting a domain comes to, worked out before a byte is moved: what is here, what is missing, from where, how large."""
+"""Plan of a download, made before any transfer: which files exist, which are missing, their source and size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dgbench.errors import DataError
 
 State = Literal["here", "to fetch", "to copy", "to unpack", "to link", "by hand"]
 
-# licences under which anybody may use a set for anything; before all others a user is asked
+# licences that allow any use; for all others, the user is asked
 _FREE = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-3.0", "cc-by-sa-3.0", "odbl", "pddl", "unlicense")
 
 
@@ -39,7 +39,7 @@ class Need:
     kind: Literal["domain", "tower"]
     state: State
     files: int  # that are missing
-    bytes: int | None  # of them; None where nobody says
+    bytes: int | None  # of these files; None: unknown
     licence: str
     where: str  # its folder
     note: str
@@ -47,11 +47,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a command would do, and whether there is room for it."""
+    """What a command would do, and the disk space for it."""
 
     needs: tuple[Need, ...]
     bytes: int  # to be transferred, copied or unpacked from here, as far as known
-    room: int  # that the data folder must have free for it
+    room: int  # bytes that the data folder must have free for it
     free: int  # that it has
     place: str
 
@@ -79,16 +79,16 @@ class Order:
 
     @property
     def way(self) -> Way:
-        """How what is still wanted is handed out."""
+        """The way in which the remaining files can be obtained."""
         if self.wish:
             return "hub"
         assert self.source is not None
-        # a mirror gives what else needs an account
+        # with a mirror, no account is needed
         return "open" if self.wanted and len(self.urls) == len(self.wanted) else self.source.way
 
     @property
     def by_hand(self) -> bool:
-        """Whether the user has to fetch something first."""
+        """Whether the user has to download something first."""
         return not self.here and self.tree is None and bool(self.wanted) and self.way == "browser"
 
     @property
@@ -98,7 +98,7 @@ class Order:
 
     @property
     def uses_network(self) -> bool:
-        """Whether something is to be transferred."""
+        """Whether there is anything to transfer."""
         return not self.here and self.tree is None and not self.by_hand and (bool(self.wanted) or self.wish is not None)
 
     @property
@@ -107,7 +107,7 @@ class Order:
         return self.uses_network and bool(self.terms)
 
     def need(self) -> Need:
-        """Its row of the plan."""
+        """Return its row of the plan."""
         state: State = "to fetch"
         missing = [self.sizes.get(a.name) for a in self.wanted]
         files = len(self.wanted)
@@ -128,11 +128,11 @@ class Order:
         return Need(self.name, "domain", state, 0 if self.here else files, size, self.licence, str(self.stage.target), self.note)
 
     def room(self, at_once: int) -> int:
-        """Bytes that getting it takes on the disk at most: everything unpacked, and `at_once` archives beside it."""
+        """Return the disk space that it needs at most, in bytes: everything unpacked, and `at_once` archives."""
         if self.here or self.tree is not None:
             return 0
         if self.wish:
-            # rows are written twice on the way from their files
+            # rows are written twice when they are made from their files
             return (3 if self.wish.columns else 1) * sum(self.listed.files.values()) if self.listed else 0
         sizes = {a.name: self.sizes.get(a.name) or 0 for a in self.to_transfer}
         unpacked = sum(sizes[a.name] * a.grows for a in self.to_transfer)
@@ -149,12 +149,12 @@ def domain_order(
     mirror: str | None = None,
     revision: str | None = None,
 ) -> Order:
-    """Work out what getting a domain comes to; nothing is asked of a network.
+    """Return the order for a domain, without using a network.
 
     Args:
-        root: the data root.    from_paths: what the user has.    mirror: an address that stands for the sites' own.
+        root: the data root.    from_paths: files that the user has.    mirror: URL to use instead of the sites'.
 
-    Raises: DataError if nobody hands the domain out, or an archive of the user's is not what its name says.
+    Raises: DataError if the domain has no known source, or an archive of the user's does not match its name.
     """
     target = _folder(row, source, root)
     stage = Stage(target)
@@ -187,15 +187,15 @@ def domain_order(
         if order.tree is None and order.wish is None:
             _find_archives(order, source, from_paths, mirror)
     if order.tree is None and not order.given:
-        # a layout that is known though it is not the official one; a folder of the name that holds none is told of
+        # readable in a known layout that is not the official one; other folders of this name are reported
         order.tree = next((folder for folder in [*folders, *named] if _readable_at(row, folder)), next(iter(named), None))
     if source is None and order.tree is None:
-        raise DataError(f"nobody is known to hand out `{row.name}`", f"put its files into {target}; see {row.homepage}")
+        raise DataError(f"no source of `{row.name}` is known", f"put its files into {target}; see {row.homepage}")
     return order
 
 
 def _folder(row: Domain, source: Source | None, root: Path) -> Path:
-    """Where a domain lies or is to lie; not in a folder that by its name is another's (Mapillary has two versions)."""
+    """Return the folder of a domain; not one whose name is another domain's (Mapillary has two versions)."""
     family = {row.name, *((source.domain, *source.also) if source else ())}
     others = {other.folders[0] for other in domains.DOMAINS.values() if other.folders and other.name not in family}
     mine = [f for f in row.folders if f not in others]
@@ -206,14 +206,14 @@ def _find_archives(order: Order, source: Source, from_paths: Sequence[Path], mir
     covered = order.stage.covered()
     order.given = [g for g in given.archives_for(source, from_paths) if not set(g.covers) <= covered]
     covered |= {name for g in order.given for name in g.covers}
-    untouched = order.stage.target.is_dir() and not covered  # a folder of the user's own may hold a part of the set
+    untouched = order.stage.target.is_dir() and not covered  # the user's own folder may hold a part of the data set
     order.wanted = [
         archive
         for archive in source.archives
         if archive.name not in covered and not (untouched and archive.needed and given.holds(order.stage.target, archive))
     ]
     if all(not archive.needed for archive in order.wanted) and from_paths:
-        order.wanted = []  # what the user gave is enough
+        order.wanted = []  # the user's files are enough
     for archive in order.wanted:
         order.sizes[archive.name] = int(archive.gigabytes * 1e9) if archive.gigabytes is not None else None
         if mirror is not None:
@@ -223,7 +223,7 @@ def _find_archives(order: Order, source: Source, from_paths: Sequence[Path], mir
 
 
 def hub_order(name: str, wish: HubWish, root: Path) -> Order:
-    """Work out what getting a repository of the Hub comes to; nothing is asked of a network.
+    """Return the order for a repository of the Hub, without using a network.
 
     Raises: DataError if another set has the name.
     """
@@ -258,7 +258,7 @@ def ask_servers(orders: Sequence[Order], transfer: Transfer) -> list[tuple[Order
     for order in orders:
         if order.uses_network and order.wish is not None:
             kept = order.stage.home / "revision"
-            # what was begun at one commit is finished at it, wherever the branch is now
+            # a download that was started at one commit is finished at it
             revision = kept.read_text() if order.wish.revision == "main" and kept.is_file() else order.wish.revision
             try:
                 order.listed = listing(order.wish.repo, revision, order.wish.patterns)
@@ -274,7 +274,7 @@ def ask_servers(orders: Sequence[Order], transfer: Transfer) -> list[tuple[Order
 
 
 def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: int) -> Plan:
-    """The plan of a command."""
+    """Return the plan of a command."""
     needs = (*towers, *(order.need() for order in orders))
     moving = [need.bytes or 0 for need in needs if need.state in ("to fetch", "to copy", "to unpack")]
     place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
@@ -282,7 +282,7 @@ def plan(orders: Sequence[Order], towers: Sequence[Need], root: Path, at_once: i
 
 
 def readable(row: Domain, root: Path) -> tuple[str, Path | None]:
-    """What can be read of a domain's splits from files that are there, and from which folder; None if a split is missing."""
+    """Return what can be read of a domain's splits from existing files, and their folder; None if a split is missing."""
     told, whole, folder = [], True, None
     for split in [split for split in row.splits if split in ("train", "val")]:
         try:

@@ -1,7 +1,7 @@
-"""Where each domain's files come from: archives, sizes, checksums, and by which way its owner hands them out.
+"""The sources of each domain's files: archives, sizes, checksums, and how they can be obtained.
 
-Adding a source is adding a row. Sizes are as published (GB of 10^9 bytes, rounded); what a server states counts more.
-Figures and addresses: the owners' pages, read through public copies in November 2026.
+Adding a source is adding a row. Sizes are as published (GB of 10^9 bytes, rounded); a size that the server states has priority.
+Sizes and URLs are from the owners' pages, read through public copies in November 2026.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Way = Literal["open", "csDownload", "browser", "hub"]
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """One file that an owner hands out.
+    """One file that the owner of a data set offers.
 
     `gives` are globs below the domain's folder, `|` between alternatives: each matches a file once the archive is
-    unpacked, and an archive of another name is known by them.
+    unpacked, and an archive of another name is recognised by them.
     """
 
     name: str
@@ -28,9 +28,9 @@ class Archive:
     gives: tuple[str, ...]
     url: str | None = None
     md5: str | None = None
-    grows: float = 1.05  # bytes unpacked per byte packed, about
+    grows: float = 1.05  # approximate ratio of unpacked to packed bytes
     needed: bool = True  # False: the domain is complete without it
-    other_names: tuple[str, ...] = ()  # under which the same files are handed out
+    other_names: tuple[str, ...] = ()  # other official names of the same archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Source:
     domain: str
     way: Way
     archives: tuple[Archive, ...]
-    tops: tuple[str, ...]  # first names of the official layout; what archives put above them is cut off
-    terms: str  # what its owner asks of those who use it; "" where the licence says all
+    tops: tuple[str, ...]  # top-level names of the official layout; folders above them in archives are removed
+    terms: str  # the owner's terms of use; "" if the licence is enough
     steps: tuple[str, ...] = ()  # in a browser
     also: tuple[str, ...] = ()
     repo: str | None = None  # on the Hub
     revision: str = "main"
     patterns: tuple[str, ...] = ()
-    md5: tuple[tuple[str, str], ...] = ()  # of further archives that serve as well, by name
+    md5: tuple[tuple[str, str], ...] = ()  # of further archives that can be used instead, by name
 
     @property
     def must_be_accepted(self) -> bool:
@@ -55,22 +55,22 @@ class Source:
         return bool(self.terms)
 
     def place(self, member: str) -> str:
-        """Where a member of one of its archives belongs, below the domain's folder."""
+        """Return where a member of one of its archives belongs, below the domain's folder."""
         parts = member.split("/")
-        # deeper than this it is a folder of the set that happens to bear such a name
+        # deeper than this, it is a folder of the data set with the same name
         for depth, part in enumerate(parts[:4]):
             if part in self.tops:
                 return "/".join(parts[depth:])
         return member
 
     def known_md5(self, name: str) -> str | None:
-        """The checksum that the owner states for an archive of this name."""
+        """Return the checksum that the owner states for an archive of this name."""
         listed = {archive.name: archive.md5 for archive in self.archives} | dict(self.md5)
         return listed.get(name)
 
 
 def matches(path: str, glob: str) -> bool:
-    """Whether a relative path matches a glob in which `*` stays within one folder; `|` separates alternatives."""
+    """Return whether a relative path matches a glob in which `*` stays within one folder; `|` separates alternatives."""
     parts = path.split("/")
     for alternative in glob.split("|"):
         wanted = alternative.split("/")

@@ -1,9 +1,9 @@
-"""From archives to a domain's folder, so that a loader meets a whole set or none, whenever the work was killed.
+"""Assembly of a domain's folder from archives, so that a loader finds a complete data set or none, even after a kill.
 
-Everything happens beside the target, in `.dgbench-download/<folder>/`: `archives/` holds what was transferred, `parts/` what
-each archive unpacked to, with a receipt once it is whole, `tree/` the folder being put together. The manifest is written
-into it last, and the tree is renamed into place. Where a folder is there already, files are added to it while a marker
-(`UNFINISHED`) in it tells loaders to keep out.
+All work is done beside the target, in `.dgbench-download/<folder>/`: `archives/` holds what was transferred, `parts/` what
+each archive unpacked to, with a receipt once it is complete, `tree/` the folder being assembled. The manifest is written
+into it last, and the tree is renamed into place. If the folder exists already, files are added to it while a marker
+(`UNFINISHED`) in it makes loaders refuse it.
 """
 
 from __future__ import annotations
@@ -31,43 +31,43 @@ _SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one archive was and what it unpacked to: a row of the manifest."""
+    """One archive and the files that it unpacked to: a row of the manifest."""
 
     name: str
-    source: str  # address or path it came from
+    source: str  # URL or path it came from
     bytes: int
     sha256: str
     md5: str | None
-    covers: tuple[str, ...]  # the archives of the source's table that it stands for
+    covers: tuple[str, ...]  # the archives of the source's table that it replaces
     files: dict[str, int] = field(default_factory=dict)  # path below the folder -> bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What dgbench put into a folder. A power cut can leave files empty that it lists: `lost` finds them by their size."""
+    """The files that dgbench put into a folder. After a power cut some may be empty: `lost` finds them by their size."""
 
     domain: str
     receipts: tuple[Receipt, ...]
     revision: str | None = None  # of a Hub repository
 
     def lost(self, folder: Path) -> set[str]:
-        """The archives of the table of which files are gone, or have another size now."""
+        """Return the archives of the table of which files are missing or have another size now."""
         sizes = sizes_below(folder)
         return {
             name for r in self.receipts for name in r.covers if any(sizes.get(path) != size for path, size in r.files.items())
         }
 
     def covered(self) -> set[str]:
-        """The archives of the table that are in the folder."""
+        """Return the archives of the table that are in the folder."""
         return {name for receipt in self.receipts for name in receipt.covers}
 
     def totals(self) -> tuple[int, int]:
-        """Number of files and bytes."""
+        """Return number of files and bytes."""
         return sum(len(r.files) for r in self.receipts), sum(sum(r.files.values()) for r in self.receipts)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder; None if dgbench did not make it, or has not finished it."""
+    """Return the manifest of a folder; None if dgbench did not make it, or has not finished it."""
     return None if (folder / UNFINISHED).exists() else _stored(folder)
 
 
@@ -82,7 +82,7 @@ def _stored(folder: Path) -> Manifest | None:
 
 
 def sizes_below(folder: Path) -> dict[str, int]:
-    """Size of every file below a folder by its relative path."""
+    """Return the size of every file below a folder by its relative path."""
     found: dict[str, int] = {}
     stack = [(str(folder), "")]
     while stack:
@@ -98,11 +98,11 @@ def sizes_below(folder: Path) -> dict[str, int]:
 
 
 class Stage:
-    """The workshop of one domain's folder."""
+    """The working folder in which one domain's folder is assembled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        # beside the folder itself, where the name is a link: only within one disk is a rename one step
+        # beside the folder itself if the name is a link: renames are only atomic within one disk
         real = target.resolve()
         self.home = real.parent / _HIDDEN / real.name
         self._real = real
@@ -112,7 +112,7 @@ class Stage:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within, no other dgbench works on this folder.
+        """Lock this folder against other dgbench processes.
 
         Raises: DataError if one does.
         """
@@ -137,23 +137,23 @@ class Stage:
                     root.rmdir()
 
     def archive(self, name: str) -> Path:
-        """Where an archive of this name is transferred to."""
+        """Return where an archive of this name is transferred to."""
         return self.home / "archives" / name
 
     @property
     def tree(self) -> Path:
-        """The folder being put together; made when first asked for."""
+        """The folder being assembled; made at first use."""
         self._tree.mkdir(parents=True, exist_ok=True)
         return self._tree
 
     def covered(self) -> set[str]:
-        """The archives of the table that need no transfer: in the folder and whole, or unpacked and waiting."""
+        """Return the archives of the table that need no transfer: complete in the folder, or unpacked and waiting."""
         stored = _stored(self._real)
         in_place = stored.covered() - stored.lost(self._real) if stored else set()
         return in_place | {name for receipt in self.receipts() for name in receipt.covers}
 
     def receipts(self) -> list[Receipt]:
-        """Of the archives that are unpacked and wait for the others."""
+        """Return the receipts of archives that are unpacked and wait for the others."""
         found = []
         for path in sorted(self._parts.glob("*.receipt.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -161,7 +161,7 @@ class Stage:
         return found
 
     def kept_bytes(self) -> int:
-        """Bytes of archives that earlier tries have brought here, whole or in part."""
+        """Return the bytes of archives from earlier tries, whole or in part."""
         return sum(path.stat().st_size for path in self.archive("x").parent.glob("*") if path.suffix != ".json")
 
     def unpack(
@@ -172,11 +172,11 @@ class Stage:
         advance: Callable[[int], None],
         check: Callable[[Iterable[str]], None],
     ) -> Receipt:
-        """Unpack an archive beside the others; what an interrupted try left of it is thrown away first.
+        """Unpack an archive beside the others; files of an interrupted try are removed first.
 
         Args:
             receipt: all but its files.    place, advance: as of `archives.unpack`.
-            check: is given the paths and raises if they are not what the archive should hold.
+            check: called with the paths; raises if they are not what the archive should hold.
 
         Raises: what `archives.unpack` and `check` raise; FullDiskError when the disk fills up.
         """
@@ -210,7 +210,7 @@ class Stage:
         return done
 
     def finish(self, domain: str, revision: str | None = None, extra: Iterable[Receipt] = ()) -> Manifest:
-        """Put what is unpacked into place and write the manifest; the workshop is gone afterwards.
+        """Put the unpacked files into place, write the manifest and remove the working folder.
 
         Args:
             extra: receipts of files that were put into `tree` directly.
@@ -234,7 +234,7 @@ class Stage:
             }
         )
         for folder in (self.tree, self._real):
-            for left in folder.glob(f".{MANIFEST}.*.tmp"):  # of a try that was killed
+            for left in folder.glob(f".{MANIFEST}.*.tmp"):  # left by a killed try
                 left.unlink()
         if not self._real.exists() or not any(self._real.iterdir()):
             atomic.write(self.tree / MANIFEST, text)
@@ -253,11 +253,11 @@ class Stage:
         return manifest
 
     def clear(self) -> None:
-        """Remove the workshop."""
+        """Remove the working folder."""
         archives.remove(self.home)
 
     def sweep(self) -> None:
-        """Remove what a try left that was killed when its folder was in place already."""
+        """Remove the files of a try that was killed after its folder was put into place."""
         if self.home.exists() or self._lock.exists():
             with contextlib.suppress(DataError), self.locked():
                 self.clear()
@@ -280,7 +280,7 @@ class Stage:
 
 
 def _one_owner_each(receipts: Iterable[Receipt]) -> tuple[Receipt, ...]:
-    """Archives of one set hold the same README: it counts for the first."""
+    """Assign each file to one archive: where several hold the same README, to the first."""
     taken: set[str] = set()
     owners = []
     for receipt in receipts:
@@ -295,7 +295,7 @@ def _receipt(data: dict[str, Any]) -> Receipt:
 
 
 def _merge(source: Path, into: Path, *, overwrite: bool = False) -> None:
-    """Move everything below `source` into `into`, one rename a file or a folder that is new there; can be taken up again.
+    """Move everything below `source` into `into`, by a rename for each new file or folder; can be repeated after a kill.
 
     A file that is there already stays, or is replaced.
     """

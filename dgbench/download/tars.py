@@ -1,8 +1,8 @@
-"""Tar streams, read once from front to back and to the last byte, with bounds on what their headers may ask for.
+"""Reading of tar streams, once and to the last byte, with limits on their headers.
 
-Left alone, tarfile reads an extended header of any size into memory, takes a header that it cannot read for the end of the
-archive, and stops at the end mark, before the checksum of the compression around it. Here the bytes come through a reader
-that refuses large headers and never goes back, the end mark must be there, and what follows it is read and must be zeros: so
+tarfile itself reads an extended header of any size into memory, treats an unreadable header as the end of the
+archive, and stops at the end mark, before the checksum of the compression around it. Here the bytes pass through a reader
+that refuses large headers and never goes back, the end mark must be there, and only zeros may follow it: so
 the checksums of gzip, bzip2 and xz are compared, and a damaged header in a plain tar (which has no other checksum) is found.
 """
 
@@ -29,16 +29,16 @@ _PACKED: dict[bytes, Callable[[BinaryIO], IO[bytes]]] = {
 
 
 class TooMuchError(Exception):
-    """A tar asks for more than any archive of a data set needs."""
+    """A tar exceeds the limits for archives of data sets."""
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file begins as a tar, packed or not."""
+    """Return whether a file begins like a tar, compressed or not."""
     try:
         with _stream(path) as stream:
             tarfile.TarFile(fileobj=_Forward(stream, 2 * _HEADERS))  # type: ignore[arg-type]
     except TooMuchError:
-        return True  # and reading it says why not
+        return True  # reading it gives the error
     except (tarfile.TarError, EOFError, ValueError, lzma.LZMAError, RecursionError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -48,13 +48,13 @@ def is_tar(path: Path) -> bool:
 
 @contextmanager
 def open_tar(path: Path, most: int) -> Iterator[Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]]:
-    """The entries of a tar file, as `tar_entries` gives them."""
+    """Return the entries of a tar file, as `tar_entries` gives them."""
     with _stream(path) as stream:
         yield tar_entries(stream, most)
 
 
 def tar_entries(stream: IO[bytes], most: int) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
-    """Each entry of a tar stream with its content (None of what is no file), to be read before the next is asked for.
+    """Yield each entry of a tar stream with its content (None if it is no file), to be read before the next is requested.
 
     Args:
         most: unpacked bytes of the stream, headers and padding included.
@@ -69,7 +69,7 @@ def tar_entries(stream: IO[bytes], most: int) -> Iterator[tuple[tarfile.TarInfo,
             info = archive.next()
             if info is None:
                 break
-            # it would keep every entry that it has seen
+            # tarfile would keep every entry
             archive.members.clear()  # type: ignore[attr-defined]
             if sum(len(key) + len(value) for key, value in archive.pax_headers.items()) > _HEADERS:
                 raise TooMuchError("its global headers are larger than 1 MiB")
@@ -80,7 +80,7 @@ def tar_entries(stream: IO[bytes], most: int) -> Iterator[tuple[tarfile.TarInfo,
 
 
 def _check_end(forward: _Forward, offset: int) -> None:
-    # the header that could not be read may be kept: it is the end mark, or it is damage
+    # an unreadable header is either the end mark or damage
     if forward.last is None or forward.last_at != offset:
         raise tarfile.ReadError(f"its end is not where a header belongs, at byte {offset:,}")
     if len(forward.last) < tarfile.BLOCKSIZE:
@@ -93,13 +93,13 @@ def _check_end(forward: _Forward, offset: int) -> None:
 
 
 class _Forward:
-    """What tarfile reads from: a stream that goes forward only, with bounds."""
+    """The stream that tarfile reads from: forward only, with limits."""
 
     def __init__(self, stream: IO[bytes], most: int) -> None:
         self._stream, self._most, self._at = stream, most, 0
         self._plain = stream.seekable() and isinstance(stream, io.BufferedReader)
         self.begin_headers()
-        self.last: bytes | None = None  # the block that was read last as a header, and where
+        self.last: bytes | None = None  # the block that was last read as a header, and its position
         self.last_at = 0
 
     def begin_headers(self) -> None:
@@ -141,11 +141,11 @@ class _Forward:
         return block
 
     def close(self) -> None:
-        """The stream is its owner's to close."""
+        """Do nothing: the owner of the stream closes it."""
 
     def _check(self, position: int) -> None:
         if position > self._most:
-            raise TooMuchError(f"it unpacks to at least {position:,} bytes, more than are believed of an archive of its size")
+            raise TooMuchError(f"it unpacks to at least {position:,} bytes, more than is accepted for an archive of its size")
 
 
 @contextmanager

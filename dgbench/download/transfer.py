@@ -1,7 +1,7 @@
-"""One file over HTTP, however often the line breaks: asked again, taken up where it stopped, checked, put in place whole.
+"""Transfer of one file over HTTP: retried, resumed after interruptions, checked, and put into place atomically.
 
-Bytes go to `NAME.part`; `NAME.part.json` beside it remembers of which file they are (address, size, validators), so that
-after a crash the rest is asked for by Range and If-Range, and a file that has changed meanwhile begins anew. Only a whole
+Bytes go to `NAME.part`; `NAME.part.json` beside it records which file they belong to (URL, size, validators), so that
+after a crash the rest is requested by Range and If-Range, and a file that has changed is transferred again. Only a complete
 file that passed its check is renamed to `NAME`.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BLOCK = 1 << 20
 _REDIRECTIONS = 20
-_UNKNOWN = 64 << 30  # bytes that are taken where nobody says how many there are
-# answers after which asking again helps
+_UNKNOWN = 64 << 30  # limit of bytes for a file of unknown size
+# status codes after which a retry may help
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _REFUSALS = {
     401: "it wants a login",
@@ -44,21 +44,21 @@ _REFUSALS = {
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a transfer puts up with a server. Seconds; `tries` counts those in a row that brought nothing new."""
+    """Retries and time limits in seconds; `tries` counts consecutive tries without new bytes."""
 
     tries: int = 6
     first: float = 1.0  # the wait after the first failure, doubled after each further one
     longest: float = 30.0
-    longest_asked: float = 300.0  # a server that asks to wait longer (Retry-After) is told to the user instead
+    longest_asked: float = 300.0  # a longer Retry-After of a server is an error
     connect: float = 20.0
     read: float = 30.0
-    slowest: float = 1000.0  # bytes a second, over `window`; a slower line counts as one that brings nothing
+    slowest: float = 1000.0  # bytes per second, over `window`; a slower connection counts as broken
     window: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A file that has arrived whole."""
+    """A file that was transferred completely."""
 
     path: Path
     source: str  # its address, without its secrets
@@ -68,11 +68,11 @@ class Received:
 
 
 class FullDiskError(DataError):
-    """The disk has no room for the rest; no other file needs to be tried."""
+    """The disk is full; no other file needs to be tried."""
 
 
 class InterruptedTransfer(Exception):
-    """Somebody set `stop`."""
+    """`stop` was set."""
 
 
 class _Again(Exception):
@@ -85,7 +85,7 @@ class _Again(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """What the bytes of a `.part` file belong to."""
+    """The file that the bytes of a `.part` file belong to."""
 
     url: str  # without its secrets
     size: int | None
@@ -95,12 +95,12 @@ class _Started:
 
 @dataclass(slots=True)
 class Transfer:
-    """How the files of one command are moved; shared by its threads.
+    """Transfers of one command; shared by its threads.
 
     Args:
-        advance: is told of each file's new bytes; a negative number where a file began anew.
-        tell: is given a line when something goes wrong and is tried again.
-        stop: ends all transfers soon after it is set, keeping what they have.
+        advance: called with each file's new bytes; a negative number if a transfer started again.
+        tell: called with a line when something fails and is retried.
+        stop: ends all transfers soon after it is set; their bytes are kept.
     """
 
     patience: Patience = field(default_factory=Patience)
@@ -111,7 +111,7 @@ class Transfer:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def client(self) -> httpx2.Client:
-        """The one connection pool; proxies are those of HTTPS_PROXY and its like."""
+        """Return the shared connection pool; its proxies are those of HTTPS_PROXY and similar variables."""
         import httpx2
 
         with self._lock:
@@ -124,10 +124,10 @@ class Transfer:
 
     @contextmanager
     def _answer(self, method: str, url: str, headers: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
-        """The answer behind all redirections, its body not yet read.
+        """Request a URL and return the answer after all redirections, its body not yet read.
 
-        A name and a password go to the server that they were given for, and nothing goes on over a line that others can read
-        where it began on one that they cannot.
+        A login is only sent to the server that it was given for, and a redirect from an encrypted to an unencrypted
+        connection is refused.
         """
         address, login = login_of(url)
         request = self.client().build_request(method, address, headers=headers)
@@ -140,12 +140,12 @@ class Transfer:
                     return
             finally:
                 answer.close()
-            # what is still to be sent has its login in its headers, or is for another server
+            # the login is in the request's headers, or the request is for another server
             login = None
             if request.url.scheme == "https" and onward.url.scheme != "https":
                 raise DataError(
                     f"{without_secrets(url)} leads to {without_secrets(str(onward.url))}, which is not encrypted",
-                    "what comes over such a line can be read and changed on the way: download it by other means and give its "
+                    "such a connection can be read and changed by others: download the file by other means and give its "
                     "folder with --from, or name a server that you trust with --mirror",
                 )
             request = onward
@@ -157,7 +157,7 @@ class Transfer:
             self._client.close()
 
     def size(self, url: str) -> int | None:
-        """The file's size in bytes as the server states it; None if it does not, or cannot be reached."""
+        """Return the file's size in bytes as the server states it; None if it does not, or cannot be reached."""
         import httpx2
 
         try:
@@ -169,14 +169,14 @@ class Transfer:
     def fetch(
         self, url: str, path: Path, *, md5: str | None = None, about: int | None = None, again: str = "run the same command again"
     ) -> Received:
-        """Bring `url` to `path`, going on with what an earlier try left. A file that is there already is only hashed.
+        """Download `url` to `path`, resuming an earlier try. An existing file is only hashed.
 
         Args:
-            md5: of the whole file, where its owner states one.    about: its size as it was published, in bytes: where a server
-            states none, twice as much is taken at most.    again: what a user is told to do after a failure.
+            md5: of the whole file, if its owner states one.    about: its published size in bytes: if a server
+            states none, at most twice as much is read.    again: advice to a user after a failure.
 
         Raises: DataError saying what the server answered, or that the file is not the stated one (it is removed then);
-            FullDiskError before or while the disk is full (what came is kept); InterruptedTransfer after `stop`.
+            FullDiskError before or while the disk is full (received bytes are kept); InterruptedTransfer after `stop`.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         part, failures, furthest = _part(path), 0, -1
@@ -186,7 +186,7 @@ class Transfer:
                 self._once(url, path, most, again)
             except _Again as problem:
                 have = part.stat().st_size if part.is_file() else 0
-                # a line that breaks every few MB is slow, not dead
+                # a connection that breaks every few MB is only slow
                 failures = 1 if have > furthest and not problem.useless else failures + 1
                 furthest = max(furthest, have)
                 self._wait(problem, failures, path, have, again)
@@ -209,7 +209,7 @@ class Transfer:
                 self._body(answer, path, have, size, most, again)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise DataError(
-                f"{without_secrets(url)} is no address to download from: {without_secrets(str(error))}",
+                f"{without_secrets(url)} is not a valid URL: {without_secrets(str(error))}",
                 "give one that begins with https://",
             ) from None
         except httpx2.TransportError as error:
@@ -229,7 +229,7 @@ class Transfer:
     def _begin(
         self, answer: httpx2.Response, url: str, path: Path, started: _Started | None, have: int, again: str
     ) -> tuple[int, int | None]:
-        """Look at an answer's head; return how many bytes are kept and how many there will be."""
+        """Check an answer's headers; return how many bytes are kept and how many there will be."""
         status, host = answer.status_code, answer_host(url)
         if status in _BUSY:
             raise _Again(f"{host} answers {status}", _retry_after(answer.headers.get("Retry-After")))
@@ -237,7 +237,7 @@ class Transfer:
             if have == started.size:
                 return have, have  # nothing is missing
             _restart(path)
-            raise _Again(f"{host} does not have the rest that {path.name} lacks; it begins anew")
+            raise _Again(f"{host} does not have the rest of {path.name}; the transfer starts again")
         if status not in (200, 206):
             reason = _REFUSALS.get(status, "it answers otherwise")
             hint = f"see whether a browser gets it; then give its folder with --from, or a mirror with --mirror; {again}"
@@ -252,13 +252,13 @@ class Transfer:
             if first == have and (started.size is None or size == started.size):
                 return have, size
             _restart(path)
-            raise _Again(f"{host} sends another part than the one asked for; {path.name} begins anew")
+            raise _Again(f"{host} sends another part than the requested one; the transfer of {path.name} starts again")
         # the whole file: a first try, a server without ranges, or a file that has changed since
         if have:
             self.advance(path.name, -have)
         size = _number(answer.headers.get("Content-Length"))
         etag = answer.headers.get("ETag")
-        strong = etag if etag and not etag.startswith("W/") else None  # a weak one must not stand in If-Range
+        strong = etag if etag and not etag.startswith("W/") else None  # a weak one is not allowed in If-Range
         _restart(path)
         note = _Started(url, size, strong, answer.headers.get("Last-Modified"))
         atomic.write(_note(path), json.dumps(asdict(note)))
@@ -280,7 +280,7 @@ class Transfer:
                     raise DataError(
                         f"{answer_host(without_secrets(str(answer.request.url)))} sends more than {most:,} bytes for {path.name} "
                         f"and {told}",
-                        f"what came is removed; see whether a browser gets the file and give its folder with --from, or {again}",
+                        f"they are removed; see whether a browser gets the file and give its folder with --from, or {again}",
                     )
                 rest = memoryview(block)
                 while rest:
@@ -320,7 +320,7 @@ class Transfer:
 
 
 def hashes(files: Sequence[Path], stop: threading.Event) -> tuple[str, str]:
-    """The sha256 and the md5 of files, one after the other as if they were one, read once."""
+    """Return the sha256 and the md5 of the concatenation of files, read once."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     for path in files:
         with path.open("rb") as file:
@@ -334,7 +334,7 @@ def hashes(files: Sequence[Path], stop: threading.Event) -> tuple[str, str]:
 
 @contextmanager
 def full_disk(path: Path, size: int | None, again: str) -> Iterator[None]:
-    """Within, a disk that fills up is told with what is kept of `path`, of `size` bytes, and how to go on."""
+    """Report a full disk with what is kept of `path`, of `size` bytes, and how to continue."""
     try:
         yield
     except OSError as error:
@@ -350,7 +350,7 @@ def full_disk(path: Path, size: int | None, again: str) -> Iterator[None]:
 
 
 class _Pace:
-    """Sees that a line brings something: one byte before each timeout is a line that never ends."""
+    """A check of a connection's rate: one byte before each timeout would never end."""
 
     def __init__(self, patience: Patience) -> None:
         self._patience, self._since, self._came = patience, time.monotonic(), 0
@@ -366,7 +366,7 @@ class _Pace:
 
 
 def answer_host(url: str) -> str:
-    """The server's name in an address, for messages."""
+    """Return the server's name of a URL, for messages."""
     return login_of(url)[0].partition("://")[2].partition("/")[0] or without_secrets(url)
 
 
@@ -387,7 +387,7 @@ def _read_started(path: Path, url: str) -> _Started | None:
 
 
 def _restart(path: Path) -> None:
-    # the note goes first: bytes without one are of an unknown file
+    # the note is written first: bytes without one cannot be assigned to a file
     _note(path).unlink(missing_ok=True)
     part = _part(path)
     if part.is_file():
@@ -409,7 +409,7 @@ def _sync(path: Path) -> None:
 
 
 def _content_range(text: str) -> tuple[int | None, int | None]:
-    """First byte and whole size of `bytes 5-9/10`."""
+    """Return first byte and whole size of `bytes 5-9/10`."""
     unit, _, rest = text.partition(" ")
     span, _, whole = rest.partition("/")
     first = span.partition("-")[0]
@@ -417,17 +417,17 @@ def _content_range(text: str) -> tuple[int | None, int | None]:
 
 
 def _number(text: str | None) -> int | None:
-    """A number of a header. Digits of other scripts are none, nor is one that no file has."""
+    """Return a number of a header; None for digits of other scripts and for numbers that no file size has."""
     return int(text) if text and len(text) <= 18 and text.isascii() and text.isdigit() else None
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds to wait by a Retry-After header: a number or a date (RFC 9110, 10.2.3)."""
     if not text:
         return None
     text = text.strip()
     if text.isascii() and text.isdigit():
-        return float(text[:12])  # 30,000 years are long enough
+        return float(text[:12])  # up to 30,000 years
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, IndexError, OverflowError, OSError):
@@ -444,5 +444,5 @@ def _untrusted(error: BaseException | None) -> bool:
 
 def _reason(error: Exception) -> str:
     text = without_secrets((str(error).strip().splitlines() or [""])[0])[:300]
-    kind = {"ReadTimeout": "nothing came for a while", "ConnectTimeout": "it cannot be reached in time"}
+    kind = {"ReadTimeout": "nothing was received for a while", "ConnectTimeout": "it cannot be reached in time"}
     return kind.get(type(error).__name__) or text or type(error).__name__

@@ -1,7 +1,7 @@
 """Zip archives, also those split into volumes (`set.z01`, `set.z02`, ..., `set.zip`), which zipfile alone does not read.
 
 The volumes are read as one file. In a split archive an offset counts from the start of its volume, and a large one
-(zip64) says outright that it has several; both are put right (APPNOTE.TXT 4.3.14 to 4.3.16, 4.4.11, 8.5).
+(zip64) states that it has several volumes; both are corrected (APPNOTE.TXT 4.3.14 to 4.3.16, 4.4.11, 8.5).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
 
 def volumes(path: Path) -> list[Path]:
-    """All files of an archive in order, the given one last; just the given one where it is not split.
+    """Return all files of an archive in order, the given one last; only that one if it is not split.
 
     Raises: DataError naming the first volume that is missing.
     """
@@ -46,7 +46,7 @@ def volumes(path: Path) -> list[Path]:
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive with all its volumes, opened for reading."""
+    """Return the archive with all its volumes, opened for reading."""
     files = volumes(path)
     with ExitStack() as stack:
         opened: list[BinaryIO] = [stack.enter_context(volume.open("rb")) for volume in files]
@@ -55,19 +55,21 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             return
         joined = _Joined(opened)
         archive = stack.enter_context(zipfile.ZipFile(cast(IO[bytes], _Bounded(io.BufferedReader(joined, 1 << 20)))))
-        shift = archive.start_dir - joined.directory  # what zipfile took every offset to be short of
+        shift = archive.start_dir - joined.directory  # what zipfile added to every offset
         for info in archive.filelist:
             info.header_offset += joined.starts[info.volume] - shift
         ends = sorted([info.header_offset for info in archive.filelist] + [archive.start_dir])
         for info in archive.filelist:
-            if hasattr(info, "_end_offset"):  # where newer Pythons look for members that overlap
+            if hasattr(info, "_end_offset"):  # newer versions of Python use it to find overlapping members
                 info._end_offset = ends[bisect.bisect_right(ends, info.header_offset)]
         yield archive
 
 
 class _Bounded:
-    """A file of which no single read is larger than a table of contents may be: zipfile reads it in one, and keeps ten
-    times its size."""
+    """A file whose single reads are limited to the size of a table of contents.
+
+    zipfile reads that in one call, and keeps ten times its size in memory.
+    """
 
     def __init__(self, file: BinaryIO | io.BufferedReader) -> None:
         self._file = file
@@ -81,7 +83,7 @@ class _Bounded:
 
 
 class _Joined(io.RawIOBase):
-    """Files read as one, with an end record that speaks of one volume."""
+    """Volumes that are read as one file, with the end record of a single volume."""
 
     def __init__(self, files: list[BinaryIO]) -> None:
         self._files = files
@@ -128,7 +130,7 @@ class _Joined(io.RawIOBase):
 
 
 def _tail(file: BinaryIO) -> bytes:
-    """The bytes in which the end records are: at most 64 KiB of comment and what stands before them."""
+    """Return the bytes in which the end records are: at most 64 KiB of comment and what precedes them."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - (1 << 16) - 256))
     return file.read()

@@ -26,7 +26,7 @@ Samples = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which of how many processes this is, and the device that it trains on."""
+    """Index of this process, number of processes, and the device."""
 
     rank: int
     world: int
@@ -54,13 +54,13 @@ def of_steps(
 
 
 def augmentation(recipe: Recipe) -> Augmentation:
-    """Return what a training crop goes through."""
+    """Return the augmentation of training crops."""
     data = recipe.data
     return Augmentation(data.crop, data.scale, data.cat_max_ratio, data.flip, data.preset, data.resize)
 
 
 def batch_of(samples: Samples, device: torch.device, step: int, steps: int) -> Batch:
-    """Return what a loader gave as a batch on a device: images in [0, 1], labels int64."""
+    """Return a loader's output as a batch on a device: images in [0, 1], labels int64."""
     images, labels, extra = samples
     images, labels = to_model(images, labels, device)
     moved = {}
@@ -80,7 +80,7 @@ class Images:
     place: Place
 
     def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
-        """Yield every training image once, in an order that `seed` decides: the same batches on every process.
+        """Yield every training image once, in an order given by `seed`: the same batches on every process.
 
         Args:
             augmented: as in training; otherwise crops of the training size at the images' own scale.
@@ -97,7 +97,7 @@ class Images:
 
 
 def _loader(recipe: Recipe, view: WithExtras, positions: Iterable[list[int]], place: Place) -> DataLoader[Samples]:
-    workers = min(recipe.train.workers, usable_cores())  # more would only wait; samples do not depend on who makes them
+    workers = min(recipe.train.workers, usable_cores())  # more would only wait; samples do not depend on the worker
     return DataLoader(
         view,
         batch_sampler=positions,

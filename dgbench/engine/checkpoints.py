@@ -1,10 +1,10 @@
-"""Training checkpoints of a run: written whole or not at all, newest complete one found again.
+"""Training checkpoints of a run, written completely or not at all.
 
 `run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs),
-`optimizer.pt` (the optimizer's moments, tensors only) and `training.safetensors` (what a method trains with and does not
-score with: teachers, memory banks) for resuming, `source.json` (what was trained on) and `training.json` (how).
-`manifest.json`, written last, says what these files are; each is compared with it whenever it is read. A checkpoint is
-written to a hidden folder beside it and renamed when every byte is on disk, so whatever carries the final name is complete.
+`optimizer.pt` (the optimizer's moments, tensors only) and `training.safetensors` (what a method needs for training but not
+for scoring: teachers, memory banks) for resuming, `source.json` (the training images) and `training.json` (the training).
+`manifest.json`, written last, has their sizes and hashes; each file is compared with it when it is read. A checkpoint is
+written to a hidden folder beside it and renamed when every byte is on disk, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _TRAINING = "training.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What of its source a model was trained on; it lies beside the weights, so that every score of them can say it."""
+    """The part of its source that a model was trained on; stored with the weights, so that every score can state it."""
 
     images: int
     available: int  # images of the complete split; of a rendered source as many as were drawn
     rendered: bool  # an export of rendered scenes in the files of a published set
-    each: dict[str, tuple[int, int, bool]] | None = None  # of several sources, the same of each by name; None: it is one
+    each: dict[str, tuple[int, int, bool]] | None = None  # the same for each of several sources; None: there is one
 
 
 def told(seen: Seen, name: str) -> str:
@@ -59,12 +59,12 @@ def told(seen: Seen, name: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """How a checkpoint was trained: what the record of the training says, and what may make the rest of it another one."""
+    """How a checkpoint was trained: for the training's record, and to detect what may change a resumed training."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "allow_inf_nan": False, "extra": "forbid"}
 
     step: int
-    began: int  # at which step the process did that wrote this; seconds and speed are of its part
+    began: int  # the step at which the process that wrote this began; seconds and speed are those of its part
     seconds: float | None
     loss: float | None  # the last one in the log
     peak_gib: float | None
@@ -75,7 +75,7 @@ class Made:
     dirty: bool | None
     log_bytes: int | None  # of `log.jsonl` at this step; None: not known
     log_sha256: str | None
-    init: str | None = None  # SHA-256 of the weights that `train.init` began with
+    init: str | None = None  # SHA-256 of the weights of `train.init`
     streams: dict[str, str] = field(default_factory=dict)  # which images each of `data.extra` holds: `Stream.digest`
 
 
@@ -114,14 +114,14 @@ def save(
     state = model.training_state().items()
     training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
     if training:
-        # in Python's hands and not safetensors': a full disk is then told as for every other file
+        # written by Python instead of safetensors, so that a full disk is reported as for every other file
         atomic.write(partial / _TRAINING, safetensors.torch.save(training))
     there = {_MOMENTS: True, _TRAINING: bool(training), _SEEN: seen is not None, _MADE: made is not None}
     manifest.seal(partial, [name for name, is_there in there.items() if is_there])
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
     os.replace(partial, final)
-    # before an older one is removed, this one must have its name on the disk
+    # the rename must be on the disk before an older checkpoint is removed
     atomic.sync_folder(folder)
     prune(run, keep)
     return final
@@ -155,19 +155,19 @@ def _remove(folder: Path) -> None:
 
 
 def clean(run: Path) -> None:
-    """Remove what a kill left half-written or half-removed."""
+    """Remove partly written or partly removed checkpoints of killed processes."""
     for partial in (run / "checkpoint").glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial)
 
 
 def newest(run: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint of a run and its step, or None."""
+    """Return the newest complete checkpoint of a run and its step, or None."""
     complete = steps(run)
     return (complete[-1], step_of(complete[-1])) if complete else None
 
 
 def folder_of(path: Path) -> Path:
-    """The model folder meant by `path`: a run, or a folder that holds a model itself.
+    """Return the model folder meant by `path`: a run, or a folder that holds a model itself.
 
     Raises: CheckpointError when there is neither.
     """
@@ -184,7 +184,7 @@ def folder_of(path: Path) -> Path:
 
 
 def seen_by(folder: Path) -> Seen | None:
-    """What the model in a folder was trained on; None where nothing says it: older checkpoints, converted ones.
+    """Return what the model in a folder was trained on; None if that is not recorded: older checkpoints, converted ones.
 
     Raises: CheckpointError if the file that says it is damaged.
     """
@@ -210,12 +210,12 @@ def _plausible(triple: Any) -> bool:
 
 
 def in_record(seen: Seen | None) -> dict[str, Any]:
-    """The fields of a record that say what was trained on."""
+    """Return the fields of a record that say what was trained on."""
     return {} if seen is None else {f"source_{name}": getattr(seen, name) for name in ("images", "available", "rendered")}
 
 
 def made_how(folder: Path) -> Made | None:
-    """How the model in a folder was trained; None where nothing says it: older checkpoints, converted ones.
+    """Return how the model in a folder was trained; None if that is not recorded: older checkpoints, converted ones.
 
     Raises: CheckpointError if the file that says it is damaged, or of another step than the folder's name.
     """
@@ -238,7 +238,7 @@ def made_how(folder: Path) -> Made | None:
 
 
 def load_model(path: Path) -> Segmentor:
-    """The model of a run or model folder, in evaluation mode.
+    """Return the model of a run or model folder, in evaluation mode.
 
     Raises: CheckpointError when the files are missing, damaged or do not fit together, or when the weights are not those
         that the record of their training names.
@@ -264,7 +264,7 @@ def _check(folder: Path, name: str) -> None:
 
 
 def _advice(folder: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Return what to do about a damaged checkpoint."""
     older = [other for other in steps(folder.parent.parent) if step_of(other) < step_of(folder)]
     if older:
         return f"restore the file, or remove {folder} to go on from step {step_of(older[-1])}"
@@ -283,18 +283,18 @@ def _check_recorded(folder: Path) -> None:
 
 
 def trainings(run: Path) -> list[results.Record]:
-    """The records of trainings that a run holds, oldest first; those that cannot be read are left out."""
+    """Return the records of trainings that a run holds, oldest first; those that cannot be read are left out."""
     found = []
     for path in sorted(run.glob("record-*.json")):
         try:
             found.append(results.read(path))
-        except ResultError:  # told by whoever lists the results
+        except ResultError:  # reported where results are listed
             continue
     return [record for record in found if record.kind == "train"]
 
 
 def load_for(recipe: Recipe, path: Path) -> Segmentor:
-    """The model of a run or model folder, if it is what the recipe trains.
+    """Return the model of a run or model folder, if it is what the recipe trains.
 
     Raises: CheckpointError when it is another method's, was built with other options, or cannot be loaded.
     """
@@ -302,7 +302,7 @@ def load_for(recipe: Recipe, path: Path) -> Segmentor:
     wanted = {"name": recipe.method.name, **recipe.method.options}
     found: dict[str, Any] = {"name": model.method, **model.options}
     for key, value in wanted.items():
-        # what a recipe leaves to the model (None) is filled in by it
+        # options that a recipe leaves open (None) are filled in by the model
         if value is not None and found.get(key) != value:
             raise CheckpointError(
                 f"{folder_of(path)} holds a model with {key} `{found.get(key)}`, but the recipe says `{value}`",
@@ -312,13 +312,13 @@ def load_for(recipe: Recipe, path: Path) -> Segmentor:
 
 
 def sha256(folder: Path) -> str:
-    """What identifies the weights in a model folder."""
+    """Return the hash that identifies the weights in a model folder."""
     with (folder / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def begin_with(model: Segmentor, path: Path) -> str:
-    """Give a model the weights of a run or model folder, to begin a training with; return their SHA-256.
+    """Load the weights of a run or model folder into a model, to start a training from; return their SHA-256.
 
     Raises: CheckpointError when there is no such folder, its files are damaged, or it is another method's or has tensors
         that do not fit, which are named.
@@ -328,13 +328,13 @@ def begin_with(model: Segmentor, path: Path) -> str:
         mfuser.checkpoints.load_weights(model, folder)
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            f"train.init: {folder} cannot be begun with: {error}", "give a model of the same method, options and crop"
+            f"train.init: {folder} cannot be started from: {error}", "give a model of the same method, options and crop"
         ) from error
     return sha256(folder)
 
 
 def init_folder(path: Path) -> Path:
-    """The model folder that `train.init` means.
+    """Return the model folder that `train.init` means.
 
     Raises: CheckpointError when there is none.
     """
@@ -347,7 +347,7 @@ def init_folder(path: Path) -> Path:
 
 
 def load_training(model: Segmentor, folder: Path) -> None:
-    """Restore what a method trains with beside the model: `training_only`, as `enter_training` made it.
+    """Restore a method's training-only state: `training_only`, as `enter_training` made it.
 
     Raises: CheckpointError if the file is missing, damaged or of another model.
     """
@@ -371,7 +371,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)
     except Exception as error:
-        # PyTorch advises to load such a file without its guard; that advice is not passed on
+        # PyTorch's message advises unsafe loading, which is not passed on
         reason = (str(error).splitlines() or ["it is empty or cut short"])[0]
         reason = "it is damaged, or holds more than tensors" if isinstance(error, pickle.UnpicklingError) else reason
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The authors' checkpoints as runs of ours: converted once, then evaluated like anything trained here."""
+"""Conversion of authors' checkpoints to run folders, which are then evaluated like any other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dgbench.recipe import dump, load_recipe
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of a foreign checkpoint."""
+    """The result of a conversion."""
 
     source: str
     run: str
@@ -28,11 +28,11 @@ class Converted:
 
 
 def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequence[Sequence[int]] | None = None) -> Converted:
-    """Turn a checkpoint that a method's authors published into a run folder that `evaluate` and `predict` take.
+    """Convert a checkpoint that a method's authors published into a run folder for `evaluate` and `predict`.
 
     Args:
-        recipe: what it was trained by; by default what the method says of such checkpoints.
-        token_ids: (19, 5) ids of the class prompts; None asks the tower's tokenizer.
+        recipe: the recipe that it was trained with; by default the one that the method declares for such checkpoints.
+        token_ids: (19, 5) ids of the class prompts; None: made by the tower's tokenizer.
 
     Raises: CheckpointError naming the file and what does not fit; WeightsNotFound for a missing tokenizer, or for the weights of
         a frozen tower that the checkpoint leaves out.
@@ -43,7 +43,7 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
         raise CheckpointError(f"no such checkpoint: {path}", "give the file that the authors published, e.g. mfuser_eva02.pth")
     if recipe is not None:
         load_recipe(recipe, check_method=False)
-    # here and not above: what is wrong so far need not wait for torch
+    # imported here, so that the errors above are reported without waiting for torch
     from mfuser.authors import load_authors_checkpoint, read_authors, recognise
 
     try:
@@ -61,11 +61,11 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
             named = " or ".join(f"`{method}` with {kind.named}" for method, kind in kinds)
             raise CheckpointError(f"{path} is {named}, which `{trained.name}` is not", "give another --recipe")
         options = {**has, **({"token_ids": [list(row) for row in token_ids]} if token_ids else {})}
-        # of frozen towers that it leaves out, the published weights are below it
+        # frozen towers that the checkpoint leaves out keep their published weights
         weights: mfuser.methods.Weights = "published" if release.absent else "meta"
         model = mfuser.build(trained.method.name, weights=weights, **options, image_size=trained.data.crop)
         report = load_authors_checkpoint(model, state)
-        # made beside the place and renamed whole: what carries the name is complete
+        # written beside `out` and renamed when complete
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         mfuser.save(model, partial / "checkpoint" / f"step-{trained.train.steps:06d}")
@@ -81,7 +81,7 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
 
 
 def read_token_ids(path: Path) -> list[list[int]]:
-    """Token ids (19, 5) from a JSON file.
+    """Read token ids (19, 5) from a JSON file.
 
     Raises: CheckpointError for anything else.
     """

@@ -1,12 +1,14 @@
-"""Which device to run on, what it is called, and how much memory was used there.
+"""The device to run on, its name, and how much memory was used there.
 
-Torch is imported in the functions: the command line refuses a name without waiting for it.
+Torch is imported inside the functions, so that the command line can refuse a name without waiting for it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgbench.errors import DgbenchError
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _NAME = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,3}))?")
-# devices that torch knows and nothing here was tried on; any other word is no device
+# devices that torch knows but dgbench was not tested on; any other word is no device
 _OTHERS = ("mps", "xpu", "meta", "hip", "xla", "npu", "hpu", "mtia", "vulkan", "privateuseone")
 _HINT = "use `cpu`, `cuda` or `cuda:1`"
 
 
 def check_device(name: str) -> str:
-    """The name as it is if it says `cpu`, `cuda` or `cuda:N`. Whether this machine has it, `pick_device` tells.
+    """Return the name if it is `cpu`, `cuda` or `cuda:N`. Whether this machine has it is checked by `pick_device`.
 
     Raises: DgbenchError for any other name.
     """
@@ -34,7 +36,7 @@ def check_device(name: str) -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the GPU when there is one and the CPU otherwise. A named device is used or refused.
+    """Return the named device, or by default the GPU if there is one, else the CPU. A named device is used or refused.
 
     `cuda:N` becomes the process's current device, too: kernels are launched and host memory is pinned there.
 
@@ -57,8 +59,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def accelerator_on(device: torch.device, precision: str) -> Accelerator:
+def accelerator_on(device: torch.device, precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+
+    Args:
+        trackers: experiment trackers that it may start, by accelerate's names.    folder: where they keep their files.
 
     Raises: DgbenchError if such a process is to take `cuda:N`.
     """
@@ -66,28 +71,29 @@ def accelerator_on(device: torch.device, precision: str) -> Accelerator:
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
 
+    tracked = {"log_with": list(trackers) or None, "project_dir": folder}
     if "LOCAL_RANK" in os.environ:
         if device.index is not None:
             raise DgbenchError(
                 f"`{device}` was named, but a launcher has started this process for a GPU of its own",
                 "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
             )
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
     # its state is one a process, and would keep the device of an earlier training
     AcceleratorState._reset_state(reset_partial_state=True)
     with patch_environment(ACCELERATE_TORCH_DEVICE=str(device)):
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`: what a record says it ran on."""
+    """Return the GPU's name, or `cpu`, for records."""
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_gib(device: torch.device) -> float:
-    """GiB that this process held at most: of the GPU's memory as torch allocated it, or resident on a CPU."""
+    """Return the peak GiB of this process: GPU memory as allocated by torch, or resident memory on a CPU."""
     if device.type == "cuda":
         import torch
 
@@ -100,8 +106,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def memory_refused(error: BaseException) -> str | None:
-    """What the machine's memory, not a GPU's, did not suffice for, in words; None if that is not what went wrong."""
-    # torch's error for a GPU; OpenCV's own has that word in its text
+    """Return what the machine's memory (not a GPU's) was too small for; None if the error is something else."""
+    # torch's class for a GPU; OpenCV's error contains this word in its text
     if type(error).__name__ == "OutOfMemoryError":
         return None
     words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dgbench import metrics, protocol, results
 from dgbench.data import labels
+from dgbench.data.corruptions import Corrupted
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domain import Domain
 from dgbench.data.resizing import as_tested
@@ -25,6 +26,7 @@ from dgbench.data.workers import worker_init
 from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
+from dgbench.engine.targets import Target, chosen_targets, size_of, stored_records
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, DgbenchError
 from dgbench.progress import Progress
@@ -44,10 +46,11 @@ class _Item:
 
 
 class _TestView(Dataset[_Item]):
-    """Images at the protocol's test size, labels on its label grid."""
+    """Images at the protocol's test size, labels on its label grid. What is corrupted is so at the size of its file."""
 
-    def __init__(self, dataset: SegDataset, rules: protocol.Protocol, size: protocol.Size | None) -> None:
-        self.dataset, self.size = dataset, size
+    def __init__(self, target: Target, rules: protocol.Protocol, size: protocol.Size | None) -> None:
+        self.dataset, self.corruption, self.size = target.dataset, target.corruption, size
+        dataset = target.dataset
         halved_before = dataset.found is not None and dataset.found.layout.halved
         self.rules = replace(rules, halved=()) if halved_before else rules
 
@@ -56,63 +59,69 @@ class _TestView(Dataset[_Item]):
 
     def __getitem__(self, index: int) -> _Item:
         sample = self.dataset[index]
-        views, label = as_tested(sample.image, sample.label, self.rules, self.dataset.domain.base, self.size)
+        image = sample.image if self.corruption is None else self.corruption.of(sample.image, sample.name)
+        views, label = as_tested(image, sample.label, self.rules, self.dataset.domain.base, self.size)
         # copies: an image read from a file may be read-only
         return _Item(index, tuple(torch.from_numpy(view.copy()) for view in views), torch.from_numpy(label.copy()))
 
 
 def evaluate(
     run: Path,
-    targets: Sequence[str | Domain] | None = None,
+    targets: Sequence[str | Domain | Corrupted] | None = None,
     *,
     progress: Progress,
     device: str | None = None,
     include_source: bool = False,
     root: Path | None = None,
     protocol_name: str | None = None,
+    limit: int | None = None,
+    reuse: bool = False,
 ) -> list[results.Record]:
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
 
     Args:
         run: a run folder; its recipe gives protocol, sizes and default targets.
-        targets: domains, or their names; None takes the recipe's.
+        targets: domains, or their names; None takes the recipe's. Scores of corrupted ones are records of another kind.
         include_source: score the validation split of each source that has one, too, first.
         protocol_name: score under this protocol instead of the recipe's.
+        limit: score the first so many images of each domain only. Where the recipe has more, that is another kind, too.
+        reuse: take a record that the run has already of the same checkpoint, images and protocol, instead of scoring again.
 
-    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can mend. Domains scored before
-        an error keep their records. After an interruption of any kind, the same call goes on from the images already scored.
+    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix. Domains scored before
+        an error keep their records. After any interruption, the same call continues with the remaining images.
     """
     on = pick_device(device)  # refused before any time is spent
     recipe = load_recipe(str(run / "recipe.yaml"), root=root)
     # every name is checked before any time is spent
-    domains = list(recipe.data.rows(targets if targets is not None else recipe.data.targets, root))
+    given = targets if targets is not None else recipe.data.targets
+    domains = list(recipe.data.rows([one.domain if isinstance(one, Corrupted) else one for one in given], root))
+    wanted = [(row, one.corruption if isinstance(one, Corrupted) else None) for row, one in zip(domains, given, strict=True)]
     if include_source:
         own = [row for row in recipe.data.rows(recipe.data.sources, root) if "val" in row.splits]
-        domains = [*own, *(row for row in domains if row not in own)]
-    if not domains:
+        wanted = [*((row, None) for row in own), *((row, how) for row, how in wanted if row not in own)]
+    if not wanted:
         raise DataError("no target domain to score", "name some: --targets streets-city streets-world")
     rules = protocol.lookup(protocol_name or recipe.eval.protocol)
-    datasets = [
-        SegDataset(
-            d,
-            "val",
-            root=root,
-            # files are read as they are: what brings them to a size is the protocol's to choose
-            size=recipe.data.size if d.procedural else None,
-            limit=recipe.data.val_images,
-            label_map=protocol.label_map(rules, d),
-        )
-        for d in domains
-    ]
+    chosen = chosen_targets(recipe, rules, wanted, root, limit)
+    kept = stored_records(recipe, rules, chosen, run) if reuse else {}
+    if len(kept) == len(chosen):
+        begun = [target.about(kept[target.name].checkpoint, rules) for target in chosen]
+        partial.tidy(run, lambda about: dict(about) in begun)  # by an evaluation that was ended before it could
+        return [kept[target.name] for target in chosen]
     found = _checkpoint(recipe, run, on)
+    if kept:
+        progress.note(f"{len(kept)} of {len(chosen)} scores are in the run's records already")
+    kept = {name: record for name, record in kept.items() if record.checkpoint == found.sha}
     partial.tidy(run, lambda about: about.get("checkpoint") != found.sha)
     with ExitStack() as stack:
         parts: list[partial.Partial] = []
-        records = [_score(recipe, rules, found, dataset, run, on, progress, stack, parts) for dataset in datasets]
+        records = [
+            kept.get(target.name) or _score(recipe, rules, found, target, run, on, progress, stack, parts) for target in chosen
+        ]
         # all or none: an evaluation that is interrupted is gone on with, and leaves one record of each domain
         for part in parts:
             part.remove()
-    scored = [dict(part.about) for part in parts]
+    scored = [dict(part.about) for part in parts] + [target.about(found.sha, rules) for target in chosen if target.name in kept]
     partial.tidy(run, lambda about: dict(about) in scored)  # begun with other code, or on another device
     return records
 
@@ -125,7 +134,7 @@ class _Checkpoint:
 
 
 def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
-    """The newest checkpoint. A training may replace it at any moment: then the next one is taken.
+    """Return the newest checkpoint; if a training replaces it meanwhile, the next one.
 
     Raises: CheckpointError.
     """
@@ -151,7 +160,7 @@ _TRIES = 20
 
 
 def _state(folder: Path) -> list[tuple[str, int, int, int]] | None:
-    """What tells the files of a folder from others of their names; None if it is gone."""
+    """Return what distinguishes the files of a folder from others of the same names; None if it is gone."""
     try:
         states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     except OSError:
@@ -163,18 +172,18 @@ def _score(
     recipe: Recipe,
     rules: protocol.Protocol,
     found: _Checkpoint,
-    dataset: SegDataset,
+    target: Target,
     run: Path,
     device: torch.device,
     progress: Progress,
     stack: ExitStack,
     parts: list[partial.Partial],
 ) -> results.Record:
+    dataset = target.dataset
     dataset.prepare(progress)
-    size = None if dataset.domain.procedural else recipe.data.size
-    row = protocol.domain_row(dataset.domain, dataset.split, dataset.policy, dataset.size or size, dataset.revision)
-    hashed, environment = protocol.protocol_hash(rules, row), describe_environment(device_name(device), torch.get_num_threads())
-    about = {"checkpoint": found.sha, "target": dataset.domain.name, "split": dataset.split, "protocol": rules.digest}
+    size = size_of(recipe, dataset)
+    hashed, environment = target.protocol_hash(rules, size), describe_environment(device_name(device), torch.get_num_threads())
+    about = target.about(found.sha, rules)
     ids = [dataset.name(i) for i in range(len(dataset))]
     key = partial.key_of(
         **about,
@@ -191,28 +200,28 @@ def _score(
     part = stack.enter_context(partial.opened(run, key, about, ids, len(labels.CLASSES)))
     parts.append(part)
     if (before := part.record()) is not None:
-        progress.note(f"{dataset.domain.name} was scored before the interruption")
+        progress.note(f"{target.name} was scored before the interruption")
         return before
-    _fill(part, recipe, rules, found.model, dataset, size, device, progress)
+    _fill(part, recipe, rules, found.model, target, size, device, progress)
     counts = part.counts
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     labelled = bool(total.any())
     iou = metrics.iou(total, absent=absent)
     if not labelled:
-        _log.warning(f"{dataset.domain.name} {dataset.split}: mIoU is undefined: no labelled pixel in {len(ids)} images")
-    elif few := metrics.rare(counts, classes=classes, absent=absent):
-        _log.warning(rarely_seen(dataset.domain.name, dataset.split, few))
+        _log.warning(f"{target.name} {dataset.split}: mIoU is undefined: no labelled pixel in {len(ids)} images")
+    elif not target.repeats and (few := metrics.rare(counts, classes=classes, absent=absent)):
+        _log.warning(rarely_seen(target.name, dataset.split, few))
     commit, dirty = code_commit()
     record = results.Record(
         id=part.id,
-        kind="eval",
+        kind=target.kind,
         created=results.now_iso(),
         method=found.model.method,
         variant=recipe.method.variant,
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
-        target=dataset.domain.name,
+        target=target.name,
         split=dataset.split,
         protocol=rules.name,
         protocol_digest=rules.digest,
@@ -235,7 +244,7 @@ def _score(
         dirty=dirty,
         extra=extra_scores(recipe.data.source, total, rules),
     )
-    part.save()  # with the id: whatever happens now, there will be one record
+    part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
     return results.write(record, run, counts, ids)
 
 
@@ -244,19 +253,19 @@ def _fill(
     recipe: Recipe,
     rules: protocol.Protocol,
     model: Segmentor,
-    dataset: SegDataset,
+    target: Target,
     size: protocol.Size | None,
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Score the images that are not done yet, in the batches in which all would be: a batch may decide the last bit."""
+    """Score the remaining images in the same batches as without an interruption, which may affect the last bit."""
     started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
-    n, by = len(dataset), recipe.eval.batch_size
+    n, by = len(target.dataset), recipe.eval.batch_size
     whole = [list(range(i, min(i + by, n))) for i in range(0, n, by)]
     batches = [batch for batch in whole if not part.done[batch].all()]
     if done := n - sum(map(len, batches)):
-        progress.note(f"{dataset.domain.name}: {done} of {n} images were scored before the interruption")
-    progress.start(f"scoring {dataset.domain.name} {dataset.split}", n, "images")
+        progress.note(f"{target.name}: {done} of {n} images were scored before the interruption")
+    progress.start(f"scoring {target.name} {target.dataset.split}", n, "images")
     progress.advance(done)
 
     def take_stock() -> None:
@@ -264,7 +273,7 @@ def _fill(
         part.backends = {**earlier, **ops.ran_since(ran)}
 
     try:
-        for groups, waited in _batches(_TestView(dataset, rules, size), recipe, batches):
+        for groups, waited in _batches(_TestView(target, rules, size), recipe, batches):
             part.seconds["data"] += waited
             for batch in groups:
                 before = time.perf_counter()
@@ -285,7 +294,7 @@ def _fill(
             raise
         less = "; a run trained with --set eval.batch_size=1 needs less" if by > 1 else ""
         raise DgbenchError(
-            f"not enough memory to score `{dataset.domain.name}`, {by} images at once",
+            f"not enough memory to score `{target.name}`, {by} images at once",
             f"close other programs, or use a machine with more{less}",
         ) from error
     finally:
@@ -296,13 +305,13 @@ def _fill(
                 part.save()
     mixed = ops.ran_since(ran)
     if any(earlier.get(op, name) != name for op, name in mixed.items()):
-        # another backend than before the interruption rounds otherwise
+        # a different backend than before the interruption would round differently
         part.restart()
-        _fill(part, recipe, rules, model, dataset, size, device, progress)
+        _fill(part, recipe, rules, model, target, size, device, progress)
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the images' files; of rows of a Hub the fingerprint of labels has them all."""
+    """Return names, sizes and times of the images' files; for rows of a Hub, the labels' fingerprint includes them."""
     if dataset.found is None:
         return []
     paths = [dataset.found.folder / image for image, _ in dataset.found.pairs[: len(dataset)]]
@@ -310,7 +319,7 @@ def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
 
 
 def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
-    """Return one line that names the classes whose IoU a few images decide, with their number of images."""
+    """Return a warning that names the classes which occur in few images, with their number of images."""
     first = sorted(few, key=lambda k: (few[k], k))[:6]
     named = ", ".join(f"{labels.CLASSES[k].name} ({few[k]})" for k in first)
     if len(few) > len(first):
@@ -322,13 +331,13 @@ def rarely_seen(domain: str, split: str, few: dict[int, int]) -> str:
 
 
 def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol) -> dict[str, float | str | None]:
-    """Return the means over fewer classes that a source's papers report: SYNTHIA cannot teach 3 of the 19."""
+    """Return the means over fewer classes that a source's papers report: SYNTHIA lacks 3 of the 19."""
     subsets = (16, 13) if source == "synthia" else ()
     return {f"miou{n}": metrics.miou(total, classes=protocol.CLASS_SETS[n], absent=rules.absent_classes) for n in subsets}
 
 
 def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
-    """Each batch as lists of items of one size, and the seconds spent waiting for it."""
+    """Yield each batch as lists of items of one size, and the seconds spent waiting for it."""
     workers = min(recipe.train.workers, usable_cores())
     loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
     before = time.perf_counter()
@@ -350,7 +359,7 @@ def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, dev
 
 
 def _confusion(prediction: Tensor, label: Tensor) -> NDArray[np.int64]:
-    """`metrics.confusion` in parts: counting takes many times the memory of a label, and some have 100 million pixels."""
+    """Compute `metrics.confusion` in parts: it takes many times the memory of a label, and some have 100 million pixels."""
     rows = max(1, (1 << 24) // label.shape[1])
     parts = zip(prediction.split(rows), label.split(rows), strict=True)
     total = np.zeros((len(labels.CLASSES),) * 2, np.int64)

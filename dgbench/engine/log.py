@@ -1,4 +1,4 @@
-"""The log of a training's losses, `log.jsonl`: what a resumed run keeps of it, and what a checkpoint says of it."""
+"""The log of a training's losses, `log.jsonl`: which part a resumed run keeps, and its digest for the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _logger = logging.getLogger(__name__)
 
 
 class Log:
-    """`log.jsonl`: a line of losses every few steps; a resumed run first drops the lines it is going to repeat.
+    """`log.jsonl`: a line of losses every few steps; a resumed run first removes the lines that it will repeat.
 
-    Raises: CheckpointError if it is not the one of which the checkpoint says the digest.
+    Raises: CheckpointError if it does not have the digest that the checkpoint states.
     """
 
     def __init__(self, path: Path, start: int, before: Made | None) -> None:
@@ -33,7 +33,7 @@ class Log:
             if hashlib.sha256(content).hexdigest() != before.log_sha256:
                 raise CheckpointError(
                     f"{path} is damaged: it is not the log that was written until step {start}",
-                    "restore it, or remove it to go on without the losses so far",
+                    "restore it, or remove it to continue without the losses so far",
                 )
         else:
             lines = list(_lines_until(start, content))
@@ -51,14 +51,14 @@ class Log:
         self._size += len(line)
 
     def sealed(self) -> tuple[int, str]:
-        """Size and SHA-256 of what was written so far, which is on the disk then."""
+        """Flush the log to the disk and return size and SHA-256 of what was written so far."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         return self._size, self._digest.hexdigest()
 
 
 def _lines_until(step: int, content: bytes) -> Iterator[bytes]:
-    """The lines of a log of an older version, of which no digest is known."""
+    """Yield the lines of a log of an older version, which has no digest."""
     for line in content.splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:

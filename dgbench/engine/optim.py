@@ -15,7 +15,7 @@ from mfuser.segmentor import Segmentor
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The learning rates between which a group's schedule runs."""
+    """Peak and minimum of a group's learning rate."""
 
     peak: float
     floor: float
@@ -38,7 +38,7 @@ class Rate:
 
 
 def _left(step: int, steps: int, optim: OptimSpec) -> float:
-    """(1 - t)^power, 1 until the end of warm-up."""
+    """Return (1 - t)^power, 1 until the end of warm-up."""
     if optim.schedule == "constant" or step < optim.warmup_steps:
         return 1.0
     progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -60,10 +60,10 @@ def optimizer_of(model: Segmentor, optim: OptimSpec) -> tuple[torch.optim.Optimi
 def groups(model: Segmentor, optim: OptimSpec) -> tuple[list[dict[str, Any]], list[Rate]]:
     """Return the optimizer's groups, and the rates of each: the method's own groups, divided by the recipe's key paths.
 
-    A key holds the parameters whose dotted names begin with its parts; the longest that does decides. Where it says nothing
-    of weight decay, the method does (`no_decay`, `no_decay_types`).
+    A key matches the parameters whose dotted names begin with its parts; the longest match applies. If it does not set the
+    weight decay, the method does (`no_decay`, `no_decay_types`).
 
-    Raises: RecipeError for a key that holds no trainable parameter.
+    Raises: RecipeError for a key that matches no trainable parameter.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     _check_keys(model, optim)

@@ -1,10 +1,10 @@
-"""What an evaluation has scored so far, kept in the run folder, so that one that was interrupted goes on from there.
+"""Partial results of an evaluation, stored in the run folder, from which an interrupted evaluation continues.
 
-`.scoring-KEY.npz` holds the matrices of one domain's scored images, and the id that the record is going to have. KEY is a hash
-of all that the matrices depend on (`key_of`): weights, protocol, images, batches, device, versions and code. What was scored
-under anything else has another name, so nothing is ever mixed. The file is written every few seconds and before the record,
-and removed when the records of the whole evaluation are there; until then a second call finds the record by its id and writes
-none again. Of two evaluations of the same at once, the one that locks `.scoring-KEY.lock` keeps what it scores.
+`.scoring-KEY.npz` holds the matrices of one domain's scored images, and the id of the future record. KEY is a hash
+of all that the matrices depend on (`key_of`): weights, protocol, images, batches, device, versions and code. Scores under
+other conditions have another name, so they are never mixed. The file is written every few seconds and before the record,
+and removed when all records of the evaluation are written; until then a second call finds the record by its id and writes
+no other. If the same evaluation runs twice at once, the one that locks `.scoring-KEY.lock` stores its results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dgbench import atomic, locks, matrices, results, temporaries, untrusted
 from dgbench.errors import ResultError
 
 _EVERY = 5.0  # seconds between two writes; more if one takes long: writing takes at most 2 % of the time
-_OLD = 3600.0  # seconds after which a file that somebody else may still be about to use is not used any more
+_OLD = 3600.0  # seconds after which another process's file counts as abandoned
 _ID = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{6}")
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?:[^./]*-)?(?P<pid>\d{1,9})\.tmp")  # as dgbench.temporaries names them
 _SECONDS = ("data", "model", "metric", "total")
@@ -44,11 +44,13 @@ class Partial:
 
     run: Path
     key: str
-    about: Mapping[str, str]  # what it is a part of, by which it is recognized as stale: checkpoint, target, split, protocol
+    about: Mapping[
+        str, str
+    ]  # what it is a part of, by which it is recognized as stale: checkpoint, target, split, protocol, kind
     ids: Sequence[str]  # of the n images
     counts: NDArray[np.int64]
     done: NDArray[np.bool_]
-    kept: bool  # whether it is this process that keeps it
+    kept: bool  # whether this process stores it
     id: str = field(default_factory=results.new_id)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SECONDS, 0.0))
     backends: dict[str, str] = field(default_factory=dict)
@@ -61,19 +63,21 @@ class Partial:
         return _path(self.run, self.key)
 
     def restart(self) -> None:
-        """Forget all matrices, not the time that they took."""
+        """Discard all matrices, but not the time that they took."""
         self.counts[:], self.done[:] = 0, False
         self.backends.clear()
 
     def record(self) -> results.Record | None:
         """The record of this very evaluation, if it was interrupted after it had been written."""
-        path = self.run / f"record-{results.file_stem(self.id, 'eval', self.about['target'], self.about['split'])}.json"
+        path = (
+            self.run / f"record-{results.file_stem(self.id, self.about['kind'], self.about['target'], self.about['split'])}.json"
+        )
         if not path.exists():
             return None
         try:
             return results.read(path)
         except ResultError:
-            self.id = results.new_id()  # damaged: another is written
+            self.id = results.new_id()  # the record is damaged: another is written
             return None
 
     def save(self) -> None:
@@ -89,18 +93,18 @@ class Partial:
         self._cost = self._written - began
 
     def save_in_time(self) -> None:
-        """Write what is done if the last time is a while ago. A disk that refuses it stops nothing: the record will tell."""
+        """Write what is done if the last write is a while ago. A failing write is ignored: that of the record will fail."""
         if time.perf_counter() - self._written > max(_EVERY, 50 * self._cost):
             with contextlib.suppress(OSError):
                 self.save()
 
     def remove(self) -> None:
-        """Remove the file: its record is there, and all others of the evaluation."""
+        """Remove the file, after all records of the evaluation are written."""
         if self.kept:
             self.path.unlink(missing_ok=True)
 
     def _load(self) -> None:
-        """Take over what an earlier process kept; what is damaged is scored again."""
+        """Read what an earlier process stored; damaged parts are scored again."""
         try:
             found = matrices.unpacked(self.path)
             note = _note(found)
@@ -118,7 +122,7 @@ class Partial:
 
 @contextmanager
 def opened(run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], classes: int) -> Iterator[Partial]:
-    """What is kept in `run` under `key`, or nothing yet; within, no other process keeps it."""
+    """Return what is stored in `run` under `key`, or an empty one; no other process stores it meanwhile."""
     counts = np.zeros((len(ids), classes, classes), np.int64)
     lock = _lock(run, key)
     with locks.held(lock) as ours:
@@ -134,13 +138,13 @@ def opened(run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], cl
 
 
 def key_of(**what: Any) -> str:
-    """16 hex digits of all that matrices depend on, the code that runs among it."""
+    """Return a 16-digit hash of all that matrices depend on, including the code."""
     text = json.dumps({**what, "code": _code()}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def tidy(run: Path, stale: Callable[[Mapping[str, str]], bool]) -> None:
-    """Remove leftovers of dead processes: parts that are `stale`, by what they are of; unfinished files; lone matrices."""
+    """Remove files of ended processes: `stale` parts; unfinished files; matrices without a record."""
     for path in run.glob(".scoring-*.npz"):
         key = path.name.removeprefix(".scoring-").removesuffix(".npz")
         try:
@@ -163,7 +167,7 @@ def tidy(run: Path, stale: Callable[[Mapping[str, str]], bool]) -> None:
             with _if_free(path):
                 pass
     _remove_lone_matrices(run, lambda name: _age(run / name) > _OLD)
-    # a record takes no hour to be written, on whichever host; all other files are those of a training, if there is one
+    # writing a record takes less than an hour on any host; all other files belong to a training, if there is one
     _remove_temporaries(run, lambda name: False)
     with contextlib.suppress(ResultError):
         if any(_of_training(parts["name"]) for _, parts in _temporaries(run)):
@@ -176,13 +180,13 @@ def _of_training(name: str) -> bool:
 
 
 def _temporaries(run: Path) -> list[tuple[Path, re.Match[str]]]:
-    """The unfinished files of processes that are not running here."""
+    """Return the unfinished files of processes that are not running on this machine."""
     found = [(path, _TEMPORARY.fullmatch(path.name)) for path in run.glob(".*.tmp")]
     return [(path, parts) for path, parts in found if parts is not None and not temporaries.runs(int(parts["pid"]))]
 
 
 def _remove_temporaries(run: Path, ours: Callable[[str], bool]) -> None:
-    """Remove the temporaries of files that are `ours`, and of any that no process of another host is writing, either."""
+    """Remove temporary files that are `ours`, and those that no process of another host is writing."""
     for path, parts in _temporaries(run):
         if ours(parts["name"]) or _age(path) > _OLD:
             path.unlink(missing_ok=True)
@@ -213,7 +217,7 @@ def _if_free(lock: Path) -> Iterator[bool]:
 
 
 def _note(found: matrices.Matrices) -> dict[str, Any]:
-    """What was noted beside the matrices. Raises: ValueError if it is anything else than `Partial.save` writes."""
+    """Return the note stored with the matrices. Raises: ValueError if it is anything else than `Partial.save` writes."""
     note = untrusted.read_object(found.note.encode()) or {}
     texts = [note.get("about"), note.get("backends")]
     if not all(isinstance(t, dict) and all(isinstance(value, str) for value in t.values()) for t in texts):
@@ -245,7 +249,7 @@ def _age(path: Path) -> float:
 
 @cache
 def _code() -> str:
-    """A hash of the code itself: a commit does not tell the changes of a working tree."""
+    """Return a hash of the code itself: a commit does not include changes of a working tree."""
     digest = hashlib.sha256()
     ours, models = Path(__file__).parents[1], Path(mfuser.__file__).parent
     for root in (ours, models, ours.parent / "cuda"):

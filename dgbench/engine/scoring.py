@@ -1,4 +1,4 @@
-"""How a protocol lets a model look at an image: windows or the whole, where masks are upsampled, mirrored and scaled."""
+"""Scoring of images as a protocol defines it: by windows or as a whole, with upsampling, flips and scales."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _STRIP = 1 << 26  # scores, one number each, that are held of a large image
 
 
 def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
-    """Return the train ids (B, *grid) of a batch of images of one size: what `score` puts first.
+    """Return the train ids (B, *grid) of a batch of images of one size: the argmax of `score`.
 
-    Images of more than `LARGE` pixels go one by one, and in parts: the same windows and weights, for which a score may
+    Images of more than `LARGE` pixels are scored one by one, and in parts: the same windows and weights, for which a score may
     differ in its last bit.
 
     Args:
@@ -83,7 +83,7 @@ def first_of(seen: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
 
 
 def _strip(scores: Tensor, top: int, bottom: int, grid: tuple[int, int]) -> Tensor:
-    """Rows `top` up to `bottom` of scores upsampled to `grid`, bilinear without aligned corners."""
+    """Return rows `top` up to `bottom` of scores upsampled to `grid`, bilinear without aligned corners."""
     height = scores.shape[2]
     place = (torch.arange(top, bottom, dtype=torch.float64) + 0.5) * height / grid[0] - 0.5
     place = place.clamp(0, height - 1)
@@ -119,7 +119,7 @@ def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rule
 
 
 def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
-    """Scores (B, K, H, W) of images (B, 3, H, W)."""
+    """Return scores (B, K, H, W) of images (B, 3, H, W)."""
     ask = _asked(model, rules)
     if rules.window == "crop":
         return mfuser.slide(ask, images, crop=model.image_size, stride=rules.stride_of(model.image_size))
@@ -142,7 +142,7 @@ def _asked(model: Segmentor, rules: Protocol) -> Callable[[Tensor], Tensor]:
 
 
 def _upsampled(model: Segmentor, order: str, images: Tensor) -> Tensor:
-    """Scores with the masks upsampled before they are mixed (`masks`) or after (`scores`); a method without masks has one way."""
+    """Return scores, masks upsampled before combining them (`masks`) or after (`scores`); without masks there is one way."""
     found = model.masks(images)
     if found is None:
         scores: Tensor = model(images)

@@ -1,4 +1,4 @@
-"""Signals that end a training: the step in which one arrives is finished first, so that what it was can be kept."""
+"""Signals that end a training: the current step is finished first, so that its checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _BURST = 0.5  # seconds in which `timeout`, batch systems and terminals send one
 
 
 class Stops:
-    """Within, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt or Terminated in the main thread, but not while `busy`.
+    """Context in which SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt or Terminated, but not while `busy`.
 
-    One that arrives then is raised by `check`; a second one does not wait. A signal that the caller of the program has
+    A signal that arrives then is raised by `check`; a second one at once. A signal that the caller of the program has
     ignored, as `nohup` does, stays ignored.
     """
 
     def __init__(self) -> None:
         self.busy = False
         self.asked: int | None = None  # the signal
-        self.hurried = False  # it came a second time
+        self.hurried = False  # a second signal has arrived
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere no handler can be set, and none is called
             for number in _ENDING:
-                # None: set by something that is not Python, which could not be put back
+                # None: set by non-Python code, which could not be restored
                 if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
                     self._before[number] = handler
                     signal.signal(number, self._arrived)
@@ -44,7 +44,7 @@ class Stops:
     def _arrived(self, number: int, _: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
-            # sent to a group, it ends the loader's workers as well, whose loss PyTorch would raise amid the step
+            # a signal to the process group also ends the loader's workers, for which PyTorch would raise within the step
             if hasattr(signal, "SIGCHLD"):
                 self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None) or signal.SIG_DFL)
             if self.busy:
@@ -56,10 +56,10 @@ class Stops:
         raise self.error()
 
     def check(self) -> None:
-        """Raise what a signal asked for while `busy`."""
+        """Raise the exception of a signal that arrived while `busy`."""
         if self.asked is not None:
             raise self.error()
 
     def error(self) -> BaseException:
-        """What the signal raises."""
+        """Return the exception that the signal raises."""
         return KeyboardInterrupt() if self.asked in (signal.SIGINT, None) else Terminated(self.asked)

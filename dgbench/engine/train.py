@@ -2,8 +2,8 @@
 
 One function, no Trainer. Everything random at step s comes from (seed, s, process): the batch, its augmentation, and
 the generators that dropout and point sampling draw from. A run that is killed and resumed therefore repeats the
-uninterrupted one exactly; on a CPU with as many threads, bit for bit. A run that is told to end by a signal keeps the step
-that it is in.
+uninterrupted one exactly; on a CPU with the same number of threads, bit for bit. A run that a signal ends finishes its
+current step.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
-from dgbench.engine import batches, checkpoints
+from dgbench.engine import batches, checkpoints, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.log import Log
 from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.stops import Stops
+from dgbench.engine.tracking import Trackers
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
@@ -60,17 +61,28 @@ class _Loss(nn.Module):
 
 
 def train(
-    recipe: Recipe, run: Path, *, progress: Progress, resume: bool = False, device: str | None = None, root: Path | None = None
+    recipe: Recipe,
+    run: Path,
+    *,
+    progress: Progress,
+    resume: bool = False,
+    device: str | None = None,
+    root: Path | None = None,
+    trackers: Trackers | None = None,
 ) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
+    Args:
+        trackers: are told loss, learning rate and speed where `log.jsonl` is; whoever made them finishes them.
+
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
 
-    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can mend; KeyboardInterrupt, Terminated.
+    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated.
     """
     begun = time.perf_counter()
     spec = recipe.train
-    accelerator = accelerator_on(pick_device(device), spec.precision)
+    trackers = trackers or Trackers()
+    accelerator = accelerator_on(pick_device(device), spec.precision, trackers.names, run / tracking.FOLDER)
     main = accelerator.is_main_process
     found = checkpoints.newest(run) if resume else None
     if spec.init is not None and not found:
@@ -95,8 +107,9 @@ def train(
     start = found[1] if found else 0
     log = None
     if main:
+        trackers.begin(accelerator, recipe, start)
         run.mkdir(parents=True, exist_ok=True)
-        dump(recipe, run / "recipe.yaml")  # first of all: by it a folder is known as a run that can be gone on with
+        dump(recipe, run / "recipe.yaml")  # written first: with it, a folder is a run that can be resumed
         log = Log(run / "log.jsonl", start, before)
         checkpoints.clean(run)
         temporaries.clear(run, shared=True)
@@ -112,14 +125,14 @@ def train(
     data = batches.Images(recipe, dataset, extra, place)
     if accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # convolutions like it: a step takes a tenth less on a CPU; checkpoints are written in the usual order all the same
+    # faster convolutions: a step takes a tenth less on a CPU; checkpoints are still written in the usual order
     model.to(memory_format=torch.channels_last)
     loss_of, optimizer = accelerator.prepare(_Loss(model), optimizer)
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
         if main:
-            checkpoints.prune(run)  # one that a kill left beside it, now that this one is known to be whole
+            checkpoints.prune(run)  # older ones of a killed process, now that this one is known to be complete
 
     model.train()
     images_seen, since = 0, time.perf_counter()
@@ -150,7 +163,7 @@ def train(
         try:
             for step, samples in enumerate(loader, start):
                 stops.busy = True
-                # one seed a step, and a process: the state of no generator has to be saved to resume exactly
+                # one seed per step and process, so that no generator's state has to be saved to resume exactly
                 set_seed(_mix(spec.seed, step))
                 model.before_step(step, spec.steps, data)
                 if not model.training:
@@ -180,7 +193,9 @@ def train(
                     speed = images_seen / (time.perf_counter() - since)
                     assert log is not None
                     lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(step, spec.steps, recipe.optim)
-                    log.write(done, {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()})
+                    values = {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()}
+                    log.write(done, values)
+                    trackers.log(values | {"images_per_second": speed}, done)
                     progress.advance(0, loss=value, images_per_second=speed)
                 if main:
                     progress.advance(1)
@@ -195,7 +210,7 @@ def train(
                 if refused := memory_refused(error):
                     raise RecipeError(f"step {finished + 1}: {refused}", "set train.batch_size or data.crop lower") from None
                 raise
-            # whatever it is that was raised: the same signal may have ended a worker, which the loader then misses
+            # any exception: the same signal may have ended a worker, for which the loader raises
             if main and finished > saved and not stops.hurried:
                 stops.busy = True
                 keep(finished)
@@ -206,7 +221,7 @@ def train(
     accelerator.wait_for_everyone()
     total = time.perf_counter() - begun
     told = made or before
-    if told is None:  # of an older version, whose checkpoints did not say it
+    if told is None:  # from an older version, whose checkpoints do not state it
         told = Made(
             step=spec.steps,
             began=0,
@@ -232,9 +247,9 @@ def _record(
     *,
     write: bool,
 ) -> results.Record:
-    """The record of a complete training; of a resumed one, seconds and speed are those of its last part.
+    """Return the record of a complete training; if it was resumed, seconds and speed are those of its last part.
 
-    One that these weights have already is returned; a kill may have come before it was written.
+    If these weights have one already, it is returned; otherwise a kill may have prevented it.
     """
     folder = checkpoints.folder_of(run)
     sha = checkpoints.sha256(folder)
@@ -278,7 +293,7 @@ def _record(
 
 
 def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: Accelerator) -> None:
-    """Say what makes the rest of a resumed training another one than it would have been."""
+    """Warn about differences that change the result of a resumed training."""
     if before is None:
         return
     names = ("threads", "torch") if accelerator.device.type == "cpu" else ("torch",)
@@ -287,27 +302,27 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
     changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
     if changed:
         _logger.warning(
-            "begun with %s: the training goes on, but not bit for bit as it would have%s",
+            "started with %s: the training continues, but not bit for bit as it would have%s",
             ", ".join(changed),
             f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
         )
 
 
 def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
-    """sha256 of the weights that a training began with: of `train.init` as `init`, or of its towers."""
+    """Return the sha256 of the weights that a training started from: of `train.init` as `init`, or of its towers."""
     return _tower_weights(recipe) if recipe.train.init is None else {"init": made.init}
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """sha256 of the published weights that each tower began with, by `weights.<option>`; nothing for from-scratch towers."""
+    """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
-    own = backbone_names(recipe.method.name) - TOWERS.keys()  # trunks that no table of towers has
+    own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
     return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
-    """The recipe that the settings were made for, where that is one with other towers."""
+    """Return the recipe that the settings were made for, if that is one with other towers."""
     name = settings_of(recipe.name, recipe.method.options)
     return {"settings_of": name} if name else {}
 
@@ -319,18 +334,18 @@ def _source(recipe: Recipe, root: Path | None) -> SegDataset | Union:
         try:
             _model(recipe, None, None)
         except mfuser.WeightsNotFound as weights:
-            # everything that has to be fetched, at once
+            # names everything that has to be downloaded
             hints = "\n".join(filter(None, (weights.hint, missing.hint)))
             raise DataError(f"{weights.message}\nand {missing.message}", hints) from None
         raise
 
 
 def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> checkpoints.Seen | None:
-    """What is trained on; None for the rest of a training whose beginning did not say it.
+    """Return the source of the training; None when resuming a training that did not record it.
 
-    Raises: CheckpointError if the beginning saw other images.
+    Raises: CheckpointError if the training began with other images.
     """
-    # a rendered source has as many images as are asked for
+    # a rendered source has as many images as are requested
     each = {
         part.domain.name: (len(part), len(part) if part.found is None else part.available, part.exported)
         for part in dataset.parts
@@ -343,13 +358,13 @@ def _seen(dataset: SegDataset | Union, run: Path, checkpoint: Path | None) -> ch
     if before not in (None, now):
         was, is_now = (checkpoints.told(s, dataset.parts[0].domain.name) for s in (before, now) if s is not None)
         raise CheckpointError(
-            f"{run} was begun on {was}, now there are {is_now}", "put back the files it was begun with, or start a new run"
+            f"{run} was started on {was}, now there are {is_now}", "restore the files it was started with, or start a new run"
         )
     return before
 
 
 def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tuple[Segmentor, str | None]:
-    """The model as the training, or its rest, begins with it, and the SHA-256 of the weights that `train.init` gave."""
+    """Return the model at the start of the training (or of its rest), and the SHA-256 of `train.init`'s weights."""
     seed, init = recipe.train.seed, before.init if before else None
     set_seed(seed)
     if checkpoint is not None:
@@ -369,19 +384,19 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
     if checkpoint is not None:
         checkpoints.load_training(model, checkpoint)
     for parameter in model.parameters():
-        # steps are smaller than what 16 bits can tell apart; frozen parameters stay as they are
+        # optimizer steps are too small for 16 bits; frozen parameters stay as they are
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model, init
 
 
 def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
-    """Raise a CheckpointError if a training was begun with other images in its streams."""
+    """Raise a CheckpointError if a training was started with other images in its streams."""
     for name, digest in (before.streams if before else {}).items():
         if now[name] != digest:
             raise CheckpointError(
-                f"{run} was begun with other images in data.extra.{name}",
-                "put back the files it was begun with, or start a new run",
+                f"{run} was started with other images in data.extra.{name}",
+                "restore the files it was started with, or start a new run",
             )
 
 
@@ -398,7 +413,7 @@ def _check_resumable(recipe: Recipe, run: Path, root: Path | None) -> None:
 
 
 def _mix(*numbers: int) -> int:
-    """One 31-bit seed from several numbers."""
+    """Return one 31-bit seed from several numbers."""
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1

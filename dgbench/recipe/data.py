@@ -1,4 +1,4 @@
-"""A recipe's `data`: what is trained on, what is scored, and how images reach the model."""
+"""A recipe's `data`: sources, targets, sampling and augmentation."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DAFORMERS_TEMPERATURE = 0.01
 
 @dataclass
 class Known:
-    """What names of domains mean while one recipe is read, handed to pydantic as the context of its validation."""
+    """The domains that names refer to while one recipe is read, passed to pydantic as the context of its validation."""
 
     root: Path | None = None  # data root in which declarations are looked for
     declared: dict[str, UserDomain] = field(default_factory=dict)  # the recipe's own; filled when `data.domains` is read
 
 
 def known(info: ValidationInfo) -> Known:
-    """Return what names mean in this validation."""
+    """Return the domains of this validation."""
     return info.context if isinstance(info.context, Known) else Known(declared=info.data.get("domains", {}))
 
 
@@ -87,7 +87,7 @@ def _with_declarations(data: dict[str, Any], root: Path | None) -> dict[str, Any
             read_ones = [read(Path(path)) for path in given]
             given = {declared.name: declared.spec for declared in read_ones}
         if not isinstance(given, dict):
-            return data  # the field's own check says so
+            return data  # the field's own check reports it
         for name in (name for name in used if isinstance(name, str)):
             if name.endswith((".yaml", ".yml")):
                 declared: Declared | None = read(Path(name))
@@ -109,11 +109,11 @@ def _called(name: str) -> str:
 
 
 def _in_order(data: dict[str, Any]) -> dict[str, Any]:
-    """Return `data` with its sources sorted by name, weights and splits with them: in any order it is one experiment."""
+    """Return `data` with its sources (and their weights and splits) sorted by name, so that the order does not matter."""
     given = data.get("source")
     names = separate(given) if isinstance(given, str) else given
     if not isinstance(names, list | tuple) or len(names) < 2 or any(not isinstance(name, str) for name in names):
-        return data  # the field's own check says what is wrong
+        return data  # the field's own check reports what is wrong
     order = sorted(range(len(names)), key=lambda i: _called(names[i]))
     sorted_: dict[str, Any] = {"source": [names[i] for i in order]}
     for key in ("source_weights", "source_split"):
@@ -131,7 +131,7 @@ def _preset(given: Any) -> Any:
     if isinstance(given, str) and given.lower() not in ("yes", "no", "on", "off"):
         if given.lower() not in _PRESETS:
             raise own(_EXPECTED_PRESET + shown(given))
-        # as recipes have always said it: hashes stay as they were
+        # the form in which recipes always had it, so that hashes stay the same
         return {"mmsegmentation": True, "none": False}.get(given.lower(), given.lower())
     if isinstance(given, str):
         return given.lower() in ("yes", "on")
@@ -150,12 +150,12 @@ def _several(given: Any) -> Any:
 
 
 class ResizeSpec(Spec):
-    """How the size at which a crop is cut is drawn; ratios are drawn from `data.scale`."""
+    """How images are resized before a crop is taken; ratios are drawn from `data.scale`."""
 
     mode: Literal["ratio", "short_edge", "fixed"] = "ratio"
     short_edge: Annotated[tuple[Count, ...], BeforeValidator(_several)] = ()  # pixels; one of them is drawn each time
     sample: Literal["choice", "range"] = "choice"  # range: any whole number from the first of two to the second
-    long_edge: Count | None = None  # at most; the short edge gives way
+    long_edge: Count | None = None  # upper limit, for which the short edge may become shorter
     size: Size | None = None  # (H, W) of every image; the aspect ratio is not kept
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ class ClassUniformSpec(Spec):
 
 
 class DataSpec(Spec):
-    """What is trained on, what is scored, and how images reach the model. Sizes are (H, W)."""
+    """Sources, targets, sampling and augmentation. Sizes are (H, W)."""
 
     # domains that the user declares, by name, or files that do; a resolved recipe holds those that it needs
     domains: Annotated[dict[str, UserDomain], AfterValidator(_declare)] = Field(default_factory=dict)
@@ -190,9 +190,9 @@ class DataSpec(Spec):
     targets: tuple[DomainName, ...] = Field(min_length=1)
     size: Size | None = None  # rendered or resized to this; null: as the files are
     crop: Size = (512, 512)  # training crop and test window
-    train_images: Count | None = None  # the first so many of each source; null: all
+    train_images: Count | None = None  # only this many of each source, from the first on; null: all
     val_images: Count | None = None  # anything but null marks the records as partial
-    scale: tuple[Positive, Positive] = (0.5, 2.0)  # random resize; other modes of `resize` do not look at it
+    scale: tuple[Positive, Positive] = (0.5, 2.0)  # random resize; other modes of `resize` do not use it
     resize: ResizeSpec | None = None  # null: by a ratio out of `scale`
     cat_max_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.75  # a crop with a larger share of one class is drawn again
     sampling: Literal["uniform", "rare-class", "class-uniform"] | None = None  # null: as rare_class_sampling says
@@ -210,7 +210,7 @@ class DataSpec(Spec):
             return given
         here = info.context if isinstance(info.context, Known) else Known()
         data = _in_order(_with_declarations(given, here.root))
-        # one experiment has one form, and one hash: what says only what holds anyhow is left out
+        # values that equal the default are left out, so that an experiment has one form and one hash
         sampling, temperature = data.get("sampling"), data.get("rare_class_sampling")
         if sampling == "rare-class":
             data = data | {"rare_class_sampling": DAFORMERS_TEMPERATURE if temperature is None else temperature}

@@ -1,4 +1,4 @@
-"""Where recipes come from: shipped ones by name, method or flags, files with their parents, and values set on top of them."""
+"""Lookup of recipes: shipped ones by name, method or flags, files with their parents, and values set on top of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dgbench.yaml_text import field_type, parse, value
 
 RESOLVED = "recipe.yaml"  # of a run
 
-# keys that options of their own set
+# keys with command-line options of their own
 FLAGS = {
     **{f"method.{kind}": f"--{kind}" for kind in ("vlm", "vfm", "backbone")},
     "data.source": "--source",
@@ -88,7 +88,7 @@ def resolve(
 ) -> tuple[str, list[str]]:
     """Return the recipe meant by a method or recipe name with flags, and the overrides that the flags add to it.
 
-    A method's name picks among its recipes by the flags; whatever the picked recipe does not already say is overridden. A
+    For a method's name, one of its recipes is chosen by the flags; flags that differ from the chosen recipe override it. A
     tower without a recipe of its own takes that of the nearest tower, and a warning says so.
 
     Raises: RecipeError for an unknown name or tower, or a method that has no such tower.
@@ -104,7 +104,7 @@ def resolve(
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
     near, domain = _nearest(towers, rows), _domain(source, root)
     on_it = [(found, row) for found, row in near if row["source"] == domain]
-    # where no recipe of this method trains on that source: its usual one with the source changed
+    # if no recipe of this method trains on that source: its default one with the source changed
     found = _first(method, on_it or near)
     has = _peek(found)
     changed = {f"method.{kind}": text for kind, text in towers.items() if not _same_tower(text, has[kind])}
@@ -116,7 +116,7 @@ def resolve(
 
 
 def settings_of(name: str, options: Mapping[str, Any]) -> str | None:
-    """The shipped recipe of this name, if its settings were made for other towers than a method's options name; else None."""
+    """Return the shipped recipe of this name if its settings were made for other towers than the given ones, else None."""
     if name not in recipe_names():
         return None
     has = _peek(name)
@@ -124,7 +124,7 @@ def settings_of(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def setting(key: str, content: Any) -> str:
-    """`key=value` that reads back as this value."""
+    """Return `key=value` that reads back as this value."""
     if isinstance(content, list):
         return f"{key}=[{', '.join(setting('', item)[1:] for item in content)}]"
     return f"{key}={content if isinstance(content, int) or _PLAIN.fullmatch(content) else json.dumps(content)}"
@@ -145,7 +145,7 @@ def _domain(source: str | Sequence[str] | None, root: Path | None) -> str | None
 
 
 def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-    """The method as it is spelled, and its shipped recipes."""
+    """Return the method's name in its own spelling, and its shipped recipes."""
     rows = [(name, _peek(name)) for name in recipe_names()]
     methods = {row["method"] for _, row in rows if row["method"]}
     known = spelled(method, methods)
@@ -158,7 +158,7 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
 
 
 def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """A tower as it is spelled.
+    """Return a tower's name in its own spelling.
 
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
@@ -183,7 +183,7 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
 
 
 def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]]]) -> Sequence[tuple[str, dict[str, str]]]:
-    """The recipes that serve these towers: their own, else those of one family and size, of one size, or as much trained."""
+    """Return the recipes for these towers: their own, else of the same family and size, the same size, or trained the same."""
     near = list(rows)
     for kind in ("vlm", "vfm", "backbone"):
         if asked := towers.get(kind):
@@ -191,13 +191,13 @@ def _nearest(towers: Mapping[str, str], rows: Sequence[tuple[str, dict[str, str]
             near = [(name, row) for name, row in near if _remoteness(asked, row[kind]) == least]
     vlms = [row["vlm"] for _, row in near]
     if towers and len(set(vlms)) > 1:
-        usual = "eva02" if "eva02" in vlms else vlms[0]  # as MFuser's Options have it
+        usual = "eva02" if "eva02" in vlms else vlms[0]  # the default of MFuser's Options
         near = [(name, row) for name, row in near if row["vlm"] == usual]
     return near
 
 
 def _remoteness(asked: str, has: str) -> int:
-    """How far the settings for one tower are from those for another: 0 for the same tower."""
+    """Return how much the settings for one tower differ from those for another: 0 for the same tower."""
     from mfuser.towers.table import TOWERS
 
     if _same_tower(asked, has):
@@ -212,7 +212,7 @@ def _remoteness(asked: str, has: str) -> int:
 
 
 def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
-    """The recipe that a method's name stands for among these.
+    """Return the recipe that is meant by a method's name alone.
 
     Raises: RecipeError for several that are equally near.
     """
@@ -251,7 +251,7 @@ def _listed(source: Any) -> str:
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """The file of a recipe's name, in capitals or not, or of a path.
+    """Return the file of a recipe's name, in lower or upper case, or of a path.
 
     Raises: RecipeError if there is none.
     """
@@ -268,12 +268,12 @@ def locate(name_or_path: str | Path) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """What a recipe without a `name` is called."""
+    """Return the default name of a recipe without a `name`."""
     return path.relative_to(recipes_dir()).with_suffix("").as_posix() if is_shipped(path) else path.stem
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether a file came with the package."""
+    """Return whether a file came with the package."""
     return path.is_relative_to(recipes_dir())
 
 
@@ -288,7 +288,7 @@ def with_parent(path: Path) -> dict[str, Any]:
         return child
     if not isinstance(parent_name, str):
         raise RecipeError(f"{path}: extends: expected one file name, got {parent_name!r}", "a recipe has one parent")
-    # a parent lies beside its child, or among the shipped ones
+    # a parent is in the folder of its child, or among the shipped ones
     places = [path.parent / parent_name, recipes_dir() / parent_name]
     parent_path = next((place for place in places if place.is_file()), None)
     if parent_path is None:
@@ -311,7 +311,7 @@ _UNSEALED = re.compile(rb"# Resolved recipe [^\n]*, hash [0-9a-f]{12}\.\n.*", re
 
 
 def sealed(head: str, text: str) -> str:
-    """A run's `recipe.yaml`: `head` and the digest of all the rest in the first line, then the recipe."""
+    """Return a run's `recipe.yaml`: `head` and the digest of the rest in the first line, then the recipe."""
     digest = hashlib.sha256(f"{head}\n{text}".encode()).hexdigest()
     return f"{head}, sha256 {digest}.\n{text}"
 
@@ -324,30 +324,30 @@ def _check_seal(path: Path) -> None:
     parts = _SEALED.fullmatch(content)
     if parts is None or hashlib.sha256(parts[1] + b"\n" + parts[3]).hexdigest().encode() != parts[2]:
         raise RecipeError(
-            f"{path} is damaged or was changed: its text is not what its first line says",
-            "restore it; if the change is meant, remove the first line",
+            f"{path} is damaged or was changed: its text does not match the digest in its first line",
+            "restore it; if you changed it on purpose, remove the first line",
         )
 
 
 def _read(path: Path) -> dict[str, Any]:
     from dgbench.recipe.model import Recipe
 
-    if path.name == RESOLVED:  # copies under other names are there to be changed
+    if path.name == RESOLVED:  # copies under other names may be changed
         _check_seal(path)
     content = parse(path, RecipeError, "recipes/streets/mfuser.yaml", Recipe)
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("domains"), list):
-        # files lie beside the recipe that names them
+        # paths are relative to the recipe that names them
         data["domains"] = [str(path.parent / file) if isinstance(file, str) else file for file in data["domains"]]
     return content
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` on top: mappings merge, everything else replaces."""
+    """Return `base` updated by `over`: mappings are merged, everything else is replaced."""
     result = dict(base)
     for key, content in over.items():
         below = base.get(key)
-        # another method's options would be nonsense for this one
+        # another method's options have no meaning for this one
         replaces = key == "method" and isinstance(content, dict) and isinstance(below, dict) and _other_method(below, content)
         both = isinstance(below, dict) and isinstance(content, dict)
         result[key] = _merged(below or {}, content) if both and not replaces else content
@@ -366,7 +366,7 @@ class Given:
     option: str  # `--set train.steps`, or `--vlm`
 
     def covers(self, keys: Sequence[str | int]) -> bool:
-        """Whether a problem at `keys` is about what was set: at the key, within its value, or of a section that holds it."""
+        """Return whether a problem at `keys` concerns what was set: at the key, within its value, or in its section."""
         shared = min(len(self.keys), len(keys))
         return bool(keys) and self.keys[:shared] == tuple(keys[:shared])
 
@@ -377,7 +377,7 @@ def override(
     """Apply `key.path=value` texts to `content` in place; return what they set, and what is wrong with them.
 
     Args:
-        flags: those that options of their own stand for, applied first.    settings: those of `--set`.
+        flags: those of a command's own options, applied first.    settings: those of `--set`.
         model: of the content: plain values are text where it expects text.
     """
     given, problems = [], []

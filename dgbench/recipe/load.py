@@ -35,7 +35,7 @@ def load_recipe(
     Args:
         name_or_path: a shipped recipe's name (`streets/mfuser`) or a YAML file.
         overrides: `key.path=value` texts; values are YAML scalars or lists.
-        flags: such texts for which a command has options of their own, as `resolve` returns them; applied first.
+        flags: such texts from a command's own options, as `resolve` returns them; applied first.
         check_method: fill in and check the method's own options, which imports the method and torch. Whatever is wrong
             otherwise is told before that; `names` stops there.
         root: data root in which domains are looked for that the recipe does not declare; default: DGBENCH_DATA or `./data`.
@@ -73,7 +73,7 @@ def _listed(head: str, problems: Sequence[Problem]) -> str:
 
 
 def _where(path: Path, given: Sequence[Given], problems: Sequence[Problem]) -> str:
-    """What to change: the options that set the keys at fault, and the file that holds the others."""
+    """Return what to change: the options that set the wrong keys, and the file with the others."""
     options = [one.option for one in given if any(one.covers(problem.keys) for problem in problems)]
     steps = [f"check {', '.join(dict.fromkeys(options))}"] if options else []
     if any(not any(one.covers(problem.keys) for one in given) for problem in problems):
@@ -82,7 +82,7 @@ def _where(path: Path, given: Sequence[Given], problems: Sequence[Problem]) -> s
 
 
 def _printable(text: str) -> str:
-    # what a shell hands over need not be UTF-8
+    # arguments of a shell need not be UTF-8
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -106,7 +106,7 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
     return MethodSpec.model_validate(content["method"])
 
 
-# keys that came after recipes had hashes: left at its default, such a key stands neither in hashes nor in files
+# keys that are newer than recipe hashes: at their default they are left out of hashes and files
 _LATER = {
     "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
     "train": ("init",),
@@ -117,7 +117,7 @@ _LATER = {
 def recipe_hash(recipe: Recipe) -> str:
     """Return 12 hex digits of what determines the experiment: everything but the name and the expected results."""
     content = recipe.model_dump(mode="json", exclude={"expect", "name"})
-    # of a declaration counts what fixes pixels and labels; what a recipe does not use leaves its hash as it was
+    # only what determines pixels and labels counts in a declaration; unused domains do not change the hash
     if declared := content["data"].pop("domains"):
         content["data"]["declared"] = {name: recipe.data.domains[name].digest() for name in declared}
     _leave_out_unused(recipe, content)

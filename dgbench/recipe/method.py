@@ -1,4 +1,4 @@
-"""A method and its own options, as recipes state them: what can be told by names alone, then what the method itself says."""
+"""A recipe's method and its options: checks of names, then those that need the method itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MethodSpec(BaseModel):
 
     @property
     def variant(self) -> str:
-        """What tells two builds of a method apart on a leaderboard: its towers, and what else is not as usual."""
+        """Towers and unusual options, which distinguish builds of a method on the leaderboard."""
         options = self.options
         towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
         unusual = [
@@ -45,7 +45,7 @@ class MethodSpec(BaseModel):
 
 
 def spell(content: dict[str, Any]) -> None:
-    """Write the names of a recipe's method and towers as they are known, in place: `EVA02` is `eva02`."""
+    """Replace names of a recipe's method and towers by their own spelling, in place: `EVA02` is `eva02`."""
     from mfuser.methods import names
     from mfuser.towers.table import TOWERS
 
@@ -59,13 +59,13 @@ def spell(content: dict[str, Any]) -> None:
 
 
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with a method's name, its keys and its towers, as far as that is told without importing torch."""
+    """Return problems of a method's name, its keys and its towers, as far as possible without importing torch."""
     from mfuser.methods import backbone_names, names, option_names
     from mfuser.towers.table import TIMM, TOWERS, with_text
 
     method = content.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        return []  # the recipe's own check says so
+        return []  # the recipe's own check reports it
     name = method["name"]
     if name not in names():
         message, hint = unknown("method", name, names())
@@ -94,7 +94,7 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
 
 
 def filled_in(method: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """A method with every option written out, or what is wrong with those that are given. This imports the method and torch."""
+    """Return a method with every option written out, or the problems of the given ones. This imports the method and torch."""
     import mfuser
 
     name = method["name"]

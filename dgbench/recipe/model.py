@@ -30,13 +30,13 @@ class EvalSpec(Spec):
 
 
 class Expectation(Spec):
-    """A reference result of this recipe; shown as such, never ranked as one's own."""
+    """A reference result of this recipe; shown as such, never ranked with own results."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
-    target: DomainName  # the source stands for its validation split
+    target: DomainName  # the source means its validation split
     miou: Annotated[Number, Field(ge=0, le=1)]
     tolerance: Annotated[Number, Field(ge=0, le=1)]  # on either side, over training seeds
-    seeds: Annotated[Count, Field(ge=2)] | None = None  # runs that the tolerance was measured from; null: it is a margin
+    seeds: Annotated[Count, Field(ge=2)] | None = None  # runs that the tolerance was measured from; null: it is an estimate
     # beginning of the sha256 of each tower's published weights, by option (vfm, vlm, backbone): it holds for no others
     weights: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8,64}$")]] = Field(default_factory=dict)
     origin: str = Field(alias="from")  # the record or the paper it comes from

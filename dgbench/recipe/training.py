@@ -1,4 +1,4 @@
-"""A recipe's `train` and `optim`: how long, with which batches, and by which optimizer and schedule."""
+"""A recipe's `train` and `optim`: steps, batches, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dgbench.spec import Count, Flag, Number, Spec, Whole, own
 
 
 class TrainSpec(Spec):
-    """How long and how the training loop runs."""
+    """Settings of the training loop."""
 
     steps: Count
     batch_size: Count  # over all processes
@@ -20,11 +20,11 @@ class TrainSpec(Spec):
     log_every: Count = 10
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
-    init: Annotated[str, Field(min_length=1)] | None = None  # a run or saved model to begin with; null: published towers
+    init: Annotated[str, Field(min_length=1)] | None = None  # a run or saved model to start from; null: published towers
 
 
 class GroupSpec(Spec):
-    """What the parameters below a key path have of their own; null: as all others."""
+    """Settings of the parameters below a key path; null: as all others."""
 
     lr_factor: Annotated[Number, Field(ge=0)] = 1.0  # on `lr`
     weight_decay: Annotated[Number, Field(ge=0)] | None = None

@@ -1,12 +1,13 @@
-"""The only place that draws. A result becomes a table: Rich on a terminal, aligned text elsewhere, or JSON.
+"""Output of results: tables drawn by Rich on a terminal, aligned text elsewhere, or JSON.
 
-Results go to stdout, everything else to stderr. Meaning never rests on colour: the best value carries a mark.
+Results go to stdout, everything else to stderr. Colour is never the only mark: the best value has a `*`.
 A file for each kind of result turns it into tables; `table` draws them, `texts` writes them for other programs, `pictures` plots.
 """
 
 from dgbench.render.bars import progress, transfers
+from dgbench.render.curves import draw_curves
 from dgbench.render.numbers import duration, percent
-from dgbench.render.pictures import draw_fusion, draw_tradeoff
+from dgbench.render.pictures import draw_fusion, draw_severity, draw_tradeoff
 from dgbench.render.results import show, tell
 from dgbench.render.table import ABSENT, WIDTH, Cell, Table, plain
 from dgbench.render.terminal import failure, note, warning, write
@@ -16,7 +17,9 @@ __all__ = [
     "WIDTH",
     "Cell",
     "Table",
+    "draw_curves",
     "draw_fusion",
+    "draw_severity",
     "draw_tradeoff",
     "duration",
     "failure",

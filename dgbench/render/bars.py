@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def progress(*, quiet: bool = False) -> Progress:
-    """Return what tells the progress of long work on stderr: a bar on a terminal, plain lines elsewhere."""
+    """Return a display of progress on stderr: a bar on a terminal, plain lines elsewhere."""
     if quiet:
         return Silent()
     console = open_console(stderr=True)
@@ -29,7 +29,7 @@ def progress(*, quiet: bool = False) -> Progress:
 
 @contextlib.contextmanager
 def transfers(*, quiet: bool = False) -> Iterator[Bars]:
-    """Within, downloads are told on stderr: on a terminal a bar each, elsewhere lines; --quiet silences other libraries, too."""
+    """Show downloads on stderr: a bar each on a terminal, else lines; --quiet silences other libraries, too."""
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     if not quiet:
@@ -134,7 +134,7 @@ class _TransferLines:
         note(text)
 
     def close(self) -> None:
-        """Nothing is drawn that would have to end."""
+        """Do nothing: no bar is drawn."""
 
 
 def _fields(values: Mapping[str, float | str]) -> str:
@@ -177,7 +177,7 @@ class _Bar:
         self.stop()
         self._fields = {}
         self._bar = self._make()
-        # on its own line: an 80-column terminal has no room for it beside the numbers
+        # on its own line: an 80-column terminal is too narrow for it beside the numbers
         note(what)
         self._bar.add_task("", total=total, unit=unit, told="")
         self._bar.start()

@@ -1,4 +1,4 @@
-"""Domains: what lies on this disk, what is wrong with it, its classes, and what was written of it."""
+"""Tables of domains: files on this disk, results of verification, class frequencies, and exports."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def exported_tables(splits: Sequence[Exported]) -> list[Table]:
 
 
 def report_rows(reports: Sequence[Report]) -> list[FlatRow]:
-    """A row for each domain and split: its counts, the pixels of each meaning, and the problems in words."""
+    """Return a row for each domain and split: its counts, the pixels of each meaning, and the problems in words."""
     rows = []
     for report in reports:
         pixels: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the doctor found, with a hint where there is something to do."""
+"""Tables of `dgbench doctor`'s checks, with a hint where there is something to do."""
 
 from __future__ import annotations
 

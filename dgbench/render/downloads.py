@@ -1,17 +1,18 @@
-"""Towers and domains that are fetched: what there is, what a download would need, and what it brought."""
+"""Tables of towers and domains: which exist, what a download would need, and what it fetched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dgbench.render.flat import FlatRow, flat_rows
+from dgbench.render.flat import FlatRow, flat_row, flat_rows
 from dgbench.render.numbers import byte_size
 from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.download.command import Stored
     from dgbench.download.orders import Plan
+    from dgbench.share import Push
     from mfuser.towers.hub import Fetched, Model
 
 
@@ -39,7 +40,7 @@ def model_tables(models: Sequence[Model]) -> list[Table]:
 
 
 def downloaded_tables(rows: Sequence[Fetched | Stored]) -> list[Table]:
-    """Towers and domains, a table each."""
+    """Return towers and domains, a table each."""
     towers = [row for row in rows if hasattr(row, "repo")]
     stored = [row for row in rows if not hasattr(row, "repo")]
     return [*(_fetched(towers) if towers else []), *(_stored(stored) if stored else [])]  # type: ignore[arg-type]
@@ -82,6 +83,20 @@ def plan_tables(plan: Plan) -> list[Table]:
     return [Table("", ("name", "state", "files", "size", "licence"), tuple(rows), left=True, legend=tuple(legend))]
 
 
+def push_tables(found: Push) -> list[Table]:
+    rows = tuple((Cell(file.file), Cell(byte_size(file.bytes))) for file in found.files)
+    legend = [f"{byte_size(found.bytes)} in {len(found.files)} files, and a model card with the scores."]
+    if found.left_out:
+        legend.append(f"Left out, as they may show images that may not be redistributed: {', '.join(found.left_out)}.")
+    kind = "private" if found.private else "PUBLIC"
+    return [Table(f"{found.run} to the {kind} repository {found.repo}", ("file", "size"), rows, legend=tuple(legend))]
+
+
+def push_rows(found: Push) -> list[FlatRow]:
+    """A row for each file."""
+    return [flat_row(file, repo=found.repo, private=found.private) for file in found.files]
+
+
 def plan_rows(plan: Plan) -> list[FlatRow]:
-    """A row for each domain and tower that was named."""
+    """Return a row for each domain and tower that was named."""
     return flat_rows(plan.needs)

@@ -1,4 +1,4 @@
-"""The operators' backends: which run here, the library that was built for them, and their times."""
+"""Tables of the operators' backends: which run here, the library that was built for them, and their times."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def _milliseconds(*values: float) -> tuple[str, ...]:
 
 
 def kernel_rows(found: KernelList) -> list[FlatRow]:
-    """A row for each backend; the library is in JSON alone."""
+    """Return a row for each backend; the library is in JSON alone."""
     return [row | {"device": found.device} for row in flat_rows(found.backends)]
 
 
 def bench_rows(bench: Bench) -> list[FlatRow]:
-    """A row for each backend that was timed on a case, and its floor."""
+    """Return a row for each backend that was timed on a case, with the case's lower bound."""
     rows = []
     for case in bench.cases:
         about = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "machine": bench.machine.name}

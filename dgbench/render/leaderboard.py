@@ -1,22 +1,22 @@
-"""The leaderboard: own results by rank, one table for each group that compares, and published tables apart."""
+"""Tables of the leaderboard: own results by rank, one table for each comparable group, and the published tables."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from dgbench.render.details import class_tables, condition_tables
 from dgbench.render.flat import FlatRow, flat_row, flatten
 from dgbench.render.numbers import percent
 from dgbench.render.protocols import with_hash
-from dgbench.render.table import ABSENT, Cell, Table
+from dgbench.render.published import published_table
+from dgbench.render.table import ABSENT, MARKS, PARTIAL, Cell, Table
 
 if TYPE_CHECKING:
-    from dgbench.report.expected import Expected
     from dgbench.report.rows import Group, Leaderboard, Row, Score
 
-PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
 _NAMED = 5  # rows that a line of the legend names
 
 
@@ -26,22 +26,26 @@ def leaderboard_tables(board: Leaderboard) -> list[Table]:
     names = _names(board.groups)
     for group, labels in zip(board.groups, names, strict=True):
         title = _title(group)
-        # what two groups of one title differ in is inside their protocol hashes
+        # two groups with the same title differ in their protocol hashes
         key = f"{title} {group.targets}"
         alike = "; at another image size or label map than the table above" if key in titles else ""
-        tables.append(_own(group, labels, title + alike))
+        tables += [
+            _own(group, labels, title + alike),
+            *class_tables(group, labels, _title(group, "")),
+            *condition_tables(group, labels, _title(group, "")),
+        ]
         titles.add(key)
     if not tables:
         tables = [Table("No results of your own yet: dgbench train streets/mfuser", (), ())]
-    return tables + [_published(group) for group in board.published]
+    return tables + [published_table(group) for group in board.published]
 
 
 def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
-    """A row for each model of each table, which are numbered: what it is, its scores and, of each, whether it is partial."""
+    """Return a row for each model of each numbered table: what it is, its scores and whether each is partial."""
     return [
         flat_row(
             row,
-            without=("source_score", "scores", "mean", "settings"),
+            without=("source_score", "scores", "mean", "settings", "shift"),
             table=number,
             trained_on=group.source,
             trained_on_rendered=group.source_rendered,
@@ -51,6 +55,7 @@ def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
             targets_rendered=group.rendered,
         )
         | _flat_scores(row)
+        | {name: getattr(row.shift, name) for name in ("gap", "retention", "spread", "worst")}
         | {f"settings_{key}": str(value) for key, value in row.settings.items()}
         for number, group in enumerate((*board.groups, *board.published), 1)
         for row in group.rows
@@ -58,27 +63,30 @@ def leaderboard_rows(board: Leaderboard) -> list[FlatRow]:
 
 
 def _flat_scores(row: Row) -> FlatRow:
+    from dgbench.data.labels import NAMES
+
     values: FlatRow = {}
     for name, score in {"source_val": row.source_score, **row.scores, "mean": row.mean}.items():
         if score is not None:
-            flatten(name, score, values)
+            flatten(name, dataclasses.replace(score, iou=()), values)
+            flatten(f"{name}_iou", dict(zip(NAMES, score.iou, strict=False)), values)
     return values
 
 
-def _title(group: Group) -> str:
+def _title(group: Group, what: str = ": mIoU in %") -> str:
     prefix = _shared_prefix(group.targets)
     source = f"{group.source} (rendered)" if group.source_rendered else group.source
     exports = ", scored on rendered exports, not the published sets" if group.rendered else ""
     targets = f", scored on {prefix}*" if prefix else ""
     protocol = with_hash(group.protocol, group.protocol_digest)
-    return f"Trained on {source}{exports or targets}, protocol {protocol}: mIoU in %"
+    return f"Trained on {source}{exports or targets}, protocol {protocol}{what}"
 
 
 def _names(groups: Sequence[Group]) -> list[list[str]]:
     """Return the names of the rows of each group: a run has one name in all tables that were scored alike."""
     together: list[list[Group]] = []
     place: list[int] = []
-    having: dict[tuple[object, ...], int] = {}  # what was scored alike -> its place
+    having: dict[tuple[object, ...], int] = {}  # what was scored in the same way -> its index
     for group in groups:
         shared = (group.source, group.protocol, group.protocol_digest, group.rendered, group.source_rendered)
         keys = [(*shared, value) for value in group.protocol_hashes]
@@ -100,24 +108,53 @@ def _identity(row: Row) -> tuple[str, ...]:
 
 def _own(group: Group, labels: Sequence[str], title: str) -> Table:
     ranked = [row for row in group.rows if row.rank is not None]
-    columns = [_all_scores(row) for row in ranked]
-    best = [_best(column) for column in zip(*columns, strict=True)]
+    best = [_best(column) for column in zip(*map(_all_scores, ranked), strict=True)]
     prefix = _shared_prefix(group.targets)
-    header = ("#", "method", "source val", *(target.removeprefix(prefix) for target in group.targets), "mean", "images")
+    seeds = any(row.seeds > 1 for row in group.rows)
+    first = ("#", "method", *(["seeds"] if seeds else []))
+    scored = ("source val", *(target.removeprefix(prefix) for target in group.targets), "mean")
     wide, narrow = [], []
     for row, label in zip(group.rows, labels, strict=True):
         mark = PARTIAL if row.partial_source else ""
-        keys = (Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label + mark))
-        marked = best if row.rank is not None else [None] * len(header)
-        n_images = sum(score.n_images or 0 for score in row.scores.values() if score)
+        keys = [Cell("ref" if row.kind == "reference" else str(row.rank or ABSENT)), Cell(label + mark)]
+        keys += [Cell(str(row.seeds) if row.kind == "run" else ABSENT)] if seeds else []
+        marked = best if row.rank is not None else [_NONE] * len(scored)
         scores = list(zip(_all_scores(row), marked, strict=False))
-        cells = (*keys, *(_score_cell(*pair) for pair in scores), Cell(str(n_images) if n_images else ABSENT))
-        short = (*keys, *(_score_cell(*pair, interval=False) for pair in scores))
-        dim = row.kind == "reference"
-        wide.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in cells))
-        narrow.append(tuple(dataclasses.replace(cell, style="dim") if dim else cell for cell in short))
-    compact = Table(title, header[:-1], tuple(narrow), keys=2, legend=_own_legend(group, labels, intervals=False))
-    return Table(title, header, tuple(wide), keys=2, legend=_own_legend(group, labels, intervals=True), compact=compact)
+        lost = [Cell(_points(row.shift.gap)), Cell(_points(row.shift.retention))]
+        more = [Cell(_points(row.shift.spread)), Cell(row.shift.worst.removeprefix(prefix) or ABSENT), *_origin(row)]
+        style: Literal["", "dim"] = "dim" if row.kind == "reference" else ""
+        wide.append(_styled([*keys, *(_score_cell(*pair) for pair in scores), *lost, *more], style))
+        narrow.append(_styled([*keys, *(_score_cell(*pair, interval=False) for pair in scores), *lost], style))
+    header = (*first, *scored, "gap", "retention", "spread", "worst", "images", "date", "commit")
+    full = _without_empty(header, wide, len(first) + len(scored))
+    less = _without_empty(header[: len(first) + len(scored) + 2], narrow, len(first) + len(scored))
+    compact = Table(title, *less, keys=2, legend=_own_legend(group, labels, intervals=False), marked=True)
+    legend = _own_legend(group, labels, intervals=True)
+    together = len(first) + len(scored)
+    return Table(title, *full, keys=2, legend=legend, compact=compact, together=together, marked=True)
+
+
+def _without_empty(
+    header: tuple[str, ...], rows: Sequence[tuple[Cell, ...]], first: int
+) -> tuple[tuple[str, ...], tuple[tuple[Cell, ...], ...]]:
+    """Leave out columns in which no row has anything, from the given one on."""
+    kept = [i for i in range(len(header)) if i < first or any(row[i].text != ABSENT for row in rows)]
+    return tuple(header[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
+
+
+def _styled(cells: Sequence[Cell], style: Literal["", "dim"]) -> tuple[Cell, ...]:
+    return tuple(dataclasses.replace(cell, style=style) if style else cell for cell in cells)
+
+
+def _origin(row: Row) -> list[Cell]:
+    n_images = sum(score.n_images or 0 for score in row.scores.values() if score)
+    commit = "".join([row.commits[0][:7], "+" * row.commits[0].endswith("+")]) if row.commits else ABSENT
+    more = f" and {len(row.commits) - 1} more" if len(row.commits) > 1 else ""
+    return [Cell(str(n_images) if n_images else ABSENT), Cell(row.created[:10] or ABSENT), Cell(commit + more)]
+
+
+def _points(share: float | None) -> str:
+    return ABSENT if share is None else f"{100 * share:.1f}"
 
 
 def _all_scores(row: Row) -> tuple[Score | None, ...]:
@@ -127,7 +164,7 @@ def _all_scores(row: Row) -> tuple[Score | None, ...]:
 def _labels(rows: Sequence[Row]) -> list[str]:
     """Return for each row the shortest name that no other row has."""
     own = {row.recipe for row in rows if row.kind == "run"}
-    # a reference beside a row of its own recipe has the same name, and `ref` in front
+    # a reference beside a row of its own recipe has the same name, with `ref` in front
     named = [row for row in rows if row.kind == "run" or row.recipe not in own]
     forms: list[Callable[[Row], str]] = [_method, lambda row: row.recipe, _settings, _hash]
     forms += [lambda row: f"{_settings(row)} {_time(row)}", lambda row: f"{_hash(row)} {_time(row)}"]
@@ -140,8 +177,9 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _settings(row: Row) -> str:
-    """`streets/mfuser, train.steps=40, seed 1`; without known settings what the hash form says, which comes next."""
+    """Return `streets/mfuser, train.steps=40, seed 1`; for unknown settings the text for the hash that follows."""
     texts = [f"seed {value}" if key == "train.seed" else f"{key}={_short(value)}" for key, value in row.settings.items()]
+    texts = texts or ([f"{row.seeds} seeds"] if row.seeds > 1 else [])
     return ", ".join([row.recipe, *texts]) if texts else _hash(row)
 
 
@@ -161,19 +199,24 @@ def _time(row: Row) -> str:
 
 
 def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tuple[str, ...]:
-    lines = ["Higher is better; * best."]
-    if not intervals:
-        lines = ["Intervals and image counts: in a wider terminal or with --json. Higher is better; * best."]
-    elif any(score.half is not None for row in group.rows for score in _all_scores(row) if score):
-        lines = ["Higher is better; * best. ±: half the 95 % interval over images (not over training runs)."]
+    lines = ["Intervals, spread, images, date, commit: in a wider terminal or with --json."] if not intervals else []
+    scores = [score for row in group.rows for score in _all_scores(row) if score]
+    if intervals and any(score.half is not None and score.deviation is None for score in scores):
+        lines.append("±: half the 95 % interval over images (not over training runs).")
+    if intervals and any(score.deviation is not None for score in scores):
+        lines.append("±, of several seeds: standard deviation over them; each value is their mean.")
     lines.append(f"source val: {group.source}, seen in training. mean: over the targets, only where all are complete.")
+    if any(row.shift.gap is not None for row in group.rows):
+        lines.append("gap: source val - mean, in points. retention: mean / source val, in %.")
+    if intervals and any(row.shift.spread is not None for row in group.rows):
+        lines.append("spread: best target - worst target, in points. worst: the target with the lowest mIoU.")
+    lines += _ranks_legend(group, labels)
     if any(score.partial for row in group.rows for score in _all_scores(row) if score):
         lines.append(f"{PARTIAL} only some images of the split, or more than it has: not ranked, not averaged.")
     partial = [(row, label) for row, label in zip(group.rows, labels, strict=True) if row.partial_source]
     for images, available in sorted({(row.source_images, row.source_available) for row, _ in partial}):
         several = [label for row, label in partial if (row.source_images, row.source_available) == (images, available)]
-        which = ", ".join(several[:_NAMED]) + (f" and {len(several) - _NAMED} more" if len(several) > _NAMED else "")
-        lines.append(f"{which}{PARTIAL}: trained on {images} of {available} source images: not ranked.")
+        lines.append(f"{_listed(several)}{PARTIAL}: trained on {images} of {available} source images: not ranked.")
     own = {row.recipe for row in group.rows if row.kind == "run"}
     for row in group.rows:
         if row.kind == "reference":
@@ -184,33 +227,45 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
     return tuple(lines)
 
 
-def _published(group: Group) -> Table:
-    rows = tuple(
-        (
-            Cell("pub", "dim"),
-            Cell(row.method + ("†" if row.note else ""), "dim"),
-            Cell(row.variant, "dim"),
-            *(Cell(percent(score, 2), "dim") for score in (*row.scores.values(), row.mean)),
-        )
-        for row in group.rows
-    )
-    # every row of a table has one citation
-    legend = [f"From {group.rows[0].origin}.", "mean: of the values shown, unweighted."]
-    legend += [f"† {row.method}, {row.variant}: {row.note}." for row in group.rows if row.note]
-    title = f"Published, trained on {group.source}: mIoU in % as printed, protocols differ by row, not ranked"
-    return Table(title, ("", "method", "backbone", *group.targets, "mean"), rows, keys=3, legend=tuple(legend))
+def _ranks_legend(group: Group, labels: Sequence[str]) -> list[str]:
+    lines = []
+    ranked = [(row, label) for row, label in zip(group.rows, labels, strict=True) if row.rank is not None]
+    if len(ranked) > 1 and any(not row.untested for row, _ in ranked):
+        lines.append("#: 1 + the rows that are significantly better, paired over images; 5 %, Holm over all pairs of rows.")
+    untested: dict[str, list[str]] = {}
+    for row, label in ranked:
+        if row.untested:
+            untested.setdefault(row.untested, []).append(label)
+    for why, some in list(untested.items())[:_NAMED]:
+        which = f" of {_listed(some)}" if len(some) < len(ranked) else ""
+        lines.append(f"No test of ties{which}, ranked by the mean alone: {why}.")
+    if more := list(untested.values())[_NAMED:]:
+        lines.append(f"No test of ties, for other reasons, of {sum(map(len, more))} more.")
+    return lines
 
 
-def _best(scores: Iterable[Score | None]) -> float | None:
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:_NAMED]) + (f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else "")
+
+
+_NONE: tuple[float | None, float | None] = (None, None)
+
+
+def _best(scores: Iterable[Score | None]) -> tuple[float | None, float | None]:
+    """Return the best value and the second of a column as they are printed; of two rows the second is no distinction."""
     values = [round(score.miou, 3) for score in scores if score and not score.partial]
-    return max(values) if len(values) > 1 else None
+    distinct = sorted(set(values), reverse=True)
+    if len(values) < 2:
+        return _NONE
+    return distinct[0], distinct[1] if len(values) > 2 and len(distinct) > 1 else None
 
 
-def _score_cell(score: Score | None, best: float | None, *, interval: bool = True) -> Cell:
+def _score_cell(score: Score | None, best: tuple[float | None, float | None], *, interval: bool = True) -> Cell:
     if score is not None and score.partial:
         return Cell(percent(score, mark=PARTIAL, interval=interval))
-    if score is not None and best is not None and round(score.miou, 3) == best:
-        return Cell(percent(score, mark="*", interval=interval), "best")
+    if score is not None and (value := round(score.miou, 3)) in best:
+        style: Literal["best", "second"] = "best" if value == best[0] else "second"
+        return Cell(percent(score, mark=MARKS[style], interval=interval), style)
     return Cell(percent(score, interval=interval))
 
 
@@ -220,35 +275,3 @@ def _method(row: Row) -> str:
 
 def _shared_prefix(targets: Sequence[str]) -> str:
     return "streets-" if targets and all(target.startswith("streets-") for target in targets) else ""
-
-
-def expected_tables(found: Expected) -> list[Table]:
-    if found.reason:
-        return [Table(f"No expected range of recipe {found.recipe} for this run: {found.reason}", (), ())]
-    rows = tuple(
-        (
-            Cell(verdict.target),
-            Cell(f"{100 * verdict.miou:.1f}"),
-            Cell(f"{100 * verdict.low:.1f} to {100 * verdict.high:.1f}"),
-            Cell("within", "good") if verdict.within else Cell("outside", "warn"),
-        )
-        for verdict in found.verdicts
-    )
-    width = (
-        f"the width is of {found.seeds} training runs with other seeds"
-        if found.seeds
-        else "the width is a margin: no other seeds were measured"
-    )
-    legend = (f"Range: expected score ± tolerance; {width}.", f"From: {found.origin}.")
-    title = f"This run against what recipe {found.recipe} is expected to give: mIoU in %"
-    return [Table(title, ("domain", "mIoU", "expected range", ""), rows, legend=legend)]
-
-
-def expected_rows(found: Expected) -> list[FlatRow]:
-    """A row for each score that a range is known of, or one that says why there is none."""
-    if found.reason:
-        return [{"recipe": found.recipe, "reason": found.reason}]
-    return [
-        flat_row(verdict, recipe=found.recipe, seeds=found.seeds, origin=found.origin) | {"within": verdict.within}
-        for verdict in found.verdicts
-    ]

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 def percent(score: Score | None, digits: int = 1, mark: str = "", *, interval: bool = True) -> str:
-    """Return a score as `43.1 ±1.2`, in percent."""
+    """Return a score as `43.1 ±1.2`, in percent: half the interval over images, or of several seeds their deviation."""
     if score is None:
         return ABSENT
-    shown = interval and score.half is not None and math.isfinite(score.half)
-    half = f" ±{100 * (score.half or 0):.{digits}f}" if shown else ""
+    width = score.half if score.deviation is None else score.deviation
+    half = f" ±{100 * width:.{digits}f}" if interval and width is not None and math.isfinite(width) else ""
     return f"{100 * score.miou:.{digits}f}{mark}{half}"
 
 

@@ -1,14 +1,14 @@
-"""Text that came from outside (names in records, files, archives) is shown as characters, never obeyed by what shows it.
+"""Escaping of text from outside (names in records, files, archives), so that it is only shown and never interpreted.
 
-A terminal obeys escape sequences, a spreadsheet formulas, a Markdown page tags and images, TeX its commands. Whatever is shown
-passes here; what Rich draws is always its `Text`, which has no markup.
+A terminal interprets escape sequences, a spreadsheet formulas, a Markdown page tags and images, TeX its commands. All output
+passes through here; Rich only draws its `Text`, which has no markup.
 """
 
 from __future__ import annotations
 
 import re
 
-# C0 and C1 controls, surrogates that are no characters, and what turns the direction of a line or shows nothing
+# C0 and C1 controls, lone surrogates, and characters that change the direction of text or are invisible
 _OBEYED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
@@ -21,13 +21,13 @@ def visible(text: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Return a message of one or more lines, each `visible`: the lines are ours, what stands in them may not be."""
+    """Return a message of one or more lines, each made `visible`: the line breaks are ours, the text may not be."""
     return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
 
 
 def visible_json(text: str) -> str:
     r"""Return JSON with the controls that it allows in strings written as `\u009b`: its meaning stays."""
-    # those below the blank are JSON's own to escape, and outside of strings they are its line feeds
+    # JSON escapes controls below the space itself, and outside of strings they are its line feeds
     return text if text.isascii() and "\x7f" not in text else _OBEYED.sub(_as_json, text)
 
 
@@ -45,10 +45,10 @@ def _as_json(found: re.Match[str]) -> str:
 
 
 def in_markdown(text: str, *, inside_stars: bool = False) -> str:
-    """Return text that GitHub's Markdown shows as it stands: no tags, links, images, cells or emphasis come of it.
+    """Return text that GitHub's Markdown shows literally, without tags, links, images, cells or emphasis.
 
     Args:
-        inside_stars: the text will stand between `**`, which a `*` in it could end.
+        inside_stars: the text will be between `**`, which a `*` in it could end.
     """
     text = _MARKDOWN.sub(r"\\\g<0>", visible(text))
     text = (_STARS if inside_stars else _OPENS_EMPHASIS).sub(r"\\\g<0>", text)
@@ -56,7 +56,7 @@ def in_markdown(text: str, *, inside_stars: bool = False) -> str:
 
 
 def as_item(text: str) -> str:
-    """Return text of Markdown behind `- `: what begins like a heading or a list is neither."""
+    """Return text for Markdown after `- `, which is not read as a heading or a list."""
     return _STARTS_BLOCK.sub(r"\\\g<0>", text.strip(), count=1)
 
 
@@ -68,9 +68,9 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def in_latex(text: str) -> str:
-    """Return text that LaTeX sets as it stands."""
+    """Return text that LaTeX sets literally."""
     shown = "".join(_LATEX.get(letter, letter) for letter in _DASHES.sub("-\0", visible(text))).replace("\0", "{}")
-    # at a row's start these two would belong to the `\\` before
+    # at a row's start, LaTeX would read these two as arguments of the preceding `\\`
     return f"{{{shown[0]}}}{shown[1:]}" if shown[:1] in ("[", "*") else shown
 
 
@@ -101,14 +101,14 @@ _LATEX = {
     "²": r"$^2$",
     "×": r"$\times$",
 }
-_DASHES = re.compile(r"-(?=-)")  # two of them would be set as one long one: --json
+_DASHES = re.compile(r"-(?=-)")  # LaTeX would set two of them, as in --json, as one dash
 
 
 def in_csv(value: object) -> object:
     """Return a value for a cell of CSV: text that a spreadsheet would take for a formula gets a `'` in front, numbers do not."""
     if not isinstance(value, str):
         return value
-    # a control is written out by now, and does not hide a formula behind itself
+    # controls are written out at this point, so that none can hide a formula
     shown = visible(value)
     return f"'{shown}" if shown.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(shown) else shown
 

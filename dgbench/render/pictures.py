@@ -1,10 +1,12 @@
-"""Pictures of costs: accuracy against operations, and a fusion layer against the number of tokens."""
+"""Plots: accuracy against operations, a fusion layer against the number of tokens, mIoU against the severity of a shift."""
 
 from __future__ import annotations
 
 import io
 import math
 import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
     from dgbench.cost.fusion import FusionProfile
     from dgbench.cost.tradeoff import Panel, Tradeoff
+    from dgbench.engine.severity import Curve, Severity
 
-# colours that the colour-blind can tell apart (Okabe and Ito, 2008), and markers for print without colour
+# colours for colour-blind readers (Okabe and Ito, 2008), and markers for print without colour
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "v", "s", "^", "D", "P")
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,7 +90,7 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
         for point in points:
             if point.half is not None and math.isfinite(point.half):
                 axis.errorbar(point.cost, 100 * point.miou, yerr=100 * point.half, color="0.5", capsize=2, zorder=2)
-    # by height, left and right in turn, so that labels do not lie on each other
+    # by height, left and right in turn, so that labels do not overlap
     for number, point in enumerate(sorted(panel.points, key=lambda point: point.miou)):
         side, shift = ("left", 7) if number % 2 == 0 else ("right", -7)
         axis.annotate(
@@ -117,18 +120,74 @@ def _draw_panel(panel: Panel, axis: Axes) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 
+def draw_severity(found: Severity, path: Path) -> Path:
+    """Draw a panel of weather and one for each corrupted domain, mIoU over severity; return the path.
+
+    Raises: OSError if it cannot be written.
+    """
+    panels: dict[str, list[Curve]] = {}
+    for curve in found.curves:
+        panels.setdefault(curve.domain if curve.corruption else "", []).append(curve)
+    figure, axes = _figure(len(panels), columns=2, width=7)
+    for (domain, curves), axis in zip(panels.items(), axes, strict=False):
+        _draw_curves(curves, axis)
+        n, of = curves[0].n_images, curves[0].n_available
+        count = f"{n} of {of} images" if curves[0].partial else f"{n} images"
+        name = domain or "weather of rendered streets"
+        axis.set_title(_as_it_is(f"{name}{' (rendered)' * curves[0].rendered}, {count}"), fontsize=10)
+        axis.set_xlabel("level of corruption, 0: clean" if domain else "severity")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    variant = f" ({found.variant})" if found.variant else ""
+    figure.suptitle(_as_it_is(f"{found.method}{variant}, trained on {found.source}"), fontsize=11)
+    return _written(figure, path)
+
+
+def _draw_curves(curves: Sequence[Curve], axis: Axes) -> None:
+    by_level = bool(curves[0].corruption)
+    few = len(curves) <= len(_COLOURS)
+    for number, curve in enumerate(curves):
+        mean = curve.corruption == "mean"
+        points = [(point, point.miou) for point in curve.points if point.miou is not None]
+        places = [point.severity * (5 if by_level else 1) for point, _ in points]
+        scores = [100 * miou for _, miou in points]
+        name = curve.corruption or curve.domain.removeprefix("streets-")
+        area = "" if curve.area is None else f", area {100 * curve.area:.1f}"
+        style: dict[str, Any] = {"label": _as_it_is(f"{name.replace('_', ' ')}{area}"), "markersize": 5}
+        if mean:
+            style |= {"color": "black", "marker": ".", "linewidth": 2.5}
+        else:
+            style |= {"color": _COLOURS[number % 6], "marker": _MARKERS[number % 6], "linestyle": ("-", "--")[number // 6 % 2]}
+        axis.plot(places, scores, **style)
+        low, high = ([_percent(point.interval[end]) for point, _ in points] for end in (0, 1))
+        if few or mean:
+            axis.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    ticks = sorted({point.severity * (5 if by_level else 1) for curve in curves for point in curve.points})
+    if min(after - before for before, after in pairwise(ticks)) > 0.06 * (ticks[-1] - ticks[0]):  # else they touch
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ylabel("mIoU in %, shaded: 95 % over images")
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3.5)
+
+
+def _percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share
+
+
 def _as_it_is(text: str) -> str:
-    # matplotlib reads what stands between two dollars as a formula
+    # matplotlib reads text between two dollars as a formula
     return visible(text).replace("$", r"\$")
 
 
-def _figure(panels: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
+def _figure(panels: int, columns: int = 2, width: float = 6) -> tuple[Figure, list[Axes]]:
     # not pyplot, which keeps its figures and asks for a display
     from matplotlib.figure import Figure
 
     across = min(columns, panels)
     down = math.ceil(panels / across)
-    figure = Figure(figsize=(6 * across, 4.2 * down), layout="constrained")
+    figure = Figure(figsize=(width * across, 4.2 * down), layout="constrained")
     return figure, list(figure.subplots(down, across, squeeze=False).flat)
 
 
@@ -136,7 +195,7 @@ def _written(figure: Figure, path: Path) -> Path:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    # no date, no random names: the same numbers make the same file
+    # no date and no random names, so that the same numbers give the same file
     dateless = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     with rc_context({"svg.hashsalt": "dgbench"}):
         figure.savefig(buffer, format=path.suffix.lower().removeprefix("."), dpi=150, metadata=dateless)

@@ -1,4 +1,4 @@
-"""What models and fusers cost: a table of counts, one of times, one of parts, and the same rows for other programs."""
+"""Tables of the cost of models and fusers: counts, times, parts, and the same rows for other programs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.cost.fusion import FusionProfile, FusionRow
-    from dgbench.cost.profile import Profile, Row, Timing
+    from dgbench.cost.model_times import Timing
+    from dgbench.cost.profile import Profile, Row
     from dgbench.cost.timing import Hardware, Times
 
-# what a convention's numbers mean, without the engine that makes them
+# meaning of each convention's numbers; the engine is not imported for it
 _SAYS = {
     "mac": "GMAC: a multiply-accumulate of products and sampling is one; the scan is beside it.",
     "flop": "GFLOP: a multiply-accumulate is two, and the scan is in it.",
@@ -147,7 +148,7 @@ def _spread(timing: Timing | None) -> str:
 
 
 def milliseconds(times: Times | None) -> str:
-    """`12.3 ±0.4`: the median and half of what 90 % of the calls lie between."""
+    """Return `12.3 ±0.4`: the median ± half the width of the central 90 % of the calls."""
     if times is None:
         return ABSENT
     half = (times.high - times.low) / 2
@@ -258,7 +259,7 @@ def _sweep(found: FusionProfile) -> list[Table]:
 
 
 def profile_rows(found: Profile | FusionProfile) -> list[FlatRow]:
-    """A row for each model or fuser, with full numbers under names that say their units."""
+    """Return a row for each model or fuser, with unrounded numbers and units in the names of columns."""
     rows = []
     for row in found.rows:
         values = flat_row(row, without=("components", "by_operator", "by_module", "timings", "backends"))

@@ -1,4 +1,4 @@
-"""Protocols side by side, and how a title names the one that its scores were taken by."""
+"""Tables of protocols, and the name of a protocol in titles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def with_hash(name: str, digest: str) -> str:
-    """Return a protocol's name with the hash of what it says: two of one name and another hash do not compare."""
+    """Return a protocol's name with its hash: protocols of the same name and different hashes are not comparable."""
     return f"{name} ({digest})" if digest else name
 
 

@@ -1,4 +1,4 @@
-"""A typed result is shown: as the tables that are drawn of its class, as CSV, or as JSON."""
+"""Output of a typed result: as the tables of its class, as CSV, or as JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,26 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from dgbench.render import data, doctor, downloads, kernels, leaderboard, methods, profile, protocols, runs
+from dgbench import atomic
+from dgbench.render import (
+    compare,
+    data,
+    doctor,
+    downloads,
+    expected,
+    kernels,
+    leaderboard,
+    matrix,
+    methods,
+    predictions,
+    profile,
+    protocols,
+    runs,
+    severity,
+)
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
 from dgbench.render.streams import writable
@@ -19,13 +36,13 @@ from dgbench.results import finite
 
 
 class Renderer(NamedTuple):
-    """What draws a result, or a list of results of one class, and what makes rows of plain values of it."""
+    """Functions that make tables, and rows of plain values, from a result or a list of results of one class."""
 
-    tables: Callable[[Any], list[Table]]
+    tables: Callable[..., list[Table]]
     rows: Callable[[Any], list[FlatRow]] = flat_rows
 
 
-# by module and name of the class: looking one up must not import the engine
+# by module and name of the class, so that a look-up does not import the engine
 RENDERERS: dict[str, Renderer] = {
     "dgbench.cost.fusion.FusionProfile": Renderer(profile.fusion_tables, profile.profile_rows),
     "dgbench.cost.kernels.Bench": Renderer(kernels.bench_tables, kernels.bench_rows),
@@ -41,39 +58,58 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.download.command.Stored": Renderer(downloads.downloaded_tables),
     "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
-    "dgbench.engine.predict.Prediction": Renderer(runs.prediction_tables),
+    "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
+    "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
+    "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),
+    "dgbench.engine.severity.Severity": Renderer(severity.severity_tables, severity.severity_rows),
     "dgbench.methods.Method": Renderer(methods.method_tables),
     "dgbench.methods.MethodDetails": Renderer(methods.detail_tables, methods.detail_rows),
     "dgbench.protocol.Preset": Renderer(protocols.preset_tables),
-    "dgbench.report.expected.Expected": Renderer(leaderboard.expected_tables, leaderboard.expected_rows),
+    "dgbench.report.compare.Comparison": Renderer(compare.comparison_tables, compare.comparison_rows),
+    "dgbench.report.expected.Expected": Renderer(expected.expected_tables, expected.expected_rows),
+    "dgbench.report.matrix.Matrix": Renderer(matrix.matrix_tables, matrix.matrix_rows),
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
+    "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
     "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
     "mfuser.towers.hub.Model": Renderer(downloads.model_tables),
 }
 
 
-def show(result: Any, form: str = "text") -> None:
-    """Print a typed result, or a list of them, to stdout.
+def show(result: Any, form: str = "text", file: Path | None = None, **how: Any) -> None:
+    """Print a typed result, or a list of them, to stdout, or write it whole to a file.
 
     Args:
-        form: "text", "csv", "markdown", "latex" or "json".
+        form: "text", "csv", "markdown", "latex", "html" or "json".
+        how: what the tables of this class take besides.
     """
+    if file is not None:
+        atomic.write(file, _written(result, form, **how) + "\n")
+        note(f"written: {file}")
+    elif form == "text":
+        _show_text(_tables(result, **how))
+    elif text := _written(result, form, ascii_only=not (sys.stdout.encoding or "utf-8").lower().startswith("utf"), **how):
+        write(text)
+
+
+def _written(result: Any, form: str, *, ascii_only: bool = False, **how: Any) -> str:
     if form == "json":
-        readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        write(visible_json(json.dumps(_plain_data(result), indent=1, ensure_ascii=not readable, allow_nan=False)))
-        return
-    nothing = not result
+        return visible_json(json.dumps(plain_data(result), indent=1, ensure_ascii=ascii_only, allow_nan=False))
     if form == "csv":
-        if rows := [] if nothing else _renderer(result).rows(result):
-            write(csv(rows))
-        else:
-            note("nothing to show")
-        return
-    tables = [Table("nothing to show", (), ())] if nothing else _renderer(result).tables(result)
-    if form in TEXTS:
-        write("\n\n".join(TEXTS[form](table) for table in tables))
-        return
+        if rows := _renderer(result).rows(result) if result else []:
+            return csv(rows)
+        note("nothing to show")
+        return ""
+    if form == "text":
+        return "\n\n".join(plain(table) for table in _tables(result, **how))
+    return TEXTS[form](_tables(result, **how))
+
+
+def _tables(result: Any, **how: Any) -> list[Table]:
+    return _renderer(result).tables(result, **how) if result else [Table("nothing to show", (), ())]
+
+
+def _show_text(tables: Sequence[Table]) -> None:
     # before they are laid out: a stand-in may be wider
     tables = [table.rewritten(lambda text: writable(text, sys.stdout)) for table in tables]
     console = open_console() if may_draw() else None
@@ -87,7 +123,7 @@ def show(result: Any, form: str = "text") -> None:
 
 
 def tell(result: object) -> None:
-    """Print a typed result as text on stderr: what a command says before it does its work."""
+    """Print a typed result as text on stderr, before a command does its work."""
     for table in _renderer(result).tables(result):
         note(plain(table))
 
@@ -97,11 +133,11 @@ def _renderer(result: Any) -> Renderer:
     return RENDERERS[f"{type(first).__module__}.{type(first).__qualname__}"]
 
 
-def _plain_data(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain_data(item) for key, item in value.items()}
+        return {str(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_data(item) for item in value]
+        return [plain_data(item) for item in value]
     return finite(value)

@@ -1,4 +1,4 @@
-"""What a run gives: its scores, predicted photographs; and a run made of the authors' checkpoint."""
+"""What a run gives: its scores; and a run made of the authors' checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.engine.convert import Converted
-    from dgbench.engine.predict import Prediction
     from dgbench.results import Record
 
 
@@ -61,15 +60,6 @@ def record_tables(records: Sequence[Record]) -> list[Table]:
     return [Table(title, header, tuple(rows), legend=tuple(legend))]
 
 
-def prediction_tables(predictions: Sequence[Prediction]) -> list[Table]:
-    rows = []
-    for prediction in predictions:
-        top = list(prediction.shares.items())[:4]
-        share = ", ".join(f"{name} {100 * value:.0f} %" for name, value in top)
-        rows.append((Cell(str(prediction.photo)), Cell(str(prediction.overlay)), Cell(share)))
-    return [Table("", ("photo", "overlay", "largest classes"), tuple(rows), left=True)]
-
-
 def converted_tables(done: Converted) -> list[Table]:
     legend = [f"{done.used} tensors used, {len(done.dead)} that the authors' model never reads left out."]
     legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
@@ -78,7 +68,7 @@ def converted_tables(done: Converted) -> list[Table]:
 
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:
-    """A row for each record, and whether it is of all the images that its split and its source have."""
+    """Return a row for each record, with whether its split and its source were complete."""
     from dgbench.data.labels import NAMES
 
     rows = []

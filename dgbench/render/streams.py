@@ -1,4 +1,4 @@
-"""The process's own three streams: each there, each able to write any character, and what is done when one cannot write."""
+"""Setup of the process's three streams, so that each exists and can write any character, and handling of failed writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dgbench.render.outside import visible_lines
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# for streams that cannot write our own marks: in ASCII, of one width where the mark is one
+# replacements in ASCII for streams that cannot write our marks, of the same width
 _STAND_INS = {
     "–": "-",
     "—": "-",
@@ -50,16 +50,16 @@ codecs.register_error(_HANDLER, _stand_in)
 
 
 def writable(text: str, stream: TextIO | None) -> str:
-    r"""Return the text as a stream will show it: with `-` for `–` or `\u2713` for `✓` where it has no such character."""
+    r"""Return the text as a stream can show it: with `-` for `–` or `\u2713` for `✓` if it has no such character."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, _HANDLER).decode(encoding)
 
 
 def prepare() -> None:
-    """Make the three streams usable, whatever the program was started with; called once, before anything is opened.
+    """Make the three streams usable, however the program was started; called once, before any file is opened.
 
-    A descriptor that was closed (`>&-`) would be given to the next file that is opened, and what is printed would end in it:
-    it is led to the null device, standard output so that writing fails, as a lost result must.
+    A closed descriptor (`>&-`) would be reused for the next file that is opened, and printed text would be written to it:
+    it is opened as the null device instead, for standard output such that writing fails, since a result would be lost.
     """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
@@ -69,13 +69,13 @@ def prepare() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
-    # those of other libraries name files
+    # warnings of other libraries contain names of files
     said = warnings.formatwarning
     warnings.formatwarning = lambda *what, **where: visible_lines(said(*what, **where))
 
 
 class _Named(io.FileIO):
-    """A stream's descriptor whose failures to write name the stream, as those of a file name the file."""
+    """A stream's descriptor whose write errors name the stream, as those of a file name the file."""
 
     def write(self, data: Buffer, /) -> int:
         try:
@@ -97,7 +97,7 @@ def _stream(number: int, present: TextIO | None) -> TextIO:
 
 
 def settle() -> None:
-    """Give up what cannot be written: else the interpreter tries again when it ends, and speaks of it."""
+    """Discard text that cannot be written; otherwise the interpreter tries again at exit and prints an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,12 +17,18 @@ ABSENT = "–"
 _GAP = "  "
 
 
+MARKS = {"best": "*", "second": "+"}  # behind the number of such a cell, in tables that say so
+PARTIAL = "~"  # behind a score: of other images than the published split's; behind a name: trained on a part of the source
+_MARKED = "Higher is better; "
+Style = Literal["", "best", "second", "dim", "good", "bad", "warn"]
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One cell's text; `style` only underlines what the text already says."""
 
     text: str
-    style: Literal["", "best", "dim", "good", "bad", "warn"] = ""
+    style: Style = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +42,25 @@ class Table:
     left: bool = False  # the other columns hold text, not numbers
     legend: tuple[str, ...] = ()
     compact: Table | None = None  # says less in less width
+    together: int = 0  # so many columns, which must fit side by side or the compact form is drawn; 0: all
+    marked: bool = False  # cells of the styles best and second carry `MARKS`
 
     def __post_init__(self) -> None:
-        """Write control characters out: whatever is drawn passes here, and much of it was read from files."""
+        """Write control characters out, since text may be from files."""
         set_ = object.__setattr__
         set_(self, "title", visible(self.title))
         set_(self, "header", tuple(map(visible, self.header)))
         set_(self, "legend", tuple(map(visible, self.legend)))
         set_(self, "rows", tuple(tuple(_rewritten(cell, visible) for cell in row) for row in self.rows))
 
+    def legend_with(self, marks: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the legend, which says how the best and second values are marked, `marks` by style, if there are such."""
+        styles = {cell.style for row in self.rows for cell in row} if self.marked else set()
+        told = [f"{sign} {style}" for style, sign in marks.items() if style in styles]
+        return (f"{_MARKED}{', '.join(told)}.", *self.legend) if told else self.legend
+
     def rewritten(self, change: Callable[[str], str]) -> Table:
-        """Return the table with every text of it changed."""
+        """Return the table with a function applied to every text."""
         return dataclasses.replace(
             self,
             title=change(self.title),
@@ -62,7 +76,7 @@ def _rewritten(cell: Cell, change: Callable[[str], str]) -> Cell:
     return cell if text == cell.text else Cell(text, cell.style)
 
 
-_STYLES = {"": "", "best": "bold", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
+_STYLES = {"": "", "best": "bold", "second": "underline", "dim": "dim", "good": "green", "bad": "bold red", "warn": "yellow"}
 
 
 def plain(table: Table, width: int = WIDTH) -> str:
@@ -73,7 +87,7 @@ def plain(table: Table, width: int = WIDTH) -> str:
         for row in part:
             cells = (_aligned(cell.text, widths[i], left=i < table.keys or table.left) for i, cell in enumerate(row))
             lines.append(_GAP.join(cells).rstrip())
-    return "\n".join([*lines, *table.legend])
+    return "\n".join([*lines, *table.legend_with(MARKS)])
 
 
 def _aligned(text: str, width: int, *, left: bool) -> str:
@@ -86,7 +100,8 @@ def _widths(table: Table) -> list[int]:
 
 def _fitting(table: Table, width: int) -> Table:
     """Return the compact form if only that fits."""
-    needed = sum(_widths(table)) + len(_GAP) * (len(table.header) - 1)
+    widths = _widths(table)[: table.together or None]
+    needed = sum(widths) + len(_GAP) * (len(widths) - 1)
     return table.compact if needed > width and table.compact is not None else table
 
 
@@ -127,5 +142,5 @@ def draw_rich(table: Table, console: Console) -> None:
         for row in part[1:]:
             drawn.add_row(*(Text(cell.text, style=_STYLES[cell.style]) for cell in row))
         console.print(drawn)
-    for line in table.legend:
+    for line in table.legend_with(MARKS):
         console.print(Text(line, style="dim"), soft_wrap=False)

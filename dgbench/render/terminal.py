@@ -25,22 +25,22 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def may_draw() -> bool:
-    """Whether stdout may be what Rich takes for a terminal; else its import, a fifth of a short command, is spared."""
+    """Return whether Rich may treat stdout as a terminal; if not, its import, a fifth of a short command, is saved."""
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE"))
 
 
 def write(text: str) -> None:
-    """Print a piece of the result on stdout; what came from outside was made visible where it entered the piece."""
+    """Print a piece of the result on stdout; text from outside has been escaped in it."""
     sys.stdout.write(text + "\n")
 
 
 def note(text: str) -> None:
-    """Say one line on stderr."""
+    """Print one line on stderr."""
     _say(visible_lines(text))
 
 
 def _say(text: str) -> None:
-    # long work does not end because nobody can be told of it
+    # long work does not end because its messages cannot be written
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -65,7 +65,7 @@ def _labelled(label: str, colour: str, text: str) -> None:
 
 
 def _short(line: str) -> str:
-    # an argument or a value in a file may have megabytes
+    # arguments and values in files may have megabytes
     return line if len(line) <= _LONGEST else f"{line[:400]} ... {line[-100:]} ({len(line):,} characters)"
 
 

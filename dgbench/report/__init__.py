@@ -1,1 +1,1 @@
-"""Tables made of records: what they say, not how they are drawn."""
+"""Content of the tables made from records; `dgbench.render` draws them."""

@@ -1,4 +1,4 @@
-"""The accuracy of each fuser: by one's own runs, the same recipe trained with every one of them, and as it was published."""
+"""The accuracy of each fuser: in own runs, which train the same recipe with every fuser, and as published."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """What may be compared with each other, by fuser, and where it comes from in a sentence's words."""
+    """Comparable accuracies by fuser, and a sentence on their origin."""
 
     accuracy: dict[str, Accuracy]
     described: str
@@ -38,7 +38,7 @@ class Ablation:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a paper prints: by fuser, mIoU in 0..1 by target and AVERAGE."""
+    """A paper's table: by fuser, mIoU in 0..1 by target and AVERAGE."""
 
     width: int  # of the towers
     targets: tuple[str, ...]
@@ -66,9 +66,9 @@ def ablation(records: Iterable[Record], fits: Callable[[str, str], bool] = lambd
     """Arrange the records of runs that differ in the fuser and the seed alone.
 
     Args:
-        fits: whether runs with these towers (vfm, vlm) belong beside what is shown; others are only named.
+        fits: whether runs with these towers (vfm, vlm) can be compared with what is shown; others are only named.
 
-    Of several such sets the one with the most fusers and then the most runs counts; of a fuser's runs of one seed the newest.
+    Of several such sets, the one with the most fusers and then the most runs is used; of a fuser's runs of one seed, the newest.
     A run counts only if it was scored in full on all targets of its recipe under the recipe's protocol.
     """
     runs: dict[Any, list[Record]] = {}
@@ -112,7 +112,7 @@ def ablation(records: Iterable[Record], fits: Callable[[str, str], bool] = lambd
 
 
 def _mean(recipe: Recipe, scored: Iterable[Record]) -> float | None:
-    """Over the recipe's targets, by the newest record of each; None unless all are there in full."""
+    """Return the mean over the recipe's targets, by the newest record of each; None unless all are complete."""
     found: dict[str, Record] = {}
     for record in sorted(scored, key=lambda record: (record.created, record.id)):
         if record.complete and record.protocol == recipe.eval.protocol:

@@ -1,4 +1,4 @@
-"""Which targets make a table: the recipe's own, and the others in tables that only models with all of their scores enter."""
+"""Columns of tables: the targets of recipes, and other targets in tables of models that were scored on all of them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ Order = Callable[[str], tuple[int, str]]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What one model was scored on: columns without that of the source's validation split."""
+    """The targets of one model, without the source's validation split."""
 
     named: tuple[str, ...] | None  # the targets of its recipe; None if unknown
     full: frozenset[str]
-    some: frozenset[str]  # in full or not
+    some: frozenset[str]  # scored, completely or partly
 
 
 def tables(models: Sequence[Scored], order: Order) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Return the columns of each table, and which models are rows of it, so that every score has a place.
+    """Return the columns of each table and the models that are its rows, so that every score is in a table.
 
-    First come the sets of targets that recipes name, the most common first: a model is a row where its own recipe names
-    the set, and where it was scored on all of it. What is left (severities, targets asked for later) follows, in tables
-    whose columns the same models were scored on in full, so that each of these can be ranked.
+    First come the sets of targets that recipes name, the most common first: a model is a row if its own recipe names
+    the set, or if it was scored on all of it. The other targets (severities, later evaluations) follow, in tables
+    of columns that the same models were scored on completely, so that each of these can be ranked.
     """
     named = _named(models)
-    # a target that nobody was scored on would take every row its rank
+    # with a target that no model was scored on, no row would have a rank
     scored = frozenset().union(*(model.some for model in models))
     sets = Counter(own & scored or own for own in named)
     found: list[tuple[tuple[str, ...], list[int]]] = []
@@ -43,7 +43,7 @@ def tables(models: Sequence[Scored], order: Order) -> list[tuple[tuple[str, ...]
     bases = {column.partition("@")[0] for column in left if "@" in column}
     for column in left:
         base = column.partition("@")[0]
-        # the severities of one condition are a table, and no mean mixes them with anything else
+        # the severities of one condition form a table, so that no mean mixes them with other targets
         have = frozenset(full for full in full_of if column in full)
         together.setdefault((have, base if base in bases else ""), []).append(column)
     for columns_ in together.values():
@@ -58,7 +58,7 @@ def _enters(model: Scored, own: frozenset[str], columns: frozenset[str]) -> bool
 
 
 def _named(models: Sequence[Scored]) -> list[frozenset[str]]:
-    """The set of targets of each model's recipe; of unknown recipes the nearest that is known, else what is usual."""
+    """Return the set of targets of each model's recipe; for unknown recipes the nearest known set, else the usual one."""
     known = Counter(frozenset(model.named) for model in models if model.named is not None)
     ranked = [own for own, _ in known.most_common()]
     rest = [model for model in models if model.named is None and not any(own <= model.full for own in ranked)]
@@ -70,7 +70,7 @@ def _named(models: Sequence[Scored]) -> list[frozenset[str]]:
 
 
 def _usual(models: Sequence[Scored]) -> frozenset[str]:
-    """The set that fills the most cells with models scored on all of it; severities that not all were scored on apart."""
+    """Return the set that fills most cells with models scored on all of it; severities only if all were scored on them."""
     scored = [model.full for model in models if model.full] or [model.some for model in models]
     if not scored:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What recipes are expected to score: rows beside one's own, and whether a training came out within the expected range."""
+"""Expected scores of recipes: as rows beside own ones, and as ranges that the scores of a training are compared with."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from dgbench.recipe import Expectation, Recipe
 
 SOURCE = ""  # the column of the source's validation split
-WEIGHTS = "weights."  # before a tower's option in a training record's `extra`: sha256 of the published weights it began with
+WEIGHTS = "weights."  # prefix of a tower's option in a training record's `extra`: sha256 of the published weights it started from
 
-# an expected row is of no seed in particular, and says what it does whichever of its targets are scored
+# an expected row does not depend on the seed, nor on which of its targets are scored
 _FREE = (*settings.INCIDENTAL, "train.seed", "data.targets")
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What all rows of a group share: only scores with an equal one are ranked together."""
+    """The key of a group: only scores with the same key are ranked together."""
 
     source: str
     protocol: str
@@ -41,7 +41,7 @@ class Reference:
     variant: str
     source: str
     protocol: str
-    miou: Mapping[str, float]  # target -> 0..1; the source stands for its validation split
+    miou: Mapping[str, float]  # target -> 0..1; the source means its validation split
     origin: str
     hashes: Mapping[str, str] = field(default_factory=dict)  # column -> protocol hash that the recipe scores under
     protocol_digest: str = ""
@@ -49,13 +49,13 @@ class Reference:
 
     @property
     def measured(self) -> Measured:
-        """What it can be ranked with."""
+        """The key of its group."""
         return Measured(self.source, self.protocol, self.protocol_digest)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One score against what the recipe is expected to give; all in 0..1."""
+    """One score and its expected range; all in 0..1."""
 
     target: str
     miou: float
@@ -64,18 +64,18 @@ class Verdict:
 
     @property
     def within(self) -> bool:
-        """Whether the score is in the range, ends included, as far as the shown digits tell."""
+        """Whether the score is in the range, ends included, to the digits that are shown."""
         return round(self.low, 4) <= round(self.miou, 4) <= round(self.high, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a training is to be held against: a verdict per domain, or why there is none."""
+    """Comparison of a training with its recipe's expected scores: a verdict per domain, or why there is none."""
 
     recipe: str
     verdicts: tuple[Verdict, ...]
     origin: str
-    seeds: int | None  # training runs that the ranges' width was measured from; None: it is a margin, not a measurement
+    seeds: int | None  # training runs that the ranges' width was measured from; None: it is an estimate
     reason: str = ""  # why the expected scores do not apply
 
 
@@ -100,17 +100,17 @@ def references() -> list[Reference]:
 
 
 def held_against(recipe: Recipe, shipped: Recipe | None, records: Iterable[Record]) -> Expected | None:
-    """Hold the scores of a training against the expected ones of its recipe; None if the recipe expects nothing.
+    """Compare the scores of a training with the expected ones of its recipe; None if the recipe has none.
 
     Args:
         recipe: what was trained, with its method's options filled in.
-        shipped: the recipe as it stands in its file; None if the file is unknown.
-        records: of this training: its own, which says the towers' weights, and the scores.
+        shipped: the recipe in its file; None if the file is unknown.
+        records: of this training: its own, which names the towers' weights, and the scores.
     """
     if not recipe.expect:
         return None
     if shipped is None:
-        return Expected(recipe.name, (), "", None, "the recipe's own file is not at hand")
+        return Expected(recipe.name, (), "", None, "the recipe's own file cannot be found")
     mine, base = (settings.flat(r.model_dump(mode="json")) for r in (recipe, shipped))
     if changed := settings.differences(mine, base, but=_FREE):
         listed = ", ".join(f"{key}={settings.value_text(value)}" for key, value in changed.items())
@@ -135,7 +135,7 @@ def held_against(recipe: Recipe, shipped: Recipe | None, records: Iterable[Recor
 
 
 def weights_of(records: Iterable[Record]) -> dict[str, str]:
-    """Return by option, e.g. `vfm`, the sha256 of the published weights that a training began with, as its record says."""
+    """Return by option, e.g. `vfm`, the sha256 of the published weights in a training's record."""
     return {
         key.removeprefix(WEIGHTS): str(value)
         for record in records
@@ -146,7 +146,7 @@ def weights_of(records: Iterable[Record]) -> dict[str, str]:
 
 
 def mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """Say why scores of one set of tower weights say nothing of a run that began with others; "" if they are the same."""
+    """Return why a run with other tower weights than the expected scores' cannot be compared; "" if they are the same."""
     for option, sha in expected.items():
         if option not in found:
             return f"its scores are of the {option} weights {sha}, and this run's record does not say which it had"
@@ -156,7 +156,7 @@ def mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 
 def _published_set(record: Record) -> bool:
-    """Whether both what was trained on and what was scored are the published images, all and no others."""
+    """Return whether training and scoring used exactly the published images."""
     trained = not record.source_rendered and record.source_complete is not False
     return trained and record.complete and not record.n_extra and not record.rendered
 

@@ -1,4 +1,4 @@
-"""What a leaderboard is made of: scores, rows, groups of rows that may be compared, and the whole."""
+"""Types of the leaderboard: scores, rows, groups of comparable rows, and the whole."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class Score:
     high: float | None = None
     n_images: int | None = None
     partial: bool = False  # not the images of the published split, no more and no fewer: shown, never ranked or averaged
+    deviation: float | None = None  # sample standard deviation over seeds, of a row of several
+    iou: tuple[float | None, ...] = ()  # by class, only where it was asked for
+    conditions: Mapping[str, float | None] = field(default_factory=dict)  # condition -> mIoU of its images, likewise
 
     @property
     def half(self) -> float | None:
@@ -24,28 +27,47 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Shift:
+    """How much is lost from the source's validation split to unseen targets; all in 0..1, None where a score is missing."""
+
+    gap: float | None = None  # source val less the mean over the targets
+    retention: float | None = None  # the mean over the targets over source val
+    spread: float | None = None  # the highest target less the lowest
+    worst: str = ""  # the target with the lowest score
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One model: a checkpoint of ours, a recipe's reference result, or a line of a paper's table."""
+    """One model: checkpoints of ours that differ in the seed alone, a recipe's reference result, or a line of a paper's table."""
 
     kind: Literal["run", "reference", "published"]
     method: str
     variant: str
     recipe: str
     recipe_hash: str
-    origin: str  # run folder, where the reference comes from, or paper and table
+    origin: str  # run folder (of several seeds the newest), where the reference comes from, or paper and table
     created: str
     source_score: Score | None  # on the source's own validation split
     scores: Mapping[str, Score | None]  # by target, in the order of the group's targets
     mean: Score | None = None  # over all targets, only if each is there in full
     rank: int | None = None
     note: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what tells it from the rows of the same method and recipe
-    source_images: int = 0  # that it was trained on, and how many there are: only where these differ
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those that differ from rows of the same method and recipe
+    source_images: int = 0  # number of training images and that of its source: only if they differ
     source_available: int = 0
+    shift: Shift = Shift()
+    seeds: int = 1  # training runs
+    runs: tuple[str, ...] = ()  # their folders, newest first
+    commits: tuple[str, ...] = ()  # of the code that scored it; `+` behind one that was changed
+    untested: str = ""  # why its rank rests on the order of the means, and on no paired comparison; "": it has none, or it does
+    test_size: str = ""  # of a published row: the image size that it was tested at, as far as is known
+    hand: Literal["", "own", "2nd"] = ""  # of a published row: read in the method's own paper or repository, or in another work
+    printed_mean: bool = True  # of a published row: its mean was read, too, and not computed of the others
+    digits: int = 2  # of a published row, in percent after the point
 
     @property
     def partial_source(self) -> bool:
-        """Whether it was trained on other images than its source's, a part as a rule: shown, never ranked."""
+        """Whether it was trained on other images than its source's (usually a part): shown, but not ranked."""
         return self.source_images != self.source_available
 
 
@@ -62,6 +84,8 @@ class Group:
     protocol_digest: str = ""  # of the protocol alone; "" for published rows and records from before it was kept
     rendered: bool = False  # the targets are exports of rendered scenes, not the published sets
     source_rendered: bool = False
+    title: str = ""  # of a published table, what sets it apart
+    test_sizes: Mapping[str, str] = field(default_factory=dict)  # of a published table: name -> what it means
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""The settings that runs were made with, read from the resolved recipe in each run's folder, and what tells them apart.
+"""The settings of runs, read from the resolved recipe in each run's folder, and the settings in which they differ.
 
-Read as YAML alone, without checking: a recipe of another version, or of a method that is not here, still says its settings.
+Recipes are read as YAML without validation, so that settings of other versions and unknown methods can be shown, too.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import yaml
 
 Settings = Mapping[str, Any]  # `train.steps` -> 560, in the recipe's order
 
-# what is read: a resolved recipe has about 1 kB, a dozen brackets, and no alias that could unfold without end
+# limits of what is read: a resolved recipe has about 1 kB, a dozen brackets, and no aliases
 _LARGEST = 100_000
 _MOST_BRACKETS = 1_000
 _ALIAS = re.compile(r"(?:^|[\s\[{,])\*\w")
 _SECTIONS = ("method", "data", "train", "optim", "eval")
-# they change how a run goes and not, or hardly, what comes out: named only if nothing else tells runs apart
+# settings that hardly change the result: named only if runs do not differ in anything else
 INCIDENTAL = ("train.workers", "train.log_every", "train.checkpoint_every", "eval.batch_size", "method.backend")
 _MOST = 3  # settings in a name; rows that need more get them all
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -33,7 +33,7 @@ def of_run(run: Path | None) -> Settings | None:
     """Return the settings of a run's resolved recipe; None if it has none that can be read."""
     path = run / "recipe.yaml" if run is not None else None
     try:
-        # a pipe or device of this name would never end
+        # reading a pipe or device of this name would never end
         if path is None or not path.is_file() or path.stat().st_size > _LARGEST:
             return None
         return _parsed(path.read_text(encoding="utf-8"))
@@ -59,12 +59,12 @@ def targets(settings: Settings | None) -> tuple[str, ...] | None:
 
 
 def telling(recipes: Sequence[Settings]) -> list[dict[str, Any]]:
-    """Return for each of several recipes the fewest settings that no other has; of equal ones, what tells them from the rest."""
+    """Return for each of several recipes the fewest settings that no other has; for equal ones, their common difference."""
     if len(recipes) < 2:
         return [{} for _ in recipes]
     first = recipes[0]
     common = [key for key in first if all(key in other for other in recipes)]
-    # which targets are scored is what a table's columns say
+    # targets are shown by a table's columns
     differing = [key for key in common if key != "data.targets" and any(other[key] != first[key] for other in recipes)]
     differing.sort(key=lambda key: key in INCIDENTAL)
     texts = [{key: value_text(recipe[key]) for key in differing} for recipe in recipes]
@@ -83,7 +83,7 @@ def telling(recipes: Sequence[Settings]) -> list[dict[str, Any]]:
 
 
 def differences(mine: Settings, base: Settings, *, but: Iterable[str] = INCIDENTAL) -> dict[str, Any]:
-    """Return the settings of `mine` that are not as in `base`."""
+    """Return the settings of `mine` that differ from `base`."""
     return {key: value for key, value in mine.items() if key not in but and value_text(value) != value_text(base.get(key))}
 
 

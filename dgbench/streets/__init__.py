@@ -1,5 +1,5 @@
 """Procedural driving scenes with pixel-exact labels of the 19 Cityscapes classes: domain shift without a download."""
 
-from dgbench.streets.render import VERSION, frequencies, render, styles
+from dgbench.streets.render import VERSION, frequencies, render, styles, weather
 
-__all__ = ["VERSION", "frequencies", "render", "styles"]
+__all__ = ["VERSION", "frequencies", "render", "styles", "weather"]

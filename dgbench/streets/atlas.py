@@ -29,7 +29,7 @@ _row, _column = (grid.astype(np.float32) for grid in np.mgrid[0:SIZE, 0:SIZE])
 
 
 def noise(name: str, cells: int, octaves: int = 4, size: int = SIZE) -> Image:
-    """(size, size) tileable value noise in about [0, 1]; `cells` lattice cells per side in the first octave."""
+    """Return (size, size) tileable value noise in about [0, 1]; `cells` lattice cells per side in the first octave."""
     total = np.zeros((size, size), np.float32)
     weight, scale = np.float32(1.0), np.float32(0.0)
     for octave in range(octaves):
@@ -68,7 +68,7 @@ def _asphalt() -> Tile:
 
 
 def _slabs(across: int, down: int, bond: bool) -> Callable[[], Tile]:
-    """Joints between slabs; with `bond`, each second course is shifted by half a slab."""
+    """Return joints between slabs; with `bond`, each second course is shifted by half a slab."""
 
     def make() -> Tile:
         high, wide = SIZE // down, SIZE // across
@@ -172,7 +172,7 @@ def _pane(
     sill: bool = True,
     balcony: bool = False,
 ) -> Callable[[], Tile]:
-    """One bay of a facade: wall (mix 0) around one window (mix 1) with frame, glazing bars, reveal shadow and sill."""
+    """Return one bay of a facade: wall (mix 0) around one window (mix 1) with frame, glazing bars, reveal shadow and sill."""
 
     def make() -> Tile:
         shade = 0.95 + 0.1 * noise("wall", 24, 3)
@@ -208,7 +208,7 @@ def _pane(
 
 
 def _shop() -> Tile:
-    """A shop front: signboard on top, glass with goods behind it, a door, a plinth."""
+    """Return a shop front: signboard on top, glass with goods behind it, a door, a plinth."""
     board = _row < 30
     glass = (_row >= 36) & (_row < 112) & (_column >= 5) & (_column < 123)
     bar = (np.abs(_column - 84) < 2.5) | (np.abs(_column - 116) < 2.5) | (np.abs(_row - 56) < 1.5)
@@ -231,7 +231,7 @@ def _door() -> Tile:
 
 
 def _glazing() -> Tile:
-    """Side windows of a bus or tram: glass with thin posts."""
+    """Return side windows of a bus or tram: glass with thin posts."""
     post = _column % 64 < 5
     return _plain(np.where(post, 0.6, 0.7 + 0.8 * noise("pane", 4, 3)), ~post)
 
@@ -251,7 +251,7 @@ def _stones() -> Tile:
 
 
 def _sign(shape: str, seed: int) -> Callable[[], Tile]:
-    """A glyph on a plate: mix 0 is the field, mix 1 border and glyph."""
+    """Return a tile of a glyph on a plate: mix 0 is the field, mix 1 border and glyph."""
 
     def make() -> Tile:
         x, y = (_column - 63.5) / 64.0, (_row - 63.5) / 64.0
@@ -375,7 +375,7 @@ def _bytes(image: Image, scale: float) -> NDArray[np.uint8]:
 
 
 def _pyramid(level: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """All mip levels of a (SIZE, SIZE) image as one vector; a level is the rounded integer mean of four texels."""
+    """Return all mip levels of a (SIZE, SIZE) image as one vector; a level is the rounded integer mean of four texels."""
     level, parts = level[::-1], []
     for _ in range(LEVELS):
         parts.append(level.reshape(-1))
@@ -387,7 +387,7 @@ def _pyramid(level: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @functools.cache
 def atlas() -> Atlas:
-    """The atlas, built at first use (a fraction of a second) and kept."""
+    """Return the atlas, built at first use (a fraction of a second) and kept."""
     tiles = [make() for make in PATTERNS.values()]
     tiles.extend(crowns(CROWNS, SIZE, noise))
     shade, mix, alpha = (

@@ -1,4 +1,4 @@
-"""Between the surfaces and the lens: sky, lamps at night, wet roads, fog, halos, rain and snow in the air.
+"""Atmosphere and weather: sky, lamps at night, wet roads, fog, halos, rain and snow in the air.
 
 Works on planar linear float32 images (H, W). Fog follows Koschmieder: I = J t + A (1 - t), t = exp(-β d).
 """
@@ -27,13 +27,13 @@ DECAY = np.array([round(math.exp(-step / 128.0), 6) for step in range(1025)], np
 
 
 def transmission(depth: Image, beta: float) -> Image:
-    """t = exp(-β d) by table, for depths in metres."""
+    """Return t = exp(-β d) by table, for depths in metres."""
     clear: Image = np.take(DECAY, np.minimum(depth * f32(beta * 128.0), f32(1024.0)).astype(np.int32))
     return clear
 
 
 def paint_sky(colour: list[Image], where: NDArray[np.int64], column: Image, row: Image, view: View, look: Look) -> None:
-    """Writes the sky into flat channels at pixels `where`: a gradient and clouds on a plane overhead."""
+    """Write the sky into flat channels at pixels `where`: a gradient and clouds on a plane overhead."""
     x, y = np.take(column, where), np.take(row, where)
     right = (x - f32(view.centre[0] - 0.5)) * f32(1.0 / view.focal)
     up = (f32(view.centre[1] - 0.5) - y) * f32(1.0 / view.focal)
@@ -55,7 +55,7 @@ def paint_sky(colour: list[Image], where: NDArray[np.int64], column: Image, row:
 
 
 def _smooth(x: Image, y: Image) -> Image:
-    """The drift map at (x, y) in its texels, bilinear; coordinates are positive."""
+    """Return the drift map at (x, y) in its texels, bilinear; coordinates are positive."""
     drift = atlas().drift
     i, j = x.astype(np.int32), y.astype(np.int32)
     a, b = x - i.astype(np.float32), y - j.astype(np.float32)
@@ -70,7 +70,7 @@ def _smooth(x: Image, y: Image) -> Image:
 def light_night(
     colour: list[Image], depth: Image, column: Image, row: Image, lights: list[Light], view: View, look: Look
 ) -> None:
-    """Dims reflected light to dusk or night and relights it by street lamps and the camera car's headlights."""
+    """Dim reflected light to dusk or night and relight it by street lamps and the camera car's headlights."""
     x = (column - f32(view.centre[0] - 0.5)) * f32(1.0 / view.focal) * depth
     y = (f32(view.centre[1] - 0.5) - row) * f32(1.0 / view.focal) * depth
     near = np.minimum(depth, f32(400.0))
@@ -94,7 +94,7 @@ def light_night(
 
 
 def wet_road(colour: list[Image], ground: Image, view: View, look: Look) -> None:
-    """Darkens wet ground and mirrors the scene about the horizon in it, more in puddles; images are (H, W)."""
+    """Darken wet ground and mirror the scene about the horizon in it, more in puddles; images are (H, W)."""
     rows = view.rows
     horizon = view.centre[1] + view.ahead[1] / max(view.up[1], 0.1) * view.focal
     index = np.arange(rows)
@@ -113,7 +113,7 @@ def wet_road(colour: list[Image], ground: Image, view: View, look: Look) -> None
 
 
 def veil(colour: list[Image], depth: Image, where_sky: NDArray[np.int64], look: Look, row: Image, view: View) -> None:
-    """Fog and haze over flat channels. The sky is veiled like something far away, less towards the zenith."""
+    """Add fog and haze over flat channels. The sky is veiled like something far away, less towards the zenith."""
     clear = transmission(depth, look.haze)
     if len(where_sky):
         height = np.maximum(f32(view.rows * 0.5) - np.take(row, where_sky), f32(0.0)) * f32(1.0 / view.focal)
@@ -128,7 +128,7 @@ def veil(colour: list[Image], depth: Image, where_sky: NDArray[np.int64], look: 
 
 @functools.cache
 def _halo() -> Image:
-    """(65, 65) radial falloff, 1 in the middle and 0 at the rim."""
+    """Return (65, 65) radial falloff, 1 in the middle and 0 at the rim."""
     step = (np.arange(65, dtype=np.float32) - f32(32.0)) / f32(32.0)
     square = np.minimum(step[:, None] * step[:, None] + step[None, :] * step[None, :], f32(1.0))
     rim = f32(1.0) - square
@@ -137,7 +137,7 @@ def _halo() -> Image:
 
 
 def halos(colour: list[Image], depth: Image, lights: list[Light], view: View, look: Look) -> None:
-    """Adds the bloom of lamps that nothing hides; images are (H, W)."""
+    """Add the bloom of lamps that nothing hides; images are (H, W)."""
     power = 0.9 * look.night + 0.35 * look.fog + 0.25 * look.rain
     if power <= 0.02:
         return
@@ -161,7 +161,7 @@ def halos(colour: list[Image], depth: Image, lights: list[Light], view: View, lo
 
 
 def falling(colour: list[Image], dice: Dice, view: View, look: Look) -> None:
-    """Rain streaks and snow flakes in the air; positions scale with the image."""
+    """Add rain streaks and snow flakes in the air; positions scale with the image."""
     rows, columns = view.rows, view.columns
     scale = rows / 256.0
     if look.rain > 0.0:

@@ -1,4 +1,4 @@
-"""What lies beyond the sidewalk: rows of houses, gardens, parks, walls, towers, and the far skyline."""
+"""Objects beyond the sidewalk: rows of houses, gardens, parks, walls, towers, and the far skyline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILDING, VEGETATION, TERRAIN = 2, 8, 9
 def block(
     scene: Scene, dice: Dice, style: Style, side: float, edge: float, z0: float, z1: float, bend: tuple[float, float]
 ) -> None:
-    """One stretch of frontage on `side` (-1 left, +1 right) beyond x = `edge`; `bend` is the shift at z0 and z1."""
+    """Add one stretch of frontage on `side` (-1 left, +1 right) beyond x = `edge`; `bend` is the shift at z0 and z1."""
     kind = dice.weighted(style.frontage)
     {"row": _row, "houses": _houses, "park": _park, "wall": _walled, "tower": _towers}[kind](
         scene, dice, style, side, edge, z0, z1, bend
@@ -39,7 +39,7 @@ def _front(
     height: float,
     shop: bool,
 ) -> None:
-    """A building whose front faces the street from x, spanning z0 to z1."""
+    """Add a building whose front faces the street from x, spanning z0 to z1."""
     building(scene, dice, style, x, (z0 + z1) / 2, 90.0 * side, width=z1 - z0, depth=depth, height=height, shop=shop)
     middle = x + side * depth / 2
     scene.shadow(middle, (z0 + z1) / 2, depth / 2, (z1 - z0) / 2, height)
@@ -73,7 +73,7 @@ def _row(
 
 
 def _boundary(scene: Scene, dice: Dice, style: Style, x: float, z0: float, z1: float, bend: tuple[float, float]) -> None:
-    """A fence, wall or hedge along the frontage, or nothing."""
+    """Add a fence, wall or hedge along the frontage, or nothing."""
     kind = dice.weighted({"fence": 0.5, "wall": 0.22, "hedge": 0.16, "": 0.12})
     steps = 1 if bend[0] == bend[1] else 2
     for k in range(steps):
@@ -92,7 +92,7 @@ def _boundary(scene: Scene, dice: Dice, style: Style, x: float, z0: float, z1: f
 def _garden(
     scene: Scene, dice: Dice, style: Style, x0: float, x1: float, z0: float, z1: float, trees: float, bushes: float
 ) -> None:
-    """Scatters plants over a plot, about `trees` and `bushes` of each."""
+    """Scatter plants over a plot, about `trees` and `bushes` of each."""
     for _ in range(int(trees + dice.draw())):
         tree(
             scene,
@@ -235,7 +235,7 @@ def _towers(
 
 
 def skyline(scene: Scene, dice: Dice, style: Style, shift: float, clear: float, *, closed: bool) -> None:
-    """The far end: buildings across the view (with a gap for the street unless `closed`), trees, a ridge."""
+    """Add the far end: buildings across the view (with a gap for the street unless `closed`), trees, a ridge."""
     x = -170.0
     while x < 170.0:
         width = dice.between(12.0, 30.0)

@@ -1,4 +1,4 @@
-"""Buildings, walls and fences, made anew for each scene: facades with bays and floors, shop fronts, doors, roofs."""
+"""Buildings, walls and fences, made for each scene: facades with bays and floors, shop fronts, doors, roofs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUILDING, WALL, FENCE = 2, 3, 4
 
 
 def tone(dice: Dice, colour: Colour, spread: float = 0.18) -> Colour:
-    """A colour near `colour`: brightness and each channel vary on their own."""
+    """Return a colour near `colour`: brightness and each channel vary independently."""
     light = dice.between(1.0 - spread, 1.0 + spread)
     return (
         min(colour[0] * light * dice.between(0.94, 1.06), 0.95),
@@ -47,7 +47,7 @@ def building(
     shop: bool = False,
     pitched: bool | None = None,
 ) -> None:
-    """A building whose front is centred on (x, z); `heading` turns its inward normal from +z to the right."""
+    """Add a building whose front is centred on (x, z); `heading` turns its inward normal from +z to the right."""
     mesh = scene.start()
     frame = Frame(x, z, heading)
     at, half = frame.at, width / 2.0
@@ -151,7 +151,7 @@ def building(
 
 
 def _gable(mesh: Mesh, dice: Dice, frame: Frame, slot: int, half: float, depth: float, height: float, rise: float) -> None:
-    """A pitched roof: ridge along the street, or across it with the gable to the front."""
+    """Add a pitched roof: ridge along the street, or across it with the gable to the front."""
     at, over, tex = frame.at, 0.35, TEX["roof"]
     if dice.chance(0.6) or half > 7:
         middle = depth / 2
@@ -241,7 +241,7 @@ def _awning(mesh: Mesh, dice: Dice, frame: Frame, slot: int, half: float, base: 
 
 
 def wall(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: float, z1: float, height: float) -> None:
-    """A free-standing wall from (x0, z0) to (x1, z1), seen from the left of that direction or from both sides."""
+    """Add a free-standing wall from (x0, z0) to (x1, z1), seen from the left of that direction or from both sides."""
     mesh = scene.start()
     colour = tone(dice, dice.pick(style.walls), 0.25)
     slot = scene.colour(colour, tone(dice, (0.35, 0.33, 0.3)), tone(dice, dice.pick(style.walls)))
@@ -283,7 +283,7 @@ def wall(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: float
 
 
 def fence(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: float, z1: float, height: float) -> None:
-    """A fence from (x0, z0) to (x1, z1): boards, pickets, rails, bars or mesh; see-through but labelled as a whole."""
+    """Add a fence from (x0, z0) to (x1, z1): boards, pickets, rails, bars or mesh; see-through but labelled as a whole."""
     mesh = scene.start()
     tex = dice.pick(style.fences)
     colour = tone(

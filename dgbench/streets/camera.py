@@ -37,7 +37,7 @@ GUARD = 3.0  # polygons are clipped where |x| or |y| exceeds this many image wid
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """Where the camera stands and looks. `focal` is in widths of a 2:1 image; degrees, pitch down is positive."""
+    """Position and orientation of the camera. `focal` is in widths of a 2:1 image; degrees, pitch down is positive."""
 
     x: float
     height: float
@@ -76,17 +76,17 @@ class View:
         self.centre = (self.columns / 2.0, self.rows / 2.0)
 
     def to_camera(self, world: Array) -> Array:
-        """(..., 3) world points in camera axes. Sums are written out: a matrix product may round differently."""
+        """Return (..., 3) world points in camera axes. Sums are written out: a matrix product may round differently."""
         x, y, z = world[..., 0] - self.x, world[..., 1] - self.height, world[..., 2]
         return np.stack([x * axis[0] + y * axis[1] + z * axis[2] for axis in (self.right, self.up, self.ahead)], axis=-1)
 
     def to_screen(self, points: Array) -> Array:
-        """(..., 3) camera points with z > 0 to (..., 2) pixel indices (a pixel's centre is a whole number)."""
+        """Project (..., 3) camera points with z > 0 to (..., 2) pixel indices (a pixel's centre is a whole number)."""
         scale = self.focal / points[..., 2]
         return np.stack([self.centre[0] - 0.5 + points[..., 0] * scale, self.centre[1] - 0.5 - points[..., 1] * scale], axis=-1)
 
     def faces(self, world: Array, attributes: Array) -> Faces:
-        """Projects, culls and clips all faces of a scene: world (F, 10, 3), attributes (F, 15)."""
+        """Project, cull and clip all faces of a scene: world (F, 10, 3), attributes (F, 15)."""
         points = self.to_camera(world)
         depth = points[:, :, 2]
         kind = attributes[:, KIND]
@@ -146,7 +146,7 @@ class View:
         )
 
     def _linear(self, vector: Array) -> tuple[Array, Array, Array]:
-        """vector·ray as (per column, per row, constant) of the pixel index."""
+        """Return vector·ray as (per column, per row, constant) of the pixel index."""
         a, b = vector[:, 0] / self.focal, -vector[:, 1] / self.focal
         return a, b, vector[:, 2] + a * (0.5 - self.centre[0]) + b * (0.5 - self.centre[1])
 
@@ -190,7 +190,7 @@ class View:
             planes[k, flat] = w[k]
 
     def _facing_uv(self, points: Array, screen: Array, attributes: Array, planes: Array) -> None:
-        """Capsules and sprites: their screen polygons (into `screen`), constant depth, u across and v along."""
+        """Project capsules and sprites: screen polygons (into `screen`), constant depth, u across and v along."""
         kind = attributes[:, KIND]
         for which in (CAPSULE, SPRITE):
             rows = np.flatnonzero(kind == which)
@@ -246,7 +246,7 @@ class View:
             planes[8, rows] = -base[:, 0] * planes[6, rows] - base[:, 1] * planes[7, rows]
 
     def _clip(self, polygon: list[list[float]]) -> list[list[float]]:
-        """Sutherland and Hodgman against the near plane and a guard band around the image."""
+        """Clip by Sutherland and Hodgman against the near plane and a guard band around the image."""
         limit = GUARD * self.columns / self.focal
         for a, b, c, d in (
             (0.0, 0.0, 1.0, -NEAR),
@@ -270,7 +270,7 @@ class View:
 
 
 def _fixed(screen: Array) -> NDArray[np.int32]:
-    """Sixteenths of a pixel, rounded here so that the rasteriser only sees whole numbers."""
+    """Return sixteenths of a pixel, rounded here so that the rasteriser only receives whole numbers."""
     return np.floor(np.clip(screen, -30000.0, 30000.0) * 16.0 + 0.5).astype(np.int32)
 
 
@@ -294,7 +294,7 @@ def _length(vector: Array) -> Array:
 
 
 def _normals(points: Array) -> tuple[Array, Array]:
-    """Unit normals (F, 3) and offsets (F,) of planes through the first three corners; offset > 0 faces the camera."""
+    """Return unit normals (F, 3) and offsets (F,) of planes through the first three corners; offset > 0 faces the camera."""
     a, b = points[:, 1] - points[:, 0], points[:, 2] - points[:, 0]
     normal = np.stack(_cross(a, b), axis=-1)
     normal = normal / _length(normal)[:, None]

@@ -1,6 +1,6 @@
-"""Seeded choices that never change: one raw PCG64 stream per purpose, and trigonometry by table.
+"""Reproducible random numbers: one raw PCG64 stream per purpose, and trigonometry by table.
 
-NumPy promises the raw stream of a bit generator for ever, but not the methods of `Generator`; a libm may differ from
+NumPy guarantees the raw stream of a bit generator, but not the methods of `Generator`; a libm may differ from
 another by the last bit. So a draw is 53 raw bits, and angles are steps of a quarter degree with rounded sines.
 """
 
@@ -21,19 +21,19 @@ SINE = tuple(round(math.sin(2.0 * math.pi * step / STEPS), 6) for step in range(
 
 
 def turn(degrees: float) -> tuple[float, float]:
-    """(cos, sin) of an angle in degrees, rounded to a quarter degree: equal on every machine."""
+    """Return (cos, sin) of an angle in degrees, rounded to a quarter degree: equal on every machine."""
     step = math.floor(degrees * 4.0 + 0.5)
     return SINE[(step + STEPS // 4) % STEPS], SINE[step % STEPS]
 
 
 def generator(*key: object) -> np.random.PCG64:
-    """A bit generator keyed by the text of `key`; the same key gives the same stream on any machine."""
+    """Return a bit generator keyed by the text of `key`; the same key gives the same stream on any machine."""
     text = "/".join(str(part) for part in key)
     return np.random.PCG64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
 
 def uniform(bits: np.random.PCG64, count: int) -> NDArray[np.float64]:
-    """(count,) float64 in [0, 1) from the raw 64-bit stream."""
+    """Return (count,) float64 in [0, 1) from the raw 64-bit stream."""
     return (bits.random_raw(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -45,7 +45,7 @@ class Dice:
         self._values: Iterator[float] = iter(())
 
     def draw(self) -> float:
-        """Uniform in [0, 1)."""
+        """Return a uniform number in [0, 1)."""
         for value in self._values:
             return value
         self._values = iter(uniform(self._bits, 1024).tolist())
@@ -64,7 +64,7 @@ class Dice:
         return options[int(self.draw() * len(options))]
 
     def weighted(self, options: Mapping[T, float]) -> T:
-        """A key with probability proportional to its weight."""
+        """Return a key with probability proportional to its weight."""
         left = self.draw() * sum(options.values())
         for option, weight in options.items():
             left -= weight

@@ -16,7 +16,7 @@ Image = NDArray[np.floating[Any]]  # float32; NumPy's stubs lose that in arithme
 
 
 def _inside(kind: str, x: float, y: float) -> bool:
-    """Whether a clump centre (x, y in -1..1, y up) belongs to the crown's envelope."""
+    """Return whether a clump centre (x, y in -1..1, y up) belongs to the crown's envelope."""
     if kind == "cone":
         return abs(x) < 0.62 * (0.92 - y) / 1.9
     # half axes and height of the middle of an ellipse
@@ -30,7 +30,7 @@ def _inside(kind: str, x: float, y: float) -> bool:
 
 
 def _leafy(kind: str, name: str, size: int, noise: Callable[..., Image]) -> tuple[Image, Image, Image]:
-    """Clumps painted from the back and bottom to the front and top."""
+    """Return clumps painted from the back and bottom to the front and top."""
     dice = Dice("crown", name)
     shade, alpha = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     lobes = [(dice.between(-0.6, 0.6), dice.between(-0.6, 0.6), dice.between(0.25, 0.5)) for _ in range(7)]
@@ -61,7 +61,7 @@ def _leafy(kind: str, name: str, size: int, noise: Callable[..., Image]) -> tupl
 
 
 def _branch(canvas: NDArray[np.uint8], dice: Dice, x: float, y: float, angle: float, length: float, width: float) -> None:
-    """Draws a branch from (x, y) upwards and its forks; coordinates in texels."""
+    """Draw a branch from (x, y) upwards and its forks; coordinates in texels."""
     c, s = turn(angle)
     tip = (x + s * length, y - c * length)
     line(canvas, (x, y), tip, width, 255)
@@ -112,7 +112,7 @@ def _palm(name: str, size: int, noise: Callable[..., Image]) -> tuple[Image, Ima
 
 
 def crowns(names: Sequence[str], size: int, noise: Callable[..., Image]) -> list[tuple[Image, Image, Image]]:
-    """(shade, mix, alpha) of each named crown, (size, size), top row first; a name is a kind and a number."""
+    """Return (shade, mix, alpha) of each named crown, (size, size), top row first; a name is a kind and a number."""
     tiles = []
     for name in names:
         kind = name.rstrip("0123456789")

@@ -1,4 +1,4 @@
-"""What stands along a street and grows there: poles, lamps, traffic lights, signs, trees, bushes, hedges."""
+"""Street furniture and plants: poles, lamps, traffic lights, signs, trees, bushes, hedges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GREYS: tuple[Colour, ...] = (
 
 
 def lamp(scene: Scene, dice: Dice, x: float, z: float, reach: float, height: float, kind: int) -> None:
-    """A street lamp at (x, z) whose arm reaches `reach` metres in x; kind 0 arm, 1 post top, 2 two arms."""
+    """Add a street lamp at (x, z) whose arm reaches `reach` metres in x; kind 0 arm, 1 post top, 2 two arms."""
     mesh = scene.start()
     slot = scene.colour(tone(dice, dice.pick(GREYS)), (0.9, 0.86, 0.7))
     mesh.capsule((x, 0.0, z), (x, height, z), 0.09, slot, POLE, end_radius=0.055, tex=ROUND, flags=BLUNT)
@@ -72,7 +72,7 @@ def bollards(scene: Scene, dice: Dice, x: float, z: float, count: int) -> None:
 
 
 def _head(mesh: Mesh, scene: Scene, dice: Dice, centre: Point, facing: float, scale: float) -> None:
-    """A signal head around `centre`; `facing` is +1 when its lenses look to -z (at the camera), -1 away."""
+    """Add a signal head around `centre`; `facing` is +1 when its lenses look to -z (at the camera), -1 away."""
     x, y, z = centre
     box = tone(dice, dice.pick(((0.04, 0.05, 0.04), (0.07, 0.07, 0.07), (0.5, 0.42, 0.1), (0.05, 0.09, 0.06))))
     state = dice.index(3)
@@ -95,7 +95,7 @@ def _head(mesh: Mesh, scene: Scene, dice: Dice, centre: Point, facing: float, sc
 
 
 def signals(scene: Scene, dice: Dice, x: float, z: float, reach: float, facing: float) -> None:
-    """A traffic light pole at (x, z); with `reach` its arm carries a second head above the road."""
+    """Add a traffic light pole at (x, z); with `reach` its arm carries a second head above the road."""
     mesh = scene.start()
     slot = scene.colour(tone(dice, dice.pick(GREYS)))
     tall = 5.6 if reach else 3.4
@@ -108,7 +108,7 @@ def signals(scene: Scene, dice: Dice, x: float, z: float, reach: float, facing: 
 
 
 def sign(scene: Scene, dice: Dice, style: Style, x: float, z: float, *, large: bool = False) -> None:
-    """A traffic sign on a post: plates of the style's shapes; `large` puts a direction board on two posts."""
+    """Add a traffic sign on a post: plates of the style's shapes; `large` puts a direction board on two posts."""
     mesh = scene.start()
     grey = scene.colour(tone(dice, dice.pick(GREYS)), (0.42, 0.43, 0.44))
     if large:
@@ -183,7 +183,7 @@ def _plate(
 
 
 def tree(scene: Scene, dice: Dice, style: Style, x: float, z: float, height: float) -> None:
-    """A tree: bark, a fork or two, and one to three overlapping crowns; trunk and crown are one class."""
+    """Add a tree: bark, a fork or two, and one to three overlapping crowns; trunk and crown are one class."""
     kind = dice.weighted(style.trees)
     if kind == "bare" and z < 14.0:
         # twigs are too coarse in the atlas to be looked at from nearby
@@ -276,7 +276,7 @@ def bush(scene: Scene, dice: Dice, style: Style, x: float, z: float, size: float
 
 
 def hedge(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: float, z1: float, height: float) -> None:
-    """A clipped hedge along the street, 0.8 m thick, with a ragged top of small bushes."""
+    """Add a clipped hedge along the street, 0.8 m thick, with a ragged top of small bushes."""
     mesh = scene.start()
     leaf = tone(dice, dice.pick(style.leaves), 0.25)
     slot = scene.colour(leaf, (leaf[0] * 0.55, leaf[1] * 0.65, leaf[2] * 0.6))

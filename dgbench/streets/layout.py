@@ -65,7 +65,7 @@ class Ground:
         period: float = 4.0,
         flags: int = LAID | SNOWY,
     ) -> None:
-        """A rectangle of ground between x0 < x1 that follows the bend from z0 to z1."""
+        """Add a rectangle of ground between x0 < x1 that follows the bend from z0 to z1."""
         self.layer += 1
         steps = 1 if self.plan.bend == 0.0 else max(1, int((z1 - max(z0, 0.0)) / 14.0))
         for k in range(steps):
@@ -100,7 +100,7 @@ class Ground:
 
 
 def _segments(plan: Plan, start: float = -6.0, end: float = FAR) -> list[tuple[float, float]]:
-    """Stretches of z between side streets."""
+    """Return the stretches of z between side streets."""
     pieces, z = [], start
     for near, width in plan.crossings:
         pieces.append((z, near))
@@ -262,7 +262,7 @@ def _markings(ground: Ground, dice: Dice, plan: Plan, road: int, paint: int) -> 
 
 
 def _roadside(scene: Scene, dice: Dice, style: Style, plan: Plan) -> None:
-    """Lamps, trees, signs and lights along both kerbs."""
+    """Add lamps, trees, signs and lights along both kerbs."""
     kind, spacing = dice.index(3), dice.between(20.0, 34.0)
     trees = {side: dice.chance(style.street_trees) for side in (-1.0, 1.0)}
     growth, tree_gap = dice.between(5.0, 12.0), dice.between(6.0, 12.0)
@@ -327,7 +327,7 @@ def _crossed(plan: Plan, z: float, margin: float = 1.5) -> bool:
 
 
 def street(scene: Scene, dice: Dice, style: Style) -> Plan:
-    """Fills a scene with one street and returns its plan; the sky is not part of it."""
+    """Fill a scene with one street and return its plan; the sky is not part of it."""
     plan = _plan(dice, style)
     _ground(scene, dice, style, plan)
     for side in (-1.0, 1.0):

@@ -1,4 +1,4 @@
-"""How one image looks: sun, sky, weather with its severity, and the camera's response, drawn from a style."""
+"""Appearance of one image: sun, sky, weather with its severity, and the camera's response, drawn from a style."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Look:
 
 
 def draw_look(dice: Dice, style: Style, weather: str, severity: float | None) -> Look:
-    """Draws a look. `weather` is "", one of `WEATHERS` or "any"; `severity` None draws that too.
+    """Draw a look. `weather` is "", one of `WEATHERS` or "any"; `severity` None draws that too.
 
     The draws do not depend on weather or severity, so the same image can be seen in each.
     """

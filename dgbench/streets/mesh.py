@@ -1,4 +1,4 @@
-"""Faces and scenes: what objects are made of before the camera sees them.
+"""Faces and scenes: the geometry of objects before projection.
 
 World and object axes: x right, y up, z forward (away from the camera), metres. A face is one of three kinds: a planar
 convex polygon, a capsule (a thick 3-D segment that always faces the camera) or a sprite (an upright cut-out of the
@@ -25,7 +25,7 @@ PLANE, CAPSULE, SPRITE = 0, 1, 2
 # Bits of a face's flags.
 TWO_SIDED, SEE_THROUGH, WORLD_UV, GROUND, BLUNT, SNOWY = 1, 2, 4, 8, 16, 32
 
-# What a face emits; the strength is the weather's to say.
+# What a face emits; the strength depends on the weather.
 DARK, HEADLIGHT, TAILLIGHT, WINDOW, LAMP, SIGNAL = 0, 1, 2, 3, 4, 5
 
 KIND, COUNT, R0, R1, LAYER, SLOT, SLOT2, TEX, DETAIL, PU, PV, PD, CLASS, FLAGS, GLOW = range(15)
@@ -40,7 +40,7 @@ class Template:
 
 
 class Mesh:
-    """Faces under construction, as plain lists: cheap for the few hundred faces that are made anew in each scene."""
+    """Faces under construction, as plain lists: cheap for the few hundred faces that are made for each scene."""
 
     def __init__(self) -> None:
         self.corners: list[list[Point]] = []
@@ -61,7 +61,7 @@ class Mesh:
         flags: int = 0,
         glow: int = DARK,
     ) -> None:
-        """Adds a planar convex polygon of class `kind`.
+        """Add a planar convex polygon of class `kind`.
 
         `period` is metres per texture tile, rounded so that whole tiles fit the first edge; 0 = one tile fits the face.
         `slot`, `slot2`: colours that the texture mixes. `grain`: metres per tile of the fine `detail` texture.
@@ -106,7 +106,7 @@ class Mesh:
         flags: int = 0,
         glow: int = DARK,
     ) -> None:
-        """Adds a thick segment; `flags=BLUNT` cuts its ends straight."""
+        """Add a thick segment; `flags=BLUNT` cuts its ends straight."""
         self.corners.append([start] + [end] * (CORNERS - 1))
         self.attributes.append(
             (
@@ -141,7 +141,7 @@ class Mesh:
         layer: int = 0,
         flags: int = 0,
     ) -> None:
-        """Adds an upright cut-out that faces the camera; its shape is the alpha of atlas tile `tex`."""
+        """Add an upright cut-out that faces the camera; its shape is the alpha of atlas tile `tex`."""
         self.corners.append([centre] * CORNERS)
         self.attributes.append((SPRITE, 4, half_width, half_height, layer, slot, slot2, tex, 0, 1.0, 1.0, 1.0, kind, flags, DARK))
 
@@ -161,7 +161,7 @@ class Mesh:
         flags: int = 0,
         glow: int = DARK,
     ) -> None:
-        """Adds an axis-aligned box. `sides`: r(ear, at low z) f(ront) l(eft) x (right) t(op) b(ottom)."""
+        """Add an axis-aligned box. `sides`: r(ear, at low z) f(ront) l(eft) x (right) t(op) b(ottom)."""
         (x0, y0, z0), (x1, y1, z1) = low, high
         for side in sides:
             self.poly(
@@ -225,12 +225,12 @@ class Scene:
     objects: int = 1
 
     def colour(self, *colours: Colour) -> int:
-        """Registers colours (linear reflectance, 0..1); returns the slot of the first."""
+        """Register colours (linear reflectance, 0..1) and return the slot of the first."""
         self.palette.extend(colours)
         return len(self.palette) - len(colours)
 
     def start(self) -> Mesh:
-        """Ends the static object before; faces added to the returned mesh from now on belong to a new one."""
+        """End the previous static object; faces added to the returned mesh from now on belong to a new one."""
         self.flush()
         self.objects += 1
         return self.static
@@ -249,7 +249,7 @@ class Scene:
         heading: float = 0.0,
         scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ) -> None:
-        """Puts an instance at (x, y, z), turned right by `heading` degrees; its slots are `colours`."""
+        """Put an instance at (x, y, z), turned right by `heading` degrees; its slots are `colours`."""
         self.flush()
         cosine, sine = turn(heading)
         self.placed.append((template, self.objects))
@@ -268,7 +268,7 @@ class Scene:
         base: float = 0.0,
         contact: bool = True,
     ) -> None:
-        """Registers a rectangular footprint as a shadow caster."""
+        """Register a rectangular footprint as a shadow caster."""
         c, s = turn(heading)
         corners = tuple(
             (x + a * half_width * c + b * half_length * s, z - a * half_width * s + b * half_length * c)
@@ -277,7 +277,7 @@ class Scene:
         self.casters.append(Caster(corners, base, height, contact))
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """World corners (F, CORNERS, 3), attributes (F, 15) with slots into `palette`, and owner (F,) of all faces."""
+        """Return world corners (F, CORNERS, 3), attributes (F, 15) with slots into `palette`, and owner (F,) of all faces."""
         self.flush()
         static = self.static.template()
         if not self.placed:

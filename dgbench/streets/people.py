@@ -1,4 +1,4 @@
-"""People, bicycles, motorcycles and their riders as capsules on a skeleton, so that they hold from any side.
+"""People, bicycles, motorcycles and their riders as capsules on a skeleton, which look right from any side.
 
 Palette slots of a person: 0 skin, 1 hair or helmet, 2 top, 3 trousers, 4 shoes, 5 bag. Of a two-wheeler: 0 frame,
 1 tyre, 2 metal, 3 headlight, 4 tail light. z is the way they face; the origin is on the ground.
@@ -34,7 +34,7 @@ def _figure(
     bag: str = "",
     short: bool = False,
 ) -> Mesh:
-    """A figure from its hip (y of the pelvis), the lean of its trunk in metres of z, and joint positions of limbs."""
+    """Return a figure from its hip (y of the pelvis), the lean of its trunk in metres of z, and joint positions of limbs."""
     mesh = Mesh()
     x, y, z = hip
     neck = (x, y + 0.5, z + lean)
@@ -88,7 +88,7 @@ def _walker(stride: float, swing: float, **options: bool | float | str) -> Templ
 
 @functools.cache
 def walkers() -> tuple[Template, ...]:
-    """People on foot, 1.75 m tall: striding, strolling, standing, in coats and skirts, with bags."""
+    """Return people on foot, 1.75 m tall: striding, strolling, standing, in coats and skirts, with bags."""
     return (
         _walker(0.34, 0.26),
         _walker(0.22, 0.18, bag="back"),
@@ -103,7 +103,7 @@ def walkers() -> tuple[Template, ...]:
 
 
 def _tyre(mesh: Mesh, z: float, radius: float, width: float, kind: int, spokes: bool) -> None:
-    """A wheel in the plane x = 0: a ring of capsules round a disc, see-through between spokes."""
+    """Add a wheel in the plane x = 0: a ring of capsules round a disc, see-through between spokes."""
     ring = [turn(36.0 * step) for step in range(10)]
     points: list[Point] = [(0.0, radius + radius * s, z + radius * c) for c, s in ring]
     mesh.poly(
@@ -192,7 +192,7 @@ def _seated(
     grip: Point,
     bag: str,
 ) -> Mesh:
-    """A rider: hips on the saddle, feet on pedals (y, z), hands on the grips."""
+    """Return a rider: hips on the saddle, feet on pedals (y, z), hands on the grips."""
     legs: list[list[Point]] = []
     arms: list[list[Point]] = []
     for side, (y, z) in zip((-1.0, 1.0), pedals, strict=True):
@@ -215,7 +215,7 @@ def _seated(
 
 @functools.cache
 def machines() -> dict[str, Template]:
-    """Two-wheelers without anybody on them: bicycle, motorcycle, scooter."""
+    """Return two-wheelers without riders: bicycle, motorcycle, scooter."""
     built = {}
     for name, make in (("bicycle", _bicycle), ("motorcycle", _motorcycle), ("scooter", _scooter)):
         mesh = Mesh()
@@ -226,7 +226,7 @@ def machines() -> dict[str, Template]:
 
 @functools.cache
 def ridden() -> dict[str, tuple[Template, ...]]:
-    """Two-wheelers with their riders as one object; the rider's palette slots start at 5."""
+    """Return two-wheelers with their riders as one object; the rider's palette slots start at 5."""
     built: dict[str, tuple[Template, ...]] = {}
     for name, make, hip, width, grip in (
         ("bicycle", _bicycle, (0.0, 0.95, -0.24), 0.12, (0.24, 1.04, 0.22)),

@@ -1,4 +1,4 @@
-"""The measures of one street, by which ground, blocks, traffic and people are placed."""
+"""Dimensions of one street, by which ground, blocks, traffic and people are placed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Plan:
-    """Measures of one street: half width of the carriageway, lanes each way, side streets, strips by side."""
+    """Dimensions of one street: half width of the carriageway, lanes each way, side streets, strips by side."""
 
     bend: float
     hand: float  # +1: traffic keeps right
@@ -21,10 +21,10 @@ class Plan:
     tram: bool
 
     def shift(self, z: float) -> float:
-        """How far the street has bent to the right at z."""
+        """Return how far the street has bent to the right at z."""
         ahead = max(z, 0.0)
         return self.bend * ahead * ahead
 
     def edge(self, side: float) -> float:
-        """x of the far edge of the sidewalk on a straight street."""
+        """Return x of the far edge of the sidewalk on a straight street."""
         return side * (self.half + self.verge[side] + self.sidewalk[side])

@@ -1,4 +1,4 @@
-"""Who hides whom: objects sorted back to front, and faces painted into a buffer of face numbers.
+"""Visibility: objects are sorted back to front, and faces painted into a buffer of face numbers.
 
 Objects are sorted by separating planes: A cannot hide B if a plane x = const or z = const between their boxes has A on
 the far side from the camera. That is exact for disjoint boxes along the street, where sorting by distance is not.
@@ -78,7 +78,7 @@ def _object_order(faces: Faces, world: Array, owner: NDArray[np.int64], eye: flo
 def paint(
     faces: Faces, world: Array, attributes: Array, owner: NDArray[np.int64], view: View
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Buffers (H, W) of the nearest face and of the face behind a see-through one (elsewhere undefined).
+    """Return buffers (H, W) of the nearest face and of the face behind a see-through one (elsewhere undefined).
 
     Values are 1 + the face's row in `faces`; 0 is the sky.
     """
@@ -109,7 +109,7 @@ def paint(
 
 
 def _stamp(front: NDArray[np.int32], polygon: NDArray[np.int32], face: int, tile: int) -> None:
-    """Writes `face` where the sprite's alpha is at least a half; the rectangle is in sixteenths of a pixel."""
+    """Write `face` where the sprite's alpha is at least a half; the rectangle is in sixteenths of a pixel."""
     rows, columns = front.shape
     (left, bottom), (right, top) = polygon[0].tolist(), polygon[2].tolist()
     wide, high = max(right - left, 1), max(bottom - top, 1)
@@ -129,7 +129,7 @@ def _stamp(front: NDArray[np.int32], polygon: NDArray[np.int32], face: int, tile
 def shadows(
     casters: list[Caster], view: View, sun: tuple[float, float, float] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Masks (H, W) in 0 / 255 of sun shadow and contact shadow as they would lie on flat ground.
+    """Return masks (H, W) in 0 / 255 of sun shadow and contact shadow as they would fall on flat ground.
 
     `sun` points to the sun (x, y, z); None when the sky is overcast and nothing casts a sharp shadow.
     """

@@ -1,4 +1,4 @@
-"""From (domain, split, index, size) to an image and its label."""
+"""Rendering of the image and label of (domain, split, index, size)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dgbench.streets.plan import Plan
 from dgbench.streets.raster import paint, shadows
 from dgbench.streets.sensor import develop
 from dgbench.streets.shade import Pixels, Table, shade, table
-from dgbench.streets.style import STYLES, Style
+from dgbench.streets.style import STYLES, WEATHERS, Style
 
 VERSION = 1
 CLASSES = 19
@@ -27,12 +27,12 @@ BAND = 1 << 14  # pixels shaded at a time
 
 
 def styles() -> tuple[str, ...]:
-    """Names of all procedural domains."""
+    """Return the names of all procedural domains."""
     return tuple(STYLES)
 
 
 def _parse(domain: str) -> tuple[str, Style, str, float | None]:
-    """(place, style, weather, severity) of a name such as "streets-fog@0.6"."""
+    """Return (place, style, weather, severity) of a name such as "streets-fog@0.6"."""
     name, at, text = domain.partition("@")
     if name not in STYLES:
         close = difflib.get_close_matches(name, STYLES, 1)
@@ -73,7 +73,7 @@ def _pose(dice: Dice, style: Style, plan: Plan) -> Pose:
 def render(
     domain: str, split: str, index: int, size: tuple[int, int] = (256, 512)
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Renders one image of a procedural domain; the same arguments give the same bytes on any machine.
+    """Render one image of a procedural domain; the same arguments give the same bytes on any machine.
 
     Args:
         domain: a name from `styles()`; those with weather take a severity 0..1 after "@". Severity and weather change
@@ -96,6 +96,16 @@ def render(
     view = View(_pose(Dice(*key, "camera"), style, plan), (int(size[0]), int(size[1])))
     look = draw_look(Dice(*key, "look"), style, weather, severity)
     return _picture(scene, view, look, Dice(*key, "sensor"))
+
+
+def weather(domain: str, split: str, index: int) -> str:
+    """Return the weather of an image of a procedural domain: "" or one of `WEATHERS`.
+
+    Raises: ValueError for an unknown domain.
+    """
+    place, _, named, _ = _parse(domain)
+    # the first draw of a look, see `draw_look`
+    return Dice(VERSION, place, split, int(index), "look").pick(WEATHERS) if named == "any" else named
 
 
 def _picture(scene: Scene, view: View, look: Look, dice: Dice) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -129,7 +139,7 @@ def _picture(scene: Scene, view: View, look: Look, dice: Dice) -> tuple[NDArray[
 def _band(
     scene: Scene, view: View, look: Look, lit: Table, buffers: tuple[NDArray[Any], ...], band: slice
 ) -> tuple[Pixels, NDArray[np.uint8]]:
-    """Shades some rows from `buffers` (front, back, sun shadow, contact shadow); returns flat pixels and labels."""
+    """Shade some rows from `buffers` (front, back, sun shadow, contact shadow); return flat pixels and labels."""
     front, back, cast, contact = (buffer[band].reshape(-1) for buffer in buffers)
     face = front.astype(np.int64)
     row = np.repeat(np.arange(band.start, band.stop, dtype=np.float32), view.columns)
@@ -170,7 +180,7 @@ def _band(
 
 
 def frequencies(domain: str, split: str, count: int, size: tuple[int, int] = (256, 512)) -> NDArray[np.float64]:
-    """(19,) share of labelled pixels per class over the first `count` images."""
+    """Return the share of labelled pixels per class, (19,), over the first `count` images."""
     total = np.zeros(256, np.int64)
     for index in range(count):
         total += np.bincount(render(domain, split, index, size)[1].reshape(-1), minlength=256)

@@ -17,7 +17,7 @@ f32 = np.float32
 
 
 def develop(colour: list[Image], dice: Dice, look: Look, step: int) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 from three linear (H, W) channels, `step` rows at a time."""
+    """Return (H, W, 3) uint8 from three linear (H, W) channels, `step` rows at a time."""
     rows, columns = colour[0].shape
     table = _curve(look.contrast)
     image = np.empty((rows, columns, 3), np.uint8)
@@ -45,7 +45,7 @@ def develop(colour: list[Image], dice: Dice, look: Look, step: int) -> NDArray[n
 
 
 def _grain(grain: Image, start: int, count: int) -> Image:
-    """`count` values of the endless repetition of `grain` from `start`."""
+    """Return `count` values of the endless repetition of `grain` from `start`."""
     start %= len(grain)
     piece = grain[start : start + count]
     while len(piece) < count:
@@ -54,7 +54,7 @@ def _grain(grain: Image, start: int, count: int) -> Image:
 
 
 def _blur(image: Image, strength: float) -> Image:
-    """Blends with a 1-2-1 binomial blur in both directions; sums of slices, so their order is fixed."""
+    """Blend with a 1-2-1 binomial blur in both directions; sums of slices, so their order is fixed."""
     if strength <= 0.0:
         return image
     wide = image.copy()
@@ -65,7 +65,7 @@ def _blur(image: Image, strength: float) -> Image:
 
 
 def _curve(contrast: float) -> NDArray[np.uint8]:
-    """(1024,) bytes for square roots of linear light in 0..1.265: gamma 2.2, a soft shoulder, contrast."""
+    """Return (1024,) bytes for square roots of linear light in 0..1.265: gamma 2.2, a soft shoulder, contrast."""
     levels = []
     for step in range(1024):
         light = (step / 1023.0 * 1.265) ** 2

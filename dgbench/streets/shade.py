@@ -1,4 +1,4 @@
-"""Deferred shading: from face numbers to linear colour, class, depth and what each pixel emits.
+"""Deferred shading: from face numbers to linear colour, class, depth and emission of each pixel.
 
 Every pixel looks up its face's planes, gets exact depth and texture coordinates, picks the mip level from the analytic
 derivative, and mixes the face's two lit colours. float32 and elementwise throughout; tables replace transcendentals.
@@ -71,7 +71,7 @@ class Table:
 
 
 def table(faces: Faces, attributes: NDArray[np.float64], palette: list[tuple[float, float, float]], light: Lighting) -> Table:
-    """Lights the two colours of each visible face: Lambert sun, a sky and bounce hemisphere. Row 0 is the sky's."""
+    """Light the two colours of each visible face: Lambert sun, a sky and bounce hemisphere. Row 0 is the sky's."""
     rows = attributes[faces.source]
     normal = faces.normal
     sun = normal[:, 0] * light.sun[0] + normal[:, 1] * light.sun[1] + normal[:, 2] * light.sun[2]
@@ -139,7 +139,7 @@ def shade(
     shadow: Image | None,
     contact: Image | None,
 ) -> Pixels:
-    """Shades pixels (N,): their face, pixel column and row, and 0..1 sun shadow and contact masks for ground faces."""
+    """Shade pixels (N,): their face, pixel column and row, and 0..1 sun shadow and contact masks for ground faces."""
     maps = atlas()
     planes = [np.take(plane, face) for plane in faces.planes]
     depth = np.float32(1.0) / np.maximum(planes[0] * column + planes[1] * row + planes[2], np.float32(1e-5))
@@ -199,7 +199,7 @@ def shade(
 
 
 def _texel(u: Image, v: Image, level: NDArray[np.int32], tile: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Flat atlas index of texture coordinates in tiles."""
+    """Return the flat atlas index of texture coordinates in tiles."""
     bits = 7 - level
     scale = np.left_shift(np.int32(1), bits)
     mask = scale - 1
@@ -212,7 +212,7 @@ def _texel(u: Image, v: Image, level: NDArray[np.int32], tile: NDArray[np.int32]
 
 
 def _snow_cover(face: NDArray[np.int64], u: Image, v: Image, tint: Image, faces: Table, light: Lighting) -> Image | None:
-    """0..1 cover of upward faces: patchy, thicker where the texture is raised to the light; None without snow."""
+    """Return 0..1 cover of upward faces: patchy, thicker where the texture is raised to the light; None without snow."""
     if light.snow <= 0.0:
         return None
     patch = np.take(

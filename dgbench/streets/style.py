@@ -1,4 +1,4 @@
-"""Styles: what a domain's streets are made of and how its camera sees them, as ranges to draw from.
+"""Styles: ranges from which a domain's streets and camera are drawn.
 
 Four places: `game` (clean and saturated, one camera), `city` (muted, noisy), `adverse` (the city's streets in
 bad weather) and `world` (other cameras, left-hand traffic, other architecture and plants). Colours are linear

@@ -29,7 +29,7 @@ HAIR: tuple[Colour, ...] = (
 
 
 def _livery(dice: Dice, style: Style) -> list[Colour]:
-    """A vehicle's palette: body, second colour, glass, tyre, metal, head and tail lights, plate."""
+    """Return a vehicle's palette: body, second colour, glass, tyre, metal, head and tail lights, plate."""
     glass = dice.pick(((0.05, 0.06, 0.07), (0.1, 0.12, 0.14), (0.18, 0.21, 0.24), (0.03, 0.03, 0.03)))
     return [
         tone(dice, dice.pick(style.cars)),
@@ -44,7 +44,7 @@ def _livery(dice: Dice, style: Style) -> list[Colour]:
 
 
 def _lit(scene: Scene, x: float, z: float, heading: float, half: float, length: float, height: float) -> None:
-    """Head or tail lights of a moving vehicle, whichever the camera sees."""
+    """Add head or tail lights of a moving vehicle, whichever the camera sees."""
     away = -90.0 < heading < 90.0
     for side in (-1.0, 1.0):
         scene.lights.append(
@@ -58,7 +58,7 @@ def _lit(scene: Scene, x: float, z: float, heading: float, half: float, length: 
 
 
 def car(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, *, lit: bool) -> float:
-    """Places a car and returns half its length."""
+    """Place a car and return half its length."""
     template, half, length, height = dice.pick(cars())
     scale = dice.between(0.95, 1.06)
     scene.place(template, x, z, _livery(dice, style), heading=heading, scale=(scale, scale, scale))
@@ -89,7 +89,7 @@ def bus(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: flo
 
 
 def tram(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, sections: int) -> float:
-    """A tram whose nearest section starts at z."""
+    """Add a tram whose nearest section starts at z, and return half its length."""
     template, colours = dice.pick(tram_sections()), _livery(dice, style)
     for k in range(sections):
         scene.place(template, x, z + 4.5 + 9.3 * k, colours, heading=heading)
@@ -111,7 +111,7 @@ def _person_colours(dice: Dice, style: Style) -> list[Colour]:
 
 
 def two_wheeler(scene: Scene, dice: Dice, style: Style, kind: str, x: float, z: float, heading: float, *, rider: bool) -> None:
-    """A bicycle, motorcycle or scooter, with its rider or parked."""
+    """Add a bicycle, motorcycle or scooter, with its rider or parked."""
     paint = [
         tone(dice, dice.pick(style.cars + style.accents)),
         (0.03, 0.03, 0.03),
@@ -144,7 +144,7 @@ def _clear(taken: Sequence[tuple[float, float]], z: float, half: float) -> bool:
 
 
 def fill_street(scene: Scene, dice: Dice, style: Style, plan: Plan) -> None:
-    """Drives and parks vehicles. Every lane keeps a list of what is taken; the camera's own starts free."""
+    """Drive and park vehicles. Every lane keeps a list of what is taken; the camera's own starts free."""
     density, parked = dice.between(*style.traffic), dice.between(*style.parked)
     ride = {"car": 0.77, "truck": 0.035, "bus": 0.03, "motorcycle": 0.05, "scooter": 0.035, "bicycle": 0.08}
     lanes: dict[tuple[float, int], list[tuple[float, float]]] = {
@@ -157,7 +157,7 @@ def fill_street(scene: Scene, dice: Dice, style: Style, plan: Plan) -> None:
         return side * (lane + 0.5) * plan.lane_width + plan.shift(z)
 
     def drive(kind: str, side: float, lane: int, z: float) -> float | None:
-        """Puts a vehicle with its rear at z and returns where its lane is free again; None if there is no room."""
+        """Put a vehicle with its rear at z and return where its lane is free again; None if there is no space."""
         heading = dice.between(-1.5, 1.5) + (0.0 if side == plan.hand else 180.0)
         reach = {"car": 2.3, "truck": 5.3, "bus": 5.8, "tram": 14.0}.get(kind, 1.0)
         if not _clear(lanes[side, lane], z + reach, reach + 1.0):
@@ -266,7 +266,7 @@ def _parking(scene: Scene, dice: Dice, style: Style, plan: Plan, parked: float) 
 
 
 def people(scene: Scene, dice: Dice, style: Style, plan: Plan) -> None:
-    """Walkers on both sidewalks, alone or in groups, and some who cross the road."""
+    """Add walkers on both sidewalks, alone or in groups, and some who cross the road."""
     crowd = dice.between(*style.crowd)
     for side in (-1.0, 1.0):
         for _ in range(int(crowd * 9.0 + dice.draw())):

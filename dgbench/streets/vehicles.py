@@ -31,7 +31,7 @@ def extrude(
     tex: int = 0,
     detail: int = 0,
 ) -> None:
-    """Adds the solid between two side profiles; above its lowest corners it narrows to `top_half`."""
+    """Add the solid between two side profiles; above its lowest corners it narrows to `top_half`."""
     bottom = min(y for _, y in profile)
     height = max(y for _, y in profile) - bottom
     narrow = half if top_half is None else top_half
@@ -69,7 +69,7 @@ def disc(
     outward: float,
     tex: int = 0,
 ) -> None:
-    """Adds a wheel face in the plane x = const that looks to the side of sign `outward`."""
+    """Add a wheel face in the plane x = const that looks to the side of sign `outward`."""
     points: list[Point] = []
     for step in range(10):
         c, s = turn(36.0 * step + 18.0)
@@ -90,7 +90,7 @@ def wheels(mesh: Mesh, half: float, radius: float, places: tuple[float, ...], ki
 
 
 def lamps(mesh: Mesh, half: float, rear: float, front: float, low: float, high: float, kind: int, *, wide: float = 0.34) -> None:
-    """Head and tail lights, plates and a grille, just outside the front and rear faces."""
+    """Add head and tail lights, plates and a grille, just outside the front and rear faces."""
     for side in (-1.0, 1.0):
         a, b = side * (half - 0.05), side * (half - 0.05 - wide)
         x0, x1 = min(a, b), max(a, b)
@@ -102,7 +102,7 @@ def lamps(mesh: Mesh, half: float, rear: float, front: float, low: float, high: 
 
 
 def _windows(mesh: Mesh, base: Profile, half: float, top_half: float, posts: tuple[float, ...], kind: int) -> None:
-    """Glass on a cabin of profile (rear base, front base, front roof, rear roof): side panes, both screens."""
+    """Add glass on a cabin of profile (rear base, front base, front roof, rear roof): side panes, both screens."""
     (zr, y0), (zf, _), (zt, y1), (zb, _) = base
 
     def at(t: float, s: float, side: float) -> Point:
@@ -167,7 +167,7 @@ def _car(
 
 @functools.cache
 def cars() -> tuple[tuple[Template, float, float, float], ...]:
-    """(template, half width, half length, height): hatchback, saloon, estate, off-roader, van, small car, coupé."""
+    """Return (template, half width, half length, height): hatchback, saloon, estate, off-roader, van, small car, coupé."""
     wedge: Profile = ((-1.95, 0.24), (1.95, 0.24), (2.0, 0.5), (1.9, 0.72), (0.95, 0.93), (-1.9, 0.95), (-2.0, 0.6))
     return (
         (
@@ -280,7 +280,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
 
 @functools.cache
 def trucks() -> tuple[tuple[tuple[Template, Template], float, float, float], ...]:
-    """((load, cab), half width, half length, height); two objects, so that each hides the other rightly."""
+    """Return ((load, cab), half width, half length, height); two objects, so that each hides the other correctly."""
     kinds = []
     for length, height, tex in (
         (7.0, 3.4, "corrugated"),
@@ -336,7 +336,7 @@ def trucks() -> tuple[tuple[tuple[Template, Template], float, float, float], ...
 
 
 def _coach(kind: int, half: float, length: float, height: float, base: float, *, doors: int, nose: float) -> Mesh:
-    """The hull of a bus or of one section of a tram: lower panels, a band of windows, a roof, both ends."""
+    """Return the hull of a bus or of one section of a tram: lower panels, a band of windows, a roof, both ends."""
     mesh = Mesh()
     rear, front = -length / 2, length / 2
     extrude(
@@ -401,7 +401,7 @@ def _coach(kind: int, half: float, length: float, height: float, base: float, *,
 
 @functools.cache
 def buses() -> tuple[tuple[Template, float, float, float], ...]:
-    """(template, half width, half length, height) of a city bus, a coach and a double-decker."""
+    """Return (template, half width, half length, height) of a city bus, a coach and a double-decker."""
     kinds = []
     for length, height, doors in ((11.5, 3.0, 2), (10.0, 3.4, 1), (10.0, 4.3, 2)):
         mesh = _coach(BUS, 1.25, length, height if height < 4 else 2.7, 0.3, doors=doors, nose=0.16)
@@ -426,7 +426,7 @@ def buses() -> tuple[tuple[Template, float, float, float], ...]:
 
 @functools.cache
 def tram_sections() -> tuple[Template, ...]:
-    """Two looks of one tram section, 9 m long; a tram is several of them in a row."""
+    """Return two looks of one tram section, 9 m long; a tram is several of them in a row."""
     sections = []
     for nose, doors in ((0.35, 2), (0.1, 1)):
         mesh = _coach(TRAIN, 1.22, 9.0, 3.35, 0.28, doors=doors, nose=nose)

@@ -5,7 +5,7 @@ The fused tokens of four depths become feature maps; the last ones, with the cla
 a text-queried mask decoder ("Mamba as a Bridge", CVPR 2025). Everything follows the authors' release; where it departs
 from the paper, a comment says so.
 
-The release has accidents, and its weights rely on them. The variant `sane` has none of these:
+The official code has bugs, and its weights rely on them. The variant `sane` has none of these:
 - MVFuser adds the bias of its steps twice and passes its gate through SiLU twice (`fusion.MVFuser`);
 - MTEnhancer's steps start at 0.69, not in 1e-3..1e-1 (`fusion.MTEnhancer`), and gamma as noise of std 1, not at 1e-4;
 - the pixel decoder's feed-forward width is 2048, not the configured 1024;
@@ -74,8 +74,8 @@ _SIZES: dict[str, dict[str, int | float | bool]] = {
 
 
 @dataclass(frozen=True)
-class Accidents:
-    """What the release does by accident, one by one; see the module's head."""
+class Bugs:
+    """Known bugs of the official code, one by one; see the module's head."""
 
     double_bias: bool
     double_gate: bool
@@ -90,9 +90,7 @@ class Accidents:
     read_padding: bool
 
 
-_ACCIDENTS = {
-    variant: Accidents(**{field.name: variant == "release" for field in fields(Accidents)}) for variant in ("release", "sane")
-}
+_BUGS = {variant: Bugs(**{field.name: variant == "release" for field in fields(Bugs)}) for variant in ("release", "sane")}
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Options:
     vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.TOWERS or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: a row of the table that has a text tower
     fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
-    variant: str = "release"  # or "sane", without the release's accidents; see the module's head
+    variant: str = "release"  # or "sane", without the known bugs of the official code; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the vision-language tower's own
     decoder_dim: int | None = None  # width of pixel and mask decoder
@@ -137,8 +135,8 @@ class Options:
         tower(self.vfm)  # timm knows the model
         if self.fuser not in FUSERS:
             raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
-        if self.variant not in _ACCIDENTS:
-            raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_ACCIDENTS)}")
+        if self.variant not in _BUGS:
+            raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_BUGS)}")
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", listed_ids(self.token_ids, len(Segmentor.classes)))
 
@@ -151,7 +149,7 @@ def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
     # one grid for both towers: the vision-language tower's patch size decides
     patch = options.patch or TABLE[options.vlm].patch
     vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
-    does = _ACCIDENTS[options.variant]
+    does = _BUGS[options.variant]
     vlm = VisionEncoder(
         options.vlm, options.image_size, patch=patch, class_token_twice=does.class_token_twice, drop_path=does.drop_path
     )
@@ -171,7 +169,7 @@ class MFuser(Segmentor):
         super().__init__()
         o: Any = options
         self.image_size = o.image_size
-        does = _ACCIDENTS[o.variant]
+        does = _BUGS[o.variant]
         self.count_ignored = does.count_ignored
         kind = tower(o.vlm).text.embedding  # type: ignore[union-attr]
         self.no_decay = ("norm",) if kind == "projected" else ("norm", "level_embed", "query_embed")

@@ -1,6 +1,6 @@
-"""Matrix products inside our own launchers: cuBLAS's function and torch's handle, by address.
+"""Matrix products inside our own launchers: addresses of cuBLAS's function and of torch's handle.
 
-The kernels' library is built without cuBLAS. torch has it in the process already; its handle brings along the current
+The kernels' library is built without cuBLAS. torch has loaded it already; its handle includes the current
 stream and the workspace of torch's own products.
 """
 
@@ -28,14 +28,14 @@ _current_handle: Callable[[], int] = getattr(torch._C, "_cuda_getCurrentBlasHand
 
 @functools.cache
 def cublas() -> ctypes.CDLL:
-    """Return the cuBLAS that torch uses, which is in the process already.
+    """Return the cuBLAS that torch has loaded.
 
     Raises: ImportError with the reason when it is not.
     """
     if torch.version.cuda is None:
         raise ImportError("this torch build has no CUDA")
     name = f"libcublas.so.{torch.version.cuda.partition('.')[0]}"
-    # what is not loaded yet would be another one than torch's
+    # one that is not loaded yet would not be torch's
     loaded_only = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
     for path in (name, *_mapped()):
         try:
@@ -49,7 +49,7 @@ def cublas() -> ctypes.CDLL:
 
 
 def _mapped() -> list[str]:
-    """The paths of libraries in this process that are called like cuBLAS."""
+    """Return the paths of libraries in this process that are named like cuBLAS."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -86,7 +86,7 @@ def compute_type(dtype: torch.dtype) -> int:
 
 
 def sums_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether the user forbids that partial sums of products are added in bf16 or fp16."""
+    """Return whether PyTorch's settings forbid adding partial sums of products in bf16 or fp16."""
     matmul = torch.backends.cuda.matmul
     if dtype is torch.bfloat16:
         return not matmul.allow_bf16_reduced_precision_reduction
@@ -95,7 +95,7 @@ def sums_in_fp32(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def adding_in_fp32(handle: int) -> Iterator[None]:
-    """Forbid it of `handle`, which is then left as it was."""
+    """Forbid sums in bf16 and fp16 for `handle` within the context."""
     before, library = ctypes.c_int(), cublas()
     library.cublasGetMathMode(ctypes.c_void_p(handle), ctypes.byref(before))
     library.cublasSetMathMode(ctypes.c_void_p(handle), before.value | _DISALLOW_REDUCED_PRECISION_REDUCTION)

@@ -1,7 +1,7 @@
 """Run a command, and kill it with all that it has started when standard input ends: `python child.py COMMAND...`.
 
-Whoever starts this holds the other end of standard input, which the system closes when that process ends, by whatever. It is
-to be started in a session of its own; nvcc starts further compilers, which go with it.
+The parent holds the other end of standard input, which the system closes when the parent ends for any reason. This script is
+started in its own session; nvcc starts further compilers, which are killed with it.
 """
 
 from __future__ import annotations

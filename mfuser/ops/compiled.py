@@ -51,7 +51,7 @@ def _public_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
-# what torch.cuda's functions call in the end; those build objects and look whether CUDA has been initialized
+# the functions that torch.cuda's call internally, without creating objects and checking whether CUDA is initialized
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _public_stream)
 
@@ -101,7 +101,7 @@ class Library:
             self.check(name, error)
 
     def address(self, name: str) -> int:
-        """Return where the function `name` is, to hand it to a launcher."""
+        """Return the address of the function `name`, to pass it to a launcher."""
         return ctypes.cast(self._dll[name], ctypes.c_void_p).value or 0
 
     def check(self, what: str, error: int) -> None:
@@ -138,7 +138,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Status:
-    """What there is of the compiled kernels; `reason` says why they do not run, None when they do."""
+    """State of the compiled kernels; `reason` says why they do not run, None when they do."""
 
     sources: tuple[Path, ...]  # the .cu files
     nvcc: str | None  # its path and version
@@ -173,7 +173,7 @@ def _look() -> Library:
 
 
 def forget() -> None:
-    """Let `library` look again."""
+    """Let `library` search again."""
     global _found
     _found = None
     _installed.cache_clear()
@@ -189,7 +189,7 @@ def refuse(tensors: Sequence[Tensor | None]) -> str | None:
 
 @contextmanager
 def use(path: Path) -> Iterator[Library]:
-    """Let `library` return the one at `path`, whatever is built, until the context ends.
+    """Let `library` return the one at `path` within the context, whatever is built.
 
     Raises: OSError if it does not load.
     """
@@ -203,7 +203,7 @@ def use(path: Path) -> Iterator[Library]:
 
 
 def status() -> Status:
-    """Look at sources, compiler, GPU and library; changes nothing."""
+    """Check sources, compiler, GPU and library; changes nothing."""
     sources = sources_dir()
     nvcc = _nvcc()
     architecture = _architecture()
@@ -263,14 +263,14 @@ def build(
         # in the same folder, so that the finished library can be renamed into place
         with tempfile.TemporaryDirectory(prefix=kernel_files.build_prefix(), dir=target.parent) as temporary:
             built = _compile(nvcc, kernels, names, Path(temporary), tell)
-            built.chmod(0o755)  # others do not write to it, whatever the umask
+            built.chmod(0o755)  # not writable by others, whatever the umask
             os.replace(built, target)
     forget()
     return target
 
 
 def sources_dir() -> Path:
-    """The folder of the kernel sources: at the repository's top level, and inside the package in a wheel."""
+    """Return the folder of the kernel sources: at the repository's top level, and inside the package in a wheel."""
     package = Path(__file__).parents[1]
     packaged = package / "cuda"
     return packaged if packaged.is_dir() else package.parent / "cuda"
@@ -278,7 +278,7 @@ def sources_dir() -> Path:
 
 @functools.cache
 def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
-    """The library, or why there is none. The arguments are those variables of the environment that decide where it is."""
+    """Return the library, or why there is none. The arguments are the environment variables that decide its path."""
     sources = sources_dir()
     if not _kernels(sources):
         return f"there are no kernel sources in {sources}"
@@ -312,7 +312,7 @@ def _installed(_kernels_dir: str | None, _cache: str | None) -> Library | str:
 
 
 def _architecture() -> str:
-    """The current GPU's "sm_<number>", or why there is none."""
+    """Return the current GPU's "sm_<number>", or why there is none."""
     if torch.version.cuda is None:
         return "this torch build has no CUDA"
     if not torch.cuda.is_available():
@@ -339,7 +339,7 @@ def _parsed(architecture: str) -> tuple[int, int, str]:
 
 
 def _runs(built: str, present: str) -> bool:
-    """Machine code runs on later minor versions of its architecture; that of sm_90a and the like on its own alone."""
+    """Return whether machine code runs: also on later minor versions of its architecture, but that of sm_90a on its own only."""
     (major, minor, special), (gpu_major, gpu_minor, _) = _parsed(built), _parsed(present)
     return major == gpu_major and (minor == gpu_minor if special else minor <= gpu_minor)
 
@@ -357,7 +357,7 @@ def _folder(sources: Path) -> Path:
 
 
 def _built(sources: Path) -> list[Path]:
-    """The libraries of these sources, the newest first."""
+    """Return the libraries of these sources, the newest first."""
     return sorted(_folder(sources).glob("sm_*-cuda*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -374,7 +374,7 @@ def _nvcc() -> str | None:
 def _version(nvcc: str) -> str:
     try:
         found = re.search(r"\bV(\d+(?:\.\d+)+)", _output([nvcc, "--version"]))
-    except BuildError:  # one that does not even say its version: a build will tell why
+    except BuildError:  # nvcc does not even print its version: a build will report why
         return "unknown"
     return found[1] if found else "unknown"
 
@@ -394,7 +394,7 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
                 for text in [*done.result().splitlines(), f"compiled {running[done]}"]:
                     tell(text)
             link = [nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
-            # in a thread as well: an interrupted `run` would kill nothing but what it has started itself
+            # in a thread as well: an interrupted `run` would only kill the command that it has started itself
             for text in pool.submit(_output, link, line).result().splitlines():
                 tell(text)
         except BaseException:
@@ -406,14 +406,14 @@ def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: P
 
 @contextmanager
 def _tether() -> Iterator[tuple[int, Callable[[], None]]]:
-    """A standard input for `child.py`, and what kills all commands that have it; the end of this process does, too."""
+    """Yield a standard input for `child.py`, and a function that kills all commands with it; so does the end of this process."""
     line, held = os.pipe()
     with os.fdopen(line, "rb", 0), os.fdopen(held, "wb", 0) as end:
         yield line, end.close
 
 
 def _output(command: list[str], line: int | None = None) -> str:
-    """Run `command` and return all that it prints; with a line of `_tether`, it is killed when that is cut.
+    """Run `command` and return all that it prints; with a pipe of `_tether`, it is killed when that is closed.
 
     Raises: BuildError with the command and the last lines if it fails.
     """

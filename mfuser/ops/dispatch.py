@@ -1,7 +1,7 @@
-"""Which implementation of an operator runs: one row per backend, tried in order, or the one that was named.
+"""Selection of an operator's backend: one row per backend, tried in order, or the one that was named.
 
-A named backend is a promise: it runs or raises. "auto" takes the first row that accepts the tensors; the environment
-variable MFUSER_BACKEND names one for every "auto". A name holds for all operators, and `op=name,op=name` for each its own.
+A named backend runs or raises an error. "auto" takes the first row that accepts the tensors; the environment
+variable MFUSER_BACKEND names one for every "auto". A name applies to all operators; `op=name,op=name` names one for each.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class Backend:
     # why it cannot take the op's tensors (None: absent), else None; by default the module's own `refuse`, if it has one
     refuse: Callable[..., str | None] | None = None
     auto: bool = True  # False: runs only when named
-    # as `refuse`, before the module is imported: what it would say itself, where that can be known without its compiler
+    # as `refuse`, but called before the module is imported, as far as possible without its compiler
     early: Callable[..., str | None] | None = None
     gpu: bool = False  # "auto" leaves tensors on a CPU to others, also where the kernels are interpreted or emulated
 
     def load(self) -> ModuleType:
-        # what `import_module` returns, too, but as quickly as a call of an operator needs it
+        # the same as `import_module` returns, but faster, for calls of operators
         module = sys.modules.get(self.module)
-        if module is None or getattr(module.__spec__, "_initializing", False):  # another thread may be at it
+        if module is None or getattr(module.__spec__, "_initializing", False):  # another thread may be importing it
             return import_module(self.module)
         return module
 
 
 def _not_for_triton(*tensors: Tensor | None) -> str | None:
-    # interpreted, its kernels run on a CPU; that it is missing is its import's to say
+    # interpreted, its kernels run on a CPU; if Triton is missing, the import reports it
     problem = None if os.environ.get("TRITON_INTERPRET") else mismatch(tensors, "cuda")
     return problem if problem and _there("triton") else None
 
@@ -69,7 +69,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     "selective_scan": (
         Backend("cuda", f"{_SCAN}.cuda_backend", gpu=True),
         Backend("triton", f"{_SCAN}.triton_backend", gpu=True, early=_not_for_triton),
-        # its gradient of A is rounding noise where states decay fast (mamba_backend.py): never taken unasked
+        # its gradient of A is rounding noise for states that decay fast (mamba_backend.py): only used when named
         Backend("mamba_ssm", f"{_SCAN}.mamba_backend", auto=False, gpu=True),
         Backend("torch", f"{_SCAN}.torch_backend"),
         Backend("reference", f"{_SCAN}.reference", auto=False),
@@ -163,44 +163,44 @@ def resolve(op: str, requested: str, *tensors: Tensor | None) -> Backend:
     raise BackendError(f"no backend for {op}: " + "; ".join(reasons))
 
 
-# a compiler takes the answer for a constant and does not look inside: the mark of torch.compiler.assume_constant_result, which
-# itself imports the whole compiler, as long as torch takes
+# a compiler treats the result as a constant and does not trace the function: the mark that torch.compiler.assume_constant_result
+# sets, which is not called because it imports the whole compiler, taking as long as torch's import
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def named(op: str, requested: str) -> str:
     """Return the name that `requested`, or else MFUSER_BACKEND, has for `op`: a backend's or "auto".
 
-    Raises: BackendError for what is malformed.
+    Raises: BackendError for a malformed value.
     """
     requested = _wanted(op, requested)
     return requested if requested != "auto" else _wanted(op, os.environ.get("MFUSER_BACKEND") or "auto")
 
 
 def _wanted(op: str, requested: str) -> str:
-    """The one name that `requested` has for `op`."""
+    """Return the one name that `requested` has for `op`."""
     if "=" not in requested:
         return requested
     names = {}
     for pair in requested.split(","):
         own, equals, name = pair.strip().partition("=")
         if not equals:
-            raise BackendError(f"backend `{requested}`: `{own}` stands without an operator, write op=name,op=name")
+            raise BackendError(f"backend `{requested}`: `{own}` has no operator, write op=name,op=name")
         rows(own)
         names[own] = name
     return names.get(op, "auto")
 
 
 def watched() -> bool:
-    """Whether someone looks at operators: a compiler, the tracer of `torch.jit`, or a mode that counts or fakes them.
+    """Return whether operators are traced: by a compiler, `torch.jit`, or a mode that counts or fakes them.
 
-    Else an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
+    Otherwise an operator's own autograd.Function runs: the dispatcher takes longer than a small batch's launches.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def running(op: str, name: str) -> ModuleType:
-    """Return the backend's module to an operator's own body, which runs it now; `tally` counts it."""
+    """Return the backend's module for an operator's implementation, and count its run for `tally`."""
     module = lookup(op, name).load()
     _ran[op, name] += 1
     return module

@@ -1,4 +1,4 @@
-"""What every operator asks of its tensors before a backend sees them, and its answer where there is nothing to compute."""
+"""Checks of every operator's tensors before a backend is called, and results for empty inputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_types(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Refuse what no backend computes with: integers would come back truncated, two devices crash in the middle.
+    """Refuse tensors that no backend accepts: integers would be truncated, and two devices would crash.
 
     Args:
         names: the tensors', as the operator's user knows them.    tensors: the first is there, others may be absent.
 
-    Raises: TypeError for what is no tensor of DTYPES, ValueError for one on another device than the first.
+    Raises: TypeError for anything but a tensor of DTYPES, ValueError for one on another device than the first.
     """
     device = None
     for name, tensor in zip(names, tensors, strict=True):
@@ -40,9 +40,9 @@ def check_shapes(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]
 
 
 def constant(result: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Return `result`, whose values come from none of the inputs, with a graph in which each of them has a zero gradient."""
+    """Return `result`, which does not depend on the inputs, with a graph in which each of them has a zero gradient."""
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:
-            # the sum over none of its elements, so that nothing infinite gets in
+            # the sum over none of its elements, so that infinite values have no effect
             result = result + tensor[None][:0].sum().to(result.dtype)
     return result

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and whether what lies there may be loaded: a library runs with all that its user may do."""
+"""Folder of compiled kernels, and checks whether a library may be loaded: it runs with all of its user's permissions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlaceError(RuntimeError):
 
 
 def kernels_dir() -> Path:
-    """Where libraries are kept: MFUSER_KERNELS, else the user's cache folder; never below the current folder.
+    """Return the folder of the libraries: MFUSER_KERNELS, else the user's cache folder; never below the current folder.
 
     Raises: PlaceError if the variable holds no absolute path, or the user has no home folder.
     """
@@ -50,8 +50,9 @@ def _home() -> Path:
 
 
 def distrusted(library: Path) -> str | None:
-    """Say why a library of `kernels_dir` is not to be loaded: it, or a folder from there on, is not this user's or root's
-    alone. None where it may be.
+    """Return why a library of `kernels_dir` must not be loaded, None if it may be.
+
+    It, or a folder from there on, can then be written by others than this user and root.
 
     Raises: OSError if it is not there.
     """
@@ -79,12 +80,12 @@ def make_folder(folder: Path) -> None:
 
 
 def build_prefix() -> str:
-    """How the name of the folder begins in which this process compiles."""
+    """Return the prefix of the folder in which this process compiles."""
     return f".build-{platform.node()}-{os.getpid()}-"
 
 
 def clear_builds(folder: Path) -> None:
-    """Remove what builds of processes that were killed have left in `folder`."""
+    """Remove files that builds of killed processes left in `folder`."""
     for place in folder.glob(".build-*"):
         found = _BUILD.fullmatch(place.name)
         if found is None or found["host"] != platform.node() or os.name != "posix":

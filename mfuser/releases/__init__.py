@@ -1,6 +1,6 @@
-"""The authors' checkpoints, as a method declares them under `RELEASES`: how one is recognised and how it names our tensors.
+"""Descriptions of authors' checkpoints, which a method declares as `RELEASES`: their marks and names of tensors.
 
-Maps that are too long for a method's own file stand here, a file for each method.
+Maps that are too long for a method's own file are here, in a file for each method.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Release:
 
     Attributes:
         options: the method's options that these weights belong to, as its towers.
-        recipe: the shipped recipe that they were trained by.
-        marks: tensors that every such checkpoint holds, and that together tell it from other methods' checkpoints.
+        recipe: the shipped recipe that they were trained with.
+        marks: tensors that every such checkpoint holds, and that together distinguish it from other methods' checkpoints.
         source: our tensor's name -> where it is in the checkpoint; None for tensors that the authors keep elsewhere.
-        dead: patterns of the checkpoint's tensors that nothing reads.
-        absent: options whose towers are not in the checkpoint, because they are frozen: their published weights are below it.
-        needs: options that the weights hold for in one value alone, and what is said of other values.
+        dead: patterns of the checkpoint's tensors that are unused.
+        absent: options whose towers are not in the checkpoint because they are frozen and keep their published weights.
+        needs: options that must have one value for these weights, and a description of that value for errors.
     """
 
     options: Mapping[str, str]
@@ -37,9 +37,9 @@ class Release:
 
     @property
     def named(self) -> str:
-        """What tells this release from the method's others, as `dinov2_l + eva02`."""
+        """Towers that distinguish this release from the method's others, as `dinov2_l + eva02`."""
         return " + ".join(self.options.values())
 
     def is_dead(self, key: str) -> bool:
-        """Whether a tensor of such a checkpoint is one that nothing reads."""
+        """Return whether a tensor of such a checkpoint is unused."""
         return any(re.search(pattern, key) for pattern in self.dead)

@@ -9,7 +9,7 @@ from mfuser.releases import Release
 from mfuser.releases.shared import EVA, TEXT_QUERY_HEAD
 from mfuser.towers.key_rules import OPENAI, Rules
 
-# our towers are timm's; these are the same towers in the words of the projects that they come from
+# our towers are timm's; these are the names of the same towers' tensors in their original projects
 _SIGLIP_IMAGE: Rules = [
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
     (r"^pos_embed$", "embeddings.position_embedding.weight^1"),
@@ -55,7 +55,7 @@ _AUTHORS: dict[str, dict[str, Rules]] = {
         "text": _SIGLIP_TEXT,
     },
 }
-# tensors of the authors' checkpoints that nothing reads: never used there, or computed anew here
+# unused tensors of the authors' checkpoints: never used there, or computed here
 _DEAD = {
     "eva02": (r"^random_text$", r"rope\.freqs_(cos|sin)$", r"dinov2\.mask_token$"),
     "clip": (r"dinov2\.mask_token$",),
@@ -67,7 +67,7 @@ _MARKS = {
     "clip": "backbone.class_embedding",
     "siglip": "backbone.embeddings.position_embedding.weight",
 }
-# ours alone: the authors keep them outside the checkpoint
+# only in our model: the authors store them outside the checkpoint
 _OURS = ("logit_scale", "logit_bias")
 
 

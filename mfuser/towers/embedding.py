@@ -1,4 +1,4 @@
-"""How the last tokens of one tower, or of two, become embeddings in the space of the text: one class a kind of text tower."""
+"""Embedding of the last tokens of one or two towers in the text's space: a class for each kind of text encoder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mfuser.towers.vit import VisionEncoder
 
 
 def counterparts(vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor) -> Tensor:
-    """The foundation tokens (B, L1, C) that go with each of the other tower's, (B, L2, C).
+    """Return the foundation tokens (B, L1, C) that are added to each of the other tower's tokens, (B, L2, C).
 
-    Class token goes with class token and patch with patch. Registers have no counterpart; the mean of the patches
-    stands in for a class token that only the other tower has.
+    Class token is added to class token and patch to patch. Registers have no counterpart; the mean of the patches
+    replaces the class token if only the other tower has one.
     """
     if vfm.prefix == vlm.classes == vfm.classes:
         return d
@@ -32,7 +32,7 @@ class SumEmbedding(nn.Module):
         self.head = nn.Linear(vlm.dim, dim)
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, C) tokens of both towers -> global (B, 1, D) and visual (B, g*g, D)."""
+        """Embed (B, L, C) tokens of both towers as global (B, 1, D) and visual (B, g*g, D) tokens."""
         embedded = self.head(vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d)))
         return embedded[:, :1], embedded[:, 1:]
 
@@ -46,13 +46,13 @@ class ProjectedEmbedding(nn.Module):
         self.head = nn.Linear(vlm.dim, dim, bias=False)
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As SumEmbedding's; the foundation tower's final norm is not used."""
+        """Embed as SumEmbedding; the foundation tower's final norm is not used."""
         embedded = self.head(vlm.finish(v + self.adapter_proj3(counterparts(vfm, vlm, d))))
         return embedded[:, :1], embedded[:, 1:]
 
 
 class PooledEmbedding(nn.Module):
-    """SigLIP's: its attention-pooling head, asked once by its probe and once by every token."""
+    """SigLIP's: its attention-pooling head, with its probe as a query, and with every token as a query."""
 
     def __init__(self, vfm: VisionEncoder, vlm: VisionEncoder, dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class PooledEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
 
     def forward(self, vfm: VisionEncoder, vlm: VisionEncoder, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """As SumEmbedding's."""
+        """Embed as SumEmbedding."""
         tokens = vlm.finish(v) + vfm.finish(counterparts(vfm, vlm, d))
         return self._pool(self.probe.expand(len(tokens), -1, -1), tokens), self._pool(tokens, tokens)
 

@@ -1,8 +1,8 @@
-"""Published weights from the Hugging Face Hub: what there is, what is here, and fetching the rest.
+"""Published weights on the Hugging Face Hub: list, local state, and download.
 
-The only file of this package that opens a socket, and only in `download`. huggingface_hub moves the bytes, into its own
-cache, and takes up a cut transfer where it stopped (one that the user stops begins anew). Each file is then held against
-the size and the hash that the Hub states for it; one that differs is removed, so that the next try starts clean.
+This is the only file of this package that uses the network, and only in `download`. huggingface_hub transfers files to its
+cache, and resumes interrupted transfers (those that the user stops start again). Each file is then compared with
+the size and the hash that the Hub states; a file that differs is removed, so that the next try starts again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Check = Literal["size and sha256", "size and git-sha1", "size", "names and shapes"]
 BY_TENSORS: Check = "names and shapes"  # of what the Hub states nothing
 
-# answers after which huggingface_hub asks again, a bounded number of times
+# status codes after which huggingface_hub retries, a limited number of times
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
@@ -61,7 +61,7 @@ class DownloadError(WeightsNotFound):
 
 
 def models() -> list[Model]:
-    """Every tower, by its name in recipes and in `dgbench download`."""
+    """Return every tower, by its name in recipes and in `dgbench download`."""
     found: list[Model] = []
     for name, row in TOWERS.items():
         if (file := row.weights) is None:  # trained from scratch
@@ -74,9 +74,9 @@ def models() -> list[Model]:
 
 
 def check_token() -> None:
-    """See that the login, if there is one, can be sent.
+    """Check that the login, if there is one, can be sent.
 
-    Raises: DownloadError without a word of it.
+    Raises: DownloadError, which does not contain the login.
     """
     from huggingface_hub import get_token
 
@@ -90,13 +90,13 @@ def check_token() -> None:
 
 
 def without_secrets(text: str) -> str:
-    """A text with the addresses in it (HF_ENDPOINT's, a proxy's) shorn of name and password, and of what follows `?`."""
+    """Return a text whose URLs (HF_ENDPOINT's, a proxy's) are without name, password and query string."""
     bare = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
     return re.sub(r"(://[^\s?#'\"`]*)\?[^\s#'\"`]*", r"\1?...", bare)
 
 
 def offline() -> str | None:
-    """The variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
+    """Return the variable that forbids downloads, as `DGBENCH_OFFLINE=1`, or None."""
     from huggingface_hub import constants
 
     if os.environ.get("DGBENCH_OFFLINE") == "1":
@@ -145,7 +145,7 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
     try:
         stated = None
         try:
-            # asked once and not retried: where there is no network, that is known at once
+            # asked once and not retried: without a network, that fails at once
             stated = get_hf_file_metadata(url)
             _check_space(file, stated)
         except HfHubHTTPError as error:
@@ -153,16 +153,16 @@ def _fetch(tower: str, file: HubFile, tell: Callable[[str], None]) -> Fetched:
                 raise
         path = Path(hf_hub_download(file.repo, file.file))
         stated = stated or get_hf_file_metadata(url)
-    # hf_xet, huggingface_hub's other way of moving bytes, raises RuntimeError
+    # hf_xet, huggingface_hub's other transfer method, raises RuntimeError
     except (OSError, RuntimeError, transport_error()) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the file system's refusal names its file itself
+            raise  # the file system's error names its file
         raise _explained(tower, file, error) from error
     return Fetched(tower, "downloaded", file.repo, file.file, str(path), path.stat().st_size, _check(tower, file, path, stated))
 
 
 def transport_error() -> type[Exception]:
-    """The error of the HTTP library beneath huggingface_hub, which is not the same one in all its versions."""
+    """Return the error class of the HTTP library that huggingface_hub uses, which depends on its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception))
@@ -181,7 +181,7 @@ def _check_space(file: HubFile, stated: HfFileMetadata) -> None:
 
 
 def stated(file: HubFile) -> HfFileMetadata | None:
-    """What the Hub states of a file; None where that is forbidden, and where it does not answer."""
+    """Return what the Hub states of a file; None where that is forbidden, and where it does not answer."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     if offline():
@@ -194,7 +194,7 @@ def stated(file: HubFile) -> HfFileMetadata | None:
 
 
 def compared(path: Path, stated: HfFileMetadata) -> tuple[Check, str | None]:
-    """What a file is compared by with what the Hub states, and how it differs; None if it does not."""
+    """Return how a file was compared with what the Hub states, and how it differs; None if it does not."""
     size, etag = path.stat().st_size, stated.etag or ""
     # the Hub's etag is the sha256 of a large file, and git's object id of a small one
     checked: Check
@@ -228,7 +228,7 @@ def _check(tower: str, file: HubFile, path: Path, stated: HfFileMetadata) -> Che
 
 
 def _remove(path: Path) -> None:
-    # the cache's names are links to blobs: a blob that stayed would be taken for whole
+    # names in the cache are links to blobs: a blob that is left would count as complete
     while path.is_symlink():
         target = path.parent / os.readlink(path)
         path.unlink()
@@ -237,11 +237,11 @@ def _remove(path: Path) -> None:
 
 
 def _explained(tower: str, file: HubFile, error: Exception) -> DownloadError:
-    """The error as a user can act on it."""
+    """Return the error in words that a user can act on."""
     from huggingface_hub import constants
     from huggingface_hub.errors import FileMetadataError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-    # huggingface_hub's own summary of what it met on the way
+    # huggingface_hub's own summary of the errors
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     name, endpoint = f"{file.repo}/{file.file}", without_secrets(constants.ENDPOINT)

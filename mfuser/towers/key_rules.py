@@ -1,7 +1,7 @@
-"""How the files on the Hub name the tensors of our towers: rules from our name in a part to the published one.
+"""Names of our towers' tensors in the files on the Hub: rules from our name in a part to the published one.
 
 Parts are the image `trunk`, the `head` that follows it, and the `text` tower. A rule is a pattern and its replacement, applied
-in order; `mfuser.keys` says what `^T`, `^1` and `{q,k,v}` in a replacement stand for. Our image towers are timm's, and our
+in order; `mfuser.keys` says what `^T`, `^1` and `{q,k,v}` in a replacement mean. Our image towers are timm's, and our
 text towers open_clip's.
 """
 

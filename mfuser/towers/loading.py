@@ -1,4 +1,4 @@
-"""Towers' published weights: how they get into a model. Where they come from and are is `mfuser.towers.weights`.
+"""Loading of towers' published weights into a model; `mfuser.towers.weights` knows where they are.
 
 A large tower is built with its parameters on the meta device (`unfilled`): no memory, no random draws. It is then
 filled from a file (`load_tower`, or a checkpoint), or drawn cheaply (`fill`).
@@ -64,7 +64,7 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
 def taken(
     tower: str, part: str, module: nn.Module, state: Mapping[str, Tensor], file: Path
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors of a part of a tower from its published file, and the file's names that they come from.
+    """Return the tensors of a part of a tower from its published file, and the file's names that they come from.
 
     Raises: ValueError naming the tensor that is missing or does not fit.
     """
@@ -72,13 +72,13 @@ def taken(
     values, used = {}, set()
     for name, target in module.state_dict().items():
         if part == "head" and "adapter" in name:
-            continue  # MFuser's own layers, which live there
+            continue  # MFuser's own layers in this module
         source = source_of(name)
         try:
             value = source.read(state)
         except KeyError as error:
             raise ValueError(f"{file} is not `{tower}`: it has no tensor {error}") from None
-        # towers with registers keep positions of their patches alone
+        # towers with registers have position embeddings for patches only
         prefix = 0 if getattr(module, "no_embed_class", False) else getattr(module, "num_prefix_tokens", 0)
         embed: Any = getattr(module, "patch_embed", None)
         grid = embed.grid_size if embed is not None else None
@@ -104,7 +104,7 @@ def fitted(tower: str, name: str, value: Tensor, target: Tensor, prefix: int, gr
 
 
 def resampled_positions(table: Tensor, grid: tuple[int, int], prefix: int, mode: str) -> Tensor:
-    """Position table (prefix + s*s, C) of a square grid to (prefix + rows * columns, C); class rows are kept.
+    """Resample a square grid's position table (prefix + s*s, C) to (prefix + rows * columns, C); class rows are kept.
 
     Raises: ValueError if the table is not a square's.
     """

@@ -1,4 +1,4 @@
-"""Modules without memory: parameters on the meta device until they are loaded or drawn."""
+"""Modules with parameters on the meta device, without memory, until they are loaded or drawn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Within, parameters of new modules are on the meta device; buffers are real."""
+    """Put parameters of new modules on the meta device, within the context; buffers are real."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        # timm derives buffers from learned rotary frequencies as it builds
+        # timm derives buffers from learned rotary frequencies while it builds the model
         if parameter is not None and name != "freqs":
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 

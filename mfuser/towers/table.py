@@ -1,5 +1,7 @@
-"""The table of towers: a row says how a tower is built, where its weights are, how their file names its tensors, and what
-text tower it has. Nothing heavy is imported for it.
+"""The table of towers.
+
+A row says how a tower is built, where its weights are, how their file names its tensors, and which text encoder it has.
+Importing it needs neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ class HubFile:
 
     repo: str
     file: str
-    gigabytes: float  # about: what the Hub states is what a download is held against
+    gigabytes: float  # approximately; downloads are compared with the size that the Hub states
     licence: str = "see its page"
 
     @property
     def size(self) -> str:
-        """About how large it is, as `1.7 GB`."""
+        """The approximate size, as `1.7 GB`."""
         return f"{self.gigabytes:g} GB" if self.gigabytes >= 0.1 else f"{1000 * self.gigabytes:.2g} MB"
 
     @property
@@ -48,7 +50,7 @@ class HubFile:
         return path if path.exists() else None
 
     def sha256(self) -> str | None:
-        """64 hex digits of the file in the local Hub cache, read as a whole; None if it is not there."""
+        """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""
         if (path := self.where) is None:
             return None
         with path.open("rb") as file:
@@ -60,14 +62,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class TextTower:
-    """The text tower beside an image tower, and how their outputs are brought together."""
+    """The text encoder of an image tower, and how their outputs are combined."""
 
     open_clip: str | None  # configuration name; None: the tiny tower
     contexts: int  # context rows that the release learns
     tokenizer: str | HubFile  # open_clip's model whose tokenizer is used, or a vocabulary that open_clip does not bring along
     embedding: Literal["sum", "projected", "pooled"]  # a row of mfuser.towers.embedding.EMBEDDINGS
     causal: bool = True
-    pad: int = 0  # what fills lines of a tokenizer from a file
+    pad: int = 0  # padding id of a tokenizer from a file
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,14 @@ class Tower:
     depth: int = 0  # blocks
     weights: HubFile | None = None
     keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
-    dead: tuple[str, ...] = ()  # patterns of tensors of that file that nothing reads
+    dead: tuple[str, ...] = ()  # patterns of unused tensors of that file
     text: TextTower | None = None
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
 
     @property
     def role(self) -> Literal["vfm", "vlm", "both"]:
-        """What it serves as: foundation tower, vision-language tower, or, trained from scratch, either."""
+        """Its role: foundation tower, vision-language tower, or, trained from scratch, either."""
         return "both" if self.timm is None else "vlm" if self.text else "vfm"
 
     @property
@@ -109,7 +111,7 @@ def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
 
 
 _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0")
-# its pooling head is asked in a way of our own, see PooledEmbedding
+# its pooling head is used in a special way, see PooledEmbedding
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
@@ -320,19 +322,19 @@ TOWERS: dict[str, Tower] = {
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
 }
 
-TIMM = "timm:"  # before the name of a model of timm's
+TIMM = "timm:"  # prefix of a timm model's name
 _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transformers
 
 
 def with_text() -> list[str]:
-    """The towers that have a text tower, too, and can stand for `vlm`."""
+    """Return the towers that also have a text encoder and can be used as `vlm`."""
     return [name for name, row in TOWERS.items() if row.text]
 
 
 def tower(name: str) -> Tower:
-    """The row of a tower: one of TOWERS, or for `timm:<model>` what timm says of it.
+    """Return the row of a tower: one of TOWERS, or for `timm:<model>` one made from timm's description.
 
-    Raises: ValueError for a name that neither knows, and for a model that is no plain transformer.
+    Raises: ValueError for an unknown name, and for a model that is no plain transformer.
     """
     if name in TOWERS:
         return TOWERS[name]
@@ -357,6 +359,6 @@ def tower(name: str) -> Tower:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
         raise ValueError(f"timm has no weights `{tag}` of `{architecture}`; there are: {', '.join(tags)}") from None
     mean, std = (described.mean, described.std) if described else _IMAGENET
-    # timm's constructors take 16 where a name does not say
+    # timm's constructors use 16 if the name does not state it
     patch = re.search(r"patch(\d+)", architecture)
     return Tower(model, int(patch[1]) if patch else 16, mean, std)

@@ -1,4 +1,4 @@
-"""Where the towers' published weights are, what is on this disk, and what to say about the rest; needs no torch."""
+"""Location of the towers' published weights, their local state, and advice on missing ones; needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mfuser.towers.table import TIMM, TOWERS, HubFile
 
 
 def files(tower: str) -> list[HubFile]:
-    """The files that a tower is loaded from, as `Tower.files`; of a `timm:<model>`, where timm says.
+    """Return the files that a tower is loaded from, as `Tower.files`; for a `timm:<model>`, as timm says.
 
     Raises: ValueError as `hub_file`.
     """
@@ -20,7 +20,7 @@ def files(tower: str) -> list[HubFile]:
 
 
 class WeightsNotFound(ValueError):
-    """Pretrained weights are not on this machine, or not whole."""
+    """Pretrained weights are missing or incomplete on this machine."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(f"{message}; {hint}")
@@ -28,7 +28,7 @@ class WeightsNotFound(ValueError):
 
 
 def require(towers: Sequence[str]) -> dict[str, Path]:
-    """Paths of the towers' weights in the local Hub cache.
+    """Return the paths of the towers' weights in the local Hub cache.
 
     Raises: WeightsNotFound naming every missing file, its size, and how to get it.
     """
@@ -49,7 +49,7 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
 
 
 def hub_file(tower: str) -> HubFile | None:
-    """Where a tower's weights are, None if it has none; of a `timm:<model>`, where timm says.
+    """Return the file of a tower's weights on the Hub, None if it has none; for a `timm:<model>`, as timm says.
 
     Raises: ValueError for an unknown tower, and for a model that timm has no weights of.
     """
@@ -71,7 +71,7 @@ def hub_file(tower: str) -> HubFile | None:
 
 
 def how_to_get(towers: Iterable[str]) -> str:
-    """What to do about towers whose files are not here, with and without a network."""
+    """Return how to get the missing files of towers, with and without a network."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return (

@@ -44,7 +44,7 @@ def drawn(groups: Sequence[Group]) -> list[tuple[tuple[str, ...], list[tuple[str
 
 def test_a_sweep_of_severities_takes_no_finished_run_its_rank(tmp_path: Path) -> None:
     swept = trained(tmp_path, "swept", scores=(*OWN, *FOG), miou=0.3)
-    groups = leaderboard([*swept, *trained(tmp_path, "plain", "train.seed=1")]).groups
+    groups = leaderboard([*swept, *trained(tmp_path, "plain", "train.steps=40")]).groups
     assert drawn(groups) == [(OWN, [("plain", 1), ("swept", 2)]), (FOG, [("swept", 1)])]
 
 
@@ -59,7 +59,7 @@ def test_the_same_holds_for_runs_whose_recipe_is_gone() -> None:
 
 def test_runs_that_share_some_severities_are_all_ranked_on_these(tmp_path: Path) -> None:
     long = trained(tmp_path, "long", scores=(*OWN, *FOG, "streets-night"))
-    short = trained(tmp_path, "short", "train.seed=1", scores=(*OWN, FOG[1]), miou=0.3)
+    short = trained(tmp_path, "short", "train.steps=40", scores=(*OWN, FOG[1]), miou=0.3)
     assert drawn(leaderboard([*long, *short]).groups) == [
         (OWN, [("long", 1), ("short", 2)]),
         (("streets-night",), [("long", 1)]),
@@ -70,7 +70,7 @@ def test_runs_that_share_some_severities_are_all_ranked_on_these(tmp_path: Path)
 
 def test_a_recipe_with_other_targets_has_a_table_and_whoever_has_these_scores_is_in_it(tmp_path: Path) -> None:
     usual = trained(tmp_path, "usual", scores=(*OWN, "streets-night"))
-    second = trained(tmp_path, "second", "train.seed=1", miou=0.3)
+    second = trained(tmp_path, "second", "train.steps=40", miou=0.3)
     night = trained(tmp_path, "night", targets=("streets-night",), scores=("streets-night",), miou=0.2)
     assert drawn(leaderboard([*usual, *second, *night]).groups) == [
         (OWN, [("usual", 1), ("second", 2)]),
@@ -84,14 +84,14 @@ def test_a_target_of_the_recipe_that_nobody_was_scored_on_is_no_column(tmp_path:
 
 
 def test_a_run_that_lacks_a_target_which_others_have_is_a_row_without_rank(tmp_path: Path) -> None:
-    whole, cut = trained(tmp_path, "whole"), trained(tmp_path, "cut", "train.seed=1", scores=OWN[:1], miou=0.9)
+    whole, cut = trained(tmp_path, "whole"), trained(tmp_path, "cut", "train.steps=40", scores=OWN[:1], miou=0.9)
     assert drawn(leaderboard([*whole, *cut]).groups) == [(OWN, [("whole", 1), ("cut", None)])]
 
 
 def test_every_score_has_a_place_in_some_table(tmp_path: Path) -> None:
     runs = [
         trained(tmp_path, "a", scores=(*OWN, "streets-night", *FOG[:2])),
-        trained(tmp_path, "b", "train.seed=1", scores=(OWN[0], "streets-rain")),
+        trained(tmp_path, "b", "train.steps=40", scores=(OWN[0], "streets-rain")),
         trained(tmp_path, "c", targets=("streets-rain", "streets-snow"), scores=("streets-snow", OWN[0])),
     ]
     groups = leaderboard([r for run in runs for r in run]).groups

@@ -10,6 +10,7 @@ import json
 import re
 import types
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,13 +22,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dgbench import cli, render, results
+from dgbench.cli.options import ENDINGS
 from dgbench.render.results import RENDERERS
 from dgbench.report.expected import Reference
 from dgbench.report.leaderboard import leaderboard
 
 NASTY = "=1+1 | 50% of_$x #1 {a} \\b ~c^d <e> & --f `g`\x1b[2J"
 NUMBER = 0.1234567890123456
-FORMATS = ("text", "csv", "markdown", "latex", "json")
+FORMATS = ("text", "csv", "markdown", "latex", "html", "json")
 REFERENCE = Reference("streets/mfuser-gpu", "mfuser", "tiny + tiny", "streets-game", "unified", {"streets-city": 0.6}, "one H200")
 
 
@@ -47,7 +49,7 @@ def made_up(hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         known = {"convention": "mac", "reason": ""}  # of which the text depends
-        return hint(**{f.name: known.get(f.name) or made_up(hints[f.name]) for f in dataclasses.fields(hint)})
+        return hint(**{f.name: known.get(f.name) or made_up(hints[f.name]) for f in dataclasses.fields(hint) if f.init})
     simple: dict[Any, Any] = {str: NASTY, int: 7, float: NUMBER, bool: True, Path: Path(NASTY), Any: NASTY}
     return simple[hint]
 
@@ -98,8 +100,51 @@ def test_markdown_is_tables_whose_cells_are_as_many_as_their_titles(name: str, c
     assert tags <= {"table", "thead", "tbody", "tr", "th", "td", "p", "strong", "ul", "li"}
 
 
+class Page(HTMLParser):
+    """What a browser makes of a page: elements opened and closed, and the text between."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.rows: list[int] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert {name for name, _ in attrs} <= {"class", "lang", "charset", "name", "content"}
+        self.rows += [0] if tag == "tr" else []
+        if tag in ("td", "th"):
+            self.rows[-1] += 1
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@every_result
+def test_html_is_one_document_in_which_names_are_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(name, "html", capsys)
+    page = Page(text)
+    assert text.startswith("<!doctype html>")
+    assert text.count("<html") == 1
+    assert page.open == []
+    kinds = {"html", "head", "meta", "title", "style", "body", "section", "h2", "table", "thead", "tbody", "tr", "th", "td"}
+    assert page.tags <= {*kinds, "ul", "li", "b", "u"}
+    assert "\x1b" not in text
+    assert "<e>" in page.text or "=1+1" not in page.text
+    for part in text.split("<table>")[1:]:
+        assert len(set(Page(part.partition("</table>")[0]).rows)) == 1
+
+
 COMMAND = re.compile(
-    r"\\(begin|end)\{(table|tabular)\}|\\(caption|toprule|midrule|bottomrule|text[a-z]+|ldots)\b"
+    r"\\(begin|end)\{(table|tabular)\}|\\(caption|toprule|midrule|bottomrule|text[a-z]+|underline|ldots)\b"
     r"|\\[&%$#_{}]|\\\\(?=\n)|\$(\\pm|\\times|\\infty|\^2)\$"
 )
 
@@ -152,7 +197,8 @@ def test_partial_reference_published_and_rendered_scores_are_marked_in_every_for
         assert frame.groupby("table")[["trained_on", "protocol"]].nunique().max().tolist() == [1, 1]
     else:
         assert "50.0~" in board.replace(r"\textasciitilde{}", "~")
-        assert all(re.search(rf"^(\| )?{mark}\b", board, re.MULTILINE) for mark in ("ref", "pub"))
+        start = r"<tr><td[^>]*>" if form == "html" else r"(\| )?"
+        assert all(re.search(rf"^{start}{mark}\b", board, re.MULTILINE) for mark in ("ref", "pub"))
         assert "cityscapes (rendered)" in scores
         assert "10 of 100" in scores
 
@@ -190,6 +236,43 @@ def test_what_goes_to_stdout_is_the_result_alone(
     elif form == "json":
         assert done.stdout == CliRunner().invoke(cli.app, [*command.split(), "--json"], prog_name="dgbench").stdout
     assert "warning" not in done.stdout
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), prog_name="dgbench")
+
+
+@pytest.mark.parametrize(("ending", "form"), ENDINGS.items())
+def test_a_results_file_has_the_format_of_its_ending(
+    ending: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results.write(PARTIAL, Path("runs") / "x")
+    done = run("leaderboard", "--out", f"board{ending.upper()}")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", f"written: board{ending.upper()}\n")
+    assert Path(f"board{ending.upper()}").read_text() == run("leaderboard", "--format", form).stdout
+
+
+def test_a_named_format_goes_before_the_files_ending(tmp_path: Path) -> None:
+    assert run("protocols", "--out", str(tmp_path / "a.md"), "--json").exit_code == 0
+    assert run("protocols", "--out", str(tmp_path / "b"), "--format", "text").exit_code == 0
+    assert json.loads((tmp_path / "a.md").read_text())
+    assert (tmp_path / "b").read_text() == run("protocols").stdout
+
+
+@pytest.mark.parametrize(("name", "said"), [("board.pdf", "must end in .txt, .csv, .md"), ("", "is a folder")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(name: str, said: str, tmp_path: Path) -> None:
+    done = run("protocols", "--format" if not name else "--out", *(["html", "--out"] if not name else []), str(tmp_path / name))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--out" in done.stderr
+    assert said in " ".join(done.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_with_a_table_for_a_result_writes_it_to_a_file() -> None:
+    """The others' `out` is what they make: a run, a picture, a folder; `push` makes nothing here."""
+    without = {name for name, one in commands().items() if not {"table", "out"} & {param.name for param in one.params}}
+    assert without == {"push"}
 
 
 def test_json_and_another_format_are_a_usage_error() -> None:

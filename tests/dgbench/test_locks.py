@@ -130,8 +130,8 @@ def test_the_further_processes_of_a_distributed_training_share_the_lock(run: Pat
 
 
 def test_a_stopped_command_exits_as_shells_expect() -> None:
-    from dgbench.cli.run import _stopped
+    from dgbench.cli.trainings import stopped
 
-    assert [_stopped(stop, "go on").code for stop in (KeyboardInterrupt(), Terminated(15), Terminated(1))] == [130, 143, 129]
-    assert _stopped(Terminated(15), "go on with: x").message == "stopped by SIGTERM; go on with: x"
-    assert isinstance(_stopped(Terminated(15), ""), StoppedError)
+    assert [stopped(stop, "go on").code for stop in (KeyboardInterrupt(), Terminated(15), Terminated(1))] == [130, 143, 129]
+    assert stopped(Terminated(15), "go on with: x").message == "stopped by SIGTERM; go on with: x"
+    assert isinstance(stopped(Terminated(15), ""), StoppedError)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.stats import t as student_t
 
-from dgbench.metrics import Absent, confusion, interval, iou, miou, paired_difference, rare, student_quantile
+from dgbench.metrics import Absent, confusion, interval, iou, miou, rare, trapezoid_weights, weighted
 from dgbench.protocol import CLASS_SETS
 
 # two 10 x 10 images of three classes; class 2 is predicted in the first, but is no label in either
@@ -256,32 +257,8 @@ def test_intervals_equal_a_plain_jackknife_over_the_protocols_classes(absent: Ab
         return sum(found) / len(found)
 
     error, freedom = plain_half_width(list(a), score)
-    middle, half = score(a.sum(axis=0)), student_quantile(0.95, freedom) * error
+    middle, half = score(a.sum(axis=0)), student_t.ppf(0.95, freedom) * error
     assert interval(a, level=0.9, classes=classes, absent=absent) == pytest.approx((max(0, middle - half), min(1, middle + half)))
-
-    both = [np.stack(pair) for pair in zip(a, b, strict=True)]
-    error, freedom = plain_half_width(both, lambda pair: score(pair[1]) - score(pair[0]))
-    middle, half = score(b.sum(axis=0)) - score(a.sum(axis=0)), student_quantile(0.975, freedom) * error
-    assert paired_difference(a, b, classes=classes, absent=absent) == pytest.approx((middle, middle - half, middle + half))
-
-
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    # from printed tables
-    [
-        (0.975, 1, 12.706),
-        (0.975, 2, 4.303),
-        (0.975, 5, 2.571),
-        (0.975, 30, 2.042),
-        (0.95, 7, 1.895),
-        (0.995, 1, 63.657),
-        (0.995, 4, 4.604),
-        (0.975, 1e6, 1.960),
-        (0.5, 3, 0.0),
-    ],
-)
-def test_student_quantiles_are_those_of_the_tables(p: float, freedom: float, expected: float) -> None:
-    assert student_quantile(p, freedom) == pytest.approx(expected, abs=5e-4)
 
 
 def test_an_interval_repeats_itself_and_brackets_the_score() -> None:
@@ -296,9 +273,6 @@ def test_a_score_that_hangs_on_one_image_has_no_interval() -> None:
     one = simulated(1, np.random.default_rng(0))
     assert np.isnan(interval(one)).all()
     assert np.isnan(interval(np.concatenate([one, np.zeros_like(one)]))).all()
-    difference, *ends = paired_difference(one, one)
-    assert difference == 0
-    assert np.isnan(ends).all()
 
 
 def test_the_interval_of_a_whole_validation_set_takes_no_time() -> None:
@@ -321,20 +295,47 @@ def test_classes_of_few_images_are_told() -> None:
     assert rare(counts, fewer_than=3, absent="unlabelled") == {}
 
 
-def test_paired_difference_sees_what_unpaired_intervals_do_not() -> None:
-    rng = np.random.default_rng(2)
-    a = simulated(100, rng)
-    b = a.copy()
-    b[:, 0, 0] += np.minimum(1, b[:, 0, 1])
-    b[:, 0, 1] -= np.minimum(1, b[:, 0, 1])
-    difference, low, high = paired_difference(a, b)
-    assert difference == pytest.approx(miou(b.sum(axis=0)) - miou(a.sum(axis=0)))
-    assert 0 < low < difference < high
-    assert interval(a)[1] > interval(b)[0]
+@pytest.mark.parametrize("places", [(0.0, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0), (0.1, 0.2, 0.7), (0.0, 0.2, 0.6, 1.0)])
+def test_trapezoid_weights_give_numpys_area_over_the_range(places: tuple[float, ...]) -> None:
+    values = np.random.default_rng(3).random(len(places))
+    expected = np.trapezoid(values, places) / (places[-1] - places[0])
+    assert np.dot(trapezoid_weights(places), values) == pytest.approx(expected, abs=1e-15)
 
 
-def test_paired_difference_of_equals_is_nothing() -> None:
-    counts = simulated(30, np.random.default_rng(4))
-    assert paired_difference(counts, counts) == (0.0, 0.0, 0.0)
+def test_the_area_of_three_scores_by_hand() -> None:
+    # 0.8 to 0.4 over half the range, 0.4 to 0.2 over the other: (0.6 + 0.3) / 2
+    assert np.dot(trapezoid_weights((0.0, 0.5, 1.0)), (0.8, 0.4, 0.2)) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("places", [(), (0.5,), (0.0, 0.0), (0.0, 1.0, 0.5)])
+def test_a_line_through_fewer_than_two_places_has_no_area(places: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="two or more places that grow"):
+        trapezoid_weights(places)
+
+
+def test_a_weighted_sum_is_that_of_the_scores_and_of_one_alone_its_interval() -> None:
+    rng = np.random.default_rng(4)
+    a, b = simulated(30, rng), simulated(30, rng)
+    value, low, high = weighted([a, b], [0.25, 0.75])
+    assert value == pytest.approx(0.25 * miou(a.sum(0)) + 0.75 * miou(b.sum(0)))
+    assert low < value < high
+    assert weighted([a], [1.0]) == (miou(a.sum(0)), *interval(a))
+    assert weighted([a, a], [0.5, 0.5])[1:] == pytest.approx(interval(a))
+
+
+def test_the_interval_of_a_sum_leaves_an_image_out_of_all_at_once() -> None:
+    rng = np.random.default_rng(5)
+    hard = simulated(40, rng)
+    apart = [weighted([one], [1.0]) for one in (hard, simulated(40, rng))]
+    # the same images: what makes one hard does not cancel, as it does between independent ones
+    together = weighted([hard, hard], [0.5, 0.5])
+    independent = weighted([hard, simulated(40, rng)], [0.5, 0.5])
+    assert together[2] - together[1] == pytest.approx(apart[0][2] - apart[0][1])
+    assert independent[2] - independent[1] < together[2] - together[1]
+
+
+def test_a_weighted_sum_of_other_numbers_of_images_is_refused() -> None:
+    a = simulated(3, np.random.default_rng(0))
     with pytest.raises(ValueError, match="differ in shape"):
-        paired_difference(counts, counts[:10])
+        weighted([a, a[:2]], [0.5, 0.5])
+    assert np.isnan(weighted([a[:1]], [1.0])[1:]).all()

@@ -47,11 +47,18 @@ def shown(result: object, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_leaderboard_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(leaderboard(BOARD, published=False), capsys) == (
         "Trained on streets-game, scored on streets-*, protocol unified: mIoU in %\n"
-        "#  method                source val        city       world        mean  images\n"
-        "1  mfuser (tiny + tiny)  48.1* ±1.2  43.0* ±1.2  35.0* ±1.2  39.0* ±0.8     200\n"
-        "2  source-only (tiny)     44.0 ±1.2   39.0 ±1.2   31.0 ±1.2   35.0 ±0.8     200\n"
-        "Higher is better; * best. ±: half the 95 % interval over images (not over training runs).\n"
+        "#  method                source val        city       world        mean  gap  retention  spread\n"
+        "1  mfuser (tiny + tiny)  48.1* ±1.2  43.0* ±1.2  35.0* ±1.2  39.0* ±0.8  9.1       81.1     8.0\n"
+        "2  source-only (tiny)     44.0 ±1.2   39.0 ±1.2   31.0 ±1.2   35.0 ±0.8  9.0       79.5     8.0\n"
+        "#  method                worst  images        date\n"
+        "1  mfuser (tiny + tiny)  world     200  2026-11-24\n"
+        "2  source-only (tiny)    world     200  2026-11-24\n"
+        "Higher is better; * best.\n"
+        "±: half the 95 % interval over images (not over training runs).\n"
         "source val: streets-game, seen in training. mean: over the targets, only where all are complete.\n"
+        "gap: source val - mean, in points. retention: mean / source val, in %.\n"
+        "spread: best target - worst target, in points. worst: the target with the lowest mIoU.\n"
+        "No test of ties, ranked by the mean alone: no per-image matrices.\n"
     )
 
 
@@ -74,7 +81,7 @@ def test_means_over_fewer_classes_have_columns_where_there_are_some(capsys: pyte
 def test_piped_tables_have_no_glyphs_and_are_narrow(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(leaderboard(BOARD, [REFERENCE]), capsys)
     assert not GLYPHS.search(text)
-    tables = [line for line in text.splitlines() if not line.startswith(("From", "ref:", "†"))]
+    tables = [line for line in text.splitlines() if not line.startswith(("From", "ref:", "†", "tested ", "["))]
     assert max(map(len, tables)) <= 100
 
 
@@ -82,7 +89,7 @@ def test_reference_and_published_rows_are_marked_without_colour(capsys: pytest.C
     text = shown(leaderboard(BOARD, [REFERENCE]), capsys)
     assert re.search(r"^ref  streets/mfuser-gpu", text, re.MULTILINE)
     assert "ref: expected of recipe streets/mfuser-gpu, not run here. From: one H200." in text
-    assert re.search(r"^pub  MFuser +EVA02-L +70\.19 +63\.13 +71\.28 +68\.20$", text, re.MULTILINE)
+    assert re.search(r"^pub  MFuser +EVA02-L +70\.19 +63\.13 +71\.28 +68\.20 +full +own$", text, re.MULTILINE)
     assert "arXiv:2504.03193, Table 1" in text
     assert "70.19*" not in text
 
@@ -90,7 +97,7 @@ def test_reference_and_published_rows_are_marked_without_colour(capsys: pytest.C
 def test_partial_and_missing_scores_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     partial = record("streets-city", 0.5, n_images=10, checkpoint="c3", recipe_hash="cccccccccccc")
     text = shown(leaderboard([*BOARD, partial], published=False), capsys)
-    assert re.search(r"^–  streets/mfuser#cccc +– +50\.0~ ±1\.0 +– +– +10$", text, re.MULTILINE)
+    assert re.search(r"^–  streets/mfuser#cccc +– +50\.0~ ±1\.0 +– +–", text, re.MULTILINE)
     assert "~ only some images of the split" in text
 
 
@@ -104,7 +111,7 @@ def test_many_targets_wrap_into_blocks_that_repeat_the_names(capsys: pytest.Capt
     targets = ("streets-city", *(f"streets-fog@0.{n}" for n in range(1, 10)))
     text = shown(leaderboard(model(*([0.4] * 11), targets=targets), published=False), capsys)
     assert max(map(len, text.splitlines())) <= 100
-    assert text.count("1  mfuser (tiny + tiny)") == 2
+    assert text.count("1  mfuser (tiny + tiny)") == 3
     assert all(f"fog@0.{n}" in text for n in range(1, 10))
 
 
@@ -233,7 +240,7 @@ def test_a_narrow_terminal_gets_fewer_columns_and_says_so() -> None:
     text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", on_a_terminal(72))
     assert "48.1*" in text
     assert "±" not in text
-    assert "Intervals and image counts: in a wider terminal or with" in text
+    assert "Intervals, spread, images, date, commit: in a wider terminal" in text
     assert max(len(line) for line in re.split("[\r\n]+", text)) <= 72
 
 

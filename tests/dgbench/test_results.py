@@ -151,8 +151,8 @@ def test_records_are_paired_by_the_images_ids_and_not_by_their_places(tmp_path: 
 @pytest.mark.parametrize(
     ("ids", "fields", "said"),
     [
-        (("x", "w"), {}, "2 images are in one alone, the first is w"),
-        (("x",), {}, "1 images are in one alone, the first is y"),
+        (("x", "w"), {}, "2 images are in only one of them, the first is w"),
+        (("x",), {}, "1 images are in only one of them, the first is y"),
         (("x", "x"), {}, "an image occurs twice"),
         (("x", "y"), {"protocol_hash": "another"}, "protocol_hash is hash-streets-city in one and another in the other"),
     ],
@@ -271,7 +271,7 @@ def test_a_flipped_record_is_left_out_with_one_warning(tmp_path: Path, caplog: p
     assert path is not None
     path.write_text(path.read_text().replace('"miou": 0.4', '"miou": 0.6'))
     assert results.query(tmp_path) == []
-    assert caplog.messages == [f"{path}: is damaged or was changed: its content is not what its digest says; it is left out"]
+    assert caplog.messages == [f"{path}: is damaged or was changed: its content does not match its digest; it is left out"]
 
 
 def test_a_record_without_digests_is_read(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def stored(folder: Path, **changed: str) -> Path:
         ("method", '"' + "m" * 2000 + '"', "method: has 2,000 characters, at most 1,000"),
         ("method", "7", "method: 7 is not text"),
         ("method", '"\\ud800"', "is not valid JSON"),
-        ("kind", '"guess"', "kind: \"guess\" is not 'eval' or 'train'"),
+        ("kind", '"guess"', "kind: \"guess\" is not 'eval', 'train' or 'severity'"),
         ("confusion", '"../../secret.npz"', "confusion: .* is not the name of a file beside the record"),
         ("confusion", '"/dev/zero"', "confusion: .* is not the name of a file beside the record"),
         ("schema", "true", "record schema true"),

@@ -12,7 +12,7 @@ from records import record
 
 from dgbench import results
 from dgbench.errors import ResultError
-from dgbench.runs import claim_run, find_run, new_run
+from dgbench.runs import claim_run, find_run, find_runs, new_run, seed_run
 
 
 def started_run(root: Path, name: str, *, checkpoint: bool = False) -> Path:
@@ -76,3 +76,24 @@ def test_a_chosen_run_folder_must_be_new(tmp_path: Path) -> None:
     assert caught.value.hint == f"go on with it: dgbench train --resume {run}"
     with pytest.raises(ResultError, match="not empty"):
         claim_run(tmp_path)
+
+
+def test_runs_of_several_seeds_are_found_by_their_folder_in_the_order_of_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "20260101T000000Z-a"
+    made = [started_run(folder, seed_run(folder, seed).name, checkpoint=seed != 2) for seed in (10, 2, 0)]
+    assert find_runs(str(folder), tmp_path) == made[::-1]
+    assert find_runs(folder.name, tmp_path, needs="checkpoint") == [made[2], made[0]]
+    assert find_runs(str(made[1]), tmp_path, needs="checkpoint") == [made[1]], "a run that is named itself is meant"
+    alone = started_run(tmp_path, "20250101T000000Z-b")
+    assert find_runs(str(tmp_path), tmp_path) == [alone, *made[::-1]]
+
+
+def test_latest_counts_the_time_of_a_folder_of_seeds_for_its_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "20260201T000000Z-a"
+    older = started_run(tmp_path, "20260101T000000Z-b")
+    made = [started_run(folder, seed_run(folder, seed).name) for seed in (0, 10, 2)]
+    assert find_run("latest", tmp_path) == made[1]
+    assert find_runs("latest", tmp_path) == [made[0], made[2], made[1]]
+    newer = started_run(tmp_path, "20260301T000000Z-c")
+    assert find_runs("latest", tmp_path) == [newer]
+    assert older != newer

@@ -24,7 +24,7 @@ from mfuser.decoder.mask_decoder import class_scores
 from mfuser.inference import slide
 from mfuser.methods import build
 
-FULL = pytest.mark.full
+pytestmark = pytest.mark.full
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -76,8 +76,7 @@ def recorded(model) -> Iterator[dict[str, Tensor]]:
         handle.remove()
 
 
-# one variant's forward belongs to the tests of every day, the rest to `pytest -m full`
-@pytest.fixture(scope="module", params=[pytest.param("clip", marks=FULL), "eva", pytest.param("siglip", marks=FULL)])
+@pytest.fixture(scope="module", params=["clip", "eva", "siglip"])
 def loaded(request):
     layout = description(f"layout_{request.param}")
     model = build("mfuser", vlm=VARIANTS[request.param], vfm="dinov2_l", token_ids=layout["tokens"], weights="meta").eval()
@@ -111,7 +110,7 @@ def check_stages(variant: str, seen: dict[str, Tensor], file: str, device: str =
     assert not {name: e for name, e in errors.items() if not e < (3e-4 if name in loose else 1e-4)}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, FULL])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_stage_of_a_forward_equals_the_authors(loaded, device, monkeypatch):
     variant, model, _ = loaded
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the numbers are fp32's
@@ -128,7 +127,6 @@ def two_images(loaded):
     return stages(model, image(given["name"], given["shape"]))
 
 
-@FULL
 def test_a_batch_of_two_equals_the_authors(loaded, two_images):
     variant, _, _ = loaded
     if variant == "eva":
@@ -137,7 +135,6 @@ def test_a_batch_of_two_equals_the_authors(loaded, two_images):
     assert not {n: e for n in two_images if n in goldens and (e := relative_error(goldens, n, two_images[n])) > 1e-4}
 
 
-@FULL
 def test_sliding_window_scores_equal_the_authors(loaded):
     variant, model, _ = loaded
     goldens, given = numbers(f"slide_{variant}"), description(f"slide_{variant}")
@@ -156,7 +153,6 @@ def fixed(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> 
     return torch.from_numpy(uniform01(f"rand/{output}/{kind}", shape)).float().reshape(shape)
 
 
-@FULL
 def test_losses_and_their_gradients_equal_the_authors(loaded, two_images):
     variant, model, _ = loaded
     goldens, expected = numbers(f"loss_{variant}"), description(f"loss_{variant}")
@@ -182,7 +178,6 @@ def test_losses_and_their_gradients_equal_the_authors(loaded, two_images):
     assert not {n: e for n, e in errors.items() if e > (3e-2 if "grad_mask" in n else 1e-4)}
 
 
-@FULL
 def test_losses_over_seeds_are_distributed_as_the_authors(loaded, two_images):
     variant, model, _ = loaded
     expected = description(f"loss_{variant}")
@@ -197,7 +192,6 @@ def test_losses_over_seeds_are_distributed_as_the_authors(loaded, two_images):
         assert abs(ours - theirs["mean"]) <= 3 * theirs["std"] + 1e-4 * theirs["mean"], name
 
 
-@FULL
 def test_gradients_of_every_trained_parameter_equal_the_authors(loaded, monkeypatch):
     variant, model, _ = loaded
     goldens, expected = numbers(f"grad_{variant}"), description(f"grad_{variant}")
@@ -244,7 +238,6 @@ def test_gradients_of_every_trained_parameter_equal_the_authors(loaded, monkeypa
     model.zero_grad()
 
 
-@FULL
 def test_the_authors_format_is_written_key_for_key(loaded):
     variant, model, report = loaded
     written, given = to_authors_state_dict(model), AuthorsWeights(variant)

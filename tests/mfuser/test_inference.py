@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import mfuser
+from mfuser import methods
 from mfuser.inference import windows
 from mfuser.segmentor import Segmentor
 
@@ -171,10 +172,10 @@ def test_images_of_another_range_are_refused_with_theirs(images, range_):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
 def test_images_of_integers_are_refused(dtype):
-    images = torch.ones(1, 3, 8, 8, dtype=dtype)
-    for name, options in (("source-only", {"backbone": "tiny"}), ("mfuser", {"vfm": "tiny", "vlm": "tiny"})):
-        model = mfuser.build(name, **options, image_size=(8, 8))
-        for call in (model, lambda x, m=model: mfuser.slide(m, x, (8, 8), (8, 8))):
+    images = torch.ones(1, 3, 32, 32, dtype=dtype)
+    for name in methods.names():
+        model = mfuser.build(name, **methods.constants(name)["BACKBONES"][-1], image_size=(32, 32))
+        for call in (model, lambda x, m=model: mfuser.slide(m, x, (32, 32), (32, 32))):
             with pytest.raises(TypeError, match=f"images are {dtype}, expected floating point in .0, 1.: .*divide by 255"):
                 call(images)
 

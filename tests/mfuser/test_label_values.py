@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 import mfuser
+from mfuser import methods
 from mfuser.decoder.criterion import MaskCriterion, alignment_loss
 from mfuser.labels import train_ids
 from mfuser.segmentor import Batch
 
-TINY = {"mfuser": {"vfm": "tiny", "vlm": "tiny"}, "source-only": {"backbone": "tiny"}}
+METHODS = methods.names()
 LOGITS = torch.randn(2, 19, 4, 4, generator=torch.Generator().manual_seed(0))
 MODELS: dict[str, mfuser.Segmentor] = {}
 
 
 def model(name: str) -> mfuser.Segmentor:
     if name not in MODELS:
-        MODELS[name] = mfuser.build(name, **TINY[name], image_size=(32, 32))
+        MODELS[name] = mfuser.build(name, **methods.constants(name)["BACKBONES"][-1], image_size=(32, 32))
     return MODELS[name]
 
 
@@ -32,8 +33,7 @@ def by_criterion(labels: Tensor) -> dict[str, Tensor]:
 
 
 LOSSES = {
-    "mfuser": by_model("mfuser"),
-    "source-only": by_model("source-only"),
+    **{name: by_model(name) for name in METHODS},
     "criterion": by_criterion,
     "alignment": lambda labels: {"loss": alignment_loss(LOGITS[: len(labels)], labels)},
 }
@@ -46,7 +46,7 @@ def labels() -> Tensor:
 
 
 def value(name: str, given: Tensor) -> float:
-    if name in TINY:
+    if name in METHODS:
         model(name)  # built before, which draws, too
     torch.manual_seed(0)
     return torch.stack(list(LOSSES[name](given).values())).sum().item()

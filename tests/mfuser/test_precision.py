@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 import mfuser
+from mfuser import methods
 from mfuser.segmentor import Batch
 from mfuser.towers.vit import VisionEncoder
 
 IDS = [[1] * 5] * 19
-# every method with towers of its own and with timm's rotary ones: EVA's fixed table, DINOv3's, and a table that is learned
-MODELS = {
-    "mfuser tiny": ("mfuser", {"vfm": "tiny", "vlm": "tiny"}),
+# every method at its tiniest, then towers of our own and timm's rotary ones: EVA's fixed table, DINOv3's, and one that is learned
+TINY = {f"{name} tiny": (name, methods.constants(name)["BACKBONES"][-1]) for name in methods.names()}
+MODELS = TINY | {
     "mfuser bidir": ("mfuser", {"vfm": "tiny", "vlm": "tiny", "fuser": "mvfuser_bidir"}),
     "mfuser attention": ("mfuser", {"vfm": "tiny", "vlm": "tiny", "fuser": "bi_deform_attn", "variant": "sane"}),
     "mfuser small": ("mfuser", {"vfm": "small", "vlm": "small"}),
-    "source tiny": ("source-only", {"backbone": "tiny"}),
     "source small": ("source-only", {"backbone": "small"}),
     "source eva": ("source-only", {"backbone": "timm:eva02_tiny_patch14_224"}),
     "source dinov3": ("source-only", {"backbone": "timm:vit_tiny_patch16_dinov3_qkvb"}),
@@ -44,7 +44,7 @@ def total(terms: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(terms.values())).sum()
 
 
-CASES = [(name, dtype) for name in MODELS for dtype in ROUNDING if dtype == torch.bfloat16 or "tiny" in name]
+CASES = [(name, dtype) for name in MODELS for dtype in ROUNDING if dtype == torch.bfloat16 or name in TINY]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
@@ -60,7 +60,7 @@ def test_a_model_of_another_type_scores_as_in_fp32(name, dtype):
     assert (scores.double() - expected.double()).norm() < ROUNDING[dtype] * expected.double().norm()
 
 
-@pytest.mark.parametrize("name", ["mfuser tiny", "source tiny"])
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_model_of_another_type_trains(name, dtype):
     model = build(name).train().to(dtype)

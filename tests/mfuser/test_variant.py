@@ -7,23 +7,15 @@ import json
 
 import pytest
 import torch
-from golden_files import VARIANTS, AuthorsWeights, description
+from golden_files import VARIANTS, AuthorsWeights, without_values
 
 import mfuser
 from mfuser.authors import load_authors_checkpoint, to_authors_state_dict
 from mfuser.segmentor import Batch
 from mfuser.towers.loading import fill
-from mfuser.towers.meta import unfilled
 from mfuser.towers.vit import VisionEncoder
 
 TINY = {"vfm": "tiny", "vlm": "tiny", "image_size": (64, 64)}
-
-
-def full(variant: str, vlm: str = "eva02") -> mfuser.Segmentor:
-    released = next(v for v, name in VARIANTS.items() if name == vlm)
-    ids = description(f"layout_{released}")["tokens"]
-    with unfilled():
-        return mfuser.build("mfuser", vlm=vlm, variant=variant, token_ids=ids, weights="meta")
 
 
 def batch() -> Batch:
@@ -64,14 +56,14 @@ def test_gamma_starts_at_a_ten_thousandth():
 
 def test_the_pixel_decoder_has_the_configured_width():
     for variant, width in (("release", 2048), ("sane", 1024)):
-        model = full(variant)
+        model = without_values("eva02", variant)
         assert {layer.ffn[0].out_features for layer in model.pixel_decoder.layers} == {width}
         assert {layer.ffn[0].out_features for layer in model.mask_decoder.layers} == {2048}
 
 
 def test_clips_class_embedding_is_added_once_and_no_path_is_dropped():
-    assert full("release", "clip").vlm.class_token_twice
-    assert not full("sane", "clip").vlm.class_token_twice
+    assert without_values("clip").vlm.class_token_twice
+    assert not without_values("clip", "sane").vlm.class_token_twice
     tower = VisionEncoder("clip", (64, 64), depth=3, embed_dim=64, num_heads=2, class_token_twice=False, drop_path=False)
     fill(tower)
     with torch.no_grad():
@@ -90,7 +82,9 @@ def test_clips_class_embedding_is_added_once_and_no_path_is_dropped():
 
 @pytest.mark.parametrize("vlm", [*sorted(VARIANTS.values()), "tiny"])
 def test_weight_decay_spares_norms_by_type_and_the_scans_decay(vlm):
-    model = mfuser.build("mfuser", **TINY, variant="sane", fuser="mvfuser_bidir") if vlm == "tiny" else full("sane", vlm)
+    model = (
+        mfuser.build("mfuser", **TINY, variant="sane", fuser="mvfuser_bidir") if vlm == "tiny" else without_values(vlm, "sane")
+    )
     spared = set()
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -130,8 +124,8 @@ def test_the_alignment_loss_is_over_labelled_pixels():
 
 
 def test_siglip_has_its_context_first():
-    assert (full("release", "siglip").text.start, full("sane", "siglip").text.start) == (1, 0)
-    assert (full("release", "siglip").text.pad, full("sane", "siglip").text.pad) == (None, 1)
+    assert (without_values("siglip").text.start, without_values("siglip", "sane").text.start) == (1, 0)
+    assert (without_values("siglip").text.pad, without_values("siglip", "sane").text.pad) == (None, 1)
 
 
 def test_it_trains_and_travels_with_the_checkpoint(tmp_path):
@@ -156,7 +150,7 @@ def test_a_checkpoint_from_before_there_were_variants_is_the_releases(tmp_path):
 
 
 def test_the_authors_weights_are_refused():
-    model = full("sane")
+    model = without_values("eva02", "sane")
     with pytest.raises(
         ValueError, match="those of variant `release`, not of `sane`, which leaves out known bugs .*; build .*release"
     ):

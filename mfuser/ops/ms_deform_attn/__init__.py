@@ -19,15 +19,15 @@ from mfuser.ops.inputs import check_types, constant
 def ms_deform_attn(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """Sum of values sampled bilinearly at a few points of each scale (Zhu et al. 2021, eq. 3); zero outside a map.
+    """Sum values sampled bilinearly at a few points of each scale (Zhu et al. 2021, eq. 3); zero outside a map.
 
-    A location that is infinite or not a number is outside, too: its point adds nothing and has no gradient.
+    A location that is infinite or NaN counts as outside: its point adds nothing and has no gradient.
 
     Args:
         value: (B, sum of H W, M, D), the scales' cells one after the other, row by row.
         shapes: (H, W) of each scale.
-        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map. Of any type, but worth fp32: they are
-            placed in fp32 at least, and 16 bits cannot tell the cells of a large map apart.
+        locations: (B, Q, M, S, P, 2) as (x, y), 0..1 from edge to edge of a map. Of any type, but preferably fp32: they are
+            converted to fp32 at least, and 16 bits are too coarse for the cells of a large map.
         weights: (B, Q, M, S, P).
         backend: "auto" or a name from `available("ms_deform_attn")`; a named backend runs or raises.
     Returns: (B, Q, M * D) in value's dtype; sums are accumulated in fp32 (fp64 for fp64 inputs).
@@ -91,7 +91,7 @@ def _attend_bwd(
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """`gradient` in the type and layout that the fake kernel promises; a copy only where it has another."""
+    """Return `gradient` in the type and layout that the fake kernel promises; a copy only if it has another."""
     if gradient.dtype == tensor.dtype and gradient.stride() == torch.empty_like(tensor, device="meta").stride():
         return gradient
     return torch.empty_like(tensor).copy_(gradient)

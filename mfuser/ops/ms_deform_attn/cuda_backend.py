@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by the kernels of `cuda/ms_deform_attn.cu`; nothing but the call is here."""
+"""Multi-scale deformable attention by the kernels of `cuda/ms_deform_attn.cu`: checks and calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mfuser.ops import compiled
 _MAX_SCALES = 32
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_SEGMENT = 65535
-# What may be tuned, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
+# Tuning parameters, by bytes of a channel: see the end of the struct in the source. With "processors" (132 on an H100),
 # blocks of 1024 threads have a multiprocessor each, and its cache serves one head for long. No kernel takes more than 99 KB
 # of shared memory, which every GPU from sm_80 on has.
 _TUNING = {
@@ -135,10 +135,10 @@ def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    """`tensor.contiguous()`, which takes long even where there is nothing to do."""
+    """Return `tensor.contiguous()`, which is slow even if there is nothing to do."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _rows(value: Tensor) -> Tensor:
-    """`value` with the channels of a row next to each other."""
+    """Return `value` with the channels of a row next to each other."""
     return value if value.stride(3) == 1 else value.contiguous()

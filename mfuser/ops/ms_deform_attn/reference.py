@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention written as sums over the four neighbours of each point: the truth for other backends.
+"""Multi-scale deformable attention written as sums over the four neighbours of each point: the reference for other backends.
 
     out[q, m] = sum_{s, p} weight[q, m, s, p] * value_s[m](x, y),    (x, y) = location * (W_s, H_s) - 1/2
 where value_s(x, y) interpolates bilinearly between cell centres and is zero outside the map (Zhu et al. 2021, eq. 3).
@@ -44,8 +44,11 @@ def _precise(value: Tensor) -> torch.dtype:
 
 
 def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield, per scale and corner: the scale, the cells' values (B, Q, M, P, D), their bilinear shares (B, Q, M, P), the
-    shares' slopes by location (B, Q, M, P, 2) and the cells' rows in `value` (B, Q, M, P)."""
+    """Yield the four neighbours of each point, per scale and corner.
+
+    They are the scale, the cells' values (B, Q, M, P, D), their bilinear shares (B, Q, M, P), the shares' derivatives by
+    location (B, Q, M, P, 2) and the cells' rows in `value` (B, Q, M, P).
+    """
     precise = _precise(value)
     batch = torch.arange(len(value), device=value.device)[:, None, None, None]
     head = torch.arange(value.shape[2], device=value.device)[:, None]
@@ -53,7 +56,7 @@ def _neighbours(value: Tensor, shapes: list[int], locations: Tensor) -> Iterator
     for scale, (height, width) in enumerate(zip(shapes[::2], shapes[1::2], strict=True)):
         x = locations[:, :, :, scale, :, 0].to(precise) * width - 0.5
         y = locations[:, :, :, scale, :, 1].to(precise) * height - 0.5
-        # elsewhere, and where a place is not a number, nothing is near; differences of what is infinite are not zero
+        # points elsewhere, and locations that are NaN, have no neighbours; differences of infinities would be NaN
         near = (x > -1) & (x < width) & (y > -1) & (y < height)
         x, y = torch.where(near, x, 0.0), torch.where(near, y, 0.0)
         left, top = x.floor(), y.floor()

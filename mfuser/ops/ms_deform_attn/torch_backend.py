@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by weighted sums of table rows, which a CPU does far faster than grid sampling.
+"""Multi-scale deformable attention by weighted sums of table rows, which is far faster on a CPU than grid sampling.
 
 The heads' values, with a border of zeros around each map, are one table with a row per (image, cell, head). Forward: a
 query's output is an embedding bag over the four neighbours of its points, one base row and three fixed steps away.
@@ -18,7 +18,7 @@ _CHUNK = 2**20  # gathered elements at once on a CPU: 4 MB in fp32
 def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Return (B, Q, M * D). Shapes as in `ms_deform_attn`; `shapes` is flat, [H_0, W_0, H_1, ...]."""
     if value.device.type == "cpu" and len(value) > 1:
-        # one image at a time: what a point needs is several times its inputs, and should stay in the cache
+        # one image at a time: temporaries are several times the inputs, and should stay in the cache
         images = zip(value.split(1), locations.split(1), weights.split(1), strict=True)
         return torch.cat([forward(v, shapes, x, w) for v, x, w in images])
     points = _Points(shapes, locations.to(_precise(value)))
@@ -49,7 +49,7 @@ def _precise(value: Tensor) -> torch.dtype:
 
 
 def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """Inner products of dout[i] with table[rows[i, j]]: (I, D), (R, D), (I, J) -> (I, J)."""
+    """Return inner products of dout[i] with table[rows[i, j]]: (I, D), (R, D), (I, J) -> (I, J)."""
     step = len(dout) if dout.device.type != "cpu" else max(1, _CHUNK // (rows.shape[1] * dout.shape[1]))
     out = dout.new_empty(rows.shape)
     for start in range(0, len(dout), step):
@@ -61,7 +61,7 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Points:
-    """Where the points fall: the table row of the upper left neighbour, and the way from there to the next, 0..1."""
+    """Positions of points: the table row of the upper left neighbour, and the offset from it to the next, 0..1."""
 
     def __init__(self, shapes: list[int], locations: Tensor) -> None:
         batch, _, self.heads = locations.shape[:3]
@@ -73,7 +73,7 @@ class _Points:
         table = torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]  # (S, 1, 4)
         self.size = table[..., :2].to(locations.dtype)
         self.at = torch.addcmul(locations.new_tensor(-0.5), locations, self.size)  # in cells, 0 = the first one's centre
-        # beyond the border all is zero; a place that is not a number must not become a row
+        # beyond the border all is zero; a NaN must not become a row
         clamped = torch.minimum(self.at.nan_to_num(-1.0).clamp_(min=-1.0), self.size)
         base = torch.minimum(clamped.floor(), self.size - 1)
         self.fraction = clamped.sub_(base)  # (B, Q, M, S, P, 2)
@@ -85,7 +85,7 @@ class _Points:
         self.base = (row * self.width).add_(column).mul_(self.heads).add_((image + table[..., 2]) * self.heads + head)
 
     def table(self, value: Tensor) -> Tensor:
-        """(B, cells, M, D) -> rows of a bordered table (B * bordered cells * M, D)."""
+        """Return (B, cells, M, D) as rows of a bordered table (B * bordered cells * M, D)."""
         maps, start = [], 0
         for height, width in self.shapes:
             part = value[:, start : start + height * width].to(self.fraction.dtype).unflatten(1, (height, width))
@@ -94,13 +94,13 @@ class _Points:
         return torch.cat(maps, 1).flatten(0, 2)
 
     def rows(self) -> Tensor:
-        """Table rows of the four neighbours: (B Q M, S P 4)."""
+        """Return table rows of the four neighbours: (B Q M, S P 4)."""
         down = self.width * self.heads  # (S, 1)
         steps = torch.stack([torch.zeros_like(down), torch.full_like(down, self.heads), down, down + self.heads], -1)
         return (self.base[..., None] + steps).reshape(self.base.shape[:3].numel(), -1)
 
     def shares(self, weights: Tensor) -> Tensor:
-        """The neighbours' bilinear shares times the points' weights: (B Q M, S P 4)."""
+        """Return the neighbours' bilinear shares times the points' weights: (B Q M, S P 4)."""
         x, y = self.fraction.unbind(-1)
         out = weights.new_empty(*weights.shape, 4)
         lower = weights * y
@@ -112,7 +112,7 @@ class _Points:
         return out.view(weights.shape[:3].numel(), -1)
 
     def slope(self) -> Tensor:
-        """Cells per unit of location; none beyond the border, where all is zero: (B, Q, M, S, P, 2)."""
+        """Return cells per unit of location; none beyond the border, where all is zero: (B, Q, M, S, P, 2)."""
         return self.size * ((self.at > -1) & (self.at < self.size))
 
     def scatter(self, dout: Tensor, weights: Tensor) -> Tensor:

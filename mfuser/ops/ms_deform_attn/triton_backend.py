@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfuser.ops.dispatch import mismatch
 
-# what may be tuned
+# tuning parameters
 _TILE = 2048  # elements of the (queries, channels) tile of a program
 _TILE_WARPS = 8
 # of `_gather`, by bytes of a channel: base cells of a program, and points of each that it has at a time, for 32 channels
@@ -48,7 +48,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     batch, queries, heads, scales, points = weights.shape
     dim = triton.next_power_of_2(value.shape[3])
     side = 1 << (max(_TILE // dim, 1).bit_length() - 1) // 2
-    # queries that number as many as the cells are taken for these, so that a program's are neighbours on the map
+    # if there are as many queries as cells, they are treated as these, so that a program's are neighbours on the map
     tiled = queries == value.shape[1]
     if tiled:
         blocks = sum(triton.cdiv(h, side) * triton.cdiv(w, side) for h, w in zip(shapes[::2], shapes[1::2], strict=True))
@@ -167,18 +167,18 @@ def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, 
 
 
 def _rows(value: Tensor) -> Tensor:
-    """`value` with the channels of a row next to each other."""
+    """Return `value` with the channels of a row next to each other."""
     return value if value.stride(3) == 1 else value.contiguous()
 
 
 def _device_of(tensor: Tensor) -> torch.cuda.device:
-    """The context in which Triton launches on the GPU of `tensor`; does nothing for a CPU."""
+    """Return the context in which Triton launches on the GPU of `tensor`; does nothing for a CPU."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
 @triton.jit
 def _queries(block, shapes, queries, S: tl.constexpr, SIDE: tl.constexpr, TILED: tl.constexpr):
-    """The queries of a program, -1 for none: a square of a map, or a run."""
+    """Return the queries of a program, -1 for none: a square of a map, or a run."""
     i = tl.arange(0, SIDE * SIDE)
     if TILED:
         query = tl.full([SIDE * SIDE], -1, tl.int32)
@@ -201,7 +201,7 @@ def _queries(block, shapes, queries, S: tl.constexpr, SIDE: tl.constexpr, TILED:
 
 @triton.jit
 def _place(locations, point, height, width, mask):
-    """The base cell of each point, -1 being the border before the first, and the way on to the next cell, 0..1."""
+    """Return the base cell of each point, -1 for the border before the first, and the offset to the next cell, 0..1."""
     x = tl.load(locations + 2 * point, mask=mask, other=0.0).to(tl.float32) * width - 0.5
     y = tl.load(locations + 2 * point + 1, mask=mask, other=0.0).to(tl.float32) * height - 0.5
     # false for what is not a number
@@ -214,7 +214,7 @@ def _place(locations, point, height, width, mask):
 
 @triton.jit
 def _neighbour(top, left, inside, height, width, CORNER: tl.constexpr):
-    """Of the four from upper left to lower right: its cell in the map, and whether it is on the map."""
+    """Return a neighbour (of four, upper left to lower right): its cell in the map, and whether it is on the map."""
     row, column = top + CORNER // 2, left + CORNER % 2
     return row * width + column, inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
 
@@ -267,8 +267,10 @@ def _sample(
 
 @triton.jit
 def _numbers(entry, queries, heads, S: tl.constexpr, P: tl.constexpr):
-    """Of the points in the order of (image, head, scale, query, point): query * P + point, the scale, image * heads + head,
-    and the place among locations and weights."""
+    """Return the numbers of points in the order of (image, head, scale, query, point).
+
+    They are query * P + point, the scale, image * heads + head, and the index among locations and weights.
+    """
     source, rest = entry % (queries * P), entry // (queries * P)
     scale, image_head = rest % S, rest // S
     row = ((image_head // heads).to(tl.int64) * queries + source // P) * heads + image_head % heads
@@ -277,7 +279,7 @@ def _numbers(entry, queries, heads, S: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _map(scale, shapes, S: tl.constexpr):
-    """Height, width and first bin of each point's map."""
+    """Return height, width and first bin of each point's map."""
     height, width, first = scale * 0, scale * 0, scale * 0
     bins = 0
     for s in tl.static_range(S):
@@ -337,8 +339,10 @@ def _collect(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write, in the order of the base cells, what `_gather` needs of each point, and where the points of each (bin, image and
-    head) start and end. The points of one bin are ordered by image and head."""
+    """Write what `_gather` needs of each point, in the order of the base cells.
+
+    Also write where the points of each (bin, image and head) start and end. Points of one bin are ordered by image and head.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     key = tl.load(in_order + i, mask=mask, other=0).to(tl.int32)
@@ -390,7 +394,7 @@ def _gather(
     CELLS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
-    """Sums of dout over the points of each base cell, one per neighbour, and the gradients of these points."""
+    """Sum dout over the points of each base cell, one per neighbour, and compute the gradients of these points."""
     block, image_head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     images_heads = (tl.num_programs(0) // blocks).to(tl.int64)
     head, image = image_head % heads, image_head // heads
@@ -478,7 +482,7 @@ def _add(
     BLOCK_D: tl.constexpr,
     CELLS: tl.constexpr,
 ):
-    """Each cell's gradient, from the base cells that it is a neighbour of."""
+    """Add each cell's gradient from the base cells that it is a neighbour of."""
     c = tl.program_id(0) % blocks * CELLS + tl.arange(0, CELLS)
     image_head = (tl.program_id(0) // blocks).to(tl.int64)
     # the base cell that is the cell itself, and how far away the one above it is

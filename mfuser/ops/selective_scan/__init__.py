@@ -70,7 +70,7 @@ def selective_scan(
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Input-dependent linear recurrence along L (S6; Gu & Dao 2023, Alg. 2).
+    """Compute an input-dependent linear recurrence along L (S6; Gu & Dao 2023, Alg. 2).
 
         h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t],    y[t] = (C[t] h[t] + D u[t]) silu(z[t])
 
@@ -126,7 +126,7 @@ def _check(u: Tensor, *rest: Tensor | None) -> None:
 
 
 def _empty(u: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Results of no tokens."""
+    """Return the results for no tokens."""
     A, initial = rest[1], rest[-1]
     assert A is not None
     y = constant(torch.zeros_like(u), u, *rest)
@@ -227,12 +227,12 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.softplus, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
-    # the gradient of what was saved would be a tensor of zeros as large as it
+    # a gradient of the saved tensor would be zeros of the same size
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
-    """Of the nine tensors."""
+    """Return the gradients of the nine tensors."""
     *tensors, saved = ctx.saved_tensors
     if dy is None:
         if dstate is None:

@@ -1,7 +1,7 @@
 """The selective scan in CUDA C++ (cuda/selective_scan.cuh): checks, memory and the two launches' arguments.
 
-A call of a small batch takes the GPU less time than Python needs for a few dozen tensor operations: nothing is converted,
-sliced or allocated here that need not be.
+A call of a small batch takes less time on the GPU than a few dozen tensor operations take in Python: nothing is converted,
+sliced or allocated here unless necessary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mfuser.ops import compiled
 
-_SUB = 16  # steps between kept states: kSub in the source, which refuses another
+_SUB = 16  # steps between kept states: kSub in the source, which refuses other values
 MOST_STATES = 64
 _LONGEST_ROW = 2**24  # elements between rows: 32 of them are counted in 31 bits of bytes
 _LAUNCHERS = {
@@ -27,7 +27,7 @@ _LAUNCHERS = {
 _STRIDES = {name: (f"{name}_batch", f"{name}_row") for name in ("u", "delta", "B", "C", "z", "dy")}
 # channels of a block by states at most, forward and backward: Place::kChannels
 _CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
-# What `plan` knows of the kernels, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
+# Times of the kernels for `plan`, in microseconds on an H200: 16 steps of one, two, ... blocks that share a multiprocessor, as
 # many as it holds, in each direction; those of the first pass; the start of a kernel; and a chunk before a block's own.
 _SIXTEEN = ((0.0, 1.4, 1.95, 2.75, 3.45), (0.0, 4.4, 6.1))
 _FIRST_PASS = (0.0, 1.05, 1.4, 2.1, 2.65)
@@ -62,12 +62,12 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward`: the state before every 16th step, (B, ceil(L / 16), D, N), padded."""
+    """Return the shape of what `forward` stores for `backward`: every 16th state, (B, ceil(L / 16), D, N), padded."""
     return kept_shape(*u.shape[:2], *A.shape)
 
 
 def kept_shape(batch: int, length: int, dim: int, state: int) -> tuple[int, ...]:
-    """The same by sizes."""
+    """Return the same shape, from sizes."""
     return batch, -(-length // _SUB), _fours(dim), _fours(state)
 
 
@@ -130,7 +130,7 @@ def backward(
 def sized(
     batch: int, length: int, dim: int, state: int, multiprocessors: int, *, backward: bool
 ) -> tuple[Params, tuple[tuple[str, int], ...], int]:
-    """What a launch takes for a shape, whose dim and state are multiples of four.
+    """Return the arguments of a launch for a shape, whose dim and state are multiples of four.
 
     Returns: the arguments that are sizes (to be copied); the names and byte offsets of those that are scratch memory, and
     how many bytes that is.
@@ -153,8 +153,8 @@ def sized(
 class _Call:
     """One launch's arguments, and the tensors behind its pointers.
 
-    The kernels take channels and states by fours, aligned: what is not so is copied and padded with zeros here, and
-    results are cut.
+    The kernels need channels and states in aligned multiples of four: other tensors are copied and padded with zeros here, and
+    padding is removed from the results.
     """
 
     def __init__(self, dtype: torch.dtype, u: Tensor, A: Tensor, *, backward: bool) -> None:
@@ -184,7 +184,7 @@ class _Call:
         bias: Tensor | None,
         initial: Tensor | None,
     ) -> None:
-        """Point at what both directions take."""
+        """Set the pointers that both directions need."""
         self.activation("u", u)
         self.activation("delta", delta)
         self.activation("B", B)
@@ -200,7 +200,7 @@ class _Call:
             self.weight("initial", initial)
 
     def activation(self, name: str, tensor: Tensor) -> None:
-        """Point at a (B, L, channels) tensor of any batch and row stride."""
+        """Set the pointer to a (B, L, channels) tensor of any batch and row stride."""
         if tensor.dtype is not self.dtype:
             tensor = tensor.to(self.dtype)
         bytes_ = tensor.element_size()
@@ -221,7 +221,7 @@ class _Call:
         setattr(params, row_name, row * bytes_)
 
     def weight(self, name: str, tensor: Tensor) -> None:
-        """Point at a (D,), (D, N) or (B, D, N) tensor, in fp32."""
+        """Set the pointer to a (D,), (D, N) or (B, D, N) tensor, in fp32."""
         if tensor.dtype is not torch.float32:
             tensor = tensor.float()
         columns = self.wide_state - self.state if tensor.dim() > 1 else self.wide_dim - self.dim
@@ -238,7 +238,7 @@ class _Call:
     # `empty_like` alone takes a third of the time of an allocation by shape, type and device
 
     def tokens(self, name: str, like: Tensor) -> Tensor:
-        """An output (B, L, channels) as `like`, contiguous unless it is cut."""
+        """Return an output (B, L, channels) as `like`, contiguous unless it is cut."""
         batch, length, channels = like.shape
         if channels % 4:
             return self._point(name, like.new_empty(batch, length, _fours(channels), dtype=self.dtype))[..., :channels]
@@ -247,7 +247,7 @@ class _Call:
         return self._point(name, like.new_empty(batch, length, channels, dtype=self.dtype))
 
     def states(self, name: str, A: Tensor, *batch: int) -> Tensor:
-        """An output (D, N) like A, or (batch, D, N)."""
+        """Return an output (D, N) like A, or (batch, D, N)."""
         if self.wide_dim != self.dim or self.wide_state != self.state:
             return self.buffer(name, *batch, self.wide_dim, self.wide_state)[..., : self.dim, : self.state]
         if batch or A.dtype is not torch.float32 or not A.is_contiguous():
@@ -255,14 +255,14 @@ class _Call:
         return self._point(name, torch.empty_like(A))
 
     def channels(self, name: str, given: Tensor | None) -> Tensor | None:
-        """An output (D,), None where its input is; the kernels write it in any case."""
+        """Return an output (D,), None where its input is; the kernels write it in any case."""
         if given is not None and given.dtype is torch.float32 and self.wide_dim == self.dim and given.is_contiguous():
             return self._point(name, torch.empty_like(given))
         whole = self.buffer(name, self.wide_dim)
         return None if given is None else whole[: self.dim]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """A buffer in fp32."""
+        """Return a buffer in fp32."""
         return self._point(name, torch.empty(*shape, dtype=torch.float32, device=self.u.device))
 
     def _point(self, name: str, tensor: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def plan(batch: int, length: int, dim: int, state: int, multiprocessors: int, *,
     blocks_before = batch * -(-dim // _channels(state, backward=False))
 
     def on_each(blocks: int, chunks: float, costs: tuple[float, ...]) -> float:
-        # the last chunk may be a short one, which nobody waits for
+        # the last chunk may be shorter, so that it does not delay the others
         rounds, rest = divmod(math.ceil(blocks * chunks / multiprocessors - 0.03), len(costs) - 1)
         return rounds * costs[-1] + costs[rest]
 
@@ -307,12 +307,12 @@ def _fours(size: int) -> int:
 
 
 def _channels(state: int, *, backward: bool) -> int:
-    """Channels per block."""
+    """Return the channels per block."""
     return next(channels[backward] for most, channels in _CHANNELS.items() if state <= most)
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many the tensor's GPU has; 1 for a CPU."""
+    """Return the number of multiprocessors of the tensor's GPU; 1 for a CPU."""
     return _multiprocessors(tensor.get_device()) if tensor.is_cuda else 1
 
 
@@ -322,6 +322,6 @@ def _multiprocessors(index: int) -> int:
 
 
 def _common(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of all activations, or fp32 where they differ: none is rounded."""
+    """Return the dtype of all activations, or fp32 where they differ: none is rounded."""
     found = {tensor.dtype for tensor in tensors if tensor is not None}
     return found.pop() if len(found) == 1 else torch.float32

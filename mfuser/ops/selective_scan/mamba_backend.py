@@ -11,9 +11,9 @@ with u, delta, z, y (B, D, L) and B, C (B, 1, N, L) of one dtype and contiguous 
 (B, D, chunks, 2 N) in fp32: for every 2048 steps, and the rest, pairs of the decay since the start and the state at the
 end. It adds gradients by atomics, so that their last bits change from run to run.
 
-Its backward takes what is left of a state after a step as the next state less the step's inflow. Where a state decays within
-a step (delta |A| above 15 or so) that is rounding alone, and so are these elements of A's gradient: 1e-7 of the others, but
-of any sign. Our kernels multiply the state by its decay.
+Its backward computes the decayed state as the next state minus the step's input. If a state decays within a step (delta |A|
+above about 15), the difference is rounding noise, and so are these elements of A's gradient: 1e-7 of the others, but of any
+sign. Our kernels multiply the state by its decay.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if find_spec("selective_scan_cuda") is None:
 try:
     _kernels = import_module("selective_scan_cuda")
 except ImportError as error:
-    # such as one that was built for another torch
+    # for example a build for another version of torch
     raise ImportError(f"{error}: {_HINT}") from error
 
 _MOST_STATES = 256
@@ -51,7 +51,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: x, (B, D, chunks, 2 N)."""
+    """Return the shape of what `forward` stores for `backward`: x, (B, D, chunks, 2 N)."""
     return (u.shape[0], u.shape[2], -(-u.shape[1] // _CHUNK), 2 * A.shape[1])
 
 
@@ -97,7 +97,7 @@ def backward(
     if dstate is not None:
         raise BackendError("mamba_ssm: the final state has no gradient; use backend `triton` or `torch`")
     arguments = _arguments(u, delta, A, B, C, D, z, bias)
-    # the operator keeps x alone, so that with a gate the forward runs again
+    # the operator only keeps x, so that with a gate the forward runs again
     ungated = None if z is None else _kernels.fwd(*arguments, softplus)[0]
     dy = dy.mT.to(arguments[0].dtype).contiguous()
     du, ddelta, dA, dB, dC, dD, dbias, *rest = _kernels.bwd(*arguments, dy, saved, ungated, None, softplus, False)
@@ -108,7 +108,7 @@ def backward(
 def _arguments(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None
 ) -> tuple[Any, ...]:
-    """The first arguments of both functions, in their layout and types."""
+    """Return the first arguments of both functions, in their layout and types."""
     dtype = u.dtype
     for tensor in (delta, B, C, z):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)

@@ -1,4 +1,4 @@
-"""The selective scan as a loop over time, with its backward written out: the truth that other backends are tested by.
+"""The selective scan as a loop over time, with its backward written out: the reference for tests of other backends.
 
     delta = softplus(delta_raw + bias)  (both optional)
     h[t] = exp(delta[t] A) h[t-1] + delta[t] u[t] B[t]                                     (Gu & Dao 2023, Alg. 2)
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: nothing."""
+    """Return the shape of what `forward` stores for `backward`: nothing."""
     return (0,)
 
 

@@ -19,7 +19,7 @@ _DEVICE_BLOCK = 2**26
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: the state before each block, (blocks, B, N, D)."""
+    """Return the shape of what `forward` stores for `backward`: the state before each block, (blocks, B, N, D)."""
     return (-(-u.shape[1] // _block(u, A)), u.shape[0], A.shape[1], A.shape[0])
 
 
@@ -127,7 +127,7 @@ def _backward(
         _scan_back(decay, back, len(a))
         torch.mul(a[0], g[0], out=later)
         dB[part] = torch.matmul(g.flatten(0, 1), inflow[part].flatten(0, 1)[..., None]).view(dB[part].shape)
-        # g[t] exp(delta[t] A) h[t-1]; h[t] less what flowed in at t would be the same but for its rounding, which is all that
+        # g[t] exp(delta[t] A) h[t-1]; h[t] minus the input at t would be the same except for rounding, which is all that
         # is left of it where a state decays within a step
         a[0].mul_(saved[i])
         a[1:].mul_(s[:-1])
@@ -160,7 +160,7 @@ class _Steps:
         self.steps = self.whole.unbind(0) if x.device.type == "cpu" else ()
 
     def first(self, part: slice) -> Tensor:
-        """The part of the buffer that a block of this length uses."""
+        """Return the part of the buffer that a block of this length uses."""
         return self.whole[: part.stop - part.start]
 
     def take(self, value: Tensor) -> _Steps:
@@ -174,7 +174,7 @@ def _precise(u: Tensor) -> torch.dtype:
 
 
 def _block(u: Tensor, A: Tensor) -> int:
-    """Time steps per block."""
+    """Return the time steps per block."""
     budget = _CPU_BLOCK if u.device.type == "cpu" else _DEVICE_BLOCK
     return max(16, budget // max(1, u.shape[0] * A.shape[0] * A.shape[1]))
 
@@ -186,7 +186,7 @@ def _parts(length: int, block: int) -> list[slice]:
 def _expand(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor | None, softplus: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Time first and channels last: u, delta (L, B, D), A (N, D), B, C (L, B, N, 1); delta made positive."""
+    """Return tensors with time first and channels last: u, delta (L, B, D), A (N, D), B, C (L, B, N, 1); delta made positive."""
     precise = _precise(u)
     x, step, B, C = (tensor.transpose(0, 1).to(precise).contiguous() for tensor in (u, delta, B, C))
     if bias is not None:
@@ -197,7 +197,7 @@ def _expand(
 
 
 def _scan(decay: _Steps, states: _Steps, length: int, h: Tensor) -> None:
-    """states[t] += decay[t] states[t-1] over the first `length` steps, with `h` before the first."""
+    """Compute states[t] += decay[t] states[t-1] over the first `length` steps, with `h` before the first."""
     if not states.steps:
         states.take(_scan_segments(decay.whole[:length], states.whole[:length], h))
         return
@@ -206,9 +206,9 @@ def _scan(decay: _Steps, states: _Steps, length: int, h: Tensor) -> None:
 
 
 def _scan_back(decay: _Steps, g: _Steps, length: int) -> None:
-    """g[t] += decay[t+1] g[t+1] over the first `length` steps, from last to first."""
+    """Compute g[t] += decay[t+1] g[t+1] over the first `length` steps, from last to first."""
     if not g.steps:
-        # the same recurrence read backwards; nothing flows into the last step
+        # the same recurrence backwards; the last step has no input
         a, values = decay.whole[:length], g.whole[:length]
         shifted = torch.cat([a[1:], torch.zeros_like(a[:1])]).flip(0)
         g.take(_scan_segments(shifted, values.flip(0), torch.zeros_like(values[0])).flip(0))
@@ -218,14 +218,14 @@ def _scan_back(decay: _Steps, g: _Steps, length: int) -> None:
 
 
 def _scan_segments(decay: Tensor, source: Tensor, h: Tensor) -> Tensor:
-    """The same recurrence in about 2 sqrt(T) steps: segments side by side from zero, then each one's end handed on."""
+    """Compute the same recurrence in about 2 sqrt(T) steps: segments in parallel from zero, then their last states in order."""
     length, rest = source.shape[0], source.shape[1:]
     width = max(1, math.isqrt(length))
     pad = -length % width
     if pad:
         decay = torch.cat([decay, decay.new_ones(pad, *rest)])
         source = torch.cat([source, source.new_zeros(pad, *rest)])
-    reach = decay.reshape(-1, width, *rest).clone()  # how much of a segment's first state arrives at a step
+    reach = decay.reshape(-1, width, *rest).clone()  # factor of a segment's first state at each step
     states = source.reshape(-1, width, *rest).clone()
     for t in range(1, width):
         states[:, t].addcmul_(reach[:, t], states[:, t - 1])

@@ -30,7 +30,7 @@ from torch import Tensor
 from mfuser.ops.dispatch import mismatch
 
 _MOST_STATES = 64
-# what may be tuned
+# tuning parameters
 _TILE = 512  # states of a program, N times channels: 16 in a lane
 _MOST_CHANNELS = 64  # of a program
 _PIECE = 16  # steps between states that are kept for the backward; a multiple of 4
@@ -58,7 +58,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
 
 
 def saved_shape(u: Tensor, A: Tensor) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward` besides the inputs: the state before each piece, (B, pieces, N, D)."""
+    """Return the shape of what `forward` stores for `backward`: the state before each piece, (B, pieces, N, D)."""
     return (u.shape[0], triton.cdiv(u.shape[1], _PIECE), A.shape[1], A.shape[0])
 
 
@@ -245,7 +245,7 @@ def backward(
 
 
 class _Shape:
-    """How a call is cut into programs."""
+    """Division of a call into programs."""
 
     def __init__(self, u: Tensor, A: Tensor, softplus: bool) -> None:
         batch, length, dim = u.shape
@@ -268,13 +268,13 @@ class _Shape:
         return torch.empty(shape, dtype=torch.float32, device=self.like.device)
 
     def summaries(self) -> tuple[Tensor, Tensor]:
-        """Each chunk's last state from a first of zero, (B, chunks, N, D), and its sum of steps, (B, chunks, D)."""
+        """Return each chunk's last state from a first of zero, (B, chunks, N, D), and its sum of steps, (B, chunks, D)."""
         return self.empty(self.batch, self.chunks, self.states, self.dim), self.empty(self.batch, self.chunks, self.dim)
 
 
 @functools.lru_cache(maxsize=1024)
 def _chunk(programs: int, length: int, multiprocessors: int) -> int:
-    """Steps of a chunk, a multiple of `_PIECE`: those that take the least time by a rough model of the GPU.
+    """Return the steps of a chunk, a multiple of `_PIECE`: those that take the least time by a rough model of the GPU.
 
     Args:
         programs: that a chunk needs.
@@ -298,13 +298,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _rows_of(tensor: Tensor) -> Tensor:
-    """(B, L, X) as (B L, X) with X in one piece; a copy only where memory has another order."""
+    """Return (B, L, X) as (B L, X) with X in one piece; a copy only where memory has another order."""
     rows = tensor.reshape(-1, tensor.shape[2])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _states_first(tensor: Tensor) -> Tensor:
-    """(..., D, N) as (..., N, D) in fp32."""
+    """Return (..., D, N) as (..., N, D) in fp32."""
     return tensor.mT.to(torch.float32).contiguous()
 
 
@@ -314,7 +314,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _split(tile):
-    """The four rows of (4, X)."""
+    """Return the four rows of (4, X)."""
     even, odd = tl.split(tl.permute(tl.reshape(tile, (2, 2, tile.shape[1])), (2, 0, 1)))
     r0, r2 = tl.split(even)
     r1, r3 = tl.split(odd)
@@ -323,7 +323,7 @@ def _split(tile):
 
 @triton.jit
 def _split_both(a, b):
-    """The four rows of a and those of b, both (4, X), which change lanes together."""
+    """Return the four rows of a and those of b, both (4, X), which change lanes together."""
     n: tl.constexpr = a.shape[1]
     r0, r1, r2, r3 = _split(tl.reshape(tl.join(a, b), (4, 2 * n)))
     a0, b0 = tl.split(tl.reshape(r0, (n, 2)))
@@ -335,20 +335,20 @@ def _split_both(a, b):
 
 @triton.jit
 def _stack(r0, r1, r2, r3):
-    """(4, X) of four rows."""
+    """Return (4, X) of four rows."""
     return tl.reshape(tl.permute(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (1, 2, 0)), (4, r0.shape[0]))
 
 
 @triton.jit
 def _load(base, row, stride, columns, mask):
-    """Rows row..row+3 of `columns`, (4, X); `mask` is of the same shape."""
+    """Return rows row..row+3 of `columns`, (4, X); `mask` is of the same shape."""
     at = row * stride + tl.arange(0, 4)[:, None] * stride + columns[None, :]
     return tl.load(base + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def _exp_minus_abs(x):
-    """exp(-|x|), also where it is tiny: the exponent in base 2 is rounded, and what that leaves out is put back."""
+    """Return exp(-|x|), accurate for tiny results: the exponent in base 2 is rounded, and the remainder is added back."""
     m = -tl.abs(x)
     whole = m * _LOG2E
     rest = tl.fma(m, _LOG2E, -whole) + m * _LOG2E_LOW
@@ -364,7 +364,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _steps(delta, bias, live, SOFTPLUS: tl.constexpr):
-    """delta made positive, (4, X); zero, which changes no state, where `live` (4, 1) is false."""
+    """Return delta made positive, (4, X); zero, which changes no state, where `live` (4, 1) is false."""
     x = delta.to(tl.float32) + bias[None, :]
     if SOFTPLUS:
         # max(x, 0) + log(1 + e); the logarithm is 2 artanh(s) by its series for s <= 1/3, so that small steps keep their digits
@@ -386,20 +386,20 @@ def _bias(bias, channels, present, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _advance(h, A, step, inflow, b):
-    """h[t-1] to h[t], (N, X)."""
+    """Compute h[t] from h[t-1], (N, X)."""
     return tl.exp2(step[None, :] * A) * h + inflow[None, :] * b[:, None]
 
 
 @triton.jit
 def _end(ends, sums, at, dim, STATES: tl.constexpr, channels, tile, mask_channels, mask_tile, live):
-    """A chunk's last state and its sum of steps; zero, which changes no state, where `live` is false."""
+    """Return a chunk's last state and its sum of steps; zero, which changes no state, where `live` is false."""
     end = tl.load(ends + at * STATES * dim + tile, mask=mask_tile & live, other=0.0)
     return end, tl.load(sums + at * dim + channels, mask=mask_channels & live, other=0.0)
 
 
 @triton.jit
 def _join(h, A, end, total):
-    """The state after a chunk from that before it."""
+    """Return the state after a chunk from that before it."""
     return tl.exp2(total[None, :] * A) * h + end
 
 
@@ -425,7 +425,7 @@ def _forward_ends(
     CHANNELS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """First pass: a chunk's last state from a first of zero, and its sum of steps."""
+    """Compute in the first pass a chunk's last state from a first of zero, and its sum of steps."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
     batch, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
@@ -435,7 +435,7 @@ def _forward_ends(
     n, d, t = tl.arange(0, N), block * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, 4)[:, None]
     in_n, in_d = n < STATES, d < dim
     in_rows_n, in_rows_d, in_tile = in_n[None, :], in_d[None, :], in_n[:, None] & in_d[None, :]
-    # were it known that rows are aligned, a lane would load, and hold, four channels
+    # if rows were known to be aligned, a lane would load and hold four channels
     tile = n[:, None] * dim + d[None, :] + zero
     a = tl.load(A + tile, mask=in_tile, other=0.0) * _LOG2E
     shift = _bias(bias, d, in_d, CHANNELS)
@@ -501,7 +501,7 @@ def _forward(
     CHANNELS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """Second pass: y, the state before every piece, and the final state."""
+    """Compute in the second pass y, the state before every piece, and the final state."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
     batch, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
@@ -594,7 +594,7 @@ def _backward_ends(
     CHANNELS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """First pass: what a chunk's outputs add to the gradient of the state before it, and its sum of steps."""
+    """Compute in the first pass what a chunk's outputs add to the gradient of the state before it, and its sum of steps."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
     batch, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
@@ -683,7 +683,7 @@ def _backward(
     CHANNELS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """Second pass: each piece's states again, four steps at a time, then all gradients from its end to its start."""
+    """Recompute in the second pass each piece's states, four steps at a time, then all gradients from its end to its start."""
     blocks = tl.cdiv(dim, CHANNELS)
     program = tl.program_id(0)
     batch, chunk, block = program // (blocks * chunks), program // blocks % chunks, program % blocks
@@ -798,13 +798,13 @@ def _backward(
 
 @triton.jit
 def _retreat(later, A, step, g, c):
-    """exp(delta[t+1] A) dL/dh[t+1] to the same at t, (N, X)."""
+    """Compute exp(delta[t+1] A) dL/dh[t+1] at t from that at t + 1, (N, X)."""
     return tl.exp2(step[None, :] * A) * (later + c[:, None] * g[None, :])
 
 
 @triton.jit
 def _back(later, dA, before, after, A, step, inflow, g, b, c):
-    """One step back, with the states before and after it: later, dA and the gradients of inflow, step, b and c."""
+    """Go one step back, with the states before and after it: later, dA and the gradients of inflow, step, b and c."""
     dh = later + c[:, None] * g[None, :]
     later = tl.exp2(step[None, :] * A) * dh
     carried = later * before
@@ -834,7 +834,7 @@ def _add(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Partial sums added: (blocks, tokens) to dB and dC, (chunks, channels) to dA, dD and dbias."""
+    """Add partial sums: (blocks, tokens) to dB and dC, (chunks, channels) to dA, dD and dbias."""
     program = tl.program_id(0)
     if program < first_programs:
         at = program.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)

@@ -17,6 +17,7 @@ from dgbench.cost import counted
 from dgbench.cost.counted import SHIPPED, Subject, keep, key, known, made_now, ship, sources
 from dgbench.cost.profile import profile, subjects
 from dgbench.progress import Silent
+from mfuser import methods
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from counts import rows
@@ -51,9 +52,7 @@ def test_every_row_of_profile_and_every_recipe_is_known_without_counting(cache: 
     assert not cache.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["source-only", "mfuser", *(pytest.param(f"all-{part}", marks=pytest.mark.full) for part in range(3))]
-)
+@pytest.mark.parametrize("name", [*methods.names(), *(pytest.param(f"all-{part}", marks=pytest.mark.full) for part in range(3))])
 def test_what_ships_is_what_counting_finds(name: str) -> None:
     tiny = [row for row in rows() if row.method.variant.startswith("tiny") and row.method.name == name and row.size == (512, 512)]
     chosen = list({key(row): row for row in rows()}.values())[int(name[4:]) :: 3] if name.startswith("all") else tiny[:1]
@@ -75,9 +74,8 @@ def test_what_ships_is_what_counting_finds(name: str) -> None:
         ("models/ops/selective_scan/__init__.py", "all"),
         ("models/methods/__init__.py", "all"),
         ("models/new.py", "all"),
-        *((f"rules/{name}.py", "all") for name in ("count", "conventions", "shapes", "counted")),
-        ("models/methods/mfuser.py", "mfuser"),
-        ("models/methods/source_only.py", "source-only"),
+        *((f"rules/{name}.py", "all") for name in ("count", "conventions", "operators", "shapes", "counted")),
+        *((f"models/methods/{methods.file(name).name}", name) for name in methods.names()),
         ("models/methods/new.py", "none"),
         ("models/ops/selective_scan/triton_backend.py", "none"),
     ],
@@ -88,7 +86,7 @@ def test_an_edit_leaves_no_count_known_of_the_methods_that_it_can_change(edited:
 
     def found() -> dict[str, str]:
         sources.cache_clear()
-        return {name: sources(name, tmp_path / "models", tmp_path / "rules") for name in ("mfuser", "source-only")}
+        return {name: sources(name, tmp_path / "models", tmp_path / "rules") for name in mfuser.method_names()}
 
     before = found()
     assert before == {name: sources(name) for name in before}

@@ -142,7 +142,7 @@ def test_without_a_compiler_it_says_how_to_get_one(sources: Path, monkeypatch: p
     error = fails("build", "--arch", "sm_90")
     assert error.startswith("error: nvcc is missing")
     assert "hint: CUDA's compiler comes with the toolkit" in error
-    assert "Triton's kernels serve" in error
+    assert "Triton's kernels are used" in error
 
 
 def test_without_a_gpu_it_says_to_name_one(sources: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:

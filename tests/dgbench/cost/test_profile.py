@@ -228,10 +228,10 @@ def variants(*names: str, **flags: object) -> list[str]:
 
 
 def test_a_method_stands_for_all_its_backbones_and_nothing_for_all_methods() -> None:
-    rows = {name: variants(name) for name in methods.names()}
-    for name, found in rows.items():
-        assert len(set(found)) == len(found) == len(methods.module(name).BACKBONES)
-    assert variants() == [row for found in rows.values() for row in found]
+    each = {name: variants(name) for name in methods.names()}
+    for name, rows in each.items():
+        assert len(set(rows)) == len(rows) == len(methods.module(name).BACKBONES)
+    assert variants() == [row for rows in each.values() for row in rows]
     assert {subject.size for subject in subjects()} == {(512, 512)}
 
 

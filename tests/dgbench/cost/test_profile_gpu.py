@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import mfuser
 from dgbench import cli
 from dgbench.cost.fusion import FusionProfile, profile_fusion
-from dgbench.cost.profile import Profile, Timing, profile, subjects
+from dgbench.cost.model_times import Timing
+from dgbench.cost.profile import Profile, profile, subjects
 from dgbench.cost.timing import hardware, interleaved, joules, times
 from dgbench.progress import Silent
 

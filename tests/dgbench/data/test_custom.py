@@ -317,8 +317,8 @@ def test_a_source_may_be_trained_on_in_another_split(root: Path):
         ({"ignored": [1]}, "ignored: 1 is in the label map, too"),
         ({"label_map": "train-ids"}, "ignored: the label map `train-ids` says itself what it ignores"),
         ({"foldr": "x"}, "foldr: unknown key, did you mean `folder`?"),
-        ({"name": "gta"}, "name: `gta` is a domain that dgbench has: choose another name"),
-        ({"name": "My City"}, "name: `My City` is no name for a domain"),
+        ({"name": "gta"}, "name: `gta` is a built-in domain: choose another name"),
+        ({"name": "My City"}, "name: `My City` is not a valid name of a domain"),
     ],
 )
 def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path):
@@ -329,8 +329,8 @@ def test_a_problem_reads(values: dict[str, object], problem: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("cityscapes.yaml", yaml.safe_dump(MINE), "`cityscapes` is a domain that dgbench has"),
-        ("My City.yaml", yaml.safe_dump(MINE), "`My City` is no name for a domain"),
+        ("cityscapes.yaml", yaml.safe_dump(MINE), "`cityscapes` is a built-in domain"),
+        ("My City.yaml", yaml.safe_dump(MINE), "`My City` is not a valid name of a domain"),
         ("mine.yaml", "splits: [", "mine.yaml:1: not valid YAML"),
         ("mine.yaml", "- a\n", "mine.yaml: expected `key: value` lines, got a list"),
         ("mine.yaml", "title: a\ntitle: b\n", "mine.yaml:2: not valid YAML: key `title` is given twice"),

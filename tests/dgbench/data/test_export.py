@@ -275,7 +275,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (("streets-city", "--as", "streets-world"), "`streets-world` is rendered and has no files"),
-        (("gta5", "--as", "cityscapes"), "`gta5` is not rendered"),
+        (("gta5", "--as", "cityscapes"), "`gta5` is not a rendered domain"),
         (("streets-city", "--as", "cityscape"), "did you mean `cityscapes`"),
         (("streets-city", "--as", "bdd", "--layout", "color maps"), "did you mean `colour maps`"),
         (("streets-city", "--as", "cityscapes", "--split", "test"), "`cityscapes` test cannot be scored here"),

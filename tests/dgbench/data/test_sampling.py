@@ -195,7 +195,7 @@ def test_smaller_renderings_need_the_same_share_of_the_image() -> None:
 
 
 def test_labels_without_a_class_cannot_be_sampled_by_class() -> None:
-    with pytest.raises(DataError, match="no pixel of the 4 labels is of a class, all are ignored"):
+    with pytest.raises(DataError, match="all pixels of the 4 labels are ignored"):
         RareClassSampler(np.zeros((4, 19), np.int64), 0.01, seed=0)
 
 

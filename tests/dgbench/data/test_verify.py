@@ -249,7 +249,7 @@ def test_labels_that_are_ignored_all_over_are_told(bdd: Path):
         Image.fromarray(np.full(SIZE, IGNORE, np.uint8)).save(path)
     (problem,) = problems(bdd.parent)
     assert (problem.kind, problem.file) == ("nothing labelled", "all labels")
-    assert problem.detail == "the labels hold 255 alone, and no pixel is of a class by the label map `train-ids`"
+    assert problem.detail == "the labels only hold 255, and no pixel has a class of the label map `train-ids`"
     done = run("data", "verify", "bdd", "--split", "val", "--root", str(bdd.parent))
     assert done.exit_code == 1
     assert "nothing labelled" in done.output

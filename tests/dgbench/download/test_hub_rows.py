@@ -231,7 +231,7 @@ def test_a_plan_is_told_without_a_hub_too(data: Path, tmp_path: Path) -> None:
     assert tried.returncode == 1
     # neither hides the other
     assert "no connection to http://127.0.0.1" in tried.stderr
-    assert "`acdc` is handed out in a browser only" in tried.stderr
+    assert "`acdc` can only be downloaded in a browser" in tried.stderr
 
 
 @pytest.mark.parametrize(("licence", "asked"), [(None, True), ("cc-by-nc-sa-4.0", True), ("cc-by-4.0", False), ("mit", False)])

@@ -172,7 +172,7 @@ def test_a_login_page_is_not_taken_for_the_archive(server: Server, transfer: Tra
 def test_a_place_without_a_server_is_told(transfer: Transfer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="set.zip cannot be fetched: .*refused"):
         transfer.fetch("http://127.0.0.1:9/set.zip", tmp_path / "set.zip")
-    with pytest.raises(DataError, match="is no address to download from"):
+    with pytest.raises(DataError, match="is not a valid URL"):
         transfer.fetch("ftp:/somewhere/set.zip", tmp_path / "set.zip")
 
 

@@ -93,7 +93,7 @@ def test_another_method_is_refused(tmp_path):
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, other, said):
     begun = saved(tmp_path / "model", **other)
-    with pytest.raises(CheckpointError, match=f"train.init: .* cannot be begun with: .*{said}"):
+    with pytest.raises(CheckpointError, match=f"train.init: .* cannot be started from: .*{said}"):
         fit(tmp_path / "run", f"train.init={begun}", *(["method.patch=8"] if "patch" in other else []))
 
 

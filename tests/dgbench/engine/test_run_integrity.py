@@ -190,7 +190,7 @@ def test_a_run_of_an_older_version_is_read_with_a_warning(run, caplog):
     for record in run.glob("record-*"):
         record.unlink()
     resumed = resume(run)
-    assert "damage to its files cannot be told" in caplog.text
+    assert "damage to its files cannot be detected" in caplog.text
     assert results.read(resumed.path) == resumed
     assert resumed.extra["loss"] == json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
     assert evaluate(run, ["streets-city"], progress=Silent(), device="cpu")
@@ -356,7 +356,7 @@ def test_another_number_of_threads_or_torch_is_said_when_a_training_is_gone_on_w
     path.write_text(json.dumps(made))
     manifest.seal(step(run), [path.name])
     resume(run)
-    assert f"begun with threads 31, now {torch.get_num_threads()}, torch 2.0.0, now" in caplog.text
+    assert f"started with threads 31, now {torch.get_num_threads()}, torch 2.0.0, now" in caplog.text
 
 
 def test_labels_without_a_class_are_told_before_rare_ones_are_drawn(tmp_path):

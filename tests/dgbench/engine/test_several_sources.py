@@ -140,7 +140,7 @@ def test_a_source_that_changed_is_told_when_a_training_goes_on(root: Path, train
         path.unlink()
     done = called("train", "--resume", tmp_path / "run", "--root", tmp_path / "data", "--device", "cpu", "--no-eval", "--quiet")
     assert done.exit_code == 1
-    assert "was begun on 3 rendered images of 2975 of `cityscapes` and 3 rendered images of 24966 of `gta5`" in done.output
+    assert "was started on 3 rendered images of 2975 of `cityscapes` and 3 rendered images of 24966 of `gta5`" in done.output
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def cache(tmp_path_factory):
 
 def recipe(*overrides: str, name: str = "streets/mfuser"):
     return load_recipe(name, [*SMALL, "train.steps=6", "train.checkpoint_every=3", *overrides])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a training of three steps; a test that writes takes `a_copy`."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(recipe("train.steps=3"), folder, progress=Silent(), device="cpu")
+    return folder
+
+
+@pytest.fixture
+def a_copy(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def losses(run: Path) -> list[dict]:
@@ -175,16 +189,17 @@ def _leaves(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield path, value
 
 
-def test_a_training_leaves_one_record_of_what_it_took(tmp_path):
-    record = train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
+def test_a_training_leaves_one_record_of_what_it_took(a_copy):
+    (path,) = a_copy.glob("record-*.json")
+    record = results.read(path)
     assert record.kind == "train"
-    assert results.read(record.path) == record
-    assert record.checkpoint == checkpoints.sha256(tmp_path / "checkpoint" / "step-000003")
-    assert record.extra["loss"] == losses(tmp_path)[-1]["loss"]
+    assert record.checkpoint == checkpoints.sha256(a_copy / "checkpoint" / "step-000003")
+    assert record.extra["loss"] == losses(a_copy)[-1]["loss"]
     assert record.extra["images_per_second"] > 0
     assert 0.05 < record.extra["peak_gib"] < 64
-    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
-    assert list(tmp_path.glob("record-*.json")) == [record.path]
+    again = train(recipe("train.steps=3"), a_copy, progress=Silent(), device="cpu", resume=True)
+    assert again == record
+    assert list(a_copy.glob("record-*.json")) == [path]
 
 
 def test_a_record_names_the_backends_that_ran(tmp_path, monkeypatch):
@@ -203,28 +218,25 @@ def test_a_named_backend_that_cannot_run_stops_before_anything_is_rendered(tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_leftovers_of_a_killed_checkpoint_write_are_never_read(tmp_path):
-    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
-    partial = tmp_path / "checkpoint" / ".partial-000009"
+def test_leftovers_of_a_killed_checkpoint_write_are_never_read(a_copy):
+    partial = a_copy / "checkpoint" / ".partial-000009"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
-    assert checkpoints.newest(tmp_path) == (tmp_path / "checkpoint" / "step-000003", 3)
-    checkpoints.clean(tmp_path)
+    assert checkpoints.newest(a_copy) == (a_copy / "checkpoint" / "step-000003", 3)
+    checkpoints.clean(a_copy)
     assert not partial.exists()
 
 
-def test_resuming_with_another_recipe_is_refused(tmp_path):
-    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
+def test_resuming_with_another_recipe_is_refused(a_copy):
     with pytest.raises(CheckpointError, match="the recipe differs"):
-        train(recipe("train.steps=3", "optim.lr=0.5"), tmp_path, progress=Silent(), device="cpu", resume=True)
+        train(recipe("train.steps=3", "optim.lr=0.5"), a_copy, progress=Silent(), device="cpu", resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
-    file = tmp_path / "checkpoint" / "step-000003" / "model.safetensors"
+def test_a_damaged_checkpoint_is_named(a_copy):
+    file = a_copy / "checkpoint" / "step-000003" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="step-000003 cannot be loaded"):
-        checkpoints.load_model(tmp_path)
+        checkpoints.load_model(a_copy)
 
 
 def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path):
@@ -234,14 +246,13 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on(tmp_path):
     assert "--resume" in str(error.value.hint)
 
 
-def test_resuming_on_other_images_is_refused(tmp_path):
-    train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu")
-    note = tmp_path / "checkpoint/step-000003/source.json"
+def test_resuming_on_other_images_is_refused(a_copy):
+    note = a_copy / "checkpoint/step-000003/source.json"
     assert json.loads(note.read_text()) == {"images": 6, "available": 6, "rendered": False}
     note.write_text('{"images": 9, "available": 24966, "rendered": true}')
     manifest.seal(note.parent, [note.name])
-    with pytest.raises(CheckpointError, match="was begun on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
-        train(recipe("train.steps=3"), tmp_path, progress=Silent(), device="cpu", resume=True)
+    with pytest.raises(CheckpointError, match="was started on 9 rendered images of 24966 of .*, now there are 6 images of 6"):
+        train(recipe("train.steps=3"), a_copy, progress=Silent(), device="cpu", resume=True)
 
 
 def test_a_diverging_run_stops_with_advice(tmp_path):

@@ -82,7 +82,7 @@ def test_each_operator_can_have_a_backend_of_its_own(monkeypatch):
     assert resolve("ms_deform_attn", "selective_scan=reference").name == "reference"
     with pytest.raises(BackendError, match="unknown op `scan`; there are: selective_scan"):
         resolve("ms_deform_attn", "scan=torch")
-    with pytest.raises(BackendError, match="`torch` stands without an operator, write op=name,op=name"):
+    with pytest.raises(BackendError, match="`torch` has no operator, write op=name,op=name"):
         resolve("ms_deform_attn", "selective_scan=torch,torch")
 
 

@@ -1,0 +1,190 @@
+"""Times, memory and energy of a model's forward pass and of its training step on a device.
+
+Weights are random, which cost what trained ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mfuser
+from dgbench.cost.counted import Subject, built
+from dgbench.cost.timing import Call, Times, joules, samples, times
+from dgbench.engine.device import peak_gib
+from dgbench.protocol import lookup as protocol
+from mfuser import ops
+from mfuser.segmentor import Batch, Segmentor
+
+STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
+_MOST = 64  # images at a time that the search for the best batch tries
+_GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
+
+MODEL, STEP = "model", "step"  # the calls that are timed
+What = tuple[str, int]  # the forward pass or a training step, and the images at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`batch` images at a time: milliseconds of a call, peak GiB of a GPU's memory, joules an image."""
+
+    batch: int
+    ms: Times
+    gib: float | None
+    joules: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """By the median."""
+        return 1e3 * self.batch / self.ms.median
+
+
+@dataclass
+class Taken:
+    """All that is measured of a model, over several passes: a process is fast or slow for seconds on end."""
+
+    ms: dict[What, list[float]] = field(default_factory=dict)
+    gib: dict[What, float] = field(default_factory=dict)
+    joules: dict[What, float] = field(default_factory=dict)  # an image
+    best: int | None = None  # the batch that most images a second pass at
+    backends: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    def timing(self, what: What) -> Timing | None:
+        """Sum up one thing's passes."""
+        ms = self.ms.get(what)
+        return Timing(what[1], Times.of(ms), self.gib.get(what), self.joules.get(what)) if ms else None
+
+    def measure(self, what: What, call: Call, device: torch.device, *, energy: bool = False) -> None:
+        """Time a call once more."""
+        gpu = device.type == "cuda"
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.ms[what] = self.ms.get(what, []) + samples({"": call}, device, at_most=0.25, flush=False)[""]
+        if gpu:
+            self.gib[what] = peak_gib(device)
+        if energy and what not in self.joules and (used := joules(call, device)) is not None:
+            self.joules[what] = used / what[1]
+
+
+def visit(
+    taken: Taken,
+    subject: Subject,
+    device: torch.device,
+    dtype: torch.dtype,
+    batches: Sequence[int],
+    slide: tuple[int, int] | None,
+    *,
+    compiled: bool,
+) -> None:
+    """Build a model, and measure it once."""
+    gpu = device.type == "cuda"
+    ran = ops.tally()
+    try:
+        with torch.device(device):
+            model = built(subject).to(device).eval()
+        model.check_backends()
+        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        ask = _Asked(forward, subject.size, slide, device, dtype)
+        for size in batches or (1,):
+            taken.measure((MODEL, size), ask.batch(size), device, energy=bool(batches))
+        if gpu and not batches:
+            taken.best = taken.best or _best_batch(ask, device)
+            taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
+        if gpu and slide is None:
+            taken.measure((STEP, STEP_BATCH), training_step(model, subject.size, device, dtype), device)
+    except torch.OutOfMemoryError as error:
+        taken.problem = str(error).splitlines()[0]  # what was measured before stays
+    finally:
+        model = forward = ask = None  # type: ignore[assignment]
+        if gpu:
+            torch.cuda.empty_cache()
+    taken.backends |= ops.ran_since(ran)
+
+
+class _Asked:
+    """A model's forward pass over images of one size, at any batch."""
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        crop: tuple[int, int],
+        slide: tuple[int, int] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
+        self.stride = protocol("unified").stride_of(crop)
+
+    def batch(self, size: int) -> Call:
+        """A call with that many images."""
+        images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
+
+        def call() -> Tensor:
+            # not inference_mode: nn.MultiheadAttention's products under autocast are batched there, and far slower
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                if self.slide is None:
+                    return self.model(images)
+                return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
+
+        return call
+
+
+def _best_batch(ask: _Asked, device: torch.device) -> int:
+    """The number of images at a time, a power of two, beyond which no more pass a second, or fit."""
+    best, rate, worse, size = 1, 0.0, 0, 1
+    while size <= _MOST and worse < 2:
+        try:
+            tried = size / times(ask.batch(size), device, at_most=0.1, least=5, flush=False).median
+        except RuntimeError as error:  # out of memory is one, too
+            if not isinstance(error, torch.OutOfMemoryError) and "INT_MAX" not in str(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        worse = 0 if tried > _GAIN * rate else worse + 1
+        best, rate = (size, tried) if tried > _GAIN * rate else (best, rate)
+        size *= 2
+    return best
+
+
+def training_step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
+    """A training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    model.enter_training()
+    model.to(device)
+    extra: dict[str, Tensor] = {}
+    for stream in model.extras:
+        images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
+        extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})
+    batch = Batch(*_noise(model, size, device), extra)
+    model.before_step(0, 1, _Noise(batch))  # what a method mines once
+    model.train()
+    optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
+
+    def call() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = torch.stack(list(model.loss(batch).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """Training data of one batch: `mfuser.segmentor.TrainingData`."""
+
+    batch: Batch
+
+    def batches(self, seed: int, *, augmented: bool = False) -> Iterator[Batch]:
+        """Yield it."""
+        yield self.batch
+
+
+def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    coarse = torch.randint(0, len(model.classes), (STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+    labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
+    return torch.rand(STEP_BATCH, 3, *size, device=device), labels
