@@ -360,6 +360,7 @@ def test_no_path_or_marker_of_a_developers_machine() -> None:
         "mfuser",
         "mfuser.keys",
         "mfuser.releases.mfuser",
+        "mfuser.releases.tqdm",
         "mfuser.towers.given",
         "mfuser.towers.hub",
         "mfuser.towers.weights",

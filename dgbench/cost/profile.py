@@ -7,7 +7,7 @@ Counts are of one image in evaluation mode and do not depend on the machine (`co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -118,11 +118,19 @@ def subjects(
     return found
 
 
-def _with_towers(kinds: Collection[str]) -> list[str]:
-    """Return the methods whose towers have these names."""
-    return [
-        name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(kinds)
+def _with_towers(towers: Mapping[str, str]) -> list[str]:
+    """Return the methods that take these towers; those with such options where none does, to say why."""
+
+    def takes(name: str) -> bool:
+        try:
+            return bool(_backbones(name, towers, ()))
+        except RecipeError:
+            return False
+
+    known = [
+        name for name in mfuser.method_names() if {f.name for f in dataclasses.fields(mfuser.options(name))}.issuperset(towers)
     ]
+    return [name for name in known if takes(name)] or known
 
 
 def _backbones(name: str, towers: Mapping[str, str], settings: Sequence[str]) -> list[MethodSpec]:

@@ -266,8 +266,9 @@ def score_map(visual: Tensor, text: Tensor) -> Tensor:
 
 
 def textual_loss(text: Tensor, clean: Tensor) -> Tensor:
-    """Cross entropy of which of the normalised `clean` texts (K, D) each of `text` (B, K, D) is nearest to, by cosine."""
-    near = F.normalize(text.float(), dim=-1) @ clean.float().T  # (B, K, K)
+    """Cross entropy, in fp32, of which of `clean` (K, D), normalised, each of `text` (B, K, D) is nearest to by cosine."""
+    with torch.autocast(text.device.type, enabled=False):
+        near = F.normalize(text.float(), dim=-1) @ clean.float().T  # (B, K, K)
     target = torch.arange(len(clean), device=text.device).expand(len(text), -1)
     return F.cross_entropy(near.flatten(0, 1), target.flatten())
 

@@ -40,7 +40,7 @@ RELEASES = tuple(
         source=partial(_source, vlm),
         # the copy of the tower at its start, which training alone needs; rotary tables are computed anew
         dead=(r"^reg_E0\.", r"rope\.freqs_(cos|sin)$"),
-        needs={"variant": ("release", "whose pixel decoder is narrower and whose class token of CLIP is another")},
+        needs={"variant": ("release", "whose pixel decoder is narrower, and which adds CLIP's class embedding once")},
     )
     for vlm in _IMAGE
 )

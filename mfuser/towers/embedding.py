@@ -1,4 +1,4 @@
-"""Embedding of the last tokens of one tower, or of two, in the text's space: a class for each kind of text encoder."""
+"""Embedding of the last tokens of one or two towers in the text's space: a class for each kind of text encoder."""
 
 from __future__ import annotations
 

@@ -244,7 +244,10 @@ def test_flags_choose_towers() -> None:
     assert variants("mfuser", vfm="dinov3_l") == [f"dinov3_l + {vlm}" for vlm in ("eva02", "clip", "siglip", "siglip2")]
     assert variants("mfuser", settings=["method.vlm=tiny", "method.vfm=tiny"]) == ["tiny + tiny"]
     # without names, of the methods that have such towers
-    assert variants(vlm="eva02") == ["dinov2_l + eva02"]
+    assert variants(vlm="eva02") == ["dinov2_l + eva02", "eva02"]
+    assert variants(vlm="siglip") == ["dinov2_l + siglip"]
+    with pytest.raises(RecipeError, match="vlm `nosuch` is unknown"):
+        variants(vlm="nosuch")
 
 
 def test_a_recipe_has_its_own_size_and_name_unless_told_otherwise() -> None:
