@@ -16,7 +16,7 @@ from dgbench import cli, names
 from dgbench.recipe import dump, load_recipe
 from mfuser.methods import names as method_names
 from mfuser.ops import dispatch
-from mfuser.towers.table import TOWERS, with_text
+from mfuser.towers.table import TOWERS, plain, with_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,7 +173,8 @@ def test_nobody_is_sent_to_fetch_towers_that_do_not_fit(here: Path) -> None:
 
 def test_light_names_are_those_of_the_models() -> None:
     assert names.methods() == method_names()
-    assert set(names.towers("vfm", "vlm")) == set(TOWERS)
+    assert set(names.towers("vfm", "vlm")) == set(plain())
+    assert set(names.towers("vfm", "vlm", "cnn")) == set(TOWERS)
     assert set(names.towers("vlm")) == set(with_text())
     assert (
         names.backends_as_written()
@@ -240,3 +241,19 @@ def test_every_command_has_h_and_o_and_flags_without_a_type(path: tuple[str, ...
         context = typer.Context(command, parent=context, help_option_names=["-h", "--help"])
     drawn = [param.display_type_rich(context) for param in command.get_params(context) if getattr(param, "is_flag", False)]
     assert not any(drawn)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "mfuser", "--vlm", "convnext_l_clip"),
+        ("train", "mfuser", "--vfm", "tiny_cnn"),
+        ("train", "streets/mfuser", "--set", "method.vlm=tiny_cnn"),
+        ("train", "streets/mfuser", "--set", "method.vfm=tiny_cnn"),
+        ("profile", "mfuser", "--vfm", "tiny_cnn"),
+    ],
+)
+def test_a_convolutional_tower_is_refused_where_a_transformer_is_needed(here: Path, arguments: tuple[str, ...]) -> None:
+    code, error = run(*arguments)
+    assert code == 1
+    assert "is a convolutional network" in error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mfuser.towers import hub
 from mfuser.towers.hub import DownloadError, Fetched
-from mfuser.towers.table import TOWERS, HubFile, tower
+from mfuser.towers.table import TOWERS, HubFile, Tower, tower
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,6 +140,8 @@ def _parts(name: str) -> dict[str, nn.Module]:
 
     row = tower(name)
     assert row.timm is not None
+    if row.channels:
+        return _parts_of_cnn(name, row)
     with torch.random.fork_rng(devices=[]), unfilled():
         embed = timm.create_model(row.timm, pretrained=False, num_classes=0).patch_embed
         image = VisionEncoder(name, embed.img_size, patch=embed.patch_size[0])
@@ -147,6 +149,20 @@ def _parts(name: str) -> dict[str, nn.Module]:
         if row.text is not None:
             text = TextEncoder(name, torch.zeros(1, CONTEXT_LENGTH, dtype=torch.long))
             parts |= {"head": EMBEDDINGS[row.text.embedding](image, image, text.dim), "text": text.tower}
+    return parts
+
+
+def _parts_of_cnn(name: str, row: Tower) -> dict[str, nn.Module]:
+    import torch
+
+    from mfuser.towers.cnn import CNNEncoder
+    from mfuser.towers.meta import unfilled
+    from mfuser.towers.text import prompt_tower
+
+    with torch.random.fork_rng(devices=[]), unfilled():
+        parts: dict[str, nn.Module] = {"trunk": CNNEncoder(name).trunk}
+        if row.text is not None:
+            parts["text"] = prompt_tower(name)
     return parts
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mfuser.towers.key_rules import EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
+from mfuser.towers.key_rules import CLIP_CNN_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -67,7 +67,8 @@ class TextTower:
     open_clip: str | None  # configuration name; None: the tiny tower
     contexts: int  # context rows that the release learns
     tokenizer: str | HubFile  # open_clip's model whose tokenizer is used, or a vocabulary that open_clip does not bring along
-    embedding: Literal["sum", "projected", "pooled"]  # a row of mfuser.towers.embedding.EMBEDDINGS
+    # a row of mfuser.towers.embedding.EMBEDDINGS; none: the image tower's maps are never brought to the text's space
+    embedding: Literal["sum", "projected", "pooled", "none"]
     causal: bool = True
     pad: int = 0  # padding id of a tokenizer from a file
 
@@ -77,7 +78,7 @@ class Tower:
     """One row of TOWERS."""
 
     timm: str | None  # model name; None: built from `options` alone, and trained from scratch
-    patch: int
+    patch: int  # pixels of a token's side; of a convolutional tower, the stride of its coarsest map
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
@@ -89,10 +90,13 @@ class Tower:
     text: TextTower | None = None
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
+    channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
 
     @property
-    def role(self) -> Literal["vfm", "vlm", "both"]:
-        """Its role: foundation tower, vision-language tower, or, trained from scratch, either."""
+    def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
+        """Its role: foundation tower, vision-language tower, or, trained from scratch, either; or convolutional network."""
+        if self.channels:
+            return "cnn"
         return "both" if self.timm is None else "vlm" if self.text else "vfm"
 
     @property
@@ -320,6 +324,31 @@ TOWERS: dict[str, Tower] = {
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
+    # convolutional networks, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
+    "convnext_l_clip": Tower(
+        "convnext_large",
+        32,
+        *_CLIP,
+        width=1536,
+        depth=36,
+        weights=HubFile(
+            "laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup", "open_clip_pytorch_model.safetensors", 1.4, "MIT"
+        ),
+        keys=CLIP_CNN_FILE,
+        dead=(r"^visual\.trunk\.head\.", r"^visual\.head\.", *_SCALARS),
+        text=TextTower("convnext_large_d_320", 0, "convnext_large_d_320", "none"),
+        channels=(192, 384, 768, 1536),
+    ),
+    "tiny_cnn": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
+        width=96,
+        depth=4,
+        text=TextTower(None, 0, "ViT-B-16", "none"),
+        channels=(32, 48, 64, 96),
+    ),
 }
 
 TIMM = "timm:"  # prefix of a timm model's name
@@ -327,8 +356,13 @@ _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transf
 
 
 def with_text() -> list[str]:
-    """Return the towers that also have a text encoder and can be used as `vlm`."""
-    return [name for name, row in TOWERS.items() if row.text]
+    """Return the plain transformers that also have a text encoder and can be used as `vlm`."""
+    return [name for name, row in TOWERS.items() if row.text and not row.channels]
+
+
+def plain() -> list[str]:
+    """Return the plain transformers, which can be used as `vfm`."""
+    return [name for name, row in TOWERS.items() if not row.channels]
 
 
 def tower(name: str) -> Tower:

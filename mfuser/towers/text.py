@@ -101,6 +101,32 @@ class TextEncoder(nn.Module):
         return out
 
 
+def prompt_tower(name: str, *, length: int = 0, dim: int = 64) -> Any:
+    """Return an open_clip text tower with all its positions, for prompts.
+
+    Args:
+        length, dim: positions, and width of the embeddings, of a tower trained from scratch; published ones have their own.
+    """
+    from open_clip import get_model_config
+    from open_clip.model import CLIPTextCfg, _build_text_tower
+
+    row = _text_tower(name)
+    config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim, "text_cfg": _TINY}
+    settings = dict(config["text_cfg"]) | ({} if row.open_clip else {"context_length": length})
+    with unfilled() if row.open_clip else nullcontext():
+        return _build_text_tower(config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False))
+
+
+def prompt_ids(name: str, prompts: Sequence[str]) -> Tensor:
+    """Return token ids (N, L) of prompts by a tower's tokenizer, which must come with open_clip; L is that of the longest."""
+    from open_clip import get_tokenizer
+
+    tokenizer = _text_tower(name).tokenizer
+    assert isinstance(tokenizer, str)
+    ids: Tensor = get_tokenizer(tokenizer)(list(prompts))
+    return ids[:, : int((ids != 0).sum(1).max())].contiguous()
+
+
 def _text_tower(name: str) -> TextTower:
     row = TOWERS[name].text if name in TOWERS else None
     if row is None:
