@@ -86,7 +86,7 @@ class MaskDecoder(nn.Module):
         places = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
         normed = self.post_norm(queries)
         masks = self._masks(normed, mask_features)
-        outputs = [] if last else [(self.cls_embed(normed), masks)]
+        outputs = [] if last else [(self._classes(normed, masks, mask_features), masks)]
         for i, layer in enumerate(self.layers):
             scale = i % len(maps)
             blocked = self._blocked(masks, sizes[scale])
@@ -94,8 +94,13 @@ class MaskDecoder(nn.Module):
             normed = self.post_norm(queries)
             masks = self._masks(normed, mask_features)
             if not last:
-                outputs.append((self.cls_embed(normed), masks))
-        return outputs or [(self.cls_embed(normed), masks)]
+                outputs.append((self._classes(normed, masks, mask_features), masks))
+        return outputs or [(self._classes(normed, masks, mask_features), masks)]
+
+    def _classes(self, normed: Tensor, masks: Tensor, mask_features: Tensor) -> Tensor:
+        """Return class logits (B, Q, K + 1) of queries (B, Q, D); a subclass can use their masks (B, Q, h, w) as well."""
+        logits: Tensor = self.cls_embed(normed)
+        return logits
 
     def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
         return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)

@@ -26,7 +26,8 @@ class LearnedQueries(nn.Module):
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
         """Queries (B, Q, D) and positions (Q, D) for `batch` images."""
-        return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight
+        # copies: torch's FlopCounterMode fails on a module that returns a view of a parameter
+        return self.query_feat.weight.repeat(batch, 1, 1), self.query_embed.weight.clone()
 
 
 class TextMaskDecoder(MaskDecoder):

@@ -38,7 +38,7 @@ def fill(module: nn.Module) -> None:
 
 def test_masks_of_learned_queries_equal_the_authors():
     # CLOUDS' decoder is Mask2Former's but for the classes, which no mask depends on
-    goldens = numbers("clouds_decoder")
+    goldens = numbers("clouds")
     decoder, queries = MaskDecoder(dim=32, layers=3, heads=4, ffn_dim=64).eval(), LearnedQueries(7, 32)
     fill(decoder)
     fill(queries)
