@@ -23,12 +23,19 @@ class Extra:
     """A stream of further training images that a method declares; `data.extra` of a recipe gives their location.
 
     A step has as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
-    `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore.
+    `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore; with `segments`, `batch.extra[f"{name}_segments"]`,
+    (B, H, W), the number of each pixel's segment, 255 = none, without a class.
     """
 
     name: str
     size: Literal["crop"] | tuple[int, int] = "crop"  # (H, W), or that of the training crop
     labels: bool = False
+    segments: bool = False  # in place of labels
+
+    @property
+    def beside(self) -> str:
+        """The folder beside the images, and what is behind the name in a batch: `labels`, `segments`, or "" for neither."""
+        return "labels" if self.labels else "segments" if self.segments else ""
 
 
 @dataclass

@@ -157,7 +157,7 @@ def training_step(model: Segmentor, size: tuple[int, int], device: torch.device,
     extra: dict[str, Tensor] = {}
     for stream in model.extras:
         images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
-        extra |= {stream.name: images} | ({f"{stream.name}_labels": labels} if stream.labels else {})
+        extra |= {stream.name: images} | ({f"{stream.name}_{stream.beside}": labels} if stream.beside else {})
     batch = Batch(*_noise(model, size, device), extra)
     model.before_step(0, 1, _Noise(batch))  # what a method mines once
     model.train()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset, read_image
-from dgbench.data.decode import read_label
+from dgbench.data.decode import read_label, read_stored
 from dgbench.data.images import SUFFIXES
 from dgbench.data.labels import named
 from dgbench.data.sampling import UniformSampler
@@ -39,11 +39,11 @@ _LABEL_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The images of one stream, and their labels if it has some."""
+    """The images of one stream, and their labels or segments if it has some."""
 
     name: str
     size: tuple[int, int]  # (H, W) to which they are cropped
-    labels: bool
+    beside: str  # what comes with each image: `labels`, `segments`, or "" for nothing
     source: SegDataset | Sequence[tuple[Path, Path | None]]  # a domain, or files of images and labels
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Stream:
             self.source.prepare(progress)
 
     def crop(self, index: int, rng: np.random.Generator) -> tuple[Pixels, Pixels | None]:
-        """Return an image (H, W, 3) of the stream's size, and its label (H, W).
+        """Return an image (H, W, 3) of the stream's size, and its label or segments (H, W).
 
         The image is resized so that its shorter side just covers the size, and cropped at random.
 
@@ -82,7 +82,7 @@ class Stream:
 
     def _read(self, index: int) -> tuple[Pixels, Pixels | None]:
         if isinstance(self.source, SegDataset):
-            if self.labels:
+            if self.beside:
                 sample = self.source[index]
                 return sample.image, sample.label
             return self.source.image(index), None
@@ -90,7 +90,7 @@ class Stream:
         image = read_image(path)
         if label_path is None:
             return image, None
-        label = read_label(label_path, named("train-ids"))
+        label = read_label(label_path, named("train-ids")) if self.beside == "labels" else _numbers(label_path)
         if label.shape != image.shape[:2]:
             raise DataError(
                 f"{path} is {image.shape[0]}x{image.shape[1]} (H x W), but its label {label_path} is "
@@ -129,10 +129,12 @@ def streams(
         )
     if missing := [extra for extra in declared if extra.name not in given]:
         named_ = ", ".join(f"`{extra.name}`" for extra in missing)
-        what = "a folder with images/ and labels/" if missing[0].labels else "a folder of images"
+        beside = missing[0].beside
+        what = f"a folder with images/ and {beside}/" if beside else "a folder of images"
+        also = "" if missing[0].segments else ", or a domain's name"
         raise RecipeError(
             f"`{method}` trains with further images, but data.extra does not say where {named_} are",
-            f"--set data.extra.{missing[0].name}=PATH, {what}, or a domain's name",
+            f"--set data.extra.{missing[0].name}=PATH, {what}{also}",
         )
     return [_stream(extra, given[extra.name], method, crop, targets, root, domains) for extra in declared]
 
@@ -157,16 +159,19 @@ def _stream(
             raise DataError(f"{what}: {place} {problem}", f"give a folder of {extra.name} images, or a domain's name") from None
         if row.name in targets:
             raise RecipeError(f"{what}: `{row.name}` is one of the targets, which must be unseen", "name another one")
-        return Stream(extra.name, size, extra.labels, SegDataset(row, "train", root=root))
-    if not extra.labels:
+        if extra.segments:
+            raise RecipeError(f"{what}: the domain `{row.name}` has no segments", "give a folder with images/ and segments/")
+        return Stream(extra.name, size, extra.beside, SegDataset(row, "train", root=root))
+    beside, are = extra.beside, "of train ids" if extra.labels else "of segments' numbers"
+    if not beside:
         files = _files(folder, SUFFIXES)
         if not files:
             raise DataError(f"{what}: no image in {folder}", f"images end in {', '.join(SUFFIXES)}")
-        return Stream(extra.name, size, False, [(path, None) for path in files])
-    images, labels = folder / "images", folder / "labels"
+        return Stream(extra.name, size, "", [(path, None) for path in files])
+    images, labels = folder / "images", folder / beside
     for part in (images, labels):
         if not part.is_dir():
-            raise DataError(f"{what}: {folder} has no folder {part.name}/", "it should hold images/ and labels/, of train ids")
+            raise DataError(f"{what}: {folder} has no folder {part.name}/", f"it should hold images/ and {beside}/, {are}")
     by_stem = {path.relative_to(labels).with_suffix(""): path for path in _files(labels, _LABEL_SUFFIXES)}
     pairs = [(path, by_stem.get(path.relative_to(images).with_suffix(""))) for path in _files(images, SUFFIXES)]
     if not pairs:
@@ -174,9 +179,17 @@ def _stream(
     if alone := [path for path, label in pairs if label is None]:
         raise DataError(
             f"{what}: {len(alone)} of {len(pairs)} images have no label in {labels}, the first is {alone[0]}",
-            f"each needs a file of train ids of the same name, {alone[0].stem}.png",
+            f"each needs a file {are} of the same name, {alone[0].stem}.png",
         )
-    return Stream(extra.name, size, True, pairs)
+    return Stream(extra.name, size, beside, pairs)
+
+
+def _numbers(path: Path) -> Pixels:
+    """Segments' numbers of a file of 8 bits, as it stores them."""
+    stored = read_stored(path, named("train-ids"))
+    if stored.max() > 255:
+        raise DataError(f"{path} holds segments up to {stored.max()}, expected 0 to 254, and 255 for none", "make it of 8 bits")
+    return stored.astype(np.uint8)
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -201,7 +214,7 @@ class WithExtras(torch.utils.data.Dataset[tuple[Tensor, Tensor, dict[str, Tensor
             image, label = stream.crop(index, np.random.default_rng([seed, 2, position]))
             extra[stream.name] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
             if label is not None:
-                extra[f"{stream.name}_labels"] = torch.from_numpy(np.ascontiguousarray(label))
+                extra[f"{stream.name}_{stream.beside}"] = torch.from_numpy(np.ascontiguousarray(label))
         return *self.view[position], extra
 
 

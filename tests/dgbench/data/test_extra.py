@@ -15,7 +15,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, WithExtras, streams
 from dgbench.data.sampling import UniformSampler
 from dgbench.data.transforms import Augmentation, TrainView
-from dgbench.errors import DataError
+from dgbench.errors import DataError, RecipeError
 from mfuser.segmentor import Extra
 
 CROP = (32, 48)
@@ -104,3 +104,28 @@ def test_a_pair_of_two_sizes_and_an_image_without_a_label_are_named(tmp_path):
     (tmp_path / "labels" / "1.png").unlink()
     with pytest.raises(DataError, match="1 of 2 images have no label in .*labels, the first is .*1.png"):
         opened(tmp_path, labels=True)
+
+
+def test_segments_come_by_their_numbers_and_stay_with_their_pixels(tmp_path):
+    folder(tmp_path, [(32, 90)])
+    (tmp_path / "labels").rename(tmp_path / "segments")
+    numbers = np.arange(32 * 90, dtype=np.uint32).reshape(32, 90) % 256  # beyond any train id
+    Image.fromarray(numbers.astype(np.uint8)).save(tmp_path / "segments" / "0.png")
+    Image.fromarray(np.stack([numbers.astype(np.uint8)] * 3, 2)).save(tmp_path / "images" / "0.png")
+    stream = opened(tmp_path, segments=True)
+    image, found = stream.crop(0, np.random.default_rng(1))
+    assert np.array_equal(image[..., 0], found)
+    assert set(view(stream)[0][2]) == {"wild", "wild_segments"}
+
+
+def test_segments_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(DataError, match="has no folder segments/") as caught:
+        opened(folder(tmp_path, [(40, 60)]), segments=True)
+    assert caught.value.hint == "it should hold images/ and segments/, of segments' numbers"
+    with pytest.raises(RecipeError, match="the domain `streets-game` has no segments"):
+        opened("streets-game", segments=True)
+    Image.fromarray(np.full((40, 60), 300, np.uint16)).save(tmp_path / "wide.png")
+    (tmp_path / "labels").rename(tmp_path / "segments")
+    (tmp_path / "wide.png").rename(tmp_path / "segments" / "0.png")
+    with pytest.raises(DataError, match="0.png"):
+        opened(tmp_path, segments=True).crop(0, np.random.default_rng(0))
