@@ -241,3 +241,19 @@ def test_every_command_has_h_and_o_and_flags_without_a_type(path: tuple[str, ...
         context = typer.Context(command, parent=context, help_option_names=["-h", "--help"])
     drawn = [param.display_type_rich(context) for param in command.get_params(context) if getattr(param, "is_flag", False)]
     assert not any(drawn)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "mfuser", "--vlm", "convnext_l_clip"),
+        ("train", "mfuser", "--vfm", "tiny_cnn"),
+        ("train", "streets/mfuser", "--set", "method.vlm=tiny_cnn"),
+        ("train", "streets/mfuser", "--set", "method.vfm=tiny_cnn"),
+        ("profile", "mfuser", "--vfm", "tiny_cnn"),
+    ],
+)
+def test_a_convolutional_tower_is_refused_where_a_transformer_is_needed(here: Path, arguments: tuple[str, ...]) -> None:
+    code, error = run(*arguments)
+    assert code == 1
+    assert "is a convolutional network" in error
