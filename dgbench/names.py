@@ -24,10 +24,11 @@ def methods() -> list[str]:
 
 
 def towers(*roles: str) -> list[str]:
-    """Return the towers of these roles, `vfm` or `vlm`; those that are trained from scratch have both."""
+    """Return the towers of these roles, `vfm`, `vlm` or `cnn`; transformers that are trained from scratch have the first two."""
     from mfuser.towers.table import TOWERS
 
-    return [name for name, row in TOWERS.items() if row.role in (*roles, "both")]
+    roles = (*roles, "both") if {"vfm", "vlm"} & {*roles} else roles
+    return [name for name, row in TOWERS.items() if row.role in roles]
 
 
 def backends() -> dict[str, list[str]]:
@@ -72,11 +73,17 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
         if name.endswith((".yaml", ".yml")):
             raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
         raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
-    any_tower = towers("vfm", "vlm")
-    for kind, tower, known in (("vlm", vlm, towers("vlm")), ("vfm", vfm, any_tower), ("backbone", backbone, any_tower)):
+    plain = towers("vfm", "vlm")
+    for kind, tower, known in (
+        ("vlm", vlm, towers("vlm")),
+        ("vfm", vfm, plain),
+        ("backbone", backbone, towers("vfm", "vlm", "cnn")),
+    ):
         if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind != "vlm"):
             continue
         hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind != "vlm" else "")
+        if tower.casefold() in towers("cnn"):
+            raise RecipeError(f"`{tower}` is a network of convolutions, which is no {kind}", hint)
         without = kind == "vlm" and tower.casefold() in towers("vfm")
         raise RecipeError(f"`{tower}` has no text tower" if without else f"{kind} `{tower}` is unknown", hint)
 

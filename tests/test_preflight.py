@@ -16,7 +16,7 @@ from dgbench import cli, names
 from dgbench.recipe import dump, load_recipe
 from mfuser.methods import names as method_names
 from mfuser.ops import dispatch
-from mfuser.towers.table import TOWERS, with_text
+from mfuser.towers.table import TOWERS, plain, with_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -173,7 +173,8 @@ def test_nobody_is_sent_to_fetch_towers_that_do_not_fit(here: Path) -> None:
 
 def test_light_names_are_those_of_the_models() -> None:
     assert names.methods() == method_names()
-    assert set(names.towers("vfm", "vlm")) == set(TOWERS)
+    assert set(names.towers("vfm", "vlm")) == set(plain())
+    assert set(names.towers("vfm", "vlm", "cnn")) == set(TOWERS)
     assert set(names.towers("vlm")) == set(with_text())
     assert (
         names.backends_as_written()

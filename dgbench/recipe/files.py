@@ -163,12 +163,12 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
     from mfuser.methods import option_names
-    from mfuser.towers.table import TIMM, TOWERS, with_text
+    from mfuser.towers.table import TIMM, TOWERS, plain, with_text
 
     if kind not in option_names(method):
         keys = ", ".join(f"method.{key}" for key in option_names(method) if key in TOWER_OPTIONS)
         raise RecipeError(f"`{method}` has no {kind}, which --{kind} {name} would set", f"by --set it takes: {keys or 'none'}")
-    known = with_text() if kind == "vlm" else list(TOWERS)
+    known = {"vlm": with_text, "vfm": plain}.get(kind, lambda: list(TOWERS))()
     as_known = spelled(name, known)
     if as_known is not None:
         return as_known
@@ -176,6 +176,8 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
         return name
     if name in TOWERS:
         choice = ", ".join(sorted(known))
+        if TOWERS[name].channels:
+            raise RecipeError(f"--{kind} {name} is a network of convolutions", f"choose from {choice}")
         raise RecipeError(f"--vlm {name} has no text tower", f"choose from {choice}; other towers are for --vfm")
     message, hint = unknown("tower", name, known)
     also = f", or {TIMM}<model>" if kind != "vlm" and hint.startswith("choose") else ""

@@ -61,7 +61,7 @@ def spell(content: dict[str, Any]) -> None:
 def check_names(content: Mapping[str, Any]) -> list[Problem]:
     """Return problems of a method's name, its keys and its towers, as far as possible without importing torch."""
     from mfuser.methods import backbone_names, names, option_names
-    from mfuser.towers.table import TIMM, TOWERS, with_text
+    from mfuser.towers.table import TIMM, TOWERS, plain, with_text
 
     method = content.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
@@ -80,12 +80,14 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
             more = f"did you mean `{close}`?" if close else f"choose from {', '.join(sorted(known))}"
             problems.append(Problem(("method", key), f"unknown key, {more}"))
         elif key in TOWER_OPTIONS:
-            towers = sorted(with_text() if key == "vlm" else TOWERS)
+            towers = sorted({"vlm": with_text, "vfm": plain}.get(key, lambda: list(TOWERS))())
             if not isinstance(value, str):
                 problems.append(Problem(("method", key), f"expected the name of a tower, got {shown(value)}"))
             elif value not in (*towers, *backbone_names(name)) and (key == "vlm" or not value.startswith(TIMM)):
                 textless = value in TOWERS or value.startswith(TIMM)
                 more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
+                if value in TOWERS and TOWERS[value].channels:
+                    more = f"`{value}` is a network of convolutions, which is no {key}"
                 close = suggest(value, towers)
                 also = f", or {TIMM}<model>" if key != "vlm" else ""
                 more += f", did you mean `{close}`?" if close else f"; choose from {', '.join(towers)}{also}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mfuser.towers import hub
 from mfuser.towers.hub import DownloadError, Fetched
-from mfuser.towers.table import TOWERS, HubFile, tower
+from mfuser.towers.table import TOWERS, HubFile, Tower, tower
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,6 +140,8 @@ def _parts(name: str) -> dict[str, nn.Module]:
 
     row = tower(name)
     assert row.timm is not None
+    if row.channels:
+        return _parts_of_cnn(row)
     with torch.random.fork_rng(devices=[]), unfilled():
         embed = timm.create_model(row.timm, pretrained=False, num_classes=0).patch_embed
         image = VisionEncoder(name, embed.img_size, patch=embed.patch_size[0])
@@ -148,6 +150,16 @@ def _parts(name: str) -> dict[str, nn.Module]:
             text = TextEncoder(name, torch.zeros(1, CONTEXT_LENGTH, dtype=torch.long))
             parts |= {"head": EMBEDDINGS[row.text.embedding](image, image, text.dim), "text": text.tower}
     return parts
+
+
+def _parts_of_cnn(row: Tower) -> dict[str, nn.Module]:
+    import timm
+    import torch
+
+    from mfuser.towers.meta import unfilled
+
+    with torch.random.fork_rng(devices=[]), unfilled():
+        return {"trunk": timm.create_model(row.timm, pretrained=False, num_classes=0, **row.options)}
 
 
 def _read(path: Path, device: str) -> Mapping[str, Tensor]:

@@ -77,7 +77,7 @@ class Tower:
     """One row of TOWERS."""
 
     timm: str | None  # model name; None: built from `options` alone, and trained from scratch
-    patch: int
+    patch: int  # pixels of a token's side; of a convolutional tower, the stride of its coarsest map
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
@@ -89,10 +89,13 @@ class Tower:
     text: TextTower | None = None
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
+    channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
 
     @property
-    def role(self) -> Literal["vfm", "vlm", "both"]:
-        """Its role: foundation tower, vision-language tower, or, trained from scratch, either."""
+    def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
+        """Its role: foundation tower, vision-language tower, or, trained from scratch, either; or a network of convolutions."""
+        if self.channels:
+            return "cnn"
         return "both" if self.timm is None else "vlm" if self.text else "vfm"
 
     @property
@@ -104,6 +107,10 @@ class Tower:
 
 def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> HubFile:
     return HubFile(f"timm/{model}", "model.safetensors", gigabytes, licence)
+
+
+def _resnet_file(model: str, gigabytes: float) -> HubFile:
+    return HubFile(f"timm/{model}.tv_in1k", "model.safetensors", gigabytes, "BSD-3-Clause")
 
 
 def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
@@ -320,6 +327,47 @@ TOWERS: dict[str, Tower] = {
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
+    # ResNets, see `mfuser.towers.resnet`: torchvision's first weights (IMAGENET1K_V1), without their classifier
+    "resnet18": Tower(
+        "resnet18",
+        32,
+        *_IMAGENET,
+        width=512,
+        depth=8,
+        weights=_resnet_file("resnet18", 0.047),
+        dead=(r"^fc\.",),
+        channels=(64, 128, 256, 512),
+    ),
+    "resnet50": Tower(
+        "resnet50",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=16,
+        weights=_resnet_file("resnet50", 0.1),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
+    "resnet101": Tower(
+        "resnet101",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=33,
+        weights=_resnet_file("resnet101", 0.18),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
+    # trained from scratch on streets-*
+    "resnet_tiny": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
+        width=96,
+        depth=4,
+        channels=(32, 48, 64, 96),
+    ),
 }
 
 TIMM = "timm:"  # prefix of a timm model's name
@@ -327,8 +375,13 @@ _FAMILIES = ("vision_transformer", "eva", "deit")  # its modules of plain transf
 
 
 def with_text() -> list[str]:
-    """Return the towers that also have a text encoder and can be used as `vlm`."""
-    return [name for name, row in TOWERS.items() if row.text]
+    """Return the plain transformers that also have a text encoder and can be used as `vlm`."""
+    return [name for name, row in TOWERS.items() if row.text and not row.channels]
+
+
+def plain() -> list[str]:
+    """Return the plain transformers, which can be used as `vfm`."""
+    return [name for name, row in TOWERS.items() if not row.channels]
 
 
 def tower(name: str) -> Tower:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.towers.meta import unfilled
-from mfuser.towers.table import tower
+from mfuser.towers.table import plain, tower
 
 
 class ConvStem(nn.Module):
@@ -93,6 +93,8 @@ class VisionEncoder(nn.Module):
         from timm.models.vision_transformer import VisionTransformer
 
         row = tower(name)
+        if row.channels:
+            raise ValueError(f"`{name}` is a network of convolutions, and no plain transformer; choose from {', '.join(plain())}")
         self.name, self.patch = name, patch or row.patch
         self.grid = (image_size[0] // self.patch, image_size[1] // self.patch)
         covered = (self.grid[0] * self.patch, self.grid[1] * self.patch)
