@@ -26,7 +26,7 @@ FIDELITY = "exact"
 BACKBONES = (
     {"backbone": "resnet101"},
     {"backbone": "resnet50"},
-    {"backbone": "resnet_tiny"},
+    {"backbone": "tiny_resnet"},
 )
 TOWERS = {"backbone": {"trunk": "encoder.trunk"}}
 
@@ -38,14 +38,14 @@ class Options:
     """What a model is built from."""
 
     backbone: str = "resnet101"  # a ResNet among mfuser.towers.table.TOWERS
-    decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head; None: 256, with resnet_tiny 64
+    decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head; None: 256, with tiny_resnet 64
     image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window
 
     def __post_init__(self) -> None:
         if self.backbone not in resnets():
             raise ValueError(f"backbone `{self.backbone}` is no ResNet; choose from {', '.join(resnets())}")
         if self.decoder_dim is None:
-            object.__setattr__(self, "decoder_dim", 64 if self.backbone == "resnet_tiny" else 256)
+            object.__setattr__(self, "decoder_dim", 64 if self.backbone == "tiny_resnet" else 256)
 
 
 class ERM(Segmentor):

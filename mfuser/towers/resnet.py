@@ -100,7 +100,7 @@ class ResNetEncoder(nn.Module):
 
 def resnets() -> list[str]:
     """Return the ResNets of the table of towers."""
-    return [name for name, row in TOWERS.items() if row.channels and name.startswith("resnet")]
+    return [name for name, row in TOWERS.items() if row.channels and "resnet" in (row.timm or name)]
 
 
 def _dilate(stage: nn.Module, dilation: int) -> None:

@@ -359,7 +359,7 @@ TOWERS: dict[str, Tower] = {
         channels=(256, 512, 1024, 2048),
     ),
     # trained from scratch on streets-*
-    "resnet_tiny": Tower(
+    "tiny_resnet": Tower(
         None,
         32,
         *_IMAGENET,
