@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mfuser.decoder.deeplab import AuxiliaryHead, DeepLabV3Plus, pixel_loss, resized
-from mfuser.keys import Source, renamed
-from mfuser.releases import Release
+from mfuser.releases import Release, robustnet
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.key_rules import Rules
 from mfuser.towers.resnet import ResNetEncoder, resnets
 
 TITLE = "ERM (DeepLabV3+)"
@@ -85,34 +83,7 @@ class ERM(Segmentor):
 
 
 MODEL = ERM
-
-_RULES: Rules = [
-    (r"^encoder\.trunk\.conv1\.", "layer0.0."),
-    (r"^encoder\.trunk\.bn1\.", "layer0.1."),
-    (r"^encoder\.trunk\.", ""),
-    (r"^decoder\.", ""),
-    (r"^aux\.", "dsn."),
-    (r"^", "module."),  # saved from DistributedDataParallel
-]
-
-
-def _source(name: str) -> Source:
-    return renamed(name, _RULES)
-
-
-_MARKS = ("module.layer0.1.weight", "module.aspp.features.3.0.weight", "module.bot_fine.0.weight", "module.dsn.4.weight")
-RELEASES = (
-    Release(
-        options={"backbone": "resnet101"},
-        recipe="erm/resnet101-gta",
-        marks=(*_MARKS, "module.layer3.22.conv3.weight"),
-        source=_source,
-    ),
-    Release(
-        options={"backbone": "resnet50"},
-        recipe="erm/resnet50-gta",
-        marks=(*_MARKS, "module.layer3.5.conv3.weight"),
-        lacks=("module.layer3.6.conv1.weight",),
-        source=_source,
-    ),
+RELEASES = tuple(
+    Release({"backbone": name}, f"erm/{name}-gta", marks, robustnet.source, lacks=(*robustnet.LACKS[name], robustnet.STYLES))
+    for name, marks in robustnet.MARKS.items()
 )
