@@ -104,7 +104,7 @@ class SHADE(Segmentor):
     @torch.no_grad()
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
         """Choose the basis: before the first step and then every `style_epochs` epochs, but not in the last 5 % of the steps."""
-        styles = self.training_only["styles"]
+        styles = self._styles()
         epoch = int(styles.epoch)
         if epoch and (step % (self.style_epochs * epoch) or step >= 0.95 * steps):
             return
@@ -143,9 +143,14 @@ class SHADE(Segmentor):
             "loss_retrospection": retrospection(maps[3].float(), taught.float(), train_ids(labels, len(self.classes))),
         }
 
+    def _styles(self) -> Styles:
+        styles = self.training_only["styles"]
+        assert isinstance(styles, Styles)
+        return styles
+
     def _hallucinated(self, x: Tensor) -> Tensor:
         """Return the map (B, C, h, w) with a drawn style for each image."""
-        styles = self.training_only["styles"]
+        styles = self._styles()
         # in fp32: draws of so small a concentration underflow in 16 bits
         concentration = torch.full((x.shape[1],), self.concentration, device=x.device)
         weights = torch.distributions.Dirichlet(concentration).sample((len(x),))
