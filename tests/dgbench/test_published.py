@@ -91,8 +91,8 @@ def test_numbers_keep_the_digits_they_were_printed_with(capsys: pytest.CaptureFi
     assert re.search(r"^pub  Vireo +DINOv2-L +70\.69 +62\.91 +69\.63 +\(67\.74\) +half +own", text, re.MULTILINE)
 
 
-def test_rows_of_mfuser_name_recipes_that_are_there() -> None:
+def test_rows_name_recipes_that_are_there() -> None:
     recipes = {row["recipe"] for table in TABLES for row in table["rows"] if "recipe" in row}
     folder = Path(__file__).parents[2] / "recipes"
-    assert len(recipes) == 6
+    assert len([name for name in recipes if name.startswith("mfuser/")]) == 6
     assert all((folder / f"{name}.yaml").is_file() for name in recipes)
