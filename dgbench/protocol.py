@@ -48,7 +48,7 @@ class Protocol:
     # the size at which the model sees the image; by default that of the file
     fit: Mapping[str, Size] = field(default_factory=dict)  # domain -> (H, W) box, aspect ratio kept (mmcv's rescale)
     short_edge: int | None = None  # every image's short edge is resized to this (detectron2's)
-    resize: Literal["opencv-bilinear", "pillow-bilinear"] = "opencv-bilinear"  # OpenCV's has no antialiasing
+    resize: Literal["opencv-bilinear", "pillow-bilinear", "pillow-bicubic"] = "opencv-bilinear"  # OpenCV's has no antialiasing
     label_grid: Literal["original", "resized"] = "original"  # resized: the label is resized to the image's size, nearest
 
     # how the model is applied to the image
@@ -113,6 +113,7 @@ _VLTSEG = Protocol(
     stride=768 / 1024,
     fit={"cityscapes": (1024, 2048), "bdd100k": (1024, 2048), "mapillary": (1024, 2048), "acdc": (1080, 1920)},
 )
+_HALF_SIZE = dict.fromkeys(("cityscapes", "bdd100k", "mapillary", "acdc"), (512, 1024))
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -167,6 +168,16 @@ PROTOCOLS: dict[str, Protocol] = {
             absent_classes="unlabelled",
         ),
         Protocol("robustnet", "RobustNet, WildNet, SHADE (ResNet), FAMix", square={"mapillary": 1536}, window="whole"),
+        Protocol("tldr", "TLDR: whole images at their stored size", window="whole"),
+        Protocol("shade-mit", "SHADE with MiT-B5: whole images within 1024x512", window="whole", fit=_HALF_SIZE),
+        Protocol(
+            "san-saw",
+            "SAN-SAW: images and labels at 1024x512",
+            fit=_HALF_SIZE,
+            resize="pillow-bicubic",
+            label_grid="resized",
+            window="whole",
+        ),
         # SYNTHIA has 16 of the classes
         replace(_UNIFIED, name="unified-16", follows="unified, SYNTHIA's 16 classes", classes=16),
         replace(_UNIFIED, name="unified-13", follows="unified, 13 of them", classes=13),

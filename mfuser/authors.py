@@ -84,7 +84,7 @@ def recognise(state: Mapping[str, torch.Tensor]) -> list[tuple[str, Release]]:
     Raises: ValueError if it is of none.
     """
     known = [(name, release) for name in methods.names() for release in methods.releases(name)]
-    found = [(name, release) for name, release in known if all(mark in state for mark in release.marks)]
+    found = [(name, release) for name, release in known if release.marked(state)]
     if not found:
         kinds = ", ".join(dict.fromkeys(f"`{name}`" for name, _ in known))
         raise ValueError(
@@ -170,7 +170,7 @@ def release_of(model: Segmentor, state: Mapping[str, torch.Tensor] | None = None
                 )
     fitting = [row for row in releases if all(model.options.get(option) == value for option, value in row.options.items())]
     if fitting:
-        marked = [row for row in fitting if state is not None and all(mark in state for mark in row.marks)]
+        marked = [row for row in fitting if state is not None and row.marked(state)]
         return _fullest(fitting[0], marked) if marked else fitting[0]
     mine = " + ".join(str(model.options.get(option)) for option in releases[0].options)
     raise ValueError(

@@ -110,6 +110,7 @@ class Segmentor(nn.Module):
         any_size: `forward` takes every (H, W) whose sides are multiples of `size_step`; otherwise `image_size` alone.
         mixes_batch: scores of an image depend on the others of its batch: inference runs the model on one at a time.
         drawn: dotted names of parameters that start with random values even where the tower's published file has them.
+        min_batch: images that a training step needs at least, over all processes.
         eval_parts: dotted names of submodules that `train` leaves in evaluation mode.
         training_only: teachers, memory banks, dictionaries: what `enter_training` makes. They are not in the model file and
             not counted; their parameters and buffers are kept for resuming beside the optimizer.
@@ -127,6 +128,7 @@ class Segmentor(nn.Module):
     size_step: int = 1
     mixes_batch: bool = False
     drawn: tuple[str, ...] = ()
+    min_batch: int = 1
     eval_parts: tuple[str, ...] = ()
     training_only: nn.ModuleDict
     # parameters whose names contain one of these get no weight decay

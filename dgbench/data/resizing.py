@@ -59,7 +59,8 @@ def resize_image(image: Pixels, size: Size, *, by: str) -> Pixels:
     if image.shape[:2] == tuple(size):
         return image
     if by.startswith("pillow"):
-        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+        kernel = Image.Resampling[by.removeprefix("pillow-").upper()]
+        return np.asarray(Image.fromarray(image).resize(size[::-1], kernel))
     return np.asarray(cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR))
 
 

@@ -93,6 +93,11 @@ def train(
     before = checkpoints.made_how(found[0]) if found else None
     model, init = _model(recipe, found[0] if found else None, before)
     model.check_backends()
+    if spec.batch_size < model.min_batch:
+        raise RecipeError(
+            f"train.batch_size is {spec.batch_size}, but `{model.method}` needs at least {model.min_batch} images a step",
+            f"--set train.batch_size={model.min_batch}",
+        )
     extra = streams(
         model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root, recipe.data.domains
     )

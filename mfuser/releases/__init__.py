@@ -6,7 +6,7 @@ Maps that are too long for a method's own file are here, in a file for each meth
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ class Release:
         options: the method's options that these weights belong to, as its towers.
         recipe: the shipped recipe that they were trained with.
         marks: tensors that every such checkpoint holds, and that together distinguish it from other methods' checkpoints.
+        lacks: tensors that no such checkpoint holds, where those of a larger model have all the marks, too.
         source: our tensor's name -> where it is in the checkpoint; None for tensors that the authors keep elsewhere.
         dead: patterns of the checkpoint's tensors that are unused.
         absent: options whose towers are not in the checkpoint because they are frozen and keep their published weights.
@@ -35,6 +36,7 @@ class Release:
     dead: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     needs: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
@@ -45,6 +47,10 @@ class Release:
     def is_beside(self, name: str) -> bool:
         """Return whether such a checkpoint has this tensor of ours although its tower is absent."""
         return any(re.search(pattern, name) for pattern in self.beside)
+
+    def marked(self, keys: Collection[str]) -> bool:
+        """Return whether a checkpoint with tensors of these names may be of this release."""
+        return all(mark in keys for mark in self.marks) and not any(key in keys for key in self.lacks)
 
     def is_dead(self, key: str) -> bool:
         """Return whether a tensor of such a checkpoint is unused."""

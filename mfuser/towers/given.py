@@ -153,6 +153,7 @@ def _parts(name: str) -> dict[str, nn.Module]:
 
 
 def _parts_of_cnn(name: str, row: Tower) -> dict[str, nn.Module]:
+    import timm
     import torch
 
     from mfuser.towers.cnn import CNNEncoder
@@ -160,10 +161,9 @@ def _parts_of_cnn(name: str, row: Tower) -> dict[str, nn.Module]:
     from mfuser.towers.text import prompt_tower
 
     with torch.random.fork_rng(devices=[]), unfilled():
-        parts: dict[str, nn.Module] = {"trunk": CNNEncoder(name).trunk}
-        if row.text is not None:
-            parts["text"] = prompt_tower(name)
-    return parts
+        if row.text is None:
+            return {"trunk": timm.create_model(row.timm, pretrained=False, num_classes=0, **row.options)}
+        return {"trunk": CNNEncoder(name).trunk, "text": prompt_tower(name)}
 
 
 def _read(path: Path, device: str) -> Mapping[str, Tensor]:

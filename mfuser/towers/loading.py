@@ -80,6 +80,8 @@ def taken(
         if name in ours or (part == "head" and "adapter" in name):
             continue  # low-rank factors; MFuser's own layers in this module
         source = source_of(name)
+        if name.endswith("num_batches_tracked") and source.keys[0] not in state:
+            continue  # batch norms count their batches, which older files leave out and evaluation does not read
         try:
             value = source.read(state)
         except KeyError as error:
@@ -91,7 +93,7 @@ def taken(
         value = fitted(tower, name, value, target, prefix, grid)
         if value.shape != target.shape:
             raise ValueError(f"{file}: {source.keys[0]} is {tuple(value.shape)}, `{tower}` needs {tuple(target.shape)}")
-        values[name] = value.to(torch.float32).contiguous()
+        values[name] = value.to(torch.float32 if target.is_floating_point() else target.dtype).contiguous()
         used |= set(source.keys)
     return values, used
 

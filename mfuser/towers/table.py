@@ -110,6 +110,10 @@ def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> Hub
     return HubFile(f"timm/{model}", "model.safetensors", gigabytes, licence)
 
 
+def _resnet_file(model: str, gigabytes: float) -> HubFile:
+    return HubFile(f"timm/{model}.tv_in1k", "model.safetensors", gigabytes, "BSD-3-Clause")
+
+
 def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
     return HubFile(f"timm/{model}", "open_clip_model.safetensors", gigabytes, licence)
 
@@ -347,6 +351,47 @@ TOWERS: dict[str, Tower] = {
         width=96,
         depth=4,
         text=TextTower(None, 0, "ViT-B-16", "none"),
+        channels=(32, 48, 64, 96),
+    ),
+    # ResNets, see `mfuser.towers.resnet`: torchvision's first weights (IMAGENET1K_V1), without their classifier
+    "resnet18": Tower(
+        "resnet18",
+        32,
+        *_IMAGENET,
+        width=512,
+        depth=8,
+        weights=_resnet_file("resnet18", 0.047),
+        dead=(r"^fc\.",),
+        channels=(64, 128, 256, 512),
+    ),
+    "resnet50": Tower(
+        "resnet50",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=16,
+        weights=_resnet_file("resnet50", 0.1),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
+    "resnet101": Tower(
+        "resnet101",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=33,
+        weights=_resnet_file("resnet101", 0.18),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
+    # trained from scratch on streets-*
+    "tiny_resnet": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
+        width=96,
+        depth=4,
         channels=(32, 48, 64, 96),
     ),
 }

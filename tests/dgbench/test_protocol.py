@@ -60,6 +60,11 @@ CHANGED = {
         # RobustNet's: Mapillary as a square of 1536, everything else as it is
         ("robustnet", "mapillary", (2448, 3264), (1536, 1536)),
         ("robustnet", "bdd100k", (720, 1280), (720, 1280)),
+        # TLDR's: whatever the size; SAN-SAW's and SHADE's with MiT: within 1024x512
+        ("tldr", "mapillary", (2448, 3264), (2448, 3264)),
+        ("shade-mit", "cityscapes", (1024, 2048), (512, 1024)),
+        ("shade-mit", "bdd100k", (720, 1280), (512, 910)),
+        ("san-saw", "cityscapes", (1024, 2048), (512, 1024)),
         ("unified", "cityscapes", (1024, 2048), (1024, 2048)),
         ("unified", "acdc-night", (1080, 1920), (1080, 1920)),
         ("unified", "streets-fog@0.6", (256, 512), (256, 512)),

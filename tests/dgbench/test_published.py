@@ -97,3 +97,10 @@ def test_rows_name_recipes_of_their_own_method_and_source() -> None:
     for table, row in named:
         recipe = yaml.safe_load(Path(__file__).parents[2].joinpath("recipes", f"{row['recipe']}.yaml").read_text())
         assert (recipe["method"]["name"], recipe["data"]["source"]) == (row["method"].lower(), table["source"])
+
+
+def test_rows_name_recipes_that_are_there() -> None:
+    recipes = {row["recipe"] for table in TABLES for row in table["rows"] if "recipe" in row}
+    folder = Path(__file__).parents[2] / "recipes"
+    assert len([name for name in recipes if name.startswith("mfuser/")]) == 6
+    assert all((folder / f"{name}.yaml").is_file() for name in recipes)

@@ -34,13 +34,14 @@ def test_opencvs_resize_is_opencvs(size: tuple[int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize(("by", "kernel"), [("pillow-bilinear", Image.BILINEAR), ("pillow-bicubic", Image.BICUBIC)])
 @pytest.mark.parametrize("size", [(32, 64), (47, 90), (128, 256)])
-def test_pillows_resize_is_pillows(size: tuple[int, int]) -> None:
+def test_pillows_resize_is_pillows(size: tuple[int, int], by: str, kernel: Image.Resampling) -> None:
     image, label = pair(64, 128)
-    expected = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    assert np.array_equal(resize_image(image, size, by="pillow-bilinear"), np.asarray(expected))
+    expected = Image.fromarray(image).resize(size[::-1], kernel)
+    assert np.array_equal(resize_image(image, size, by=by), np.asarray(expected))
     nearest = Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST)
-    assert np.array_equal(resize_label(label, size, by="pillow-bilinear"), np.asarray(nearest))
+    assert np.array_equal(resize_label(label, size, by=by), np.asarray(nearest))
 
 
 def test_the_two_differ_where_an_image_shrinks() -> None:

@@ -1,0 +1,89 @@
+"""ERM, empirical risk minimisation: DeepLabV3+ on a ResNet, trained on the source without any idea for other domains.
+
+The floor of the methods with ResNets, and the network that most of them share: RobustNet's DeepLabV3+ of output stride 16, as
+WildNet and SHADE have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mfuser.decoder.deeplab import AuxiliaryHead, DeepLabV3Plus, pixel_loss, resized
+from mfuser.releases import Release, robustnet
+from mfuser.segmentor import Batch, Segmentor
+from mfuser.towers.resnet import ResNetEncoder, resnets
+
+TITLE = "ERM (DeepLabV3+)"
+PAPER = (
+    "RobustNet: Improving Domain Generalization in Urban-Scene Segmentation via Instance Selective Whitening (its baseline), "
+    "CVPR 2021, arXiv:2103.15597"
+)
+FIDELITY = "exact"
+BACKBONES = (
+    {"backbone": "resnet101"},
+    {"backbone": "resnet50"},
+    {"backbone": "tiny_resnet"},
+)
+TOWERS = {"backbone": {"trunk": "encoder.trunk"}}
+
+AUX_WEIGHT = 0.4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model is built from."""
+
+    backbone: str = "resnet101"  # a ResNet among mfuser.towers.table.TOWERS
+    decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head; None: 256, with tiny_resnet 64
+    image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window
+
+    def __post_init__(self) -> None:
+        if self.backbone not in resnets():
+            raise ValueError(f"backbone `{self.backbone}` is no ResNet; choose from {', '.join(resnets())}")
+        if self.decoder_dim is None:
+            object.__setattr__(self, "decoder_dim", 64 if self.backbone == "tiny_resnet" else 256)
+
+
+class ERM(Segmentor):
+    """Encoder of output stride 16, DeepLabV3+ decoder, auxiliary head on the third map."""
+
+    any_size = True
+    min_batch = 2  # a batch norm stands behind the global pooling
+    no_decay = ()  # the authors decay all parameters
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.image_size = options.image_size
+        self.encoder = ResNetEncoder(options.backbone, output_stride=16)
+        assert options.decoder_dim is not None
+        channels, classes, dim = self.encoder.channels, len(self.classes), options.decoder_dim
+        self.decoder = DeepLabV3Plus(channels[0], channels[3], classes, dim)
+        self.aux = AuxiliaryHead(channels[2], classes, 2 * dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        self.check_size(images)
+        maps = self.encoder(images)
+        return resized(self.decoder(maps[0], maps[3]), images.shape[-2:])
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy at full size, and that of the auxiliary head on labels at its own size.
+
+        Raises: TypeError or ValueError for labels that are no train ids.
+        """
+        self.check_size(batch.images)
+        maps = self.encoder(batch.images)
+        logits = resized(self.decoder(maps[0], maps[3]), batch.images.shape[-2:])
+        return {
+            "loss_seg": pixel_loss(logits, batch.labels),
+            "aux.loss_seg": AUX_WEIGHT * pixel_loss(self.aux(maps[2]), batch.labels),
+        }
+
+
+MODEL = ERM
+RELEASES = tuple(
+    Release({"backbone": name}, f"erm/{name}-gta", marks, robustnet.source, lacks=(*robustnet.LACKS[name], robustnet.STYLES))
+    for name, marks in robustnet.MARKS.items()
+)
