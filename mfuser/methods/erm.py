@@ -75,7 +75,7 @@ class ERM(Segmentor):
         """
         self.check_size(batch.images)
         maps = self.encoder(batch.images)
-        logits = resized(self.decoder(maps[0], maps[3]), batch.images.shape[-2:])
+        logits = resized(self.decoder(maps[0], maps[3]).float(), batch.images.shape[-2:])
         return {
             "loss_seg": pixel_loss(logits, batch.labels),
             "aux.loss_seg": AUX_WEIGHT * pixel_loss(self.aux(maps[2]), batch.labels),

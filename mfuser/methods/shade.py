@@ -132,7 +132,7 @@ class SHADE(Segmentor):
         self.check_size(batch.images)
         x = self.encoder.stem(self.encoder.normalised(batch.images))
         maps = self.encoder.maps(torch.cat([x, self._hallucinated(x)]))
-        logits = resized(self.decoder(maps[0], maps[3]), batch.images.shape[-2:])
+        logits = resized(self.decoder(maps[0], maps[3]).float(), batch.images.shape[-2:])
         labels = batch.labels.repeat(2, 1, 1)
         with torch.no_grad():
             taught = self.training_only["teacher"](batch.images)[3].repeat(2, 1, 1, 1)
@@ -154,7 +154,7 @@ class SHADE(Segmentor):
         # in fp32: draws of so small a concentration underflow in 16 bits
         concentration = torch.full((x.shape[1],), self.concentration, device=x.device)
         weights = torch.distributions.Dirichlet(concentration).sample((len(x),))
-        return restyled(x, weights @ styles.means, weights @ styles.deviations)
+        return restyled(x, weights @ styles.means.float(), weights @ styles.deviations.float())
 
 
 def style(x: Tensor, *, square: bool = False) -> tuple[Tensor, Tensor]:
