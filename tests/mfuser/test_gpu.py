@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mfuser
+from mfuser import methods
 from mfuser.segmentor import Batch
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +49,36 @@ def test_scores_losses_and_gradients_equal_the_cpus(model, batch, monkeypatch):
 
 def test_training_in_bf16_keeps_losses_finite_and_weights_in_fp32(model, batch):
     model.cuda().train()
+    with torch.autocast("cuda", torch.bfloat16):
+        terms = model.loss(Batch(batch.images.cuda(), batch.labels.cuda()))
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+def tiny(name: str) -> mfuser.Segmentor:
+    torch.manual_seed(0)
+    return mfuser.build(name, **methods.module(name).BACKBONES[-1], image_size=(64, 64), weights="random")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_scores_as_on_a_cpu(name, batch, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    model = tiny(name).eval()
+    scores = []
+    for device in ("cpu", "cuda"):
+        with torch.no_grad():
+            scores.append(model.to(device)(batch.images.to(device)).cpu())
+    torch.testing.assert_close(scores[1], scores[0], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_trains_in_bf16(name, batch):
+    model = tiny(name).cuda().train()
+    if model.extras:
+        pytest.skip("needs images besides the batch")
+    model.enter_training()
+    model.cuda()
     with torch.autocast("cuda", torch.bfloat16):
         terms = model.loss(Batch(batch.images.cuda(), batch.labels.cuda()))
     sum(terms.values()).backward()
