@@ -130,17 +130,17 @@ class SHADE(Segmentor):
         Raises: TypeError or ValueError for labels that are no train ids.
         """
         self.check_size(batch.images)
+        labels = train_ids(batch.labels, len(self.classes)).repeat(2, 1, 1)
         x = self.encoder.stem(self.encoder.normalised(batch.images))
         maps = self.encoder.maps(torch.cat([x, self._hallucinated(x)]))
         logits = resized(self.decoder(maps[0], maps[3]).float(), batch.images.shape[-2:])
-        labels = batch.labels.repeat(2, 1, 1)
         with torch.no_grad():
             taught = self.training_only["teacher"](batch.images)[3].repeat(2, 1, 1, 1)
         return {
             "loss_seg": pixel_loss(logits, labels),
             "aux.loss_seg": AUX_WEIGHT * pixel_loss(self.aux(maps[2]), labels),
             "loss_style": STYLE_WEIGHT * divergence(*logits.float().chunk(2)),
-            "loss_retrospection": retrospection(maps[3].float(), taught.float(), train_ids(labels, len(self.classes))),
+            "loss_retrospection": retrospection(maps[3].float(), taught.float(), labels),
         }
 
     def _styles(self) -> Styles:

@@ -20,6 +20,7 @@ MODELS: dict[str, mfuser.Segmentor] = {}
 def model(name: str) -> mfuser.Segmentor:
     if name not in MODELS:
         MODELS[name] = mfuser.build(name, **methods.constants(name)["BACKBONES"][-1], image_size=(32, 32))
+        MODELS[name].enter_training()
     return MODELS[name]
 
 

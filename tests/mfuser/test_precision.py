@@ -32,7 +32,9 @@ ROUNDING = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-5}
 def build(name: str) -> mfuser.Segmentor:
     method, options = MODELS[name]
     torch.manual_seed(0)
-    return mfuser.build(method, **options, image_size=(32, 32), weights="random")
+    made = mfuser.build(method, **options, image_size=(32, 32), weights="random")
+    made.enter_training()
+    return made.eval()
 
 
 def batch() -> Batch:
