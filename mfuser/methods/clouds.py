@@ -32,6 +32,7 @@ from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.decoder.points import Draw, uniform
 from mfuser.decoder.queries import LearnedQueries
 from mfuser.decoder.sizes import SIZES
+from mfuser.labels import train_ids
 from mfuser.pseudo_labels import distorted, refined
 from mfuser.releases.clouds import RELEASES
 from mfuser.segmentor import Batch, Extra, Segmentor, TrainingData
@@ -191,7 +192,7 @@ class Clouds(Segmentor):
         if self.extras:
             clean, segments = _flipped(batch.extra["generated"], batch.extra.get("generated_segments"))
             images = torch.cat([images, distorted(clean)])
-            labels = torch.cat([labels, self._taught(clean, text, segments).to(labels.dtype)])
+            labels = torch.cat([train_ids(labels, len(self.classes)), self._taught(clean, text, segments).long()])
         outputs = self.head(self._maps(images), text, self.words)
         terms: dict[str, Tensor] = self.criterion(outputs, labels, draw=draw)
         return terms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from streams import with_extras
 from torch import Tensor
 
 import mfuser
@@ -25,7 +26,7 @@ def model(name: str) -> mfuser.Segmentor:
 
 
 def by_model(name: str):
-    return lambda labels: model(name).loss(Batch(torch.full((len(labels), 3, 32, 32), 0.3), labels))
+    return lambda labels: model(name).loss(with_extras(model(name), Batch(torch.full((len(labels), 3, 32, 32), 0.3), labels)))
 
 
 def by_criterion(labels: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from streams import with_extras
 
 import mfuser
 from mfuser import methods, ops
@@ -47,11 +48,7 @@ def for_training(name: str) -> tuple[mfuser.Segmentor, Batch]:
     """A method's model as a training begins with it, and a batch with the streams that it declares."""
     model, given = build(name), batch()
     model.enter_training()
-    for stream in model.extras:
-        size = (64, 64) if stream.size == "crop" else stream.size
-        given.extra[stream.name] = batch(size).images
-        if stream.labels:
-            given.extra[f"{stream.name}_labels"] = batch(size).labels
+    with_extras(model, given)
     model.before_step(0, 6, Once(given))
     return model.train(), given
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from streams import with_extras
 from torch import Tensor
 
 import mfuser
@@ -66,7 +67,7 @@ def test_a_model_of_another_type_scores_as_in_fp32(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_model_of_another_type_trains(name, dtype):
     model = build(name).train().to(dtype)
-    total(model.loss(batch())).backward()
+    total(model.loss(with_extras(model, batch()))).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -83,7 +84,7 @@ def held(model: torch.nn.Module) -> list[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_has_trained_keeps_nothing_of_the_pass_and_can_be_copied(name):
     model = build(name)
-    given = batch()
+    given = with_extras(model, batch())
     loss = total(model.train().loss(given))
     assert held(model) == []
     again = copy.deepcopy(model)

@@ -103,7 +103,5 @@ def test_other_towers_are_refused_by_name() -> None:
         ResNetEncoder("dinov2_s")
     with pytest.raises(ValueError, match="output_stride is 4; choose from 8, 16, 32"):
         ResNetEncoder("resnet18", output_stride=4)
-    with pytest.raises(
-        ValueError, match="`resnet50` is a network of convolutions, and no plain transformer; choose from dinov2_s"
-    ):
+    with pytest.raises(ValueError, match="`resnet50` is a convolutional network, not a plain transformer; choose from dinov2_s"):
         VisionEncoder("resnet50", (64, 64))
