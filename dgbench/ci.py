@@ -28,11 +28,7 @@ from dgbench.runs import new_run
 
 _log = logging.getLogger(__name__)
 
-RECIPE = "streets/ci"
-BASELINE = Path("dgbench-baseline")
 KEPT = ("record-*.json", "confusion-*.npz", "log.jsonl", "recipe.yaml")
-# what may change the last digits of a training on a CPU
-SAME = ("device", "cpu", "platform", "threads", "python", "torch", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +122,7 @@ def hold_against(
 def same_machine(a: Model, b: Model) -> bool:
     """Whether two models were trained where the same seed gives the same mIoU to the last digit."""
     told = [
-        {tuple(run.trained.environment.get(key) for key in SAME) if run.trained else None for run in model.runs}
+        {tuple(run.trained.environment.get(key) for key in sides.ENVIRONMENT) if run.trained else None for run in model.runs}
         for model in (a, b)
     ]
     return told[0] == told[1] and len(told[0]) == 1 and None not in told[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dgbench.render.flat import FlatRow, flat_row
@@ -161,9 +160,3 @@ def _interval(change: Difference | None) -> str:
 
 def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.4g}"
-
-
-def verdict_line(found: Comparison) -> str:
-    """Return one line for a log: the verdict and what decided it."""
-    what: Iterable[str] = found.regressions or found.problems
-    return "; ".join([f"{_HEADLINES[found.verdict].lower()}", *what])

@@ -20,7 +20,7 @@ from dgbench import protocol as protocols
 from dgbench.data.labels import CLASSES
 from dgbench.errors import ResultError
 from dgbench.report import costs, statistics
-from dgbench.report.sides import Model, Run, Side, pairs
+from dgbench.report.sides import ENVIRONMENT, Model, Run, Side, pairs
 from dgbench.report.statistics import Difference
 
 Verdict = Literal["better", "worse", "same", "new", "missing", "not comparable"]
@@ -311,7 +311,7 @@ def _notes(name: str, before: Model, after: Model, noise: float | None) -> Itera
 def _differing(before: Model, after: Model) -> str:
     """Return what differs between the environments in which two models were trained."""
     told: dict[str, tuple[Any, Any]] = {}
-    for key in ("device", "cpu", "platform", "threads", "python", "torch", "numpy", "timm"):
+    for key in ENVIRONMENT:
         values = [{run.trained.environment.get(key) for run in model.runs if run.trained} for model in (before, after)]
         if values[0] != values[1] and all(values):
             told[key] = (*(" or ".join(sorted(str(v) for v in side)) for side in values),)  # type: ignore[assignment]

@@ -7,14 +7,13 @@ as wide as `NOISE`, by which repeated runs on one machine differed when this was
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dgbench import untrusted
+from dgbench.report.curves import curves
 from dgbench.report.sides import Model, Run
 
 Verdict = Literal["better", "worse", "same", "not comparable"]
@@ -22,7 +21,6 @@ Verdict = Literal["better", "worse", "same", "not comparable"]
 NOISE = 0.03
 """Relative change below which two times on one machine are taken for equal: docs/profile.md."""
 _MACHINE = ("device", "cpu", "platform", "threads")
-_LOG_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +130,8 @@ def _loss_curve(name: str, before: Model, after: Model) -> Cost | None:
     if not apart:
         return None
     distance = math.fsum(apart) / len(apart)
-    curves = list(mine.values())
-    noise = [found for i, a in enumerate(curves) for b in curves[:i] if (found := _apart(a, b)) is not None]
+    known = list(mine.values())
+    noise = [found for i, a in enumerate(known) for b in known[:i] if (found := _apart(a, b)) is not None]
     floor = math.fsum(noise) / len(noise) if noise else 0.0
     ends = [_mean([curve[max(curve)] for curve in side.values() if curve]) for side in (mine, others)]
     if distance <= floor:
@@ -156,19 +154,11 @@ def _apart(a: dict[int, float], b: dict[int, float]) -> float | None:
 def _losses(folder: Path) -> dict[int, float]:
     """Return the logged loss by step; empty if there is no log that can be read."""
     try:
-        lines = untrusted.read_bytes(folder / "log.jsonl", _LOG_BYTES).decode(errors="replace").splitlines()
+        found = curves(folder)
     except (OSError, ValueError):
         return {}
-    found: dict[int, float] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # the line that was being written when the training was stopped
-        step, loss = (entry.get(key) for key in ("step", "loss")) if isinstance(entry, dict) else (None, None)
-        if isinstance(step, int) and isinstance(loss, float) and math.isfinite(loss):
-            found[step] = loss
-    return found
+    logged = zip(found.steps, found.losses["loss"], strict=True) if found else ()
+    return {step: loss for step, loss in logged if math.isfinite(loss)}
 
 
 def _extra(run: Run, key: str) -> float | None:

@@ -13,6 +13,8 @@ from dgbench.report import settings
 from dgbench.results import Record
 from dgbench.runs import find_run
 
+# of the environment of a training: what can change its last digits
+ENVIRONMENT = ("device", "cpu", "platform", "threads", "python", "torch", "numpy", "timm")
 # recipe keys that do not change what is trained, besides the seed
 _FREE = (*settings.INCIDENTAL, "train.seed", "data.targets")
 

@@ -5,7 +5,7 @@
 The image tower of a vision-language model is trained at a low rate, its text tower is frozen. Three regularisers keep both in
 line: t' near the texts of "a clean origami of a {class}", the image's global embedding near that of the tower at its start, and
 the score map on the labels. MFuser's release took the decode head from here. Everything follows the authors' release; the
-variant `sane` has none of its accidents:
+variant `sane` has none of its known bugs:
 - gamma starts as noise of std 1, not at 1e-4;
 - the pixel decoder's feed-forward width is 2048, not the configured 1024;
 - CLIP's class embedding is added twice (`vit.VisionEncoder`);
@@ -100,7 +100,7 @@ class Options:
     """What a model is built from. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
     vlm: str = "eva02"  # vision-language tower of CLIP's kind: a row of mfuser.towers.table.TOWERS
-    variant: str = "release"  # or "sane", without the release's accidents; see the module's head
+    variant: str = "release"  # or "sane", without the known bugs of the release; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     decoder_dim: int | None = None  # width of pixel and mask decoder

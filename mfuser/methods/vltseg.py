@@ -5,7 +5,7 @@ text tower, no frozen part and no further loss.
 
 The authors published no code. What is followed is a re-implementation of EVA02-CLIP-L by others (github.com/VLTSeg/VLTSeg),
 whose numbers are close to the paper's. Its loader takes only tensors of equal name and shape, and its tower is that of EVA-02
-without CLIP; the weights that it published rely on both. The variant `sane` has neither accident:
+without CLIP; the weights that it published rely on both. The variant `sane` has neither:
 - the position embedding of EVA02-CLIP is drawn anew, because the published one is of another grid; `sane` resamples it;
 - the norm before the projection of the attention (`attn.norm`), which EVA02-CLIP was trained with, is left out.
 CLIP ViT-B is a reconstruction: of its row in the paper there is neither code nor configuration. Both variants are the same
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mfuser.decoder.mask2former import NO_DECAY, Mask2Former, window_scores
+from mfuser.decoder.mask2former import NO_DECAY, Mask2Former
+from mfuser.decoder.mask_decoder import Output
 from mfuser.decoder.neck import four_scales, four_taps, upsampling
 from mfuser.decoder.sizes import chosen, complete
+from mfuser.mask_segmentor import MaskSegmentor
 from mfuser.releases.vltseg import RELEASES
-from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers.table import tower
 from mfuser.towers.vit import VisionEncoder
 
@@ -51,7 +52,7 @@ class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
     vfm: str = "eva02_l_224"  # image tower: a row of mfuser.towers.table.TOWERS, or `timm:<model>`
-    variant: str = "release"  # as re-implemented; or "sane", without its accidents; see the module's head
+    variant: str = "release"  # as re-implemented; or "sane", without its known bugs; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     drop_path: float | None = None  # chance of the last block to be left out in training; None: 0.2, of small towers 0
@@ -77,12 +78,12 @@ class Options:
             raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_VARIANTS)}")
 
 
-class VLTSeg(Segmentor):
+class VLTSeg(MaskSegmentor):
     """Tower, neck of transposed convolutions, Mask2Former's decoder."""
 
-    ops = ("ms_deform_attn",)
     # as the re-implementation has it: its neck's batch norm and the norms within the tower's MLPs have weight decay
     no_decay = ("vfm.trunk.pos_embed", ".norm1.", ".norm2.", ".norm3.", ".gn.", "post_norm", *NO_DECAY)
+    no_decay_types = ()
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -106,22 +107,11 @@ class VLTSeg(Segmentor):
             self.vfm.dim, queries=options.queries, classes=len(self.classes), backend=options.backend, **chosen(options)
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        return window_scores(*self.masks(images), self.image_size)
-
-    def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class and mask logits of the last decoder layer."""
-        output: tuple[Tensor, Tensor] = self.decoder(self._features(images), last=True)[-1]
-        return output
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Class, mask and dice terms of every decoder output."""
-        return self.decoder.loss(self.decoder(self._features(batch.images)), batch.labels)
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        self.check_size(images)
-        return four_scales(self.vfm.tapped(images, self.taps), self.fpn1, self.fpn2)
+    def decode(self, images: Tensor, *, last: bool = False) -> list[Output]:
+        """Return the decoder's outputs."""
+        maps = four_scales(self.vfm.tapped(images, self.taps), self.fpn1, self.fpn2)
+        outputs: list[Output] = self.decoder(maps, last=last)
+        return outputs
 
 
 MODEL = VLTSeg
