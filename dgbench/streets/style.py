@@ -1,6 +1,6 @@
 """Styles: ranges from which a domain's streets and camera are drawn.
 
-Four places: `game` (clean and saturated, one camera), `city` (muted, noisy), `adverse` (the city's streets in
+Places: `game` (clean and saturated, one camera), `city` (muted, noisy), `adverse` (the city's streets in
 bad weather) and `world` (other cameras, left-hand traffic, other architecture and plants). Colours are linear
 reflectances.
 """
@@ -272,12 +272,3 @@ WORLD = replace(
     blur=(0.2, 0.9),
     vignette=(0.0, 0.35),
 )
-
-# style name -> its place and weather; weather "any" draws one of WEATHERS per image
-STYLES: dict[str, tuple[str, Style, str]] = {
-    "streets-game": ("game", GAME, ""),
-    "streets-city": ("city", CITY, ""),
-    "streets-adverse": ("adverse", ADVERSE, "any"),
-    **{f"streets-{weather}": ("adverse", ADVERSE, weather) for weather in WEATHERS},
-    "streets-world": ("world", WORLD, ""),
-}
