@@ -55,8 +55,8 @@ def parse(domain: str) -> tuple[str, tuple[Style, ...], str, float | None]:
     return place, variants, weather, severity
 
 
-def fingerprint(domain: str, version: int) -> str:
-    """Return 12 hexadecimal digits that name a domain's distribution: the renderer's version, its place and all its styles."""
+def fingerprint(domain: str, version: str) -> str:
+    """Return 12 hexadecimal digits of `version`, a domain's place and all its styles."""
     place, variants, weather, _ = parse(domain)
     parts = [f"{version} {place} {weather}"]
     parts += [f"{field.name}={getattr(style, field.name)!r}" for style in variants for field in fields(style)]
