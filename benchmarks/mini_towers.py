@@ -185,17 +185,17 @@ class Contrasted(nn.Module):
         return text.ln_final(tokens)[torch.arange(len(ids), device=ids.device), place] @ text.text_projection
 
 
-def trained(model: nn.Module, loss: Any, seconds: float, device: str, rate: float, seed: int) -> list[dict[str, float]]:
-    """Train for a time with AdamW and a cosine schedule over that time; returns the loss over time."""
+def trained(model: nn.Module, loss: Any, steps: int, device: str, rate: float, seed: int) -> list[dict[str, float]]:
+    """Train with AdamW and a cosine schedule; returns the loss over time."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], rate, weight_decay=0.05)
     draw = torch.Generator(device).manual_seed(seed)
     model.train().to(device)
-    start, step, log = time.monotonic(), 0, []
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    start, log = time.monotonic(), []
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * share))
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.autocast(device, torch.bfloat16):
             value = loss(draw)
         optimizer.zero_grad()
@@ -205,7 +205,6 @@ def trained(model: nn.Module, loss: Any, seconds: float, device: str, rate: floa
         if step % 100 == 0:
             log.append({"step": step, "seconds": round(time.monotonic() - start, 1), "loss": round(value.item(), 4)})
             print(json.dumps(log[-1]), flush=True)
-        step += 1
     return log
 
 
@@ -219,7 +218,7 @@ def distil(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[di
         crops = random_crops(args.batch, len(scenes), draw)
         return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
 
-    return model, trained(model, loss, args.seconds, args.device, 1.5e-3, args.seed)
+    return model, trained(model, loss, args.steps, args.device, 1.5e-3, args.seed)
 
 
 def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, float]], Tensor]:
@@ -247,7 +246,7 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         context = torch.randn(shape, generator=draw, device=draw.device) if pick(2, 1).item() else None
         return model.loss(regions, model.sentences(ids, context), named, at.shown[scene, crop].flatten())
 
-    return model, trained(model, loss, args.seconds, args.device, 1e-3, args.seed), words
+    return model, trained(model, loss, args.steps, args.device, 1e-3, args.seed), words
 
 
 def covered(parts: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -299,7 +298,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=["mini_vfm", "mini_vlm"], choices=["mini_vfm", "mini_vlm"])
     parser.add_argument("--domain", default="streets-pretrain")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--seconds", type=float, default=420, help="training of each tower")
+    parser.add_argument("--steps", type=int, default=4000, help="of each tower")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--patch", type=int, default=TOWERS["mini_vfm"].patch)
     parser.add_argument("--seed", type=int, default=0)
