@@ -42,9 +42,8 @@ def main() -> None:
     if given.workers > 1:
         start = time.perf_counter()
         render_many(range(given.n), boxes=4, workers=given.workers)
-        print(
-            f"{given.workers} processes, 4 parts: {given.n / (time.perf_counter() - start):.1f} images a second of wall-clock time"
-        )
+        wall = time.perf_counter() - start
+        print(f"{given.workers} processes, 4 parts: {given.n / wall:.1f} images a second of wall-clock time")
 
 
 if __name__ == "__main__":
