@@ -34,7 +34,7 @@ def every_domain(ctx: typer.Context, incomplete: str) -> list[str]:
 def downloads(ctx: typer.Context, incomplete: str) -> list[str]:
     from mfuser.towers.table import TOWERS
 
-    fetched = [name for name, row in TOWERS.items() if row.weights is not None and name.startswith(incomplete)]
+    fetched = [name for name, row in TOWERS.items() if row.files and name.startswith(incomplete)]
     return [*domains(ctx, incomplete), *fetched]
 
 
