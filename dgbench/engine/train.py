@@ -322,7 +322,7 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
     """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
-    options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
+    options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
     return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
