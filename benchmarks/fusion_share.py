@@ -3,8 +3,8 @@
     python benchmarks/fusion_share.py --json share.json
 
 Each part of MVFuser between two towers is timed alone, on the inputs that it gets there, and so is the whole layer with its
-default backend; medians, all in turn. Separate calls take longer than a layer that kernels run as a whole: on a GPU, a second table
-adds up the times of the kernels that the layer really runs, by torch.profiler.
+default backend; medians, all in turn. Separate calls take longer than a layer that kernels run as a whole: on a GPU, a second
+table adds up the times of the kernels that the layer really runs, by torch.profiler.
 """
 
 from __future__ import annotations
