@@ -36,7 +36,7 @@ from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
 from dgbench.recipe.files import settings_of
-from dgbench.report.expected import WEIGHTS
+from dgbench.report.expected import ORIGIN, WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
@@ -321,11 +321,18 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
+    """Return the sha256 of each tower's published weights, by `weights.<option>`, and by `origin.<option>` tower and file.
+
+    From-scratch towers have none.
+    """
     options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    found: dict[str, float | str | None] = {}
+    for key, row in rows.items():
+        if row is not None:
+            found |= {f"{WEIGHTS}{key}": row.sha256(), f"{ORIGIN}{key}": f"{options[key]}, {row.repo}/{row.file}"}
+    return found
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
