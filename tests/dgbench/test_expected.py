@@ -165,7 +165,7 @@ def test_seeds_of_other_tower_weights_are_no_seeds_of_one_row(tmp_path: Path) ->
     def seeds(*shas: str) -> list[int]:
         records = []
         for seed, sha in enumerate(shas):
-            run = tmp_path / f"{'-'.join(shas)[:5]}-{seed}"
+            run = tmp_path / f"{shas[-1][0]}-{seed}"
             run.mkdir()
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
             dump(seeded, run / "recipe.yaml")
