@@ -41,8 +41,8 @@ from mfuser.towers.weights import require
 
 TEACHER = "timm:vit_small_patch14_dinov2.lvd142m"
 TEACHER_SIZE = (252, 504)  # (H, W) it sees scenes at: 18 x 36 patches
+STEPS = {"mini_vfm": 4400, "mini_vlm": 3550}
 TAPS = (5, 8)  # its blocks whose features are learned, counted from 0
-SHARPNESS = 10.0  # of the soft maximum over the patches of a part
 POSITIONS = TOKENS + 6  # of the text tower: a sentence and learned context
 
 
@@ -154,26 +154,19 @@ class Contrasted(nn.Module):
         embedded = self.head(self.tower.finish(tokens))
         return embedded[:, 0], embedded[:, 1:]
 
-    def loss(self, whole: Tensor, patches: Tensor, weights: Tensor, sentences: Tensor, named: Tensor, shown: Tensor) -> Tensor:
-        """Return the sigmoid loss over all pairs of R = B * (1 + P) regions and their sentences.
+    def loss(self, regions: Tensor, sentences: Tensor, named: Tensor, shown: Tensor) -> Tensor:
+        """Return the sigmoid loss over all pairs of regions and sentences, (R, D) each.
 
         A sentence fits its own region, and every other that shows the one kind of thing that it names. Sentences of several
-        kinds that are all shown elsewhere may fit there or not, and do not count. The similarity of a part is the soft maximum
-        over its patches (Pinheiro & Collobert, CVPR 2015), so that one patch suffices for a small thing.
+        kinds that are all shown elsewhere may fit there or not, and do not count.
 
         Args:
-            whole: (B, D) embeddings of the images.    patches: (B, L, D) of their patches.
-            weights: (B, P, L) share of each patch in each part.    sentences: (R, D).
             named, shown: (R,) bits of the kinds that a sentence names and a region shows.
         """
-        words = F.normalize(sentences.float(), dim=-1).T
-        local = F.normalize(patches.float(), dim=-1) @ words
-        pooled = 1 + (weights @ (SHARPNESS * (local - 1)).exp()).clamp(min=1e-12).log() / SHARPNESS
-        similar = torch.cat([(F.normalize(whole.float(), dim=-1) @ words)[:, None], pooled], 1).flatten(0, 1)
-        logits = self.scale.exp() * similar + self.bias
+        logits = self.scale.exp() * F.normalize(regions.float(), dim=-1) @ F.normalize(sentences.float(), dim=-1).T + self.bias
         within = (named[None, :] & ~shown[:, None]) == 0
         single = (named & (named - 1)) == 0
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        own = torch.eye(len(regions), dtype=torch.bool, device=regions.device)
         fits = own | (within & single[None, :] & (named != 0)[None, :])
         counts = fits | ~within
         terms = F.binary_cross_entropy_with_logits(logits, fits.float(), reduction="none") * counts
@@ -226,7 +219,7 @@ def distil(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[di
         with torch.autocast(args.device, torch.bfloat16):
             return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
 
-    return model, trained(model, loss, args.steps, args.device, 1.5e-3, args.seed)
+    return model, trained(model, loss, args.steps or STEPS["mini_vfm"], args.device, 1.5e-3, args.seed)
 
 
 def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, float]], Tensor]:
@@ -244,8 +237,6 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         top, left, height, width = at.crops[scene, crop].unbind(-1)
         # not mirrored: sentences say left and right
         crops = Crops(scene, top, left, height, width, torch.zeros_like(scene, dtype=torch.bool))
-        with torch.autocast(args.device, torch.bfloat16):
-            whole, patches = model.images(recoloured(seen(scenes, crops), draw))
         weights = covered(at.parts[scene, crop, 1:], model.tower.grid)
         which = pick(SENTENCES, args.batch, 1 + PARTS)[..., None]
         ids = at.ids[scene, crop].gather(2, which[..., None].expand(-1, -1, -1, TOKENS)).flatten(0, 2).long()
@@ -253,10 +244,12 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         shape = (5, model.text.token_embedding.embedding_dim)
         context = torch.randn(shape, generator=draw, device=draw.device) if pick(2, 1).item() else None
         with torch.autocast(args.device, torch.bfloat16):
+            whole, patches = model.images(recoloured(seen(scenes, crops), draw))
+            regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
             sentences = model.sentences(ids, context)
-        return model.loss(whole, patches, weights, sentences, named, at.shown[scene, crop].flatten())
+            return model.loss(regions, sentences, named, at.shown[scene, crop].flatten())
 
-    return model, trained(model, loss, args.steps, args.device, 1e-3, args.seed), words
+    return model, trained(model, loss, args.steps or STEPS["mini_vlm"], args.device, 1e-3, args.seed), words
 
 
 def covered(parts: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -308,7 +301,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=["mini_vfm", "mini_vlm"], choices=["mini_vfm", "mini_vlm"])
     parser.add_argument("--domain", default="streets-pretrain")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=4000, help="of each tower")
+    parser.add_argument("--steps", type=int, help=f"of each tower; default: {STEPS}")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--patch", type=int, default=TOWERS["mini_vfm"].patch)
     parser.add_argument("--seed", type=int, default=0)
@@ -326,6 +319,9 @@ def main() -> None:
     report: dict[str, Any] = {
         "pretraining": origin,
         "scenes": args.scenes,
+        "seed": args.seed,
+        "batch": args.batch,
+        "steps": STEPS if args.steps is None else args.steps,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
