@@ -384,6 +384,27 @@ TOWERS: dict[str, Tower] = {
         dead=(r"^fc\.",),
         channels=(256, 512, 1024, 2048),
     ),
+    # the same with three 3x3 convolutions in the stem, as mmsegmentation's ResNetV1c: GluonCV's weights
+    "resnet50_v1c": Tower(
+        "resnet50c",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=16,
+        weights=_timm_file("resnet50c.gluon_in1k", 0.1),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
+    "resnet101_v1c": Tower(
+        "resnet101c",
+        32,
+        *_IMAGENET,
+        width=2048,
+        depth=33,
+        weights=_timm_file("resnet101c.gluon_in1k", 0.18),
+        dead=(r"^fc\.",),
+        channels=(256, 512, 1024, 2048),
+    ),
     # trained from scratch on streets-*
     "tiny_resnet": Tower(
         None,
