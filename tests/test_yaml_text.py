@@ -461,6 +461,20 @@ def test_a_tower_that_cannot_be_is_refused(method: str, towers: dict[str, str], 
         resolve(method, **towers)
 
 
+@pytest.mark.parametrize(
+    ("method", "backbone", "recipe"),
+    [
+        ("tldr", "resnet101", "tldr/resnet101_v1c-gta"),
+        ("tldr", "resnet50", "tldr/resnet50_v1c-gta"),
+        ("tldr", "tiny", "streets/tldr"),
+        ("erm", "tiny", "streets/erm"),
+        ("erm", "resnet101", "erm/resnet101-gta"),
+    ],
+)
+def test_a_kind_of_backbone_means_the_one_that_the_method_is_tabulated_with(method: str, backbone: str, recipe: str) -> None:
+    assert resolve(method, backbone=backbone) == (recipe, [])
+
+
 # ---- what must not move
 
 HASHES = {
@@ -514,8 +528,12 @@ HASHES = {
     "streets/smoke": "4818375df3e2",
     "streets/soma": "47d68318dbe6",
     "streets/source-only": "deef3dcffd66",
+    "streets/tldr": "cf4a816b78a9",
     "streets/tqdm": "02f2aaf606e4",
     "streets/vltseg": "e8575202df7a",
+    "tldr/resnet101_v1c-gta": "105ee558ad92",
+    "tldr/resnet101_v1c-synthia": "faf52eca69ab",
+    "tldr/resnet50_v1c-gta": "218d230dded5",
     "tqdm/clip_b-city": "97cb3458aaef",
     "tqdm/clip_b-gta": "4b0481296bd0",
     "tqdm/clip_b-synthia": "672bb12841e5",

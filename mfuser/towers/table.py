@@ -91,6 +91,7 @@ class Tower:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
     channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
+    kind: str = ""  # `--backbone` takes it, too, for the one of its kind that a method is tabulated with
 
     @property
     def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
@@ -116,6 +117,14 @@ def _resnet_file(model: str, gigabytes: float) -> HubFile:
 
 def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
     return HubFile(f"timm/{model}", "open_clip_model.safetensors", gigabytes, licence)
+
+
+def _resnet(
+    model: str, depth: int, weights: HubFile, *, channels: tuple[int, ...] = (256, 512, 1024, 2048), kind: str = ""
+) -> Tower:
+    return Tower(
+        model, 32, *_IMAGENET, width=channels[3], depth=depth, weights=weights, dead=(r"^fc\.",), channels=channels, kind=kind
+    )
 
 
 _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0")
@@ -352,59 +361,15 @@ TOWERS: dict[str, Tower] = {
         depth=4,
         text=TextTower(None, 0, "ViT-B-16", "none"),
         channels=(32, 48, 64, 96),
+        kind="tiny",
     ),
     # ResNets, see `mfuser.towers.resnet`: torchvision's first weights (IMAGENET1K_V1), without their classifier
-    "resnet18": Tower(
-        "resnet18",
-        32,
-        *_IMAGENET,
-        width=512,
-        depth=8,
-        weights=_resnet_file("resnet18", 0.047),
-        dead=(r"^fc\.",),
-        channels=(64, 128, 256, 512),
-    ),
-    "resnet50": Tower(
-        "resnet50",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=16,
-        weights=_resnet_file("resnet50", 0.1),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
-    "resnet101": Tower(
-        "resnet101",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=33,
-        weights=_resnet_file("resnet101", 0.18),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
+    "resnet18": _resnet("resnet18", 8, _resnet_file("resnet18", 0.047), channels=(64, 128, 256, 512)),
+    "resnet50": _resnet("resnet50", 16, _resnet_file("resnet50", 0.1)),
+    "resnet101": _resnet("resnet101", 33, _resnet_file("resnet101", 0.18)),
     # the same with three 3x3 convolutions in the stem, as mmsegmentation's ResNetV1c: GluonCV's weights
-    "resnet50_v1c": Tower(
-        "resnet50c",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=16,
-        weights=_timm_file("resnet50c.gluon_in1k", 0.1),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
-    "resnet101_v1c": Tower(
-        "resnet101c",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=33,
-        weights=_timm_file("resnet101c.gluon_in1k", 0.18),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
+    "resnet50_v1c": _resnet("resnet50c", 16, _timm_file("resnet50c.gluon_in1k", 0.1), kind="resnet50"),
+    "resnet101_v1c": _resnet("resnet101c", 33, _timm_file("resnet101c.gluon_in1k", 0.18), kind="resnet101"),
     # trained from scratch on streets-*
     "tiny_resnet": Tower(
         None,
@@ -414,6 +379,7 @@ TOWERS: dict[str, Tower] = {
         width=96,
         depth=4,
         channels=(32, 48, 64, 96),
+        kind="tiny",
     ),
 }
 
