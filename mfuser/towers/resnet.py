@@ -100,7 +100,7 @@ class ResNetEncoder(nn.Module):
 
 def resnets() -> list[str]:
     """Return the ResNets of the table of towers."""
-    return [name for name, row in TOWERS.items() if row.channels and "resnet" in (row.timm or name)]
+    return [name for name, row in TOWERS.items() if row.channels and not row.text and "resnet" in (row.timm or name)]
 
 
 def _dilate(stage: nn.Module, dilation: int, first: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mfuser.towers.key_rules import CLIP_CNN_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
+from mfuser.towers.key_rules import CLIP_CNN_FILE, CLIP_RESNET_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -91,6 +91,7 @@ class Tower:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
     channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
+    clip_resnet: bool = False  # CLIP's own ResNet, built by open_clip and not by timm, whose name for it is `timm`
     kind: str = ""  # `--backbone` takes it, too, for the one of its kind that a method is tabulated with
 
     @property
@@ -124,6 +125,23 @@ def _resnet(
 ) -> Tower:
     return Tower(
         model, 32, *_IMAGENET, width=channels[3], depth=depth, weights=weights, dead=(r"^fc\.",), channels=channels, kind=kind
+    )
+
+
+def _clip_resnet(name: str, depth: int, gigabytes: float) -> Tower:
+    return Tower(
+        f"resnet{name}_clip",
+        32,
+        *_CLIP,
+        width=2048,
+        depth=depth,
+        weights=_clip_file(f"resnet{name}_clip.openai", gigabytes),
+        keys=CLIP_RESNET_FILE,
+        dead=_SCALARS,
+        text=TextTower(f"RN{name}-quickgelu", 0, f"RN{name}", "none"),
+        channels=(256, 512, 1024, 2048),
+        clip_resnet=True,
+        kind=f"resnet{name}",
     )
 
 
@@ -379,6 +397,21 @@ TOWERS: dict[str, Tower] = {
         width=96,
         depth=4,
         channels=(32, 48, 64, 96),
+        kind="tiny",
+    ),
+    # CLIP's own ResNets, see `mfuser.towers.clip_resnet`
+    "clip_rn50": _clip_resnet("50", 16, 0.41),
+    "clip_rn101": _clip_resnet("101", 33, 0.48),
+    "tiny_clip_rn": Tower(
+        None,
+        32,
+        *_CLIP,
+        {"layers": (1, 1, 1, 1), "output_dim": 64, "heads": 2, "width": 8},
+        width=256,
+        depth=4,
+        text=TextTower(None, 0, "ViT-B-16", "none"),
+        channels=(32, 64, 128, 256),
+        clip_resnet=True,
         kind="tiny",
     ),
 }
