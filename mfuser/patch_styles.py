@@ -15,7 +15,7 @@ _EPSILON = 1e-5
 
 
 def patches(x: Tensor) -> list[Tensor]:
-    """Cut a map or labels (..., H, W) into nine patches, row by row; where sides are no multiples of 3 the first ones are larger."""
+    """Cut a map or labels (..., H, W) into nine patches, row by row; of other sides than multiples of 3 the first are larger."""
     return [patch for rows in x.tensor_split(SIDE, -2) for patch in rows.tensor_split(SIDE, -1)]
 
 
@@ -42,17 +42,20 @@ def dominant(labels: Tensor, classes: int) -> Tensor:
     return torch.stack([patch.flatten(1).mode(1).values for patch in patches(ids)])
 
 
-def mixed(x: Tensor, means: Tensor, deviations: Tensor, share: Tensor) -> Tensor:
+def mixed(x: Tensor, means: Tensor, deviations: Tensor, share: Tensor, there: Tensor | None = None) -> Tensor:
     """Return a map (B, C, H, W) whose patches have styles between their own and others.
 
     Args:
         means, deviations: (9, B, C) of the others.    share: (B, C), that of the patches' own styles.
+        there: (9, B), which of the others there are; None: all.
     """
-    share, parts = share[..., None, None], []
-    for patch, mean, deviation in zip(patches(x), means[..., None, None], deviations[..., None, None], strict=True):
+    parts = []
+    for i, patch in enumerate(patches(x)):
         own_mean, own_deviation = statistics(patch)
-        new = share * own_mean + (1 - share) * mean, share * own_deviation + (1 - share) * deviation
-        parts.append(restyled(patch, *new))
+        kept = share if there is None else torch.where(there[i, :, None], share, 1.0)
+        kept = kept[..., None, None]
+        mean = kept * own_mean + (1 - kept) * means[i, ..., None, None]
+        parts.append(restyled(patch, mean, kept * own_deviation + (1 - kept) * deviations[i, ..., None, None]))
     return joined(parts)
 
 

@@ -383,6 +383,7 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
             raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
         if recipe.train.init is not None:
             init = checkpoints.begin_with(model, Path(recipe.train.init))
+            model.random_towers = False  # they are the other model's
     set_seed(seed)
     model.enter_training()
     for name, path in files_of(model.files, recipe.data.extra, model.method).items():

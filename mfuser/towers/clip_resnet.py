@@ -110,7 +110,11 @@ def _built(name: str) -> Any:
     row = TOWERS[name]
     config: Any = row.text and row.text.open_clip and get_model_config(row.text.open_clip)
     if not config:
-        return ModifiedResNet(**row.options)
+        built = ModifiedResNet(**row.options)
+        for name, scale in built.named_parameters():
+            if name.endswith("bn3.weight"):  # 0 by default: a frozen block would pass its shortcut alone
+                nn.init.ones_(scale)
+        return built
     vision = config["vision_cfg"]
     width = vision["width"]
     return ModifiedResNet(vision["layers"], config["embed_dim"], width * 32 // 64, vision["image_size"], width)
