@@ -86,6 +86,9 @@ class StyleBank(nn.Module):
 
         Of a class without styles, those of `none` are drawn.
         """
+        if not len(self):
+            nothing = self.means.new_zeros(*wanted.shape, self.means.shape[1])
+            return nothing, nothing, torch.zeros_like(wanted, dtype=torch.bool)
         holds = wanted[..., None] == self.classes
         holds = torch.where(holds.any(-1, keepdim=True), holds, self.classes == none)
         chance = torch.rand(holds.shape, device=holds.device).masked_fill(~holds, -1.0)

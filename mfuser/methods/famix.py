@@ -128,6 +128,8 @@ class FAMix(Segmentor):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy with smoothed labels, of patches with mixed styles; 0 where no pixel is labelled.
 
+        Before `before_step` has mined styles, patches keep their own.
+
         Raises: TypeError or ValueError for labels that are no train ids.
         """
         self.check_size(batch.images)
@@ -139,10 +141,8 @@ class FAMix(Segmentor):
 
     def _mixed(self, low: Tensor, labels: Tensor) -> Tensor:
         """Return a finest map (B, C, h, w) whose patches have styles between their own and drawn ones."""
-        bank, none = self._bank(), len(self.classes)
-        if not len(bank):
-            raise RuntimeError(f"`{self.method}` has no styles: call before_step(0, ...) before the first loss")
-        means, deviations, there = bank.drawn(dominant(labels, none), none)
+        none = len(self.classes)
+        means, deviations, there = self._bank().drawn(dominant(labels, none), none)
         # in fp32: draws of so small parameters underflow in 16 bits
         amount = torch.full(low.shape[:2], SHARE, device=low.device)
         share = torch.distributions.Beta(amount, amount).sample()
