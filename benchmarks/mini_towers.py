@@ -41,6 +41,7 @@ from mfuser.towers.weights import require
 
 TEACHER = "timm:vit_small_patch14_dinov2.lvd142m"
 TEACHER_SIZE = (252, 504)  # (H, W) it sees scenes at: 18 x 36 patches
+STEPS = {"mini_vfm": 4400, "mini_vlm": 3550}
 TAPS = (5, 8)  # its blocks whose features are learned, counted from 0
 POSITIONS = TOKENS + 6  # of the text tower: a sentence and learned context
 
@@ -196,8 +197,7 @@ def trained(model: nn.Module, loss: Any, steps: int, device: str, rate: float, s
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with torch.autocast(device, torch.bfloat16):
-            value = loss(draw)
+        value = loss(draw)
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -216,16 +216,17 @@ def distil(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[di
 
     def loss(draw: torch.Generator) -> Tensor:
         crops = random_crops(args.batch, len(scenes), draw)
-        return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
+        with torch.autocast(args.device, torch.bfloat16):
+            return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
 
-    return model, trained(model, loss, args.steps, args.device, 1.5e-3, args.seed)
+    return model, trained(model, loss, args.steps or STEPS["mini_vfm"], args.device, 1.5e-3, args.seed)
 
 
 def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, float]], Tensor]:
     """Train mini_vlm; also returns the ids of the words that its sentences have."""
-    sentences = captioned(args.domain, len(images), args.workers)
-    words = torch.cat([sentences.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
-    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(sentences).values()))
+    captions = captioned(args.domain, len(images), args.workers)
+    words = torch.cat([captions.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
+    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(captions).values()))
     model = Contrasted(args.patch).to(args.device)
 
     def loss(draw: torch.Generator) -> Tensor:
@@ -236,17 +237,19 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         top, left, height, width = at.crops[scene, crop].unbind(-1)
         # not mirrored: sentences say left and right
         crops = Crops(scene, top, left, height, width, torch.zeros_like(scene, dtype=torch.bool))
-        whole, patches = model.images(recoloured(seen(scenes, crops), draw))
         weights = covered(at.parts[scene, crop, 1:], model.tower.grid)
-        regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
         which = pick(SENTENCES, args.batch, 1 + PARTS)[..., None]
         ids = at.ids[scene, crop].gather(2, which[..., None].expand(-1, -1, -1, TOKENS)).flatten(0, 2).long()
         named = at.named[scene, crop].gather(2, which).flatten()
         shape = (5, model.text.token_embedding.embedding_dim)
         context = torch.randn(shape, generator=draw, device=draw.device) if pick(2, 1).item() else None
-        return model.loss(regions, model.sentences(ids, context), named, at.shown[scene, crop].flatten())
+        with torch.autocast(args.device, torch.bfloat16):
+            whole, patches = model.images(recoloured(seen(scenes, crops), draw))
+            regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
+            sentences = model.sentences(ids, context)
+            return model.loss(regions, sentences, named, at.shown[scene, crop].flatten())
 
-    return model, trained(model, loss, args.steps, args.device, 1e-3, args.seed), words
+    return model, trained(model, loss, args.steps or STEPS["mini_vlm"], args.device, 1e-3, args.seed), words
 
 
 def covered(parts: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -298,7 +301,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=["mini_vfm", "mini_vlm"], choices=["mini_vfm", "mini_vlm"])
     parser.add_argument("--domain", default="streets-pretrain")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--steps", type=int, default=4000, help="of each tower")
+    parser.add_argument("--steps", type=int, help=f"of each tower; default: {STEPS}")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--patch", type=int, default=TOWERS["mini_vfm"].patch)
     parser.add_argument("--seed", type=int, default=0)
@@ -316,6 +319,9 @@ def main() -> None:
     report: dict[str, Any] = {
         "pretraining": origin,
         "scenes": args.scenes,
+        "seed": args.seed,
+        "batch": args.batch,
+        "steps": STEPS if args.steps is None else args.steps,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -110,7 +110,8 @@ def pixels_of(box: Box) -> tuple[int, int, int, int]:
     Raises: ValueError for a box that is empty or reaches out of the image.
     """
     top, left, height, width = box
-    inside = min(top, left) >= 0.0 and min(height, width) > 0.0 and max(top + height, left + width) <= 1.0 + 1e-9
+    # sums of single-precision numbers may exceed 1 by their last bit
+    inside = min(top, left) >= 0.0 and min(height, width) > 0.0 and max(top + height, left + width) <= 1.0 + 1e-6
     if not inside:
         raise ValueError(f"box must be (top, left, height, width) in fractions of the image, within 0..1, got {box}")
     rows, columns = SIZE

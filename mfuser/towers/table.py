@@ -328,7 +328,16 @@ TOWERS: dict[str, Tower] = {
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum"), size="tiny"),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum"), size="small"),
     # pretrained on rendered streets and part of this package, see docs/mini.md
-    "mini_vfm": Tower(None, 16, *_IMAGENET, _MINI, width=128, depth=6, weights=_mini_file("mini_vfm", "0" * 64), size="tiny"),
+    "mini_vfm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vfm", "7f5911be3dc5156eba77560fabb7411ce8a4b5b32ccbac1336d4ba84792fba9f"),
+        size="tiny",
+    ),
     "mini_vlm": Tower(
         None,
         16,
@@ -336,7 +345,7 @@ TOWERS: dict[str, Tower] = {
         _MINI,
         width=128,
         depth=6,
-        weights=_mini_file("mini_vlm", "0" * 64),
+        weights=_mini_file("mini_vlm", "3352ae9fecc223ac68aba7d944d42b41bd311a36567d6fbd87c60c4f4709504a"),
         keys=EVA_CLIP_FILE,
         text=TextTower(None, 5, "ViT-B-16", "sum", dim=128),
         size="tiny",

@@ -39,8 +39,8 @@ CHECKSUMS = {
     ("streets-adverse", "train", 8, (128, 256)): "2d230f0f922f4c10",
     ("streets-world", "val", 9, (256, 512)): "e5977c39e320b196",
     ("streets-world", "train", 10, (512, 512)): "692331d4cbd50d9f",
-    ("streets-pretrain", "val", 11, (256, 512)): "74c540285e5da5cc",
-    ("streets-pretrain", "train", 12, (128, 256)): "814de9d6be52eca3",
+    ("streets-pretrain", "val", 11, (256, 512)): "9adfd43dc177a645",
+    ("streets-pretrain", "train", 12, (128, 256)): "005832147d88e5db",
 }
 
 
