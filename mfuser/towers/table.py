@@ -121,6 +121,7 @@ _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apach
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
 _MINI = {"embed_dim": 128, "depth": 6, "num_heads": 4, "norm_in_stem": False}
+_TINY_RESNET = {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
 _SCALARS = (r"^logit_scale$", r"^logit_bias$")  # of the contrastive loss, read by name
 
@@ -369,7 +370,7 @@ TOWERS: dict[str, Tower] = {
         None,
         32,
         *_IMAGENET,
-        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
+        _TINY_RESNET,
         width=96,
         depth=4,
         text=TextTower(None, 0, "ViT-B-16", "none"),
@@ -384,16 +385,7 @@ TOWERS: dict[str, Tower] = {
     "resnet50_v1c": _resnet("resnet50c", 16, _timm_file("resnet50c.gluon_in1k", 0.1), kind="resnet50"),
     "resnet101_v1c": _resnet("resnet101c", 33, _timm_file("resnet101c.gluon_in1k", 0.18), kind="resnet101"),
     # trained from scratch on streets-*
-    "tiny_resnet": Tower(
-        None,
-        32,
-        *_IMAGENET,
-        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
-        width=96,
-        depth=4,
-        channels=(32, 48, 64, 96),
-        kind="tiny",
-    ),
+    "tiny_resnet": Tower(None, 32, *_IMAGENET, _TINY_RESNET, width=96, depth=4, channels=(32, 48, 64, 96), kind="tiny"),
     # CLIP's own ResNets, see `mfuser.towers.clip_resnet`
     "clip_rn50": _clip_resnet("50", 16, 0.41),
     "clip_rn101": _clip_resnet("101", 33, 0.48),
