@@ -249,7 +249,7 @@ def test_texts_are_written_so_that_every_reader_has_them_back(content: list[str]
         ("data.flip=no", "data.flip: expected a number, got 'no'"),
         (
             "data.photometric=1",
-            "data.photometric: expected mmsegmentation, robustnet, san-saw or self-supervised, or true or false, got 1",
+            "data.photometric: expected mmsegmentation, robustnet, san-saw, famix or self-supervised, or true or false, got 1",
         ),
         ('name="\\ud800"', "name: '\\ud800' holds half a character (a lone surrogate)"),
         ("data.source=\udcff", "data.source: `\\udcff` is not a YAML value"),
@@ -461,6 +461,23 @@ def test_a_tower_that_cannot_be_is_refused(method: str, towers: dict[str, str], 
         resolve(method, **towers)
 
 
+@pytest.mark.parametrize(
+    ("method", "backbone", "recipe"),
+    [
+        ("tldr", "resnet101", "tldr/resnet101_v1c-gta"),
+        ("tldr", "resnet50", "tldr/resnet50_v1c-gta"),
+        ("tldr", "tiny", "streets/tldr"),
+        ("famix", "resnet101", "famix/clip_rn101-gta"),
+        ("famix", "resnet50", "famix/clip_rn50-gta"),
+        ("famix", "tiny", "streets/famix"),
+        ("erm", "tiny", "streets/erm"),
+        ("erm", "resnet101", "erm/resnet101-gta"),
+    ],
+)
+def test_a_kind_of_backbone_means_the_one_that_the_method_is_tabulated_with(method: str, backbone: str, recipe: str) -> None:
+    assert resolve(method, backbone=backbone) == (recipe, [])
+
+
 # ---- what must not move
 
 HASHES = {
@@ -473,6 +490,10 @@ HASHES = {
     "erm/resnet101-gta": "942fdcea2d5e",
     "erm/resnet50-city": "199672592c03",
     "erm/resnet50-gta": "59786bc3edf7",
+    "famix/clip_rn101-city": "5808f9a69434",
+    "famix/clip_rn101-gta": "7880e507c971",
+    "famix/clip_rn101-synthia": "28311ace2572",
+    "famix/clip_rn50-gta": "f5334027195e",
     "linear/dinov2-gta": "da988195f13e",
     "mask2former/dinov2-gta": "867d593a0aef",
     "mask2former/dinov2-gta-frozen": "c3741f706d76",
@@ -506,6 +527,7 @@ HASHES = {
     "streets/ci": "d0b6cac45e74",
     "streets/clouds": "b90f21b41e1c",
     "streets/erm": "487f749ebc44",
+    "streets/famix": "b7bd8e79446b",
     "streets/frozen-dinov2_s": "957cee34b823",
     "streets/frozen-dinov2_s-cpu": "acc077e0d5f4",
     "streets/full-dinov2_s": "fd2e242a499e",
@@ -524,8 +546,12 @@ HASHES = {
     "streets/soma": "47d68318dbe6",
     "streets/soma-dinov2_s": "d5f49b0d79ea",
     "streets/source-only": "deef3dcffd66",
+    "streets/tldr": "cf4a816b78a9",
     "streets/tqdm": "02f2aaf606e4",
     "streets/vltseg": "e8575202df7a",
+    "tldr/resnet101_v1c-gta": "105ee558ad92",
+    "tldr/resnet101_v1c-synthia": "faf52eca69ab",
+    "tldr/resnet50_v1c-gta": "218d230dded5",
     "tqdm/clip_b-city": "97cb3458aaef",
     "tqdm/clip_b-gta": "4b0481296bd0",
     "tqdm/clip_b-synthia": "672bb12841e5",

@@ -186,6 +186,15 @@ def backbone_names(name: str) -> set[str]:
     return {value for row in constants(name)["BACKBONES"] for value in row.values()}
 
 
+def of_kind(name: str, tower: str) -> str:
+    """Return the one of a method's backbones that is of a kind (`Tower.kind`: `resnet101`, `tiny`); any other name unchanged."""
+    from mfuser.towers.table import TOWERS
+
+    own = backbone_names(name)
+    same = [one for one in own & TOWERS.keys() if TOWERS[one].kind == tower]
+    return same[0] if tower not in own and len(same) == 1 else tower
+
+
 def build(name: str, *, weights: Weights = "published", **given: Any) -> Segmentor:
     """Build a method, in evaluation mode: a trainer calls `.train()`.
 
