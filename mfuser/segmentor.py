@@ -24,13 +24,15 @@ class Extra:
 
     A step has as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
     `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore; with `segments`, `batch.extra[f"{name}_segments"]`,
-    (B, H, W), the number of each pixel's segment, 255 = none, without a class.
+    (B, H, W), the number of each pixel's segment, 255 = none, without a class. With `augmented`, they are mirrored and distorted
+    like the source's images.
     """
 
     name: str
     size: Literal["crop"] | tuple[int, int] = "crop"  # (H, W), or that of the training crop
     labels: bool = False
     segments: bool = False  # in place of labels
+    augmented: bool = False
 
     @property
     def beside(self) -> str:
