@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mfuser
 from dgbench import results, temporaries
 from dgbench.data.dataset import SegDataset
-from dgbench.data.extra import streams
+from dgbench.data.extra import Stream, digest_of, files_of, streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
 from dgbench.engine import batches, checkpoints, tracking
@@ -98,11 +98,8 @@ def train(
             f"train.batch_size is {spec.batch_size}, but `{model.method}` needs at least {model.min_batch} images a step",
             f"--set train.batch_size={model.min_batch}",
         )
-    extra = streams(
-        model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root, recipe.data.domains
-    )
-    digests = {stream.name: stream.digest() for stream in extra}
-    _check_streams(run, digests, before)
+    extra, digests = _extras(recipe, model, root)
+    _check_streams(run, digests, before, [stream.name for stream in extra])
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -267,7 +264,7 @@ def _record(
         kind="train",
         created=results.now_iso(),
         method=recipe.method.name,
-        variant=recipe.method.variant,
+        variant=recipe.variant,
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
@@ -388,6 +385,11 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
             init = checkpoints.begin_with(model, Path(recipe.train.init))
     set_seed(seed)
     model.enter_training()
+    for name, path in files_of(model.files, recipe.data.extra, model.method).items():
+        try:
+            model.take_file(name, path)
+        except ValueError as error:
+            raise DataError(f"data.extra.{name} of `{model.method}`: {error}", f"set data.extra.{name} to another file") from None
     if checkpoint is not None:
         checkpoints.load_training(model, checkpoint)
     for parameter in model.parameters():
@@ -397,12 +399,19 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
     return model, init
 
 
-def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
-    """Raise a CheckpointError if a training was started with other images in its streams."""
+def _extras(recipe: Recipe, model: Segmentor, root: Path | None) -> tuple[list[Stream], dict[str, str]]:
+    """Return the further images that a model is trained with, and the digests of these and of its files."""
+    data, files = recipe.data, files_of(model.files, recipe.data.extra, model.method)
+    extra = streams(model.extras, data.extra, model.method, data.crop, data.targets, root, data.domains, model.files)
+    return extra, {stream.name: stream.digest() for stream in extra} | {name: digest_of(path) for name, path in files.items()}
+
+
+def _check_streams(run: Path, now: dict[str, str], before: Made | None, streams: list[str]) -> None:
+    """Raise a CheckpointError if a training was started with other images in its streams, or with other files."""
     for name, digest in (before.streams if before else {}).items():
-        if now[name] != digest:
+        if now.get(name) != digest:
             raise CheckpointError(
-                f"{run} was started with other images in data.extra.{name}",
+                f"{run} was started with {'other images in' if name in streams else 'another file as'} data.extra.{name}",
                 "restore the files it was started with, or start a new run",
             )
 

@@ -93,7 +93,7 @@ def references() -> list[Reference]:
             hashes = {SOURCE if target == source else target: _protocol_hash(recipe, target) for target in miou}
             found.append(
                 Reference(
-                    name, method.name, method.variant, source, rules.name, miou, first.origin, hashes, rules.digest, first.weights
+                    name, method.name, recipe.variant, source, rules.name, miou, first.origin, hashes, rules.digest, first.weights
                 )
             )
     return found
