@@ -37,7 +37,7 @@ _STRIDE = 16  # of the encoder's coarsest map
 # sizes by the tower; an option left at None takes them from here
 _SIZES = {
     "full": {"decoder_dim": 256, "points": 64, "wild_points": 16, "dictionary": 393_216},
-    "tiny_resnet": {"decoder_dim": 64, "points": 16, "wild_points": 8, "dictionary": 4096},
+    "tiny_resnet": {"decoder_dim": 64, "points": 16, "wild_points": 8, "dictionary": 2048},
 }
 
 
@@ -118,8 +118,10 @@ class Contents(nn.Module):
     @torch.no_grad()
     def nearest(self, points: Tensor, by: int = 512) -> Tensor:
         """Return the index (N,) of the column nearest to each point (N, C) by dot product, in half precision as released."""
-        columns = self.columns.half()
-        return torch.cat([(part @ columns).argmax(1) for part in points.half().split(by)])
+        # CPUs multiply in fp32, what GPUs do to halves, too: their own products of halves take seconds a step
+        kind = torch.half if points.is_cuda else torch.float32
+        columns = self.columns.half().to(kind)
+        return torch.cat([(part.to(kind) @ columns).half().argmax(1) for part in points.half().split(by)])
 
     @torch.no_grad()
     def add(self, points: Tensor) -> None:

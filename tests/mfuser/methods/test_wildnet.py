@@ -204,7 +204,7 @@ def test_a_step_puts_the_wild_features_into_the_dictionary() -> None:
     changed = (contents.columns != before).any(0)
     assert changed[:128].all()
     assert not changed[128:].any()
-    torch.testing.assert_close(contents.columns.norm(dim=0), torch.ones(4096))
+    torch.testing.assert_close(contents.columns.norm(dim=0), torch.ones(2048))
 
 
 def test_the_dictionary_is_kept_for_resuming_and_not_in_the_model_file() -> None:
