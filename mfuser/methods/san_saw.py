@@ -73,6 +73,9 @@ class SanEncoder(ResNetEncoder):
     def __init__(self, name: str) -> None:
         super().__init__(name, output_stride=8)
         trunk = self.trunk
+        # of images in [0, 1]
+        self.mean = torch.tensor(_MEANS).view(3, 1, 1) / 255
+        self.std = torch.full((3, 1, 1), 1 / 255)
         trunk.maxpool.ceil_mode = True
         first = trunk.layer2[0]
         if hasattr(first, "conv3"):  # in bottlenecks the 1x1 convolution has the stride
@@ -82,9 +85,7 @@ class SanEncoder(ResNetEncoder):
 
     def normalised(self, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [0, 1] as Caffe has them: in 0..255, less the mean of each channel, blue first."""
-        kept = super().normalised(images)
-        means = torch.tensor(_MEANS, device=images.device, dtype=images.dtype).view(3, 1, 1)
-        return (images * 255 - means).flip(1).to(kept.dtype)
+        return super().normalised(images).flip(1)
 
     def stem(self, normalised: Tensor) -> Tensor:
         """Return the map that enters the first stage, of (side / 2) / 2 + 1 cells a side."""
@@ -127,6 +128,14 @@ class SanSaw(Segmentor):
         """Logits (B, K, H, W)."""
         self.check_size(images)
         return resized(self.see(images).logits[-1], images.shape[-2:])
+
+    def enter_training(self) -> None:
+        """Freeze what no loss reaches: the authors' optimizer has these parameters, and leaves them as they are."""
+        for name, parameter in self.named_parameters():
+            unread = name.startswith(("layer5.", "layer6.conv2d_list.2.", "layer6.conv2d_list.3."))
+            branch = not self.paper and ".CFR_branches." in name and ".CFR_branches.0." not in name
+            if unread or branch:
+                parameter.requires_grad_(False)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy of the last and of the first two classifiers, distance to the labels' norms; in the paper whitening, too.
