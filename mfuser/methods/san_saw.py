@@ -113,7 +113,7 @@ class SanSaw(Segmentor):
         super().__init__()
         self.image_size, self.paper = options.image_size, options.variant == "paper"
         if self.paper and find_spec("kmeans1d") is None:
-            raise ValueError("variant `paper` needs kmeans1d, which is not installed: pip install kmeans1d")
+            raise ValueError("variant `paper` needs kmeans1d, which is not installed: pip install -e '.[kmeans]'")
         self.encoder = SanEncoder(options.backbone)
         channels, classes = self.encoder.channels, len(self.classes)
         self.classifier_1, self.classifier_2 = (nn.Conv2d(width, classes, 1) for width in channels[:2])
