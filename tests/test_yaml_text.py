@@ -519,7 +519,7 @@ HASHES = {
     "streets/source-only": "deef3dcffd66",
     "streets/tqdm": "02f2aaf606e4",
     "streets/vltseg": "e8575202df7a",
-    "streets/wildnet": "d1c5f1cfc11b",
+    "streets/wildnet": "0bc4952e12b5",
     "tqdm/clip_b-city": "97cb3458aaef",
     "tqdm/clip_b-gta": "4b0481296bd0",
     "tqdm/clip_b-synthia": "672bb12841e5",
@@ -529,10 +529,10 @@ HASHES = {
     "vltseg/eva02-city": "90c0c927b640",
     "vltseg/eva02-gta": "8981e8542872",
     "vltseg/eva02-synthia": "589063f50a6f",
-    "wildnet/resnet101-city": "85b11324da97",
-    "wildnet/resnet101-gta": "d5a6d532cdc4",
-    "wildnet/resnet50-city": "3b9d692cf442",
-    "wildnet/resnet50-gta": "ef81e2dbae0e",
+    "wildnet/resnet101-city": "a6f4a62fdf91",
+    "wildnet/resnet101-gta": "fbb420e97b18",
+    "wildnet/resnet50-city": "a8c7221081a0",
+    "wildnet/resnet50-gta": "af351de9c4de",
 }
 
 

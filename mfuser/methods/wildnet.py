@@ -36,8 +36,8 @@ TEMPERATURE = 0.07
 _STRIDE = 16  # of the encoder's coarsest map
 # sizes by the tower; an option left at None takes them from here
 _SIZES = {
-    "full": {"decoder_dim": 256, "points": 64, "wild_points": 16, "dictionary": 393_216},
-    "tiny_resnet": {"decoder_dim": 64, "points": 16, "wild_points": 8, "dictionary": 2048},
+    "full": {"decoder_dim": 256, "points": 64, "wild_points": 16, "wild_images": 1536},
+    "tiny_resnet": {"decoder_dim": 64, "points": 16, "wild_points": 8, "wild_images": 32},
 }
 
 
@@ -49,7 +49,7 @@ class Options:
     decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head
     points: int | None = None  # side of the grid of features of an image of the source that are contrasted
     wild_points: int | None = None  # side of the grid of a wild image's features that enter the dictionary
-    dictionary: int | None = None  # features of wild images that are kept
+    wild_images: int | None = None  # images whose features are kept in the dictionary
     image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window
 
     def __post_init__(self) -> None:
@@ -143,8 +143,11 @@ class WildNet(Segmentor):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.image_size, self.grids = options.image_size, (options.points, options.wild_points)
-        dim, self.size = options.decoder_dim, options.dictionary
+        dim, side, images = options.decoder_dim, options.wild_points, options.wild_images
         assert dim is not None
+        assert side is not None
+        assert images is not None
+        self.size = images * side**2
         self.encoder = StylizedEncoder(options.backbone)
         channels, classes = self.encoder.channels, len(self.classes)
         self.decoder = DeepLabV3Plus(channels[0], channels[3], classes, dim)
@@ -162,7 +165,6 @@ class WildNet(Segmentor):
 
     def enter_training(self) -> None:
         """Make a dictionary of random contents."""
-        assert self.size is not None
         self.training_only = nn.ModuleDict({"contents": Contents(self.proj[2].out_features, self.size)})  # type: ignore[arg-type]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

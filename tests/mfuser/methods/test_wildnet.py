@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_stem_has_a_norm_is_refused_by_name() -> None:
 @pytest.mark.full
 def test_scores_losses_and_gradients_with_weights_by_name_equal_the_authors() -> None:
     expected = numbers("wildnet_r101")
-    model = mfuser.build("wildnet", weights="meta", dictionary=1024)
+    model = mfuser.build("wildnet", weights="meta", wild_images=4)
     state = {}
     for name, shape in LAYOUT.items():
         bare = name.removeprefix("module.")
