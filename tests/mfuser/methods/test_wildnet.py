@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,15 @@ def test_the_dictionary_is_kept_for_resuming_and_not_in_the_model_file() -> None
     assert torch.equal(other.training_only["contents"].columns, model.training_only["contents"].columns)
     assert other.training_only["contents"].next == 128
     assert not any("contents" in name for name in model.model_state())
+
+
+def test_a_model_with_the_sizes_of_the_release_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    sizes = {"points": 64, "wild_points": 16, "wild_images": 1536}
+    model = mfuser.build("wildnet", backbone="tiny_resnet", image_size=(64, 64), **sizes)
+    loaded = mfuser.load(mfuser.save(model, tmp_path / "it"))
+    assert loaded.options == model.options
+    assert isinstance(loaded, WildNet)
+    assert loaded.size == 393_216
 
 
 def test_sizes_below_one_and_other_towers_are_refused() -> None:
