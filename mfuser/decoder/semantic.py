@@ -52,6 +52,8 @@ def above_lowest(heat: Tensor) -> Tensor:
     """Return 1 where values are not in the lowest of five clusters, else 0; the k-means is exact, over all values together."""
     import kmeans1d
 
+    if heat.is_meta:  # no values, as where operations are counted
+        return torch.ones_like(heat)
     values = heat.detach().float().cpu().numpy().ravel()
     found = np.asarray(kmeans1d.cluster(values.astype(np.float64), min(CLUSTERS, len(values))).clusters)
     return torch.from_numpy(found > 0).view(heat.shape).to(heat)

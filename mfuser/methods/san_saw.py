@@ -96,11 +96,13 @@ class SanEncoder(ResNetEncoder):
 
 @dataclass
 class Seen:
-    """What one pass gives: for each of the first two stages the map before and behind its norm, and logits of all four."""
+    """What one pass gives: for each of the first two stages the map before and behind its norm, and its logits."""
 
     before: list[Tensor]
     behind: list[Tensor]
-    logits: list[Tensor]  # of the four stages, at their sizes
+    logits: list[Tensor]  # at the maps' sizes
+    third: Tensor  # map of the third stage, whose classifier has no loss
+    last: Tensor  # logits of the last one
 
 
 class SanSaw(Segmentor):
@@ -127,7 +129,7 @@ class SanSaw(Segmentor):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
         self.check_size(images)
-        return resized(self.see(images).logits[-1], images.shape[-2:])
+        return resized(self.see(images).last, images.shape[-2:])
 
     def enter_training(self) -> None:
         """Freeze what no loss reaches: the authors' optimizer has these parameters, and leaves them as they are."""
@@ -147,7 +149,7 @@ class SanSaw(Segmentor):
         seen = self.see(batch.images)
         weights = class_weights(labels, len(self.classes))
         size = batch.images.shape[-2:]
-        terms = {"loss_seg": weighted(resized(seen.logits[3].float(), size), labels, weights)}
+        terms = {"loss_seg": weighted(resized(seen.last.float(), size), labels, weights)}
         for i, (norm, classifier) in enumerate(self._stages(), 1):
             before, behind = seen.before[i - 1], seen.behind[i - 1].float()
             logits = resized(seen.logits[i - 1].float(), size)
@@ -169,8 +171,7 @@ class SanSaw(Segmentor):
             x = norm(before[-1], logits[-1])
             behind.append(x)
         third = stages[2](x)
-        logits += [self.layer5(third), self.layer6(stages[3](third))]
-        return Seen(before, behind, logits)
+        return Seen(before, behind, logits, third, self.layer6(stages[3](third)))
 
     def _stages(self) -> tuple[tuple[SemanticNorm, nn.Conv2d], tuple[SemanticNorm, nn.Conv2d]]:
         return (self.SAN_stage_1, self.classifier_1), (self.SAN_stage_2, self.classifier_2)

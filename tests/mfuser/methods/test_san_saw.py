@@ -146,7 +146,8 @@ def test_maps_and_scores_with_weights_by_name_equal_the_authors() -> None:
     load_authors_checkpoint(model, {k: torch.from_numpy(named_tensor(k, s)) if is_named(k) else empty for k, s in LAYOUT.items()})
     with torch.no_grad():
         seen = model.see(torch.from_numpy(named_input("net.image", (2, 3, 64, 96))), normalised=True)
-    for i, logits in enumerate(seen.logits, 1):
+        found = [*seen.logits, model.layer5(seen.third), seen.last]
+    for i, logits in enumerate(found, 1):
         torch.testing.assert_close(resized(logits, (64, 96))[:, :, ::8, ::8], expected[f"eval.x{i}"], rtol=1e-4, atol=2e-3)
     for i in (1, 2):
         for name, value in ((f"l{i}_in", seen.before[i - 1]), (f"l{i}_out", seen.behind[i - 1])):
