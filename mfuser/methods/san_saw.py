@@ -114,6 +114,7 @@ class SanSaw(Segmentor):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.image_size, self.paper = options.image_size, options.variant == "paper"
+        self.mixes_batch = self.paper  # the clusters are of all images together
         if self.paper and find_spec("kmeans1d") is None:
             raise ValueError("variant `paper` needs kmeans1d, which is not installed: pip install -e '.[kmeans]'")
         self.encoder = SanEncoder(options.backbone)

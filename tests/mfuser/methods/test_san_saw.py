@@ -191,6 +191,16 @@ def test_what_is_trained_is_what_the_losses_reach(variant: str) -> None:
     assert [name for name, p in model.named_parameters() if (p.grad is None) == p.requires_grad] == []
 
 
+def test_images_of_a_batch_are_scored_alone_but_for_the_papers_clusters() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    for variant in ("release", "paper"):
+        model = built(variant=variant).eval()
+        with torch.no_grad():
+            alone = torch.cat([model(image[None]) for image in images])
+            assert torch.allclose(model(images), alone, rtol=1e-4, atol=1e-6) or model.mixes_batch
+        assert model.mixes_batch == (variant == "paper")
+
+
 def test_classifiers_of_the_first_stages_do_not_move_the_trunk() -> None:
     model = built()
     model.loss(batch())["stage1.loss_seg"].backward()
