@@ -25,7 +25,8 @@ class Extra:
 
     A step has as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
     `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore; with `segments`, `batch.extra[f"{name}_segments"]`,
-    (B, H, W), the number of each pixel's segment, 255 = none, without a class.
+    (B, H, W), the number of each pixel's segment, 255 = none, without a class. With `augmented`, they are mirrored and distorted
+    like the source's images.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Extra:
     labels: bool = False
     segments: bool = False  # in place of labels
     stretch: bool = False  # whole images, resized to the size whatever their aspect ratio, instead of crops
+    augmented: bool = False
 
     @property
     def beside(self) -> str:

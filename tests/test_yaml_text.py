@@ -513,6 +513,8 @@ HASHES = {
     "rein/dinov2-s-gta": "be27acd114f8",
     "rein/eva02-city": "f3aa47a9d8c7",
     "rein/eva02-gta": "e006fd5089f6",
+    "san-saw/resnet101-gta": "2f62e9ed2a6e",
+    "san-saw/resnet50-gta": "d60405f973fa",
     "set/dinov2-city": "ce2a489ed8fd",
     "set/dinov2-gta": "1266dbd4abf9",
     "shade/resnet101-gta": "8c52fa7ead64",
@@ -539,6 +541,7 @@ HASHES = {
     "streets/mfuser-gpu": "71019620cb63",
     "streets/rein": "eaf0d6390bdd",
     "streets/rein-dinov2_s": "be7a4f4a8daf",
+    "streets/san-saw": "7f807cd865a7",
     "streets/set": "0d8a06bfa701",
     "streets/set-dinov2_s": "9830fb648229",
     "streets/shade": "ad72d89eb098",
@@ -552,6 +555,7 @@ HASHES = {
     "tldr/resnet101_v1c-gta": "105ee558ad92",
     "tldr/resnet101_v1c-synthia": "faf52eca69ab",
     "tldr/resnet50_v1c-gta": "218d230dded5",
+    "streets/wildnet": "0bc4952e12b5",
     "tqdm/clip_b-city": "97cb3458aaef",
     "tqdm/clip_b-gta": "4b0481296bd0",
     "tqdm/clip_b-synthia": "672bb12841e5",
@@ -561,6 +565,10 @@ HASHES = {
     "vltseg/eva02-city": "90c0c927b640",
     "vltseg/eva02-gta": "8981e8542872",
     "vltseg/eva02-synthia": "589063f50a6f",
+    "wildnet/resnet101-city": "a6f4a62fdf91",
+    "wildnet/resnet101-gta": "fbb420e97b18",
+    "wildnet/resnet50-city": "a8c7221081a0",
+    "wildnet/resnet50-gta": "af351de9c4de",
 }
 
 

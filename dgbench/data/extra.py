@@ -25,6 +25,7 @@ from dgbench.data.dataset import SegDataset, read_image
 from dgbench.data.decode import read_label, read_stored
 from dgbench.data.images import SUFFIXES
 from dgbench.data.labels import named
+from dgbench.data.photometric import PRESETS
 from dgbench.data.sampling import UniformSampler
 from dgbench.data.textures import COUNT, NAME, VERSION, texture
 from dgbench.data.transforms import TrainView
@@ -58,6 +59,7 @@ class Stream:
     beside: str  # what comes with each image: `labels`, `segments`, or "" for nothing
     source: SegDataset | Textures | Sequence[tuple[Path, Path | None]]  # a domain, or files of images and labels
     stretch: bool = False  # resized to the size, whatever their aspect ratio, instead of cropped
+    augmented: bool = False  # mirrored and distorted as the source's crops are
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,7 +203,7 @@ def _stream(
     if place == NAME:
         if extra.beside:
             raise RecipeError(f"{what}: {NAME} have no {extra.beside}", f"give a folder with images/ and {extra.beside}/")
-        return Stream(extra.name, size, "", Textures(size))
+        return Stream(extra.name, size, "", Textures(size), augmented=extra.augmented)
     folder = Path(place)
     if not folder.is_dir():
         try:
@@ -213,13 +215,13 @@ def _stream(
             raise RecipeError(f"{what}: `{row.name}` is one of the targets, which must be unseen", "name another one")
         if extra.segments:
             raise RecipeError(f"{what}: the domain `{row.name}` has no segments", "give a folder with images/ and segments/")
-        return Stream(extra.name, size, extra.beside, SegDataset(row, "train", root=root), extra.stretch)
+        return Stream(extra.name, size, extra.beside, SegDataset(row, "train", root=root), extra.stretch, extra.augmented)
     beside, are = extra.beside, "of train ids" if extra.labels else "of segments' numbers"
     if not beside:
         files = _files(folder, SUFFIXES)
         if not files:
             raise DataError(f"{what}: no image in {folder}", f"images end in {', '.join(SUFFIXES)}")
-        return Stream(extra.name, size, "", [(path, None) for path in files], extra.stretch)
+        return Stream(extra.name, size, "", [(path, None) for path in files], extra.stretch, extra.augmented)
     images, labels = folder / "images", folder / beside
     for part in (images, labels):
         if not part.is_dir():
@@ -233,7 +235,7 @@ def _stream(
             f"{what}: {len(alone)} of {len(pairs)} images have no label in {labels}, the first is {alone[0]}",
             f"each needs a file {are} of the same name, {alone[0].stem}.png",
         )
-    return Stream(extra.name, size, beside, pairs, extra.stretch)
+    return Stream(extra.name, size, beside, pairs, extra.stretch, extra.augmented)
 
 
 def _numbers(path: Path) -> Pixels:
@@ -263,11 +265,21 @@ class WithExtras(torch.utils.data.Dataset[tuple[Tensor, Tensor, dict[str, Tensor
         extra = {}
         for stream, seed, sampler in zip(self.streams, self._seeds, self._samplers, strict=True):
             index, _ = sampler.draw(position)
-            image, label = stream.crop(index, np.random.default_rng([seed, 2, position]))
+            rng = np.random.default_rng([seed, 2, position])
+            image, label = stream.crop(index, rng)
+            if stream.augmented:
+                image, label = self._augmented(image, label, rng)
             extra[stream.name] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
             if label is not None:
                 extra[f"{stream.name}_{stream.beside}"] = torch.from_numpy(np.ascontiguousarray(label))
         return *self.view[position], extra
+
+    def _augmented(self, image: Pixels, label: Pixels | None, rng: np.random.Generator) -> tuple[Pixels, Pixels | None]:
+        """Mirror and distort as the crops of the source."""
+        how = self.view.augmentation
+        if rng.random() < how.flip:
+            image, label = cv2.flip(image, 1), label if label is None else cv2.flip(label, 1)
+        return PRESETS[how.photometric](image, rng), label
 
 
 def _seed(seed: int, name: str) -> int:

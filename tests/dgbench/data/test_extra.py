@@ -175,3 +175,24 @@ def test_a_file_that_a_method_needs_is_asked_for_by_name(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"1")
     assert files_of([network], {"network": str(tmp_path / "a.pth")}, "some") == {"network": tmp_path / "a.pth"}
     assert files_of([ExtraFile("network", "it", optional=True)], {}, "some") == {}
+
+
+def test_an_augmented_stream_is_mirrored_and_distorted_like_the_source(tmp_path):
+    folder(tmp_path, [CROP])
+    image = np.asarray(Image.open(tmp_path / "images" / "0.png"))
+
+    def drawn(flip: float, photometric: str, **given: object) -> list[dict[str, np.ndarray]]:
+        dataset = SegDataset(lookup("streets-game"), "train", size=(64, 96), limit=2)
+        how = Augmentation(CROP, (1, 1), 1, flip, photometric)
+        stream = opened(tmp_path, labels=True, **given)
+        samples = WithExtras(TrainView(dataset, UniformSampler(2, 3), how, 3), [stream], 3)
+        return [{name: value.numpy() for name, value in samples[i][2].items()} for i in range(4)]
+
+    (first, *_) = drawn(1.0, "none", augmented=True)
+    assert np.array_equal(first["wild"].transpose(1, 2, 0), image[:, ::-1])
+    assert np.array_equal(first["wild_labels"], image[:, ::-1, 0])
+    distorted = drawn(0.0, "robustnet", augmented=True)
+    assert all(np.array_equal(sample["wild_labels"], image[..., 0]) for sample in distorted)
+    assert not all(np.array_equal(sample["wild"].transpose(1, 2, 0), image) for sample in distorted)
+    (plain, *_) = drawn(1.0, "robustnet")
+    assert np.array_equal(plain["wild"].transpose(1, 2, 0), image)
