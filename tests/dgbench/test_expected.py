@@ -169,7 +169,12 @@ def test_seeds_of_other_tower_weights_are_no_seeds_of_one_row(tmp_path: Path) ->
             run.mkdir()
             seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
             dump(seeded, run / "recipe.yaml")
-            own = {"path": run / "record-x.json", "recipe_hash": recipe_hash(seeded), "checkpoint": f"{run.name}/step", "seed": seed}
+            own = {
+                "path": run / "record-x.json",
+                "recipe_hash": recipe_hash(seeded),
+                "checkpoint": f"{run.name}/step",
+                "seed": seed,
+            }
             records += [record("streets-city", 0.4, **own), record(kind="train", extra={"weights.vfm": sha}, **own)]
         (group,) = leaderboard(records, published=False).groups
         return [row.seeds for row in group.rows]
