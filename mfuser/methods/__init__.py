@@ -5,8 +5,8 @@ A method's file has, all but `MODEL` and `RELEASES` as literals, which are read 
   there is no paper;
 - `BACKBONES`: the towers that it is tabulated with, as options, the last row tiny;
 - `TOWERS`: option that names a tower -> part of the tower (`trunk`, `head`, `text`) -> the module that its weights go to;
-- `ABSENT`: option -> its value -> the modules, as in `TOWERS`, that such a model has not;
-- `LATER`: options that are newer than the method's first recipes, whose hashes do not have them while they are at their default;
+- `ABSENT`, where options leave modules out: option -> its value -> the modules, as in `TOWERS`, that such a model has not;
+- `LATER`, where there are any: options newer than the method's first recipes, whose hashes leave them out at their default;
 - `Options`, a frozen dataclass that checks itself, and `MODEL`, a Segmentor that is built from them;
 - `RELEASES`, where the authors published checkpoints, see `mfuser.releases`; imported from a file of that package, they are read
   without importing the method.
