@@ -269,6 +269,14 @@ def test_finding_nothing_or_too_much_says_what_there_is() -> None:
         find("mfuser", source="gta5")
 
 
+def test_a_recipe_on_streets_with_a_published_tower_is_meant_by_its_name_or_its_source_alone() -> None:
+    assert resolve("rein", vfm="dinov2_s")[0] == "rein/dinov2-s-gta"
+    assert resolve("linear", vfm="dinov2_s") == ("linear/dinov2-gta", ["method.vfm=dinov2_s"])
+    assert resolve("rein", vfm="dinov2_s", source="streets-game") == ("streets/rein-dinov2_s", [])
+    assert resolve("rein")[0] == "streets/rein"
+    assert resolve("streets/rein-dinov2_s") == ("streets/rein-dinov2_s", [])
+
+
 def test_flags_pick_a_recipe_or_override_it() -> None:
     assert resolve("mfuser", vlm="eva02") == ("mfuser/eva02-gta", [])
     assert resolve("mfuser", source="streets-night") == ("streets/mfuser", ["data.source=streets-night"])

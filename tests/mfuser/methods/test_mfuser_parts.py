@@ -166,7 +166,8 @@ def test_without_its_copy_the_enhancer_scans_the_texts_behind_the_image_alone() 
         torch.testing.assert_close(layer(text, memory), seen + layer.mlp(layer.norm3(seen)))
 
 
-def test_every_part_is_counted(part: dict[str, str]) -> None:
+@pytest.mark.parametrize("part", [PARTS[2], PARTS[4], PARTS[6]], ids=str)
+def test_what_is_left_is_counted(part: dict[str, str]) -> None:
     settings = [f"method.{key}={value}" for key, value in part.items()]
     (row,) = profile(subjects(["streets/mfuser"], settings=settings, size=(64, 64)), Silent(), timed=False).rows
     assert row.trainable == sum(p.numel() for p in tiny(**part).parameters() if p.requires_grad)
