@@ -177,7 +177,7 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
     if name in TOWERS:
         choice = ", ".join(sorted(known))
         if TOWERS[name].channels:
-            raise RecipeError(f"--{kind} {name} is a convolutional network", f"choose from {choice}")
+            raise RecipeError(f"--{kind} {name} is {TOWERS[name].kind}", f"choose from {choice}")
         raise RecipeError(f"--vlm {name} has no text tower", f"choose from {choice}; other towers are for --vfm")
     message, hint = unknown("tower", name, known)
     also = f", or {TIMM}<model>" if kind != "vlm" and hint.startswith("choose") else ""
@@ -219,7 +219,7 @@ def _remoteness(asked: str, has: str) -> int:
         families = [name.partition("_")[0] for name in (asked, has)]
         return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
     # trained from scratch, or from published weights, as those of timm are
-    scratch = [row is not None and row.timm is None for row in (one, other)]
+    scratch = [row is not None and row.from_scratch for row in (one, other)]
     return 3 if scratch[0] == scratch[1] else 4
 
 

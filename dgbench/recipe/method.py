@@ -94,7 +94,7 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
                 textless = value in TOWERS or value.startswith(TIMM)
                 more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
                 if value in TOWERS and TOWERS[value].channels:
-                    more = f"`{value}` is a convolutional network, which cannot be a {key}"
+                    more = f"`{value}` is {TOWERS[value].kind}, which cannot be a {key}"
                 close = suggest(value, towers)
                 also = f", or {TIMM}<model>" if key != "vlm" else ""
                 more += f", did you mean `{close}`?" if close else f"; choose from {', '.join(towers)}{also}"
