@@ -51,6 +51,13 @@ def _usual(method: str) -> Mapping[str, Any]:
     return {option.name: option.default for option in described_options(method)} if method in names() else {}
 
 
+def later(method: str) -> Mapping[str, Any]:
+    """Return the options of a method that are newer than its recipes' hashes, with their defaults; none for an unknown method."""
+    from mfuser.methods import later, names
+
+    return later(method) if method in names() else {}
+
+
 def spell(content: dict[str, Any]) -> None:
     """Replace names of a recipe's method and towers by their own spelling, in place: `EVA02` is `eva02`."""
     from mfuser.methods import names

@@ -5,6 +5,7 @@ A method's file has, all but `MODEL` and `RELEASES` as literals, which are read 
   there is no paper;
 - `BACKBONES`: the towers that it is tabulated with, as options, the last row tiny;
 - `TOWERS`: option that names a tower -> part of the tower (`trunk`, `head`, `text`) -> the module that its weights go to;
+- `LATER`: options that are newer than the method's first recipes, whose hashes do not have them while they are at their default;
 - `Options`, a frozen dataclass that checks itself, and `MODEL`, a Segmentor that is built from them;
 - `RELEASES`, where the authors published checkpoints, see `mfuser.releases`; imported from a file of that package, they are read
   without importing the method.
@@ -86,11 +87,12 @@ def _read(name: str) -> list[ast.stmt]:
 
 
 def constants(name: str) -> dict[str, Any]:
-    """Return the literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
+    """Return the literals of a method's file, read without importing it: `TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`,
+    `LATER`.
 
     Raises: ValueError listing the methods there are, or naming a constant that is no literal.
     """
-    found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}}
+    found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}, "LATER": ()}
     for node in _read(name):
         target, value = _assigned(node)
         if target in found and value is not None:
@@ -113,6 +115,12 @@ def towers(name: str) -> Mapping[str, Mapping[str, str]]:
     """Which options of a method name towers, and where their parts are in the model; nothing is imported."""
     found: Mapping[str, Mapping[str, str]] = constants(name)["TOWERS"]
     return found
+
+
+def later(name: str) -> dict[str, Any]:
+    """Return the options that are newer than a method's first recipes, with their defaults; nothing is imported."""
+    new = constants(name)["LATER"]
+    return {option.name: option.default for option in described_options(name) if option.name in new} if new else {}
 
 
 def option_names(name: str) -> list[str]:

@@ -7,7 +7,7 @@ embeddings. Every size is taken, and nothing is padded to whole cells: a convolu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, trunc_normal_
@@ -119,7 +119,7 @@ class MiT(nn.Module):
     Args:
         widths, depths, heads: of each stage.    reductions: of the side of the map of keys and values.
         drop_path: stochastic depth of the last block; it rises from 0 in equal steps.
-        attention: the class of every block's attention.
+        attention: makes each block's attention of (dim, heads, reduction).
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MiT(nn.Module):
         heads: Sequence[int] = (1, 2, 5, 8),
         reductions: Sequence[int] = (8, 4, 2, 1),
         drop_path: float = 0.1,
-        attention: type[Attention] = Attention,
+        attention: Callable[[int, int, int], Attention] = Attention,
     ) -> None:
         super().__init__()
         rates = iter([drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
@@ -154,11 +154,11 @@ class MiTEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, *, attention: type[Attention] = Attention) -> None:
+    def __init__(self, name: str, *, attention: Callable[[int, int, int], Attention] = Attention) -> None:
         """Build with random weights.
 
         Args:
-            name: a MiT among TOWERS.    attention: the class of every block's attention.
+            name: a MiT among TOWERS.    attention: makes each block's attention of (dim, heads, reduction).
 
         Raises: ValueError for another row, or an unknown name.
         """
