@@ -169,6 +169,7 @@ _FREE = frozenset(
         "alias",
         "detach",
         "dropout",
+        "feature_dropout",
         "tril",
         "triu",
         "pixel_shuffle",

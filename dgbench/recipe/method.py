@@ -16,6 +16,7 @@ from dgbench.spec import Problem, problems_of, shown, strictly
 
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
 _TELLING = ("fuser", "adapter", "variant")  # options that make another model of the same towers
+RECONSTRUCTED = "reconstructed"
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -41,6 +42,7 @@ class MethodSpec(BaseModel):
         unusual = {key: options[key] for key in _TELLING if options.get(key) not in (None, usual.get(key))}
         # `none` alone would not say of what
         named = [f"adapter {value}" if key == "adapter" else str(value) for key, value in unusual.items()]
+        named += [RECONSTRUCTED] if _reconstructed(self.name) else []
         return ", ".join([towers, *named]) if towers else ""
 
 
@@ -49,6 +51,13 @@ def _usual(method: str) -> Mapping[str, Any]:
     from mfuser.methods import described_options, names
 
     return {option.name: option.default for option in described_options(method)} if method in names() else {}
+
+
+def _reconstructed(method: str) -> bool:
+    """Return whether a method's title says that it is a reconstruction, which its records say then, too."""
+    from mfuser.methods import constants, names
+
+    return method in names() and constants(method)["TITLE"].endswith(f"({RECONSTRUCTED})")
 
 
 def later(method: str) -> Mapping[str, Any]:
