@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from mfuser.towers.files import HubFile, PackagedFile
 from mfuser.towers.key_rules import TIMM_FILE, Rules
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file on the Hugging Face Hub."""
-
-    repo: str
-    file: str
-    gigabytes: float  # approximately; downloads are compared with the size that the Hub states
-    licence: str = "see its page"
-
-    @property
-    def size(self) -> str:
-        """The approximate size, as `1.7 GB`."""
-        return f"{self.gigabytes:g} GB" if self.gigabytes >= 0.1 else f"{1000 * self.gigabytes:.2g} MB"
-
-    @property
-    def where(self) -> Path | None:
-        """The file in the local Hub cache, or None."""
-        # as huggingface_hub documents its cache; its own function imports an HTTP client, which takes longer than all the rest
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        folder = Path(HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
-        try:
-            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        path = folder / "snapshots" / commit / self.file
-        return path if path.exists() else None
-
-    def sha256(self) -> str | None:
-        """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""
-        if (path := self.where) is None:
-            return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def __str__(self) -> str:
-        return f"{self.repo}/{self.file} ({self.size})"
 
 
 @dataclass(frozen=True)
@@ -61,20 +21,21 @@ class TextTower:
     embedding: Literal["sum", "projected", "pooled", "none"]
     causal: bool = True
     pad: int = 0  # padding id of a tokenizer from a file
+    dim: int | None = None  # width of the embeddings of the tiny tower; None: the model's choice
 
 
 @dataclass(frozen=True)
 class Tower:
     """One row of TOWERS."""
 
-    timm: str | None  # model name; None: a MiT, or built from `options` alone, and trained from scratch
+    timm: str | None  # model name; None: built from `options` alone, or a MiT
     patch: int  # pixels of a token's side; of a convolutional tower, the stride of its coarsest map
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
     width: int = 0
     depth: int = 0  # blocks
-    weights: HubFile | None = None
+    weights: HubFile | PackagedFile | None = None  # None: trained from scratch
     keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
     dead: tuple[str, ...] = ()  # patterns of unused tensors of that file
     text: TextTower | None = None
@@ -83,17 +44,18 @@ class Tower:
     # of the four maps of a convolutional or hierarchical tower, finest first; () of a plain transformer
     channels: tuple[int, ...] = ()
     hierarchical: bool = False  # a hierarchical transformer, see `mfuser.towers.mit`
+    size: Literal["full", "small", "tiny"] = "full"  # of the decoder that goes with it, see `mfuser.decoder.sizes`
 
     @property
     def role(self) -> Literal["vfm", "vlm", "both", "cnn", "mit"]:
         """Its role: foundation or vision-language tower, either if trained from scratch; convolutional network; MiT."""
         if self.channels:
             return "mit" if self.hierarchical else "cnn"
-        return "both" if self.from_scratch else "vlm" if self.text else "vfm"
+        return "both" if self.scratch else "vlm" if self.text else "vfm"
 
     @property
-    def from_scratch(self) -> bool:
-        """Whether it has no published weights."""
+    def scratch(self) -> bool:
+        """Whether it has no weights of its own and is trained from scratch."""
         return self.timm is None and self.weights is None
 
     @property

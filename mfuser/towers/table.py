@@ -10,14 +10,19 @@ import difflib
 import re
 from typing import Any
 
+from mfuser.towers.files import HubFile, PackagedFile
 from mfuser.towers.key_rules import CLIP_CNN_FILE, EVA_CLIP_FILE, MIT_FILE, OPENAI_FILE, SIGLIP_FILE
-from mfuser.towers.row import HubFile, TextTower, Tower
+from mfuser.towers.row import TextTower, Tower
 
 __all__ = ["TIMM", "TOWERS", "HubFile", "TextTower", "Tower", "mits", "plain", "tower", "with_text"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _mini_file(tower: str, digest: str) -> PackagedFile:
+    return PackagedFile(f"{tower}.safetensors", digest, "Apache-2.0")
 
 
 def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> HubFile:
@@ -40,6 +45,7 @@ _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apach
 # its pooling head is used in a special way, see PooledEmbedding
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+_MINI = {"embed_dim": 128, "depth": 6, "num_heads": 4, "norm_in_stem": False}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
 _SCALARS = (r"^logit_scale$", r"^logit_bias$")  # of the contrastive loss, read by name
 
@@ -244,8 +250,31 @@ TOWERS: dict[str, Tower] = {
         resample="bilinear",
     ),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
-    "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
-    "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
+    "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum"), size="tiny"),
+    "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum"), size="small"),
+    # pretrained on rendered streets and part of this package, see docs/mini.md
+    "mini_vfm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vfm", "7f5911be3dc5156eba77560fabb7411ce8a4b5b32ccbac1336d4ba84792fba9f"),
+        size="tiny",
+    ),
+    "mini_vlm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vlm", "3352ae9fecc223ac68aba7d944d42b41bd311a36567d6fbd87c60c4f4709504a"),
+        keys=EVA_CLIP_FILE,
+        text=TextTower(None, 5, "ViT-B-16", "sum", dim=128),
+        size="tiny",
+    ),
     # convolutional networks, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
     "convnext_l_clip": Tower(
         "convnext_large",
