@@ -1,18 +1,21 @@
 """Train recipes with several seeds, several at a time on one device, and write one board of them with paired tests.
 
     python benchmarks/streets_boards.py OUT --jobs 8 --seeds 0 1 2 --recipes streets/erm streets/shade --set train.steps=300
+    python benchmarks/streets_boards.py OUT --jobs 8 @benchmarks/boards/cnn.txt
 
-OUT holds the runs, `board.md` and `board.json`. A cell is a recipe with one seed; what is complete is kept, and what was
-interrupted goes on, so that a call may be repeated. Each row is held against the first one: the differences are those of
-`dgbench compare`, on the same images and over the seeds, and Holm's rule corrects their p-values over the rows. Ranks are those
-of `dgbench leaderboard`, which tests every pair.
+A file behind `@` holds further arguments, and `#` begins a comment. OUT holds the runs, `board.md` and `board.json`. A cell is a
+recipe with one seed; what is complete is kept, and what was interrupted goes on, so that a call may be repeated. Each row is held
+against the first one: the differences are those of `dgbench compare`, on the same images and over the seeds, and Holm's rule
+corrects their p-values over the rows. Ranks are those of `dgbench leaderboard`, which tests every pair.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -106,8 +109,12 @@ def render_once(cells: Iterable[Cell]) -> None:
             SegDataset(row, "val", size=data.size, limit=limit).prepare(Silent())
 
 
-def train(cells: Sequence[Cell], jobs: int, device: str | None) -> list[str]:
-    """Train and score cells in parallel processes, in their order, and return a line for each that failed."""
+def train(cells: Sequence[Cell], jobs: int, device: str | None, until: float) -> list[str]:
+    """Train and score cells in parallel processes, in their order, and return a line for each that failed.
+
+    Args:
+        until: time of `time.perf_counter` after which none is begun.
+    """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // jobs)))
     failed: list[str] = []
@@ -115,6 +122,9 @@ def train(cells: Sequence[Cell], jobs: int, device: str | None) -> list[str]:
 
     def one(cell: Cell) -> None:
         begun = time.perf_counter()
+        if begun > until:
+            print(f"{cell.row.name}, seed {cell.seed}: left for another call", file=sys.stderr)
+            return
         done = subprocess.run(cell.command(device), env=environment, capture_output=True, text=True, check=False)
         took = f"{time.perf_counter() - begun:.0f} s"
         with lock:
@@ -280,9 +290,19 @@ def rows_of(given: argparse.Namespace) -> list[Row]:
     return [Row(name, recipe, (*given.settings, *own), missing.get(name, "")) for name, recipe, own in wanted]
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that reads files of arguments as a shell would."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Return the arguments of one line."""
+        return shlex.split(arg_line, comments=True)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = _Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False
+    )
     made.add_argument("out", type=Path, metavar="OUT", help="where board.md and board.json are written")
     made.add_argument("--runs", type=Path, help="where the runs are kept; default: OUT/runs")
     made.add_argument("--recipes", nargs="+", default=[], help="a row each; the first one is what the others are held against")
@@ -295,6 +315,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--set", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help="of all rows, as dgbench train")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    made.add_argument("--minutes", type=float, default=math.inf, help="begin no training after so long")
     made.add_argument("--device", help="as dgbench train")
     made.add_argument("--table", action="store_true", help="train nothing: write the board of what is there")
     return made
@@ -317,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ]
             waiting = [cell for cell in cells if not cell.complete()]
             render_once(waiting)
-            failed = train(waiting, given.jobs, given.device)
+            failed = train(waiting, given.jobs, given.device, begun + 60 * given.minutes)
         found = board(rows, runs) | {"failed": failed, "seconds": time.perf_counter() - begun, "jobs": given.jobs}
     except DgbenchError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dgbench import metrics, results
-from dgbench.recipe import dump, load_recipe, recipe_hash
+from dgbench.recipe import dump, load_recipe, recipe_hash, recipe_names
 from dgbench.runs import seed_run
 
 sys.path.insert(0, str(Path(__file__).parent / "dgbench"))
@@ -123,6 +123,23 @@ def test_rows_are_named_apart_and_have_the_settings_of_all_and_their_own(script:
     ]
     with pytest.raises(Exception, match="two rows are named streets-erm"):
         script.rows_of(script.parser().parse_args(["out", "--recipes", "streets/erm", "streets/erm"]))
+
+
+@pytest.mark.parametrize("file", sorted((SCRIPT.parent / "boards").glob("*.txt")), ids=lambda path: path.stem)
+def test_files_of_arguments_give_rows_of_recipes_that_there_are(script: ModuleType, file: Path) -> None:
+    rows = script.rows_of(script.parser().parse_args(["out", f"@{file}"]))
+    assert len(rows) > 1
+    assert {row.recipe for row in rows} <= {*recipe_names()}
+
+
+def test_after_the_given_minutes_no_training_begins(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "runs", "streets-erm", "streets/erm", 0.5, (0,))
+    monkeypatch.setattr(script, "render_once", lambda cells: None)
+    asked = [str(tmp_path), "--recipes", "streets/erm", "--seeds", "0", "1", "--minutes", "0"]
+    assert script.main(asked) == 0
+    assert "streets-erm, seed 1: left for another call" in capsys.readouterr().err
 
 
 @pytest.mark.full
