@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mfuser
+from dgbench.recipe import load_recipe
 from mfuser import methods
 from mfuser.methods.ibaformer import IntraBatchAttention, intra_batch
 from mfuser.segmentor import Batch, Segmentor
@@ -117,6 +118,8 @@ def test_it_is_called_reconstructed() -> None:
     assert methods.constants("ibaformer")["TITLE"] == "IBAFormer (reconstructed)"
     assert methods.constants("ibaformer")["FIDELITY"] == "reconstructed"
     assert not methods.releases("ibaformer")
+    assert load_recipe("streets/ibaformer").method.variant == "tiny_mit, reconstructed"  # the label of its records
+    assert load_recipe("streets/shade-mit").method.variant == "tiny_mit"
 
 
 def test_unknown_choices_are_refused_with_those_there_are() -> None:
