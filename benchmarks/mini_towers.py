@@ -42,6 +42,7 @@ from mfuser.towers.weights import require
 TEACHER = "timm:vit_small_patch14_dinov2.lvd142m"
 TEACHER_SIZE = (252, 504)  # (H, W) it sees scenes at: 18 x 36 patches
 TAPS = (5, 8)  # its blocks whose features are learned, counted from 0
+SHARPNESS = 10.0  # of the soft maximum over the patches of a part
 POSITIONS = TOKENS + 6  # of the text tower: a sentence and learned context
 
 
@@ -153,19 +154,26 @@ class Contrasted(nn.Module):
         embedded = self.head(self.tower.finish(tokens))
         return embedded[:, 0], embedded[:, 1:]
 
-    def loss(self, regions: Tensor, sentences: Tensor, named: Tensor, shown: Tensor) -> Tensor:
-        """Return the sigmoid loss over all pairs of regions and sentences, (R, D) each.
+    def loss(self, whole: Tensor, patches: Tensor, weights: Tensor, sentences: Tensor, named: Tensor, shown: Tensor) -> Tensor:
+        """Return the sigmoid loss over all pairs of R = B * (1 + P) regions and their sentences.
 
         A sentence fits its own region, and every other that shows the one kind of thing that it names. Sentences of several
-        kinds that are all shown elsewhere may fit there or not, and do not count.
+        kinds that are all shown elsewhere may fit there or not, and do not count. The similarity of a part is the soft maximum
+        over its patches (Pinheiro & Collobert, CVPR 2015), so that one patch suffices for a small thing.
 
         Args:
+            whole: (B, D) embeddings of the images.    patches: (B, L, D) of their patches.
+            weights: (B, P, L) share of each patch in each part.    sentences: (R, D).
             named, shown: (R,) bits of the kinds that a sentence names and a region shows.
         """
-        logits = self.scale.exp() * F.normalize(regions.float(), dim=-1) @ F.normalize(sentences.float(), dim=-1).T + self.bias
+        words = F.normalize(sentences.float(), dim=-1).T
+        local = F.normalize(patches.float(), dim=-1) @ words
+        pooled = 1 + (weights @ (SHARPNESS * (local - 1)).exp()).clamp(min=1e-12).log() / SHARPNESS
+        similar = torch.cat([(F.normalize(whole.float(), dim=-1) @ words)[:, None], pooled], 1).flatten(0, 1)
+        logits = self.scale.exp() * similar + self.bias
         within = (named[None, :] & ~shown[:, None]) == 0
         single = (named & (named - 1)) == 0
-        own = torch.eye(len(regions), dtype=torch.bool, device=regions.device)
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         fits = own | (within & single[None, :] & (named != 0)[None, :])
         counts = fits | ~within
         terms = F.binary_cross_entropy_with_logits(logits, fits.float(), reduction="none") * counts
@@ -196,8 +204,7 @@ def trained(model: nn.Module, loss: Any, steps: int, device: str, rate: float, s
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with torch.autocast(device, torch.bfloat16):
-            value = loss(draw)
+        value = loss(draw)
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -216,16 +223,17 @@ def distil(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[di
 
     def loss(draw: torch.Generator) -> Tensor:
         crops = random_crops(args.batch, len(scenes), draw)
-        return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
+        with torch.autocast(args.device, torch.bfloat16):
+            return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
 
     return model, trained(model, loss, args.steps, args.device, 1.5e-3, args.seed)
 
 
 def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, float]], Tensor]:
     """Train mini_vlm; also returns the ids of the words that its sentences have."""
-    sentences = captioned(args.domain, len(images), args.workers)
-    words = torch.cat([sentences.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
-    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(sentences).values()))
+    captions = captioned(args.domain, len(images), args.workers)
+    words = torch.cat([captions.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
+    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(captions).values()))
     model = Contrasted(args.patch).to(args.device)
 
     def loss(draw: torch.Generator) -> Tensor:
@@ -236,15 +244,17 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         top, left, height, width = at.crops[scene, crop].unbind(-1)
         # not mirrored: sentences say left and right
         crops = Crops(scene, top, left, height, width, torch.zeros_like(scene, dtype=torch.bool))
-        whole, patches = model.images(recoloured(seen(scenes, crops), draw))
+        with torch.autocast(args.device, torch.bfloat16):
+            whole, patches = model.images(recoloured(seen(scenes, crops), draw))
         weights = covered(at.parts[scene, crop, 1:], model.tower.grid)
-        regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
         which = pick(SENTENCES, args.batch, 1 + PARTS)[..., None]
         ids = at.ids[scene, crop].gather(2, which[..., None].expand(-1, -1, -1, TOKENS)).flatten(0, 2).long()
         named = at.named[scene, crop].gather(2, which).flatten()
         shape = (5, model.text.token_embedding.embedding_dim)
         context = torch.randn(shape, generator=draw, device=draw.device) if pick(2, 1).item() else None
-        return model.loss(regions, model.sentences(ids, context), named, at.shown[scene, crop].flatten())
+        with torch.autocast(args.device, torch.bfloat16):
+            sentences = model.sentences(ids, context)
+        return model.loss(whole, patches, weights, sentences, named, at.shown[scene, crop].flatten())
 
     return model, trained(model, loss, args.steps, args.device, 1e-3, args.seed), words
 

@@ -17,7 +17,13 @@ from dgbench.streets.wording import NAMES
 CROPS, PARTS = 2, 6  # of a scene, and of a crop
 SENTENCES = 5  # of each crop and part
 TOKENS = 26  # of a sentence at most
+CANDIDATES = 4
 KINDS = tuple(NAMES)
+# the order of their frequency
+_FROM_COMMON = (
+    *("road", "sky", "building", "vegetation", "sidewalk", "car", "pole", "person", "terrain", "traffic sign", "wall", "fence"),
+    *("traffic light", "motorcycle", "bicycle", "cyclist", "bus", "truck", "train"),
+)
 Box = tuple[float, float, float, float]  # top, left, height, width, as fractions
 
 
@@ -43,9 +49,10 @@ def told(domain: str, index: int) -> tuple[NDArray[np.float32], ...]:
         height = draw.uniform(0.5, 1.0)
         crops[c] = (draw.uniform(0, 1 - height), draw.uniform(0, 1 - height / 2), height, height / 2)
         for r in range(1 + PARTS):
-            size = (1.0, 1.0) if r == 0 else tuple(draw.uniform(0.125, 0.6, 2))
-            parts[c, r] = (draw.uniform(0, 1 - size[0]), draw.uniform(0, 1 - size[1]), *size)
-            sentences = captions(domain, "train", index, _inside(crops[c], parts[c, r]))
+            # every second part is the one of several that shows the rarest kind
+            tries = [_part(draw, whole=r == 0) for _ in range(1 if r % 2 == 0 else CANDIDATES)]
+            found = [(part, captions(domain, "train", index, _inside(crops[c], part))) for part in tries]
+            parts[c, r], sentences = max(found, key=lambda one: _rarity(one[1]))
             for s in range(SENTENCES):
                 sentence = sentences[s % len(sentences)]
                 ids[c, r, s], named[c, r, s] = _tokens(sentence), kinds(sentence)
@@ -55,6 +62,18 @@ def told(domain: str, index: int) -> tuple[NDArray[np.float32], ...]:
 def stacked(rows: list[tuple[NDArray[np.float32], ...]]) -> Told:
     """Put scenes together."""
     return Told(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def _part(draw: np.random.Generator, *, whole: bool) -> NDArray[np.float32]:
+    size = np.ones(2) if whole else draw.uniform(0.1, 0.6, 2)
+    return np.concatenate([draw.uniform(0, 1 - size), size]).astype(np.float32)
+
+
+def _rarity(sentences: list[str]) -> int:
+    bits = 0
+    for sentence in sentences:
+        bits |= kinds(sentence)
+    return max((rank for rank, kind in enumerate(_FROM_COMMON) if bits >> KINDS.index(kind) & 1), default=-1)
 
 
 def _inside(crop: NDArray[np.float32], part: NDArray[np.float32]) -> Box:

@@ -36,7 +36,7 @@ from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
 from dgbench.recipe.files import settings_of
-from dgbench.report.expected import WEIGHTS
+from dgbench.report.expected import ORIGIN, WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
@@ -322,15 +322,22 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's weights, by `weights.<option>`; nothing for towers that are trained from scratch.
+    """Return the sha256 of each tower's weights, by `weights.<option>`, and by `origin.<option>` tower and file.
 
-    Of towers that come with dgbench also what they were trained on before, by `pretraining.<option>`.
+    Towers that are trained from scratch have none. Of those that come with dgbench, `pretraining.<option>` says on what they
+    were trained before.
     """
-    options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
+    options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    found: dict[str, float | str | None] = {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
-    return found | {f"pretraining.{key}": row.pretraining() for key, row in rows.items() if isinstance(row, PackagedFile)}
+    found: dict[str, float | str | None] = {}
+    for key, row in rows.items():
+        if row is not None:
+            place = row.file if row.repo is None else f"{row.repo}/{row.file}"
+            found |= {f"{WEIGHTS}{key}": row.sha256(), f"{ORIGIN}{key}": f"{options[key]}, {place}"}
+        if isinstance(row, PackagedFile):
+            found[f"pretraining.{key}"] = row.pretraining()
+    return found
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
