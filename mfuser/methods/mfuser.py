@@ -63,6 +63,7 @@ BACKBONES = (
     {"vfm": "dinov2_b", "vlm": "clip_b"},
     {"vfm": "dinov2_b", "vlm": "siglip_b"},
     {"vfm": "small", "vlm": "small"},
+    {"vfm": "mini_vfm", "vlm": "mini_vlm"},
     {"vfm": "tiny", "vlm": "tiny"},
 )
 TOWERS = {
