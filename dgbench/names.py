@@ -24,11 +24,18 @@ def methods() -> list[str]:
 
 
 def towers(*roles: str) -> list[str]:
-    """Return the towers of these roles, `vfm`, `vlm` or `cnn`; transformers trained from scratch have the first two."""
+    """Return the towers of these roles, `vfm`, `vlm`, `cnn` or `mit`; transformers trained from scratch have the first two."""
     from mfuser.towers.table import TOWERS
 
     roles = (*roles, "both") if {"vfm", "vlm"} & {*roles} else roles
     return [name for name, row in TOWERS.items() if row.role in roles]
+
+
+def what(tower: str) -> str:
+    """Return what a tower of the table is, for messages; case does not matter."""
+    from mfuser.towers.table import TOWERS
+
+    return TOWERS[tower.casefold()].described
 
 
 def backends() -> dict[str, list[str]]:
@@ -77,13 +84,13 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
     for kind, tower, known in (
         ("vlm", vlm, towers("vlm")),
         ("vfm", vfm, plain),
-        ("backbone", backbone, towers("vfm", "vlm", "cnn")),
+        ("backbone", backbone, towers("vfm", "vlm", "cnn", "mit")),
     ):
         if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind != "vlm"):
             continue
         hint = unknown("tower", tower, known)[1] + (f", or {_TIMM}<model>" if kind != "vlm" else "")
-        if tower.casefold() in towers("cnn"):
-            raise RecipeError(f"`{tower}` is a convolutional network, which cannot be a {kind}", hint)
+        if tower.casefold() in towers("cnn", "mit"):
+            raise RecipeError(f"`{tower}` is {what(tower)}, which cannot be a {kind}", hint)
         without = kind == "vlm" and tower.casefold() in towers("vfm")
         raise RecipeError(f"`{tower}` has no text tower" if without else f"{kind} `{tower}` is unknown", hint)
 

@@ -38,6 +38,11 @@ def layout(name: str) -> Shapes:
     import timm
 
     row = TOWERS[name]
+    if row.hierarchical:  # SegFormer's, with its classifier
+        recorded = json.loads((Path(__file__).parent / "goldens" / f"layout_shade_{name.replace('_', '')}.json").read_text())
+        trunk = {key.removeprefix("backbone."): tuple(shape) for key, (shape, _) in recorded.items() if ".shm." not in key}
+        classifier = {"head.weight": (1000, 512), "head.bias": (1000,)}
+        return {key: shape for key, shape in trunk.items() if not key.startswith("decode_head.")} | classifier
     model = {"eva02_l_224": "EVA02-L-14"}.get(name, row.text.open_clip if row.text else None)
     with torch.device("meta"):
         if model is None:

@@ -174,7 +174,7 @@ def test_nobody_is_sent_to_fetch_towers_that_do_not_fit(here: Path) -> None:
 def test_light_names_are_those_of_the_models() -> None:
     assert names.methods() == method_names()
     assert set(names.towers("vfm", "vlm")) == set(plain())
-    assert set(names.towers("vfm", "vlm", "cnn")) == set(TOWERS)
+    assert set(names.towers("vfm", "vlm", "cnn", "mit")) == set(TOWERS)
     assert set(names.towers("vlm")) == set(with_text())
     assert (
         names.backends_as_written()

@@ -192,7 +192,7 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
     if name in TOWERS:
         choice = ", ".join(sorted(known))
         if TOWERS[name].channels:
-            raise RecipeError(f"--{kind} {name} is a convolutional network", f"choose from {choice}")
+            raise RecipeError(f"--{kind} {name} is {TOWERS[name].described}", f"choose from {choice}")
         raise RecipeError(f"--vlm {name} has no text tower", f"choose from {choice}; other towers are for --vfm")
     message, hint = unknown("tower", name, known)
     also = f", or {TIMM}<model>" if kind != "vlm" and hint.startswith("choose") else ""

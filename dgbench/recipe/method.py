@@ -17,6 +17,7 @@ from dgbench.spec import Problem, problems_of, shown, strictly
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
 # options that make another model of the same towers, and what is written before a value that would not say of what it is
 _TELLING = {"fuser": "", "adapter": "adapter ", "variant": "", "enhancer": "enhancer ", "image_tower": "image tower "}
+RECONSTRUCTED = "reconstructed"
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -50,6 +51,7 @@ class MethodSpec(BaseModel):
         usual = _usual(self.name)
         unusual = {key: options[key] for key in _TELLING if options.get(key) not in (None, usual.get(key))}
         named = [f"{_TELLING[key] or ('fuser ' if value == 'none' else '')}{value}" for key, value in unusual.items()]
+        named += [RECONSTRUCTED] if _reconstructed(self.name) else []
         return ", ".join([towers, *named]) if towers else ""
 
 
@@ -58,6 +60,13 @@ def _usual(method: str) -> Mapping[str, Any]:
     from mfuser.methods import described_options, names
 
     return {option.name: option.default for option in described_options(method)} if method in names() else {}
+
+
+def _reconstructed(method: str) -> bool:
+    """Return whether a method's title says that it is a reconstruction, which its records say then, too."""
+    from mfuser.methods import constants, names
+
+    return method in names() and constants(method)["TITLE"].endswith(f"({RECONSTRUCTED})")
 
 
 def later(method: str) -> Mapping[str, Any]:
@@ -110,7 +119,7 @@ def check_names(content: Mapping[str, Any]) -> list[Problem]:
                 textless = value in TOWERS or value.startswith(TIMM)
                 more = f"`{value}` has no text tower" if textless else f"{key} `{value}` is unknown"
                 if value in TOWERS and TOWERS[value].channels:
-                    more = f"`{value}` is a convolutional network, which cannot be a {key}"
+                    more = f"`{value}` is {TOWERS[value].described}, which cannot be a {key}"
                 close = suggest(value, towers)
                 also = f", or {TIMM}<model>" if key != "vlm" else ""
                 more += f", did you mean `{close}`?" if close else f"; choose from {', '.join(towers)}{also}"

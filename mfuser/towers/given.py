@@ -140,6 +140,10 @@ def _parts(name: str) -> dict[str, nn.Module]:
     from mfuser.towers.vit import VisionEncoder
 
     row = tower(name)
+    if row.hierarchical:
+        from mfuser.towers.mit import MiTEncoder
+
+        return {"trunk": MiTEncoder(name).trunk}
     assert row.timm is not None
     if row.channels:
         return _parts_of_cnn(name, row)

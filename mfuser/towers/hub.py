@@ -35,7 +35,7 @@ class Model:
     """One tower: where its weights come from and whether they are here. From-scratch towers have no repository."""
 
     name: str
-    role: Literal["vfm", "vlm", "both", "cnn"]
+    role: Literal["vfm", "vlm", "both", "cnn", "mit"]
     repo: str | None
     file: str | None
     gigabytes: float | None

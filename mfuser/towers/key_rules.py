@@ -27,6 +27,9 @@ OPENAI: Rules = [
 
 # a file of timm's own model
 TIMM_FILE: Mapping[str, Rules] = {"trunk": []}
+# SegFormer's own names of MiT
+MIT: Rules = [(r"^stage(\d)\.(patch_embed|block|norm)\.", r"\2\1."), (r"\.mlp\.dwconv\.", ".mlp.dwconv.dwconv.")]
+MIT_FILE: Mapping[str, Rules] = {"trunk": MIT}
 # files of open_clip's models: EVA02-CLIP's, those with a convolutional network of timm's or of CLIP's own, OpenAI's, SigLIP's
 EVA_CLIP_FILE: Mapping[str, Rules] = {
     "trunk": [(r"^", "visual.trunk.")],

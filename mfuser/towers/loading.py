@@ -87,11 +87,12 @@ def taken(
     Raises: ValueError naming the tensor that is missing or does not fit.
     """
     source_of = published(tower, part)
-    ours = factors(module)
+    added = {f"{path}.{name}" for path, part_ in module.named_modules() for name in getattr(part_, "unpublished", ())}
+    ours = {*factors(module), *added}
     values, used = {}, set()
     for name, target in module.state_dict().items():
         if name in ours or (part == "head" and "adapter" in name):
-            continue  # low-rank factors; MFuser's own layers in this module
+            continue  # what a method adds: low-rank factors, what its modules name; MFuser's own layers in this module
         source = source_of(name)
         if name.endswith("num_batches_tracked") and source.keys[0] not in state:
             continue  # batch norms count their batches, which older files leave out and evaluation does not read

@@ -65,6 +65,12 @@ class ResNetEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
 
     @property
+    def stem_channels(self) -> int:
+        """Channels of the map that `stem` gives."""
+        channels: int = self.trunk.bn1.num_features
+        return channels
+
+    @property
     def stages(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         """The four stages, each of which gives a map."""
         trunk = self.trunk

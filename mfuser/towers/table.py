@@ -8,71 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from mfuser.towers.files import HubFile, PackagedFile
-from mfuser.towers.key_rules import CLIP_CNN_FILE, CLIP_RESNET_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
+from mfuser.towers.key_rules import CLIP_CNN_FILE, CLIP_RESNET_FILE, EVA_CLIP_FILE, MIT_FILE, OPENAI_FILE, SIGLIP_FILE
+from mfuser.towers.row import TextTower, Tower
+
+__all__ = ["TIMM", "TOWERS", "HubFile", "TextTower", "Tower", "mits", "plain", "tower", "with_text"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class TextTower:
-    """The text encoder of an image tower, and how their outputs are combined."""
-
-    open_clip: str | None  # configuration name; None: the tiny tower
-    contexts: int  # context rows that the release learns
-    tokenizer: str | HubFile  # open_clip's model whose tokenizer is used, or a vocabulary that open_clip does not bring along
-    # a row of mfuser.towers.embedding.EMBEDDINGS; none: the image tower's maps are never brought to the text's space
-    embedding: Literal["sum", "projected", "pooled", "none"]
-    causal: bool = True
-    pad: int = 0  # padding id of a tokenizer from a file
-    dim: int | None = None  # width of the embeddings of the tiny tower; None: the model's choice
-
-
-@dataclass(frozen=True)
-class Tower:
-    """One row of TOWERS."""
-
-    timm: str | None  # model name; None: built from `options` alone
-    patch: int  # pixels of a token's side; of a convolutional tower, the stride of its coarsest map
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
-    width: int = 0
-    depth: int = 0  # blocks
-    weights: HubFile | PackagedFile | None = None  # None: trained from scratch
-    keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
-    dead: tuple[str, ...] = ()  # patterns of unused tensors of that file
-    text: TextTower | None = None
-    resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
-    class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
-    channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
-    clip_resnet: bool = False  # CLIP's own ResNet, built by open_clip and not by timm, whose name for it is `timm`
-    kind: str = ""  # `--backbone` takes it, too, for the one of its kind that a method is tabulated with
-    size: Literal["full", "small", "tiny"] = "full"  # of the decoder that goes with it, see `mfuser.decoder.sizes`
-
-    @property
-    def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
-        """Its role: foundation tower, vision-language tower, or, trained from scratch, either; or convolutional network."""
-        if self.channels:
-            return "cnn"
-        return "both" if self.scratch else "vlm" if self.text else "vfm"
-
-    @property
-    def scratch(self) -> bool:
-        """Whether it has no weights of its own and is trained from scratch."""
-        return self.timm is None and self.weights is None
-
-    @property
-    def files(self) -> list[HubFile]:
-        """The files that it is loaded from: weights, and the tokenizer's vocabulary where that is a file of its own."""
-        tokenizer = self.text.tokenizer if self.text else None
-        return [file for file in (self.weights, tokenizer) if isinstance(file, HubFile)]
 
 
 def _mini_file(tower: str, digest: str) -> PackagedFile:
@@ -85,6 +31,10 @@ def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> Hub
 
 def _resnet_file(model: str, gigabytes: float) -> HubFile:
     return HubFile(f"timm/{model}.tv_in1k", "model.safetensors", gigabytes, "BSD-3-Clause")
+
+
+def _mit_file(model: str, gigabytes: float) -> HubFile:
+    return HubFile(f"smp-hub/{model}.imagenet", "model.safetensors", gigabytes, "NVIDIA SegFormer, non-commercial")
 
 
 def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
@@ -384,6 +334,16 @@ TOWERS: dict[str, Tower] = {
     # the same with three 3x3 convolutions in the stem, as mmsegmentation's ResNetV1c: GluonCV's weights
     "resnet50_v1c": _resnet("resnet50c", 16, _timm_file("resnet50c.gluon_in1k", 0.1), kind="resnet50"),
     "resnet101_v1c": _resnet("resnet101c", 33, _timm_file("resnet101c.gluon_in1k", 0.18), kind="resnet101"),
+    # as `resnet18`, trained from scratch on streets-*: on one GPU
+    "small_resnet": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"layers": (2, 2, 2, 2)},
+        width=512,
+        depth=8,
+        channels=(64, 128, 256, 512),
+    ),
     # trained from scratch on streets-*
     "tiny_resnet": Tower(None, 32, *_IMAGENET, _TINY_RESNET, width=96, depth=4, channels=(32, 48, 64, 96), kind="tiny"),
     # CLIP's own ResNets, see `mfuser.towers.clip_resnet`
@@ -401,6 +361,31 @@ TOWERS: dict[str, Tower] = {
         clip_resnet=True,
         kind="tiny",
     ),
+    # MiT, see `mfuser.towers.mit`: SegFormer's ImageNet weights, as segmentation-models-pytorch keeps them as safetensors
+    "mit_b5": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"depths": (3, 6, 40, 3)},
+        width=512,
+        depth=52,
+        weights=_mit_file("mit_b5", 0.33),
+        keys=MIT_FILE,
+        dead=(r"^head\.",),
+        channels=(64, 128, 320, 512),
+        hierarchical=True,
+    ),
+    # trained from scratch on streets-*
+    "tiny_mit": Tower(
+        None,
+        32,
+        *_IMAGENET,
+        {"depths": (1, 1, 1, 1), "heads": (1, 2, 4, 6), "drop_path": 0.0},
+        width=96,
+        depth=4,
+        channels=(32, 48, 64, 96),
+        hierarchical=True,
+    ),
 }
 
 TIMM = "timm:"  # prefix of a timm model's name
@@ -415,6 +400,11 @@ def with_text() -> list[str]:
 def plain() -> list[str]:
     """Return the plain transformers, which can be used as `vfm`."""
     return [name for name, row in TOWERS.items() if not row.channels]
+
+
+def mits() -> list[str]:
+    """Return the hierarchical transformers."""
+    return [name for name, row in TOWERS.items() if row.hierarchical]
 
 
 def tower(name: str) -> Tower:

@@ -98,7 +98,7 @@ class VisionEncoder(nn.Module):
 
         row = tower(name)
         if row.channels:
-            raise ValueError(f"`{name}` is a convolutional network, not a plain transformer; choose from {', '.join(plain())}")
+            raise ValueError(f"`{name}` is {row.described}, not a plain transformer; choose from {', '.join(plain())}")
         self.name, self.patch = name, patch or row.patch
         self.grid = (image_size[0] // self.patch, image_size[1] // self.patch)
         covered = (self.grid[0] * self.patch, self.grid[1] * self.patch)

@@ -99,7 +99,8 @@ def test_weights_are_torchvisions_first_ones() -> None:
 
 
 def test_other_towers_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="`dinov2_s` is no ResNet; choose from resnet18, resnet50, resnet101, resnet50_v1c"):
+    there = "resnet18, resnet50, resnet101, resnet50_v1c, resnet101_v1c, small_resnet, tiny_resnet"
+    with pytest.raises(ValueError, match=f"`dinov2_s` is no ResNet; choose from {there}"):
         ResNetEncoder("dinov2_s")
     with pytest.raises(ValueError, match="output_stride is 4; choose from 8, 16, 32"):
         ResNetEncoder("resnet18", output_stride=4)
