@@ -74,6 +74,7 @@ class MultiLevelDeiT(nn.Module):
         """Args: out: channels of the maps.    table: size of the images that the position table is for; it is resampled."""
         super().__init__()
         self.trunk = _timm(name, num_classes=0, img_size=table, dynamic_img_size=True)
+        self.trunk.norm = nn.Identity()  # the blocks' own outputs are taken
         depth = len(self.trunk.blocks)
         self.taps = [depth * part // 4 - 1 for part in (1, 2, 3, 4)]
         width = self.trunk.embed_dim
@@ -83,7 +84,7 @@ class MultiLevelDeiT(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) to four maps (B, C, h, w), finest first."""
-        taken: list[Tensor] = self.trunk.forward_intermediates(images, indices=self.taps, intermediates_only=True)
+        taken: list[Tensor] = self.trunk.forward_intermediates(images, indices=self.taps, intermediates_only=True, norm=False)
         maps = []
         for x, lateral, conv, times in zip(taken, self.laterals, self.convs, (4.0, 2.0, 1.0, 0.5), strict=True):
             x = lateral(x)
