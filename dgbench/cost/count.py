@@ -243,7 +243,16 @@ def _grid_formula(_input: Sizes, _grid: Sizes, mode: int, *_rest: Any, out_shape
 
 
 def _boxes_formula(
-    _input: Sizes, _rois: Sizes, _scale: float, _rows: int, _columns: int, ratio: int, _aligned: bool, *, out_shape: Sizes, **_: Any
+    _input: Sizes,
+    _rois: Sizes,
+    _scale: float,
+    _rows: int,
+    _columns: int,
+    ratio: int,
+    _aligned: bool,
+    *,
+    out_shape: Sizes,
+    **_: Any,
 ) -> int:
     return 2 * pooled_boxes(out_shape, ratio)
 
@@ -254,7 +263,7 @@ def _r2c_formula(real: Sizes, dims: list[int], _norm: int, onesided: bool, **_op
 
 def _formulas() -> dict[Any, Any]:
     aten = torch.ops.aten
-    import torchvision.ops  # they register the operators
+    import torchvision.ops  # noqa: F401  these three register the operators
 
     import mfuser.ops.ms_deform_attn
     import mfuser.ops.selective_scan  # noqa: F401

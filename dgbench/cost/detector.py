@@ -1,8 +1,8 @@
 """Mask R-CNN (He et al., ICCV 2017) with torchvision's FPN, RPN, box and mask heads on any trunk of four maps, for its cost.
 
 The cost of its second stage depends on how many boxes there are. Here that is fixed: `PROPOSALS` boxes reach the box head and
-`DETECTIONS` the mask head, at places and levels that are drawn once, so that a count needs no weights and a time repeats. Anchors,
-the boxes' decoding and non-maximum suppression are left out.
+`DETECTIONS` the mask head, at places and levels that are drawn once, so that a count needs no weights and a time repeats.
+Anchors, the boxes' decoding and non-maximum suppression are left out.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class NeighbourhoodAttention(nn.Module):
         nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises: ValueError for a map that is smaller than the window."""
+        """Mix a map; ValueError if it is smaller than the window."""
         height, width = x.shape[1:3]
         k = self.kernel
         if height < k or width < k:

@@ -6,6 +6,7 @@ As it is run: the small kernels beside the large ones in training are added to t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ class RepLKNet(nn.Module):
                 *_conv_norm(following, following, 3, stride=2, groups=following),
                 nn.ReLU(),
             )
-            for dim, following in zip(channels, channels[1:], strict=False)
+            for dim, following in pairwise(channels)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in channels)
 

@@ -1,4 +1,4 @@
-"""VMamba (Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024): four stages of blocks that scan a map in four directions.
+"""VMamba (Liu et al., "VMamba: Visual State Space Model", NeurIPS 2024): four stages of blocks that scan maps in four ways.
 
 This is the authors' later design, of their tables for segmentation and detection: no gate in the scanned branch, a 3x3
 convolution before it, and an MLP after it. Maps are (B, H, W, C) inside.
@@ -35,7 +35,8 @@ class CrossScan(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         x = F.silu(self.conv(self.in_proj(x).permute(0, 3, 1, 2)))  # (B, D, H, W)
         height, width = x.shape[-2:]
-        rows, columns = x.flatten(2).transpose(1, 2), x.transpose(2, 3).flatten(2).transpose(1, 2)  # (B, L, D)
+        rows = x.flatten(2).transpose(1, 2).contiguous()  # (B, L, D)
+        columns = x.transpose(2, 3).flatten(2).transpose(1, 2).contiguous()
         across, down, back, up = self.scans
         y = across(rows) + back(rows.flip(1)).flip(1)
         other = down(columns) + up(columns.flip(1)).flip(1)
