@@ -19,7 +19,7 @@ from dgbench.recipe.method import TOWER_OPTIONS
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
-    from mfuser.towers.table import HubFile
+    from mfuser.towers.files import HubFile
 
 Wanted = tuple[str, Domain, str]  # "source" or "target", a domain, split
 

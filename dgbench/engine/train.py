@@ -40,6 +40,7 @@ from dgbench.report.expected import WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
+from mfuser.towers.files import PackagedFile
 from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import hub_file
 
@@ -321,11 +322,15 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
+    """Return the sha256 of each tower's weights, by `weights.<option>`; nothing for towers that are trained from scratch.
+
+    Of towers that come with dgbench also what they were trained on before, by `pretraining.<option>`.
+    """
     options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    found: dict[str, float | str | None] = {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    return found | {f"pretraining.{key}": row.pretraining() for key, row in rows.items() if isinstance(row, PackagedFile)}
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:

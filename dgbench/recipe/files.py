@@ -219,7 +219,7 @@ def _remoteness(asked: str, has: str) -> int:
         families = [name.partition("_")[0] for name in (asked, has)]
         return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
     # trained from scratch, or from published weights, as those of timm are
-    scratch = [row is not None and row.timm is None for row in (one, other)]
+    scratch = [row is not None and row.scratch for row in (one, other)]
     return 3 if scratch[0] == scratch[1] else 4
 
 

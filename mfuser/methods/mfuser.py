@@ -64,11 +64,11 @@ TOWERS = {
     "vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"},
 }
 
-# sizes by the vision-language tower: the decoder's, and MFuser's own; an option left at None takes them from here
-_SIZES: dict[str, dict[str, int | float | bool]] = {
-    "full": {**SIZES["full"], "state": 16, "mte_dim": 256, "mte_heads": 4, "dropout": 0.1, "freeze_towers": True},
-    "small": {**SIZES["small"], "state": 8, "mte_dim": 128, "mte_heads": 4, "dropout": 0.1, "freeze_towers": False},
-    "tiny": {**SIZES["tiny"], "state": 4, "mte_dim": 64, "mte_heads": 2, "dropout": 0.0, "freeze_towers": False},
+# sizes by that of the vision-language tower: the decoder's, and MFuser's own; an option left at None takes them from here
+_SIZES: dict[str, dict[str, int | float]] = {
+    "full": {**SIZES["full"], "state": 16, "mte_dim": 256, "mte_heads": 4, "dropout": 0.1},
+    "small": {**SIZES["small"], "state": 8, "mte_dim": 128, "mte_heads": 4, "dropout": 0.1},
+    "tiny": {**SIZES["tiny"], "state": 4, "mte_dim": 64, "mte_heads": 2, "dropout": 0.0},
 }
 
 
@@ -114,13 +114,14 @@ class Options:
     mte_heads: int | None = None
     mask_points: int | None = None  # sampled per mask by the criterion
     dropout: float | None = None  # of fusers and MTEnhancer
-    freeze_towers: bool | None = None  # image and text towers keep their weights
+    freeze_towers: bool | None = None  # image and text towers keep their weights; None: towers that have any do
     backend: str = "auto"  # of the custom operators
     # (K, 5), a NumPy array or a tensor of integers, too; None: by the tower's tokenizer
     token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (_SIZES.get(self.vlm, _SIZES["full"])).items():
+        row = TABLE.get(self.vlm)
+        for name, value in (_SIZES[row.size if row else "full"] | {"freeze_towers": not (row and row.scratch)}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for kind in ("vfm", "vlm"):
