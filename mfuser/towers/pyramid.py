@@ -6,9 +6,9 @@ timm builds ResNets, Swin, ConvNeXt and DeiT; NAT, RepLKNet, Vim and VMamba have
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,11 +18,14 @@ from mfuser.towers.vim import Vim
 from mfuser.towers.vmamba import VMamba
 
 Size = tuple[int, int]
+Levels = Sequence[int]
 STRIDES = (4, 8, 16, 32)
+ALL = (0, 1, 2, 3)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-class DeepStemResNet(nn.Module):
-    """A ResNet of timm's whose stem has three 3x3 convolutions, as mmsegmentation's `v1c`; its four stages' maps.
+class StagedResNet(nn.Module):
+    """A ResNet of timm's, with its four stages' maps.
 
     Attributes:
         channels: of the maps, finest first.
@@ -47,15 +50,23 @@ class NormedStages(nn.Module):
         channels: of the maps, finest first.
     """
 
-    def __init__(self, name: str, size: Size, *, windowed: bool = False, **options: Any) -> None:
-        """Args: windowed: the model is Swin, which is built for images of one size and gives maps (B, H, W, C)."""
+    def __init__(self, name: str, size: Size, *, windowed: bool = False, levels: Levels = ALL, **options: Any) -> None:
+        """Build a trunk.
+
+        Args:
+            size: (H, W) of the images.    windowed: the model is Swin, which gives maps (B, H, W, C).
+            levels: of the maps, those that get their norm; the others are given as they are.
+        """
         super().__init__()
         if windowed:
             options["img_size"] = size
         self.trunk = _timm(name, features_only=True, **options)
         self.windowed = windowed
         self.channels = tuple(self.trunk.feature_info.channels())
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5 if windowed else 1e-6) for width in self.channels)
+        eps = 1e-5 if windowed else 1e-6
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, eps=eps) if level in levels else nn.Identity() for level, width in enumerate(self.channels)
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) to four maps (B, C, h, w), finest first."""
@@ -70,8 +81,8 @@ class MultiLevelDeiT(nn.Module):
         channels: of the maps, finest first.
     """
 
-    def __init__(self, name: str, size: Size, *, out: int, table: Size = (512, 512)) -> None:
-        """Args: out: channels of the maps.    table: size of the images that the position table is for; it is resampled."""
+    def __init__(self, name: str, *, out: int, table: Size = (512, 512)) -> None:
+        """Build with `out` channels, and a position table for images of `table` pixels, which is resampled for others."""
         super().__init__()
         self.trunk = _timm(name, num_classes=0, img_size=table, dynamic_img_size=True)
         self.trunk.norm = nn.Identity()  # the blocks' own outputs are taken
@@ -100,57 +111,124 @@ def _timm(name: str, **options: Any) -> Any:
     return timm.create_model(name, pretrained=False, **options)
 
 
-def _resnet(name: str) -> Callable[[Size], nn.Module]:
-    return lambda size: DeepStemResNet(name, stem_type="deep", stem_width=32)
+# what builds a trunk for images of a size (H, W), with those of its four maps that are needed
+Builder = Callable[[Size, Levels], nn.Module]
 
 
-def _swin(name: str, **options: Any) -> Callable[[Size], nn.Module]:
-    return lambda size: NormedStages(name, size, windowed=True, **options)
+def _resnet(name: str, **options: Any) -> Builder:
+    return lambda size, levels: StagedResNet(name, **options)
 
 
-def _convnext(name: str, **options: Any) -> Callable[[Size], nn.Module]:
-    return lambda size: NormedStages(name, size, **options)
+def _deit(name: str, out: int) -> Builder:
+    return lambda size, levels: MultiLevelDeiT(name, out=out)
 
 
-def _sized(build: Callable[..., nn.Module], *given: Any, **options: Any) -> Callable[[Size], nn.Module]:
-    return lambda size: build(*given, **options)
+def _swin(name: str, **options: Any) -> Builder:
+    return lambda size, levels: NormedStages(name, size, windowed=True, levels=levels, **options)
 
 
-_NAT = partial(_sized, NAT)
-_VMAMBA = partial(_sized, VMamba)
+def _convnext(name: str, **options: Any) -> Builder:
+    return lambda size, levels: NormedStages(name, size, levels=levels, **options)
 
-# each builds the trunk for images of a size (H, W)
-TRUNKS: Mapping[str, Callable[[Size], nn.Module]] = {
-    "resnet50": lambda size: DeepStemResNet("resnet50"),
-    "resnet101": lambda size: DeepStemResNet("resnet101"),
-    "resnet50_deep": _resnet("resnet50"),
-    "resnet101_deep": _resnet("resnet101"),
-    "deit_s_mln": lambda size: MultiLevelDeiT("deit_small_patch16_224", size, out=384),
-    "deit_b_mln": lambda size: MultiLevelDeiT("deit_base_patch16_224", size, out=768),
+
+def _nat(*given: Any, **options: Any) -> Builder:
+    return lambda size, levels: NAT(*given, **options)
+
+
+def _vmamba(*given: Any, **options: Any) -> Builder:
+    return lambda size, levels: VMamba(*given, levels=levels, **options)
+
+
+def _vim(*given: Any, **options: Any) -> Builder:
+    return lambda size, levels: Vim(*given, levels=levels, **options)
+
+
+_DEEP = {"stem_type": "deep", "stem_width": 32}
+_SCRATCH = {"drop_path_rate": 0.0}
+
+TRUNKS: Mapping[str, Builder] = {
+    "resnet50": _resnet("resnet50"),
+    "resnet50_deep": _resnet("resnet50", **_DEEP),
+    "resnet101_deep": _resnet("resnet101", **_DEEP),
+    "deit_s_mln": _deit("deit_small_patch16_224", 384),
+    "deit_b_mln": _deit("deit_base_patch16_224", 768),
     "swin_t": _swin("swin_tiny_patch4_window7_224"),
     "swin_s": _swin("swin_small_patch4_window7_224"),
     "swin_b": _swin("swin_base_patch4_window7_224"),
     "convnext_t": _convnext("convnext_tiny"),
     "convnext_s": _convnext("convnext_small"),
     "convnext_b": _convnext("convnext_base"),
-    "nat_t": _NAT(64, (3, 4, 18, 5), (2, 4, 8, 16), ratio=3),
-    "nat_s": _NAT(96, (3, 4, 18, 5), (3, 6, 12, 24), ratio=2, scale=1e-5),
-    "nat_b": _NAT(128, (3, 4, 18, 5), (4, 8, 16, 32), ratio=2, scale=1e-5),
-    "replknet_31b": _sized(RepLKNet, (128, 256, 512, 1024), (2, 2, 18, 2), (31, 29, 27, 13)),
-    "vim_s": _sized(Vim, 384, 24, (5, 11, 17, 23)),
-    "vmamba_t": _VMAMBA(96, (2, 2, 8, 2), ratio=1.0),
-    "vmamba_s": _VMAMBA(96, (2, 2, 15, 2), ratio=2.0),
-    "vmamba_b": _VMAMBA(128, (2, 2, 15, 2), ratio=2.0),
+    "nat_t": _nat(64, (3, 4, 18, 5), (2, 4, 8, 16), ratio=3),
+    "nat_s": _nat(96, (3, 4, 18, 5), (3, 6, 12, 24), ratio=2, scale=1e-5),
+    "nat_b": _nat(128, (3, 4, 18, 5), (4, 8, 16, 32), ratio=2, scale=1e-5),
+    "replknet_31b": lambda size, levels: RepLKNet((128, 256, 512, 1024), (2, 2, 18, 2), (31, 29, 27, 13)),
+    "vim_s": _vim(384, 24, (5, 11, 17, 23)),
+    "vmamba_t": _vmamba(96, (2, 2, 8, 2), ratio=1.0),
+    "vmamba_s": _vmamba(96, (2, 2, 15, 2), ratio=2.0),
+    "vmamba_b": _vmamba(128, (2, 2, 15, 2), ratio=2.0),
+    # trained from scratch on streets-*; with ERM's decoder each costs what `tiny_resnet` does, give or take 1 %
+    "tiny_swin": _swin(
+        "swin_tiny_patch4_window7_224",
+        embed_dim=32,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 8),
+        window_size=4,
+        mlp_ratio=4.25,
+        strict_img_size=False,
+        **_SCRATCH,
+    ),
+    "tiny_convnext": _convnext("convnext_tiny", depths=(2, 2, 2, 1), dims=(32, 64, 136, 272), **_SCRATCH),
+    "tiny_vmamba": _vmamba(24, (2, 2, 2, 2), ratio=1.75),
+    "tiny_vim": _vim(108, 6, (0, 2, 3, 5), grid=(8, 8)),
 }
 
 
-def trunk(name: str, size: Sequence[int]) -> nn.Module:
-    """Build a trunk with random weights; its `channels` are those of the four maps.
+def trunk(name: str, size: Sequence[int], *, levels: Levels = ALL) -> nn.Module:
+    """Build a trunk with random weights; its `channels` are those of its maps.
 
-    Args: size: (H, W) of the images.
+    Args:
+        size: (H, W) of the images.    levels: of the four maps, those that are needed; a trunk may give others, too.
 
     Raises: ValueError for an unknown name.
     """
     if name not in TRUNKS:
         raise ValueError(f"unknown trunk `{name}`; choose from {', '.join(TRUNKS)}")
-    return TRUNKS[name]((size[0], size[1]))
+    return TRUNKS[name]((size[0], size[1]), levels)
+
+
+class PyramidEncoder(nn.Module):
+    """A trunk that is trained from scratch, on images as they are.
+
+    Images are padded on the right and below to multiples of the largest stride, `cell`.
+
+    Attributes:
+        channels: of the maps, finest first.
+    """
+
+    mean: Tensor
+    std: Tensor
+    cell = STRIDES[-1]
+
+    def __init__(self, name: str, size: Sequence[int], *, levels: Levels = ALL) -> None:
+        """Build with random weights; arguments as those of `trunk`, and only maps of these levels are given."""
+        super().__init__()
+        self.name, self.levels = name, tuple(levels)
+        self.trunk = trunk(name, [-(-side // self.cell) * self.cell for side in size], levels=self.levels)
+        self.channels: tuple[int, ...] = self._chosen(self.trunk.channels)  # type: ignore[arg-type]
+        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, H, W) in [0, 1] to maps (B, C, h, w), finest first."""
+        normalised = (images - self.mean) / self.std
+        kind = images.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):  # on shapes alone there is no autocast
+            normalised = normalised.to(next(self.trunk.parameters()).dtype)
+        missing = [-side % self.cell for side in images.shape[-2:]]
+        if any(missing):
+            normalised = F.pad(normalised, (0, missing[1], 0, missing[0]))
+        return list(self._chosen(self.trunk(normalised)))
+
+    def _chosen(self, each: Sequence[Any]) -> tuple[Any, ...]:
+        """Return what belongs to the chosen levels, of a trunk that gives all levels or these alone."""
+        return tuple(each) if len(each) == len(self.levels) else tuple(each[level] for level in self.levels)

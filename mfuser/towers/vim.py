@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.decoder.neck import four_scales, upsampling
+from mfuser.decoder.neck import upsampling
 from mfuser.towers.scan import TokenScan, rank_of
 
 
@@ -48,7 +48,7 @@ class Vim(nn.Module):
     Args:
         dim: C.    depth: blocks.    taps: the four blocks, counted from 0, whose maps are given.    state: N.
         grid: (rows, columns) of the position table; it is resampled for images of other sizes.    patch: pixels of a side.
-        backend: of the scan.
+        levels: of the four maps, those that are given.    backend: of the scan.
 
     Attributes:
         channels: of the maps, finest first.
@@ -63,21 +63,22 @@ class Vim(nn.Module):
         state: int = 16,
         grid: tuple[int, int] = (32, 32),
         patch: int = 16,
+        levels: Sequence[int] = (0, 1, 2, 3),
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.channels, self.taps, self.grid = (dim,) * 4, tuple(taps), grid
+        self.channels, self.taps, self.grid, self.levels = (dim,) * len(levels), tuple(taps), grid, tuple(levels)
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.pos_embed = nn.Parameter(torch.empty(1, dim, *grid))
         self.blocks = nn.ModuleList(VimBlock(dim, state=state, backend=backend) for _ in range(depth))
-        self.fpn1, self.fpn2 = upsampling(dim)
+        self.fpn1, self.fpn2 = (neck if level in self.levels else None for level, neck in enumerate(upsampling(dim)))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) to four maps (B, C, h, w), finest first."""
+        """Normalised images (B, 3, H, W) to maps (B, C, h, w), finest first."""
         x = self.patch_embed(images)
         grid = x.shape[-2:]
-        places = self.pos_embed
+        places: Tensor = self.pos_embed
         if tuple(grid) != self.grid:
             places = F.interpolate(places, tuple(grid), mode="bicubic", align_corners=False)
         x = (x + places).flatten(2).transpose(1, 2)
@@ -86,4 +87,7 @@ class Vim(nn.Module):
             x = block(x)
             if number in self.taps:
                 maps.append(x.transpose(1, 2).unflatten(2, grid))
-        return four_scales(maps, self.fpn1, self.fpn2)
+        necks = (self.fpn1, self.fpn2, nn.Identity(), nn.MaxPool2d(2))
+        return [
+            neck(x) for level, (neck, x) in enumerate(zip(necks, maps, strict=True)) if neck is not None and level in self.levels
+        ]

@@ -67,12 +67,22 @@ class VMamba(nn.Module):
     Args:
         dim: width of the finest map; each stage doubles it.    depths: blocks of the stages.
         ratio: of scanned width to width.    state: N.    backend: of the scan.
+        levels: of the maps, those that get their norm; the others are given as they are.
 
     Attributes:
         channels: of the maps, finest first.
     """
 
-    def __init__(self, dim: int, depths: Sequence[int], *, ratio: float = 1.0, state: int = 1, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        depths: Sequence[int],
+        *,
+        ratio: float = 1.0,
+        state: int = 1,
+        levels: Sequence[int] = (0, 1, 2, 3),
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.channels = tuple(dim * 2**stage for stage in range(len(depths)))
         half = dim // 2
@@ -82,7 +92,9 @@ class VMamba(nn.Module):
             for width, depth in zip(self.channels, depths, strict=True)
         )
         self.downs = nn.ModuleList(Down(width, 2 * width) for width in self.channels[:-1])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width) if level in levels else nn.Identity() for level, width in enumerate(self.channels)
+        )
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> list[Tensor]:
