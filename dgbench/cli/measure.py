@@ -114,10 +114,10 @@ def profile(
     crop = (size[0], size[-1]) if size else None
     check_models(names or (), vlm, vfm, backbone)
     if published is not None:
-        others = {"NAME": names, "--vlm": vlm, "--vfm": vfm, "--backbone": backbone, "--set": settings, "--size": size}
-        others |= {"--batch": batch, "--compile": compiled, "--slide": slide, "--by-module": by_module, "--fusion": fusion}
-        others["--convention"] = convention is not Rule.MAC
-        if given := [flag for flag, value in others.items() if value]:
+        fixed: dict[str, object] = {"NAME": names, "--vlm": vlm, "--vfm": vfm, "--backbone": backbone, "--set": settings}
+        fixed |= {"--size": size, "--batch": batch, "--slide": slide, "--compile": compiled, "--by-module": by_module}
+        fixed |= {"--fusion": fusion, "--convention": convention is not Rule.MAC}
+        if given := [flag for flag, value in fixed.items() if value]:
             raise typer.BadParameter(
                 f"has its own networks, sizes and convention: give it without {', '.join(given)}", ctx=ctx, param_hint="'--table'"
             )

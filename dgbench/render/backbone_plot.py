@@ -22,8 +22,8 @@ def draw_backbones(found: BackboneTable, path: Path) -> Path:
     figure, axes = _figure(3 if timed else 2, columns=3)
     _accuracy(found, axes[0])
     sides = [point.side for point in found.sweep[0].points]
-    for number, line in enumerate(found.sweep):
-        style: dict[str, Any] = {**_style(number), "label": _as_it_is(line.trunk), "markersize": 5}
+    for line in found.sweep:
+        style: dict[str, Any] = {**_style(_kind(line.trunk)), "label": _as_it_is(line.trunk), "markersize": 5}
         pixels = [side**2 / 1e6 for side in sides]
         axes[1].plot(sides, [p.operations / 1e9 / n for p, n in zip(line.points, pixels, strict=True)], **style)
         if timed:
@@ -38,18 +38,25 @@ def draw_backbones(found: BackboneTable, path: Path) -> Path:
         axis.set(xscale="log", yscale="log", xlabel="side of a square image in pixels")
         axis.set_xticks(sides, [str(side) for side in sides], fontsize=8)
         axis.minorticks_off()
+        low, high = axis.get_ylim()
+        ticks = [step * 10**power for power in range(-3, 5) for step in (1, 2, 5) if low <= step * 10**power <= high]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=7)
     return _written(figure, path)
 
 
-def _style(number: int) -> dict[str, Any]:
-    # more kinds than colours: the second round is dashed
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": "-" if number < len(_COLOURS) else "--",
-    }
+# the same colour in every panel; the last two have none in that palette
+_KINDS = ("resnet", "deit", "swin", "convnext", "nat", "vim", "vmamba", "replknet")
+
+
+def _style(kind: str) -> dict[str, Any]:
+    number = _KINDS.index(kind)
+    return {"color": (*_COLOURS, "black", "gray")[number], "marker": (*_MARKERS, "X", "*")[number]}
+
+
+def _kind(trunk: str) -> str:
+    return next(kind for kind in _KINDS if trunk.startswith(kind))
 
 
 def _accuracy(found: BackboneTable, axis: Axes) -> None:
@@ -62,11 +69,10 @@ def _accuracy(found: BackboneTable, axis: Axes) -> None:
         score = row.printed.scores[table.score]
         cost = row.whole.ms.median if row.whole else None if timed else row.count.operations / 1e9
         if score is not None and cost is not None:
-            family = row.printed.backbone.partition("-")[0]
-            families.setdefault(family, []).append(Point(row.printed.backbone, "published", cost, score / 100))
-    for number, points in enumerate(families.values()):
+            families.setdefault(_kind(row.printed.trunk), []).append(Point(row.printed.backbone, "published", cost, score / 100))
+    for kind, points in families.items():
         points.sort(key=lambda point: point.cost)
-        axis.plot([p.cost for p in points], [100 * p.miou for p in points], markersize=6, **_style(number))
+        axis.plot([p.cost for p in points], [100 * p.miou for p in points], markersize=6, **_style(kind))
     points = [point for family in families.values() for point in family]
     costs, scores = [point.cost for point in points], [100 * point.miou for point in points]
     axis.set_xlim(min(costs) - 0.15 * (max(costs) - min(costs)), max(costs) + 0.25 * (max(costs) - min(costs)))

@@ -65,7 +65,7 @@ class ERM(Segmentor):
 
     any_size = True
     min_batch = 2  # a batch norm stands behind the global pooling
-    no_decay = ()  # the authors decay all parameters
+    no_decay: tuple[str, ...] = ()  # the authors decay all parameters
 
     def __init__(self, options: Options) -> None:
         super().__init__()
