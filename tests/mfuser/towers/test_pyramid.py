@@ -29,7 +29,8 @@ def test_maps_have_strides_4_to_32_and_the_stated_channels(name: str) -> None:
     with torch.device("meta"):
         channels = trunk(name, (224, 448)).channels
     assert [tuple(x.shape) for x in maps_of(name, (224, 448))] == [
-        (1, c, 224 // s, 448 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)  # type: ignore[arg-type]
+        (1, c, 224 // s, 448 // s)
+        for c, s in zip(channels, (4, 8, 16, 32), strict=True)  # type: ignore[arg-type]
     ]
 
 
@@ -152,8 +153,7 @@ def test_labels_of_a_size_that_is_padded_are_not_stretched() -> None:
     torch.manual_seed(0)
     model = mfuser.build("erm", backbone="tiny_convnext", image_size=(64, 64))
     images, labels = torch.rand(2, 3, 40, 64), torch.randint(0, 19, (2, 40, 64))
-    mean = model.encoder.mean
-    padded = torch.cat([images, mean.expand(2, 3, 24, 64) if mean.dim() == 4 else mean[None].expand(2, -1, 24, 64)], 2)
+    padded = torch.cat([images, model.encoder.mean.expand(2, 3, 24, 64)], 2)
     with torch.no_grad():
         found = model.loss(Batch(images, labels))
         expected = model.loss(Batch(padded, F.pad(labels, (0, 0, 0, 24), value=255)))
