@@ -124,7 +124,7 @@ def backbone_table(
     finally:
         progress.stop()
     gpu, ran = (hardware(on) if on is not None else None), ops.tally()
-    taken: dict[Net, _Taken] = {net: _Taken() for net in (*nets, *squares)}
+    taken: dict[Net, Taken] = {net: Taken() for net in (*nets, *squares)}
     if on is not None and gpu is not None:
         passes = passes if on.type == "cuda" else 1
         timed_nets = [*nets, *(squares if on.type == "cuda" else ())]  # a processor would take minutes for the largest squares
@@ -181,7 +181,7 @@ class _Counts:
 
 
 @dataclass
-class _Taken:
+class Taken:
     """Measurements of one network over several passes."""
 
     ms: dict[str, list[float]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from dgbench.cost import backbone_counts
 from dgbench.cost.backbone_counts import SHIPPED, all_nets, known, ship, source_hash, table_net
 from dgbench.cost.backbone_nets import Net, NetCount, count_net
 from dgbench.cost.backbone_tables import TABLES, Printed
-from dgbench.cost.backbones import backbone_table
+from dgbench.cost.backbones import Taken, backbone_table
 from dgbench.cost.count import count
 from dgbench.errors import DgbenchError
 from dgbench.progress import Silent
@@ -143,3 +143,29 @@ def test_a_cross_scan_costs_the_documented_formula_four_times() -> None:
     per_token = {24: 16 * 16, 48: 8 * 8, 96: 4 * 4, 192: 2 * 2}
     inner = {width: int(1.75 * width) for width in per_token}
     assert found.cost.scan == sum(2 * 4 * tokens * inner[width] * (9 + 1) for width, tokens in per_token.items())
+
+
+# ---- times
+
+
+def test_a_visit_measures_the_network_and_its_trunk() -> None:
+    taken = Taken()
+    taken.visit(Net("ade20k", "tiny_convnext", (64, 64), dim=8), torch.device("cpu"), torch.float32)
+    whole, trunk = taken.measured("net"), taken.measured("trunk")
+    assert whole is not None
+    assert trunk is not None
+    assert whole.ms.median > trunk.ms.median > 0
+    assert whole.gib is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [Net("ade20k", "vmamba_t", (128, 256)), Net("maskrcnn", "nat_t", (256, 320))])
+def test_a_visit_of_a_gpu_measures_its_memory(net: Net) -> None:
+    taken = Taken()
+    taken.visit(net, torch.device("cuda"), torch.bfloat16)
+    whole, trunk = taken.measured("net"), taken.measured("trunk")
+    assert whole is not None
+    assert trunk is not None
+    assert whole.ms.median > 0
+    assert whole.gib is not None
+    assert trunk.gib is not None

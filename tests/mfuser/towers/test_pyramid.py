@@ -121,7 +121,7 @@ def test_a_vim_trunk_takes_other_sizes_than_its_table() -> None:
 def test_steps_start_within_mambas_range() -> None:
     encoder = VMamba(8, (1, 1, 1, 1))
     steps = torch.cat([F.softplus(part.dt_proj.bias) for stage in encoder.stages for part in stage[0].scan.scans])
-    assert 1e-4 <= steps.min()
+    assert steps.min() >= 1e-4
     assert steps.max() <= 0.1 + 1e-6
 
 
