@@ -89,9 +89,7 @@ def test_the_shipped_counts_are_of_the_sources_as_they_are_now() -> None:
     assert list(content["rows"]) == [net.key for net in all_nets()]
 
 
-@pytest.mark.parametrize(
-    "chosen", [slice(2, 3), *(pytest.param(slice(part, None, 3), marks=pytest.mark.full) for part in range(3))]
-)
+@pytest.mark.parametrize("chosen", [slice(1), *(pytest.param(slice(part, None, 3), marks=pytest.mark.full) for part in range(3))])
 def test_what_ships_is_what_counting_finds(chosen: slice) -> None:
     for net in all_nets()[chosen]:
         assert known(net) == count_net(net)
@@ -117,7 +115,7 @@ def test_trunks_grow_linearly_with_the_image_but_for_global_attention() -> None:
     growth = {line.trunk: line.growth for line in found.sweep}
     assert growth.pop("deit_s_mln") > 3
     assert growth.pop("swin_t") == pytest.approx(1, abs=0.07)  # its windows' padding
-    assert set(growth.values()) == {pytest.approx(1, abs=1e-3)}
+    assert list(growth.values()) == pytest.approx([1] * 5, abs=1e-3)
 
 
 def test_an_unknown_table_is_refused_with_those_there_are() -> None:
