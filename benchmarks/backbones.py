@@ -23,8 +23,10 @@ from dgbench.cost.backbones import backbone_table
 def measure(out: Path, passes: int) -> None:
     """Measure both tables, and write their files."""
     out.mkdir(parents=True, exist_ok=True)
+    sweep = None
     for name in TABLES:
-        found = backbone_table(name, render.progress(quiet=True), passes=passes)
+        found = backbone_table(name, render.progress(quiet=True), passes=passes, sweep=sweep)
+        sweep = found.sweep
         if found.hardware is None:
             sys.exit(f"nothing was measured: {found.unmeasured}")
         render.show(found, "markdown", out / f"backbones-{name}.md")

@@ -101,12 +101,13 @@ def backbone_table(
     device: str | None = None,
     timed: bool = True,
     passes: int = 1,
+    sweep: tuple[SweepLine, ...] | None = None,
 ) -> BackboneTable:
     """Count the rows of a published table, and time them on a device.
 
     Args:
         name: one of TABLES.    anew: count again instead of looking counts up.
-        dtype, device, timed, passes: as those of `profile`.
+        dtype, device, timed, passes: as those of `profile`.    sweep: of another table, to be shown instead of being measured.
 
     Raises: DgbenchError for unknown names; CountError for a network that cannot be counted.
     """
@@ -116,7 +117,7 @@ def backbone_table(
     table, counts = TABLES[name], _Counts(progress, anew=anew)
     nets = [table_net(name, row.trunk) for row in table.rows]
     calibration, *_ = CALIBRATION[name]
-    swept = {trunk: [Net("", trunk, (side, side)) for side in SWEEP] for trunk in SWEPT}
+    swept = {trunk: [Net("", trunk, (side, side)) for side in SWEEP] for trunk in SWEPT if sweep is None}
     squares = [net for line in swept.values() for net in line]
     progress.start("counting", len(nets) + 1 + len(squares), "networks")
     try:
@@ -140,7 +141,7 @@ def backbone_table(
         BackboneRow(printed, found[net], taken[net].measured("net"), taken[net].measured("trunk"), taken[net].problem)
         for printed, net in zip(table.rows, nets, strict=True)
     )
-    lines = tuple(
+    lines = sweep or tuple(
         SweepLine(trunk, tuple(SweepPoint(n.size[0], found[n].operations, taken[n].times("net")) for n in line))
         for trunk, line in swept.items()
     )

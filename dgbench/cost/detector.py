@@ -40,11 +40,12 @@ class MaskRCNN(nn.Module):
         self.box_predictor = FastRCNNPredictor(1024, CLASSES)
         self.mask_head = MaskRCNNHeads(WIDTH, (256, 256, 256, 256), 1)
         self.mask_predictor = MaskRCNNPredictor(256, 256, CLASSES)
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator("cpu").manual_seed(0)
         for level, side in enumerate(_SIDES):
             count = PROPOSALS // len(_SIDES)
-            room = torch.tensor([max(size[1] - side, 1.0), max(size[0] - side, 1.0)])
-            corner = torch.rand(count, 2, generator=draw) * room
+            # on the CPU, where the generator is, whatever the default device
+            room = torch.tensor([max(size[1] - side, 1.0), max(size[0] - side, 1.0)], device="cpu")
+            corner = torch.rand(count, 2, generator=draw, device="cpu") * room
             self.register_buffer(f"boxes{level}", torch.cat([corner, corner + side], 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -60,6 +61,6 @@ class MaskRCNN(nn.Module):
         share = count // len(_SIDES)
         found = []
         for level, x in enumerate(pyramid[: len(_SIDES)]):
-            boxes = self.get_buffer(f"boxes{level}")[:share].to(x.dtype)
+            boxes = self.get_buffer(f"boxes{level}")[:share]
             found.append(roi_align(x, [boxes] * len(x), cells, spatial_scale=1 / 2 ** (level + 2), sampling_ratio=2))
         return torch.cat(found)
