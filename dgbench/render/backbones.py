@@ -77,7 +77,8 @@ def _times(found: BackboneTable) -> Table:
         for row in found.rows
     ]
     legend = [
-        "ms: one image, random weights; median of the calls, ± half of what 90 % of them lie between. GiB: peak, with the network's weights.",
+        "ms: one image, random weights; median of the calls, ± half of what 90 % of them lie between.",
+        "GiB: peak, also of the trunk alone with the weights of the whole network.",
         *(f"{row.printed.backbone}: {row.problem}" for row in found.rows if row.problem),
     ]
     if found.hardware:
