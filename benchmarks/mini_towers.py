@@ -41,6 +41,7 @@ from mfuser.towers.weights import require
 
 TEACHER = "timm:vit_small_patch14_dinov2.lvd142m"
 TEACHER_SIZE = (252, 504)  # (H, W) it sees scenes at: 18 x 36 patches
+STEPS = {"mini_vfm": 4400, "mini_vlm": 3550}
 TAPS = (5, 8)  # its blocks whose features are learned, counted from 0
 POSITIONS = TOKENS + 6  # of the text tower: a sentence and learned context
 
@@ -185,19 +186,18 @@ class Contrasted(nn.Module):
         return text.ln_final(tokens)[torch.arange(len(ids), device=ids.device), place] @ text.text_projection
 
 
-def trained(model: nn.Module, loss: Any, seconds: float, device: str, rate: float, seed: int) -> list[dict[str, float]]:
-    """Train for a time with AdamW and a cosine schedule over that time; returns the loss over time."""
+def trained(model: nn.Module, loss: Any, steps: int, device: str, rate: float, seed: int) -> list[dict[str, float]]:
+    """Train with AdamW and a cosine schedule; returns the loss over time."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], rate, weight_decay=0.05)
     draw = torch.Generator(device).manual_seed(seed)
     model.train().to(device)
-    start, step, log = time.monotonic(), 0, []
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    start, log = time.monotonic(), []
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * share))
-        with torch.autocast(device, torch.bfloat16):
-            value = loss(draw)
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        value = loss(draw)
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -205,7 +205,6 @@ def trained(model: nn.Module, loss: Any, seconds: float, device: str, rate: floa
         if step % 100 == 0:
             log.append({"step": step, "seconds": round(time.monotonic() - start, 1), "loss": round(value.item(), 4)})
             print(json.dumps(log[-1]), flush=True)
-        step += 1
     return log
 
 
@@ -217,16 +216,17 @@ def distil(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[di
 
     def loss(draw: torch.Generator) -> Tensor:
         crops = random_crops(args.batch, len(scenes), draw)
-        return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
+        with torch.autocast(args.device, torch.bfloat16):
+            return model(recoloured(seen(scenes, crops), draw), resampled(features, crops, model.cells))
 
-    return model, trained(model, loss, args.seconds, args.device, 1.5e-3, args.seed)
+    return model, trained(model, loss, args.steps or STEPS["mini_vfm"], args.device, 1.5e-3, args.seed)
 
 
 def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[dict[str, float]], Tensor]:
     """Train mini_vlm; also returns the ids of the words that its sentences have."""
-    sentences = captioned(args.domain, len(images), args.workers)
-    words = torch.cat([sentences.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
-    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(sentences).values()))
+    captions = captioned(args.domain, len(images), args.workers)
+    words = torch.cat([captions.ids.unique(), torch.tensor(tokenize("mini_vlm", CITYSCAPES)).flatten()]).unique()
+    scenes, at = images.to(args.device), Told(*(part.to(args.device) for part in vars(captions).values()))
     model = Contrasted(args.patch).to(args.device)
 
     def loss(draw: torch.Generator) -> Tensor:
@@ -237,17 +237,19 @@ def contrast(images: Tensor, args: argparse.Namespace) -> tuple[nn.Module, list[
         top, left, height, width = at.crops[scene, crop].unbind(-1)
         # not mirrored: sentences say left and right
         crops = Crops(scene, top, left, height, width, torch.zeros_like(scene, dtype=torch.bool))
-        whole, patches = model.images(recoloured(seen(scenes, crops), draw))
         weights = covered(at.parts[scene, crop, 1:], model.tower.grid)
-        regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
         which = pick(SENTENCES, args.batch, 1 + PARTS)[..., None]
         ids = at.ids[scene, crop].gather(2, which[..., None].expand(-1, -1, -1, TOKENS)).flatten(0, 2).long()
         named = at.named[scene, crop].gather(2, which).flatten()
         shape = (5, model.text.token_embedding.embedding_dim)
         context = torch.randn(shape, generator=draw, device=draw.device) if pick(2, 1).item() else None
-        return model.loss(regions, model.sentences(ids, context), named, at.shown[scene, crop].flatten())
+        with torch.autocast(args.device, torch.bfloat16):
+            whole, patches = model.images(recoloured(seen(scenes, crops), draw))
+            regions = torch.cat([whole[:, None], weights @ patches.float()], 1).flatten(0, 1)
+            sentences = model.sentences(ids, context)
+            return model.loss(regions, sentences, named, at.shown[scene, crop].flatten())
 
-    return model, trained(model, loss, args.seconds, args.device, 1e-3, args.seed), words
+    return model, trained(model, loss, args.steps or STEPS["mini_vlm"], args.device, 1e-3, args.seed), words
 
 
 def covered(parts: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -299,7 +301,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=["mini_vfm", "mini_vlm"], choices=["mini_vfm", "mini_vlm"])
     parser.add_argument("--domain", default="streets-pretrain")
     parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--seconds", type=float, default=420, help="training of each tower")
+    parser.add_argument("--steps", type=int, help=f"of each tower; default: {STEPS}")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--patch", type=int, default=TOWERS["mini_vfm"].patch)
     parser.add_argument("--seed", type=int, default=0)
@@ -317,6 +319,9 @@ def main() -> None:
     report: dict[str, Any] = {
         "pretraining": origin,
         "scenes": args.scenes,
+        "seed": args.seed,
+        "batch": args.batch,
+        "steps": STEPS if args.steps is None else args.steps,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -80,11 +80,11 @@ def _tokenizer():  # type: ignore[no-untyped-def]
 
 @cache
 def _words() -> list[tuple[int, re.Pattern[str]]]:
-    """Return a bit and a pattern for each kind; both kinds of riders share a bit, because "a rider" is either."""
+    """Return a bit and a pattern for each kind; all kinds of riders share a bit, because "a rider" is any of them."""
     found = []
     for kind, names in NAMES.items():
         words = {name.removeprefix("a ").removeprefix("the ") for pair in names for name in pair}
-        bit = 1 << KINDS.index("cyclist" if kind == "motorcyclist" else kind)
+        bit = 1 << KINDS.index("cyclist" if kind in ("rider", "motorcyclist") else kind)
         found.append((bit, re.compile(rf"\b(?:{'|'.join(sorted(words, key=len, reverse=True))})\b")))
     return found
 

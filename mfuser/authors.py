@@ -46,7 +46,7 @@ _KNOWN_MODULES = ("mmengine", "mmcv", "mmseg", "numpy", "_codecs")
 
 
 def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
-    """Read the `state_dict` of a checkpoint file that mmcv, mmengine or detectron2 wrote, without running any code of it.
+    """Read the `state_dict` of a file that a trainer such as mmcv's or detectron2's wrote, without running any of its code.
 
     Raises: ValueError for a file that is no such checkpoint, is damaged, or asks for code to be run.
     """
@@ -68,8 +68,9 @@ def read_authors(path: Path | str) -> dict[str, torch.Tensor]:
             else (str(error).splitlines() or [type(error).__name__])[0][:200]
         )
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from None
-    # mmcv and mmengine say `state_dict`, detectron2 `model`
-    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else content
+    # mmcv and mmengine say `state_dict`, detectron2 `model`, FAMix `model_state`
+    names = ("state_dict", "model", "model_state")
+    state = next((content[name] for name in names if name in content), content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no `state_dict` of tensors; a checkpoint of the authors' trainer is expected")
     return {str(key): value for key, value in state.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,18 +25,31 @@ class Extra:
 
     A step has as many of them as images of the source: `batch.extra[name]`, (B, 3, H, W) in [0, 1], and with `labels`
     `batch.extra[f"{name}_labels"]`, (B, H, W) train ids, 255 = ignore; with `segments`, `batch.extra[f"{name}_segments"]`,
-    (B, H, W), the number of each pixel's segment, 255 = none, without a class.
+    (B, H, W), the number of each pixel's segment, 255 = none, without a class. With `augmented`, they are mirrored and distorted
+    like the source's images.
     """
 
     name: str
     size: Literal["crop"] | tuple[int, int] = "crop"  # (H, W), or that of the training crop
     labels: bool = False
     segments: bool = False  # in place of labels
+    stretch: bool = False  # whole images, resized to the size whatever their aspect ratio, instead of crops
+    augmented: bool = False
 
     @property
     def beside(self) -> str:
         """The folder beside the images, and what is behind the name in a batch: `labels`, `segments`, or "" for neither."""
         return "labels" if self.labels else "segments" if self.segments else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraFile:
+    """A file that a method trains with, given by `data.extra` of a recipe: see `Segmentor.take_file`."""
+
+    name: str
+    what: str  # for messages: "the weights of ..."
+    optional: bool = False
+    instead: str = ""  # for messages: how the method is trained without it
 
 
 @dataclass
@@ -106,7 +120,7 @@ class Segmentor(nn.Module):
         random_towers: it was built with towers that were drawn, in place of their published weights.
         classes: names of the K classes.    image_size: (H, W) that `forward` takes.
         ops: the operators of `mfuser.ops` that it runs.    backend: that of the operators, "auto" or a name.
-        extras: streams of images that a training step needs besides its batch.
+        extras: streams of images that a training step needs besides its batch.    files: files that a training needs.
         any_size: `forward` takes every (H, W) whose sides are multiples of `size_step`; otherwise `image_size` alone.
         mixes_batch: scores of an image depend on the others of its batch: inference runs the model on one at a time.
         drawn: dotted names of parameters that start with random values even where the tower's published file has them.
@@ -124,6 +138,7 @@ class Segmentor(nn.Module):
     ops: tuple[str, ...] = ()
     backend: str = "auto"
     extras: tuple[Extra, ...] = ()
+    files: tuple[ExtraFile, ...] = ()
     any_size: bool = False
     size_step: int = 1
     mixes_batch: bool = False
@@ -156,6 +171,13 @@ class Segmentor(nn.Module):
 
         A resumed training does it again, and then takes the tensors of its checkpoint.
         """
+
+    def take_file(self, name: str, path: Path) -> None:
+        """Read a file that the method declares in `files`, after `enter_training`.
+
+        Raises: ValueError for a file that is not what it should be.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.take_file")
 
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
         """Update the method before a step, such as its styles or its teacher. By default nothing.

@@ -29,7 +29,7 @@ from records import model
 FLOOR = ("source-only", "--set", "method.backbone=tiny", "--size", "64", "64")
 TINY = ("mfuser", "--vlm", "tiny", "--size", "64", "64")
 LAYERS = ("--fusion", "--vfm", "tiny", "--vlm", "tiny", "--size", "64", "64")
-FUSERS = ["mvfuser", "mvfuser_bidir", "selfattn_concat", "selfattn_separate", "bi_deform_attn"]
+FUSERS = ["mvfuser", "mvfuser_bidir", "mvfuser_no_gate", "selfattn_concat", "selfattn_separate", "bi_deform_attn"]
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_markdown_is_a_table_of_github(typed: tuple[Result, Path]) -> None:
     (row,) = (row for row in rows if row[0] == "selfattn_separate")
     assert row[header.index("params M")] == f"{2 * (4 * 64**2 + 4 * 64) / 1e6:.2f}"
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == (2 + 5) + (2 + 6)  # and the sweep: six sizes
+    assert len(lines) == (2 + len(FUSERS)) + (2 + 6)  # and the sweep: six sizes
 
 
 def test_latex_has_closed_environments_and_no_bare_signs(layers: FusionProfile, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,7 @@ def test_by_module_shows_the_parts() -> None:
 
 def test_the_papers_table_at_its_printed_digits(papers: str) -> None:
     assert "1297 + 1297 tokens of width 1024" in papers
-    rows = {row[0]: row[1:3] for row in map(cells, papers.splitlines()[:9]) if len(row) > 2}
+    rows = {row[0]: row[1:3] for row in map(cells, papers.splitlines()[: 4 + len(FUSERS)]) if len(row) > 2}
     assert rows["mvfuser"] == ["1.67", "17.21"]
     assert rows["selfattn_concat"] == ["4.20", "98.64"]
     assert rows["selfattn_separate"] == ["8.40", "71.08"]
@@ -209,7 +209,7 @@ def test_the_papers_table_at_its_printed_digits(papers: str) -> None:
 def test_accuracies_of_own_runs_stand_beside_the_costs(typed: tuple[Result, Path]) -> None:
     text = typed[0].stdout
     header, _, *rows = (cells(line) for line in text.splitlines() if line.startswith("|"))
-    column = {row[0]: row[header.index("own mIoU")] for row in rows[:5]}
+    column = {row[0]: row[header.index("own mIoU")] for row in rows[: len(FUSERS)]}
     # (40 + 44 + 45) / 3 and the root of (3^2 + 1^2 + 2^2) / 2
     assert column["mvfuser"] == "43.0 ±2.6 (3)"
     assert column["selfattn_concat"] == "38.0 (1)"
@@ -221,11 +221,12 @@ def test_published_accuracies_stand_beside_layers_of_the_papers_width_and_own_ru
     papers: str, typed: tuple[Result, Path]
 ) -> None:
     header, _, *rows = (cells(line) for line in papers.splitlines() if line.startswith("|"))
-    column = {row[0]: row[header.index("paper C") :] for row in rows[:5]}
+    column = {row[0]: row[header.index("paper C") :] for row in rows[: len(FUSERS)]}
     assert header[header.index("paper C") :] == ["paper C", "paper B", "paper M", "paper avg."]
     assert column == {
         "mvfuser": ["70.19", "63.13", "71.28", "68.20"],
         "mvfuser_bidir": ["–"] * 4,
+        "mvfuser_no_gate": ["–"] * 4,
         "selfattn_concat": ["70.24", "62.31", "71.11", "67.89"],
         "selfattn_separate": ["69.68", "61.91", "70.85", "67.48"],
         "bi_deform_attn": ["69.46", "61.17", "70.11", "66.91"],

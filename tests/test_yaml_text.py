@@ -249,7 +249,7 @@ def test_texts_are_written_so_that_every_reader_has_them_back(content: list[str]
         ("data.flip=no", "data.flip: expected a number, got 'no'"),
         (
             "data.photometric=1",
-            "data.photometric: expected mmsegmentation, robustnet, san-saw or self-supervised, or true or false, got 1",
+            "data.photometric: expected mmsegmentation, robustnet, san-saw, famix or self-supervised, or true or false, got 1",
         ),
         ('name="\\ud800"', "name: '\\ud800' holds half a character (a lone surrogate)"),
         ("data.source=\udcff", "data.source: `\\udcff` is not a YAML value"),
@@ -461,6 +461,23 @@ def test_a_tower_that_cannot_be_is_refused(method: str, towers: dict[str, str], 
         resolve(method, **towers)
 
 
+@pytest.mark.parametrize(
+    ("method", "backbone", "recipe"),
+    [
+        ("tldr", "resnet101", "tldr/resnet101_v1c-gta"),
+        ("tldr", "resnet50", "tldr/resnet50_v1c-gta"),
+        ("tldr", "tiny", "streets/tldr"),
+        ("famix", "resnet101", "famix/clip_rn101-gta"),
+        ("famix", "resnet50", "famix/clip_rn50-gta"),
+        ("famix", "tiny", "streets/famix"),
+        ("erm", "tiny", "streets/erm"),
+        ("erm", "resnet101", "erm/resnet101-gta"),
+    ],
+)
+def test_a_kind_of_backbone_means_the_one_that_the_method_is_tabulated_with(method: str, backbone: str, recipe: str) -> None:
+    assert resolve(method, backbone=backbone) == (recipe, [])
+
+
 # ---- what must not move
 
 HASHES = {
@@ -473,6 +490,10 @@ HASHES = {
     "erm/resnet101-gta": "942fdcea2d5e",
     "erm/resnet50-city": "199672592c03",
     "erm/resnet50-gta": "59786bc3edf7",
+    "famix/clip_rn101-city": "5808f9a69434",
+    "famix/clip_rn101-gta": "7880e507c971",
+    "famix/clip_rn101-synthia": "28311ace2572",
+    "famix/clip_rn50-gta": "f5334027195e",
     "linear/dinov2-gta": "da988195f13e",
     "mask2former/dinov2-gta": "867d593a0aef",
     "mask2former/dinov2-gta-frozen": "c3741f706d76",
@@ -492,15 +513,19 @@ HASHES = {
     "rein/dinov2-s-gta": "be27acd114f8",
     "rein/eva02-city": "f3aa47a9d8c7",
     "rein/eva02-gta": "e006fd5089f6",
+    "san-saw/resnet101-gta": "2f62e9ed2a6e",
+    "san-saw/resnet50-gta": "d60405f973fa",
     "set/dinov2-city": "ce2a489ed8fd",
     "set/dinov2-gta": "1266dbd4abf9",
     "shade/resnet101-gta": "8c52fa7ead64",
     "shade/resnet50-gta": "3768e6486c0d",
     "shade/resnet50-gta-synthia": "7b6de39958e8",
     "soma/dinov2_l-city": "1ca96c4d9dd4",
+    "soma/dinov2_l-city-1024": "d9ab2dfdc2b0",
     "soma/dinov2_l-gta": "a845dd7c8a3d",
     "soma/dinov2_l-gta-synthia": "80522554187c",
     "soma/dinov2_l-gta-synthia-urbansyn": "80caca0f197b",
+    "soma/dinov2_l-gta-synthia-urbansyn-1024": "458302fb6188",
     "streets/ci": "d0b6cac45e74",
     "streets/clouds": "b90f21b41e1c",
     "streets/erm": "487f749ebc44",
@@ -509,18 +534,33 @@ HASHES = {
     "streets/erm-swin": "c5b3a7df9a34",
     "streets/erm-vim": "e14ef087294e",
     "streets/erm-vmamba": "1ce22360a81c",
+    "streets/famix": "b7bd8e79446b",
+    "streets/frozen-dinov2_s": "957cee34b823",
+    "streets/frozen-dinov2_s-cpu": "acc077e0d5f4",
+    "streets/full-dinov2_s": "fd2e242a499e",
     "streets/linear": "50660da3aa8f",
+    "streets/linear-dinov2_s": "88c514f7c292",
+    "streets/linear-dinov2_s-cpu": "957b9e3d1f60",
     "streets/mask2former": "8c4bfaf6188b",
     "streets/mfuser": "b9584e79b059",
     "streets/mfuser-gpu": "71019620cb63",
     "streets/rein": "eaf0d6390bdd",
+    "streets/rein-dinov2_s": "be7a4f4a8daf",
+    "streets/san-saw": "7f807cd865a7",
     "streets/set": "0d8a06bfa701",
+    "streets/set-dinov2_s": "9830fb648229",
     "streets/shade": "ad72d89eb098",
     "streets/smoke": "4818375df3e2",
     "streets/soma": "47d68318dbe6",
+    "streets/soma-dinov2_s": "d5f49b0d79ea",
     "streets/source-only": "deef3dcffd66",
+    "streets/tldr": "cf4a816b78a9",
     "streets/tqdm": "02f2aaf606e4",
     "streets/vltseg": "e8575202df7a",
+    "tldr/resnet101_v1c-gta": "105ee558ad92",
+    "tldr/resnet101_v1c-synthia": "faf52eca69ab",
+    "tldr/resnet50_v1c-gta": "218d230dded5",
+    "streets/wildnet": "0bc4952e12b5",
     "tqdm/clip_b-city": "97cb3458aaef",
     "tqdm/clip_b-gta": "4b0481296bd0",
     "tqdm/clip_b-synthia": "672bb12841e5",
@@ -530,6 +570,10 @@ HASHES = {
     "vltseg/eva02-city": "90c0c927b640",
     "vltseg/eva02-gta": "8981e8542872",
     "vltseg/eva02-synthia": "589063f50a6f",
+    "wildnet/resnet101-city": "a6f4a62fdf91",
+    "wildnet/resnet101-gta": "fbb420e97b18",
+    "wildnet/resnet50-city": "a8c7221081a0",
+    "wildnet/resnet50-gta": "af351de9c4de",
 }
 
 

@@ -109,7 +109,10 @@ def subjects(
     towers = {key: spelled(name, TOWERS) or name for key, name in asked.items() if name}
     for name in names or _with_towers(towers):
         if name in mfuser.method_names():
-            found += [Subject(method, size or SIZE) for method in _backbones(name, towers, settings)]
+            own = dict(towers)
+            if names and "backbone" in own:
+                own["backbone"] = mfuser.methods.of_kind(name, own["backbone"])
+            found += [Subject(method, size or SIZE) for method in _backbones(name, own, settings)]
             continue
         if "/" not in name and not name.endswith((".yaml", ".yml")):
             raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))

@@ -66,6 +66,13 @@ def san_saw(image: Pixels, rng: np.random.Generator) -> Pixels:
     return _blur(image, rng.uniform(0, 1)) if rng.random() < 0.5 else image
 
 
+def famix(image: Pixels, rng: np.random.Generator) -> Pixels:
+    """Jitter colours strongly in every draw, but for their hue, as FAMix does: ColorJitter(0.8, 0.8, 0.8)."""
+    order = tuple(int(step) for step in rng.permutation(3))
+    brightness, contrast, saturation = rng.uniform(0.2, 1.8, 3)
+    return jittered(image, order=order, brightness=brightness, contrast=contrast, saturation=saturation, hue=0.0)
+
+
 def self_supervised(image: Pixels, rng: np.random.Generator) -> Pixels:
     """Distort as self-supervised training does (MoCo v2, Chen et al., 2020, arXiv 2003.04297).
 
@@ -84,6 +91,7 @@ PRESETS: dict[str, Distortion] = {
     "mmsegmentation": mmsegmentation,
     "robustnet": robustnet,
     "san-saw": san_saw,
+    "famix": famix,
     "self-supervised": self_supervised,
     "none": none,
 }

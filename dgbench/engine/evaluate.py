@@ -218,7 +218,7 @@ def _score(
         kind=target.kind,
         created=results.now_iso(),
         method=found.model.method,
-        variant=recipe.method.variant,
+        variant=recipe.variant,
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,

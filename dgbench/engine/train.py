@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mfuser
 from dgbench import results, temporaries
 from dgbench.data.dataset import SegDataset
-from dgbench.data.extra import streams
+from dgbench.data.extra import Stream, digest_of, files_of, streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
 from dgbench.engine import batches, checkpoints, tracking
@@ -36,7 +36,7 @@ from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
 from dgbench.recipe.files import settings_of
-from dgbench.report.expected import WEIGHTS
+from dgbench.report.expected import ORIGIN, WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
@@ -99,11 +99,8 @@ def train(
             f"train.batch_size is {spec.batch_size}, but `{model.method}` needs at least {model.min_batch} images a step",
             f"--set train.batch_size={model.min_batch}",
         )
-    extra = streams(
-        model.extras, recipe.data.extra, model.method, recipe.data.crop, recipe.data.targets, root, recipe.data.domains
-    )
-    digests = {stream.name: stream.digest() for stream in extra}
-    _check_streams(run, digests, before)
+    extra, digests = _extras(recipe, model, root)
+    _check_streams(run, digests, before, [stream.name for stream in extra])
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -268,7 +265,7 @@ def _record(
         kind="train",
         created=results.now_iso(),
         method=recipe.method.name,
-        variant=recipe.method.variant,
+        variant=recipe.variant,
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
@@ -322,15 +319,22 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's weights, by `weights.<option>`; nothing for towers that are trained from scratch.
+    """Return the sha256 of each tower's weights, by `weights.<option>`, and by `origin.<option>` tower and file.
 
-    Of towers that come with dgbench also what they were trained on before, by `pretraining.<option>`.
+    Towers that are trained from scratch have none. Of those that come with dgbench, `pretraining.<option>` says on what they
+    were trained before.
     """
-    options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
+    options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    found: dict[str, float | str | None] = {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
-    return found | {f"pretraining.{key}": row.pretraining() for key, row in rows.items() if isinstance(row, PackagedFile)}
+    found: dict[str, float | str | None] = {}
+    for key, row in rows.items():
+        if row is not None:
+            place = row.file if row.repo is None else f"{row.repo}/{row.file}"
+            found |= {f"{WEIGHTS}{key}": row.sha256(), f"{ORIGIN}{key}": f"{options[key]}, {place}"}
+        if isinstance(row, PackagedFile):
+            found[f"pretraining.{key}"] = row.pretraining()
+    return found
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
@@ -391,8 +395,14 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
             raise RecipeError(f"`{recipe.method.name}` cannot be built: {error}", "change `method` or `data.crop`") from error
         if recipe.train.init is not None:
             init = checkpoints.begin_with(model, Path(recipe.train.init))
+            model.random_towers = False  # they are the other model's
     set_seed(seed)
     model.enter_training()
+    for name, path in files_of(model.files, recipe.data.extra, model.method).items():
+        try:
+            model.take_file(name, path)
+        except ValueError as error:
+            raise DataError(f"data.extra.{name} of `{model.method}`: {error}", f"set data.extra.{name} to another file") from None
     if checkpoint is not None:
         checkpoints.load_training(model, checkpoint)
     for parameter in model.parameters():
@@ -402,12 +412,19 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
     return model, init
 
 
-def _check_streams(run: Path, now: dict[str, str], before: Made | None) -> None:
-    """Raise a CheckpointError if a training was started with other images in its streams."""
+def _extras(recipe: Recipe, model: Segmentor, root: Path | None) -> tuple[list[Stream], dict[str, str]]:
+    """Return the further images that a model is trained with, and the digests of these and of its files."""
+    data, files = recipe.data, files_of(model.files, recipe.data.extra, model.method)
+    extra = streams(model.extras, data.extra, model.method, data.crop, data.targets, root, data.domains, model.files)
+    return extra, {stream.name: stream.digest() for stream in extra} | {name: digest_of(path) for name, path in files.items()}
+
+
+def _check_streams(run: Path, now: dict[str, str], before: Made | None, streams: list[str]) -> None:
+    """Raise a CheckpointError if a training was started with other images in its streams, or with other files."""
     for name, digest in (before.streams if before else {}).items():
-        if now[name] != digest:
+        if now.get(name) != digest:
             raise CheckpointError(
-                f"{run} was started with other images in data.extra.{name}",
+                f"{run} was started with {'other images in' if name in streams else 'another file as'} data.extra.{name}",
                 "restore the files it was started with, or start a new run",
             )
 

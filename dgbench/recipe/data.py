@@ -122,9 +122,9 @@ def _in_order(data: dict[str, Any]) -> dict[str, Any]:
     return data | sorted_
 
 
-_PRESETS = ("mmsegmentation", "robustnet", "san-saw", "self-supervised", "none")
-_EXPECTED_PRESET = "expected mmsegmentation, robustnet, san-saw or self-supervised, or true or false, got "
-Preset = Literal["mmsegmentation", "robustnet", "san-saw", "self-supervised", "none"]
+_PRESETS = ("mmsegmentation", "robustnet", "san-saw", "famix", "self-supervised", "none")
+_EXPECTED_PRESET = "expected mmsegmentation, robustnet, san-saw, famix or self-supervised, or true or false, got "
+Preset = Literal["mmsegmentation", "robustnet", "san-saw", "famix", "self-supervised", "none"]
 
 
 def _preset(given: Any) -> Any:

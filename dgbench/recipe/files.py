@@ -62,6 +62,7 @@ def find(
     """
     source = _domain(source, root)
     method, mine = _of_method(method)
+    mine = _by_flags(mine, source)
     towers = {"vlm": vlm, "vfm": vfm, "backbone": backbone}
     fitting = [
         (name, row)
@@ -102,7 +103,8 @@ def resolve(
         return name, [*(setting(key, text) for key, text in flags.items() if text), *added]
     method, rows = _of_method(name)
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
-    near, domain = _nearest(method, towers, rows), _domain(source, root)
+    domain = _domain(source, root)
+    near = _nearest(method, towers, _by_flags(rows, domain))
     on_it = [(found, row) for found, row in near if row["source"] == domain]
     # if no recipe of this method trains on that source: its default one with the source changed
     found = _first(method, on_it or near)
@@ -157,19 +159,32 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     return known, [(name, row) for name, row in rows if row["method"] == known]
 
 
+def _by_flags(rows: Sequence[tuple[str, dict[str, str]]], source: str | None) -> list[tuple[str, dict[str, str]]]:
+    """Leave out the recipes that only their own name or source means: those for published towers on rendered streets.
+
+    A published tower asks for the settings that it was published with; on streets, towers are trained from scratch.
+    """
+    from mfuser.towers.table import TOWERS
+
+    def published(row: Mapping[str, str]) -> bool:
+        return any((tower := TOWERS.get(row[kind])) is not None and tower.timm is not None for kind in ("vlm", "vfm", "backbone"))
+
+    return [(name, row) for name, row in rows if not (name.startswith("streets/") and published(row)) or row["source"] == source]
+
+
 def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     """Return a tower's name in its own spelling.
 
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
-    from mfuser.methods import backbone_names, option_names
+    from mfuser.methods import backbone_names, of_kind, option_names
     from mfuser.towers.table import TIMM, TOWERS, plain, with_text
 
     if kind not in option_names(method):
         keys = ", ".join(f"method.{key}" for key in option_names(method) if key in TOWER_OPTIONS)
         raise RecipeError(f"`{method}` has no {kind}, which --{kind} {name} would set", f"by --set it takes: {keys or 'none'}")
     known = {"vlm": with_text, "vfm": plain}.get(kind, lambda: sorted({*TOWERS, *backbone_names(method)}))()
-    as_known = spelled(name, known)
+    as_known = spelled(of_kind(method, name) if kind == "backbone" else name, known)
     if as_known is not None:
         return as_known
     if (kind != "vlm" and name.startswith(TIMM)) or (kind == "vlm" and any(_same_tower(name, row[kind]) for _, row in rows)):

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from dgbench.data.textures import NAME as TEXTURES
 from dgbench.errors import DgbenchError
 from dgbench.recipe.data import DataSpec, DomainName
 from dgbench.recipe.method import MethodSpec
@@ -52,3 +53,9 @@ class Recipe(Spec):
     optim: OptimSpec
     eval: EvalSpec = EvalSpec()
     expect: tuple[Expectation, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """Towers, unusual options, and what took the place of images that the method trains with: the label of its records."""
+        replaced = [f"{name}: {place}" for name, place in self.data.extra.items() if place == TEXTURES]
+        return ", ".join(filter(None, [self.method.variant, *replaced]))

@@ -17,9 +17,9 @@ from dgbench.streets.places import PRETRAIN
 from dgbench.streets.plan import Plan
 from dgbench.streets.render import painted
 from dgbench.streets.sight import SIZE, WHOLE, Box, Seen, Sight, sight
-from dgbench.streets.wording import STUFF, joined, named, placed
+from dgbench.streets.wording import STUFF, classes, joined, named, one_of, placed
 
-CAPTIONS = 1  # version of the wording; part of what names a pretraining set
+CAPTIONS = 2  # version of the wording; part of what names a pretraining set
 
 # how much more often a kind is named than its share of the image suggests
 _RARE = {
@@ -29,6 +29,7 @@ _RARE = {
     "traffic light": 3.0,
     "traffic sign": 2.0,
     "terrain": 3.0,
+    "rider": 4.0,
     "cyclist": 4.0,
     "motorcyclist": 4.0,
     "truck": 4.0,
@@ -81,23 +82,21 @@ def _on_all(dice: Dice, found: Sequence[Seen], plan: Plan, look: Look) -> list[s
     sentences = [f"{overview} on {road}" if road and dice.chance(0.7) else f"{dice.pick(_SHOWN)} {overview}"]
     sentences.append(joined([placed(dice, one) for one in _choose(dice, found, 4)]))
     sentences.append(f"{_light(dice, look)}: {joined([named(dice, one) for one in _choose(dice, found, 3)])}")
-    sentences.append(f"{dice.pick(_LISTED)} {joined([named(dice, one, counted=False) for one in _shuffled(dice, found)[:10]])}")
+    sentences.append(_list(dice, found))
     if things:
         sentences.append(f"{dice.pick(_LISTED)} {joined([named(dice, one) for one in _choose(dice, things, 4)])}")
-    sentences.append(f"{dice.pick(_SINGLE)} {named(dice, _choose(dice, found, 1)[0])}")
+    sentences.append(f"{dice.pick(_SINGLE)} {one_of(dice, _choose(dice, found, 1)[0])}")
     return sentences
 
 
 def _on_part(dice: Dice, found: Sequence[Seen]) -> list[str]:
-    if not found:
-        return ["a small part of a picture"]
     largest = found[0]
     most = "mostly " if largest.share > 0.5 else ""
-    sentences = [f"{dice.pick(_SINGLE)} {named(dice, largest)}" if dice.chance(0.5) else f"{most}{named(dice, largest)}"]
+    sentences = [f"{dice.pick(_SINGLE)} {one_of(dice, largest)}" if dice.chance(0.5) else f"{most}{named(dice, largest)}"]
     sentences.append(joined([named(dice, one) for one in found[: 2 + dice.index(2)]]))
-    sentences.append(f"{dice.pick(_LISTED)} {joined([named(dice, one, counted=False) for one in _shuffled(dice, found)[:8]])}")
+    sentences.append(_list(dice, found))
     sentences.append(joined([placed(dice, one) for one in _choose(dice, found, 3)]))
-    sentences.append(f"{dice.pick(_SINGLE)} {named(dice, _choose(dice, found, 1)[0])}")
+    sentences.append(f"{dice.pick(_SINGLE)} {one_of(dice, _choose(dice, found, 1)[0])}")
     return sentences
 
 
@@ -117,8 +116,12 @@ def _choose(dice: Dice, found: Sequence[Seen], count: int, without: tuple[str, .
     return chosen
 
 
-def _shuffled(dice: Dice, found: Sequence[Seen]) -> list[Seen]:
-    return [one for _, one in sorted(((dice.draw(), one) for one in found), key=lambda pair: pair[0])]
+def _list(dice: Dice, found: Sequence[Seen]) -> str:
+    """Return a list of what is seen in any order, in the names of the classes or in words that vary."""
+    kinds = [one for _, one in sorted(((dice.draw(), one) for one in found), key=lambda pair: pair[0])][:8]
+    if dice.chance(0.5):
+        return ", ".join(classes(kinds))
+    return f"{dice.pick(_LISTED)} {joined([named(dice, one, counted=False) for one in kinds])}"
 
 
 def _road(dice: Dice, plan: Plan) -> str:

@@ -29,6 +29,7 @@ _THINGS = {
     6: "traffic light",
     7: "traffic sign",
     11: "person",
+    12: "rider",
     13: "car",
     14: "truck",
     15: "bus",
@@ -36,8 +37,7 @@ _THINGS = {
     17: "motorcycle",
     18: "bicycle",
 }
-_SMALL = {5: 8, 6: 6, 7: 6, 11: 10, 12: 8, 17: 10, 18: 10}  # class -> pixels from which an object counts as seen
-_PIXELS = {0: 48, 1: 40, 2: 24, 8: 40, 9: 40, 10: 48}
+_PIXELS = {0: 48, 1: 40, 2: 24, 5: 8, 6: 6, 7: 6, 8: 40, 9: 40, 10: 48, 11: 10, 12: 8, 17: 10, 18: 10}  # from which it is seen
 _USUAL = 14
 
 
@@ -45,7 +45,7 @@ _USUAL = 14
 class Seen:
     """One kind of thing in a part of the image."""
 
-    kind: str  # a class's name, or "cyclist" or "motorcyclist"
+    kind: str  # a class's name, or "cyclist" or "motorcyclist" for riders whose machine is seen too
     count: int  # of objects; 1 for road, sidewalk, terrain, vegetation and sky
     share: float  # of the part's pixels, 0..1
     left: float  # share of its pixels in the left third of the part
@@ -64,7 +64,7 @@ class Sight:
     ridden: Mapping[int, str]  # two-wheelers with a rider: "cyclist" or "motorcyclist"
 
     def within(self, box: Box = WHOLE) -> list[Seen]:
-        """Return what is seen in a part of the image, the largest first."""
+        """Return what is seen in a part of the image, the largest first; there is always something."""
         top, left, bottom, right = pixels_of(box)
         part = self.units[top:bottom, left:right]
         size, number, wide = part.size, len(self.kinds), part.shape[1]
@@ -74,32 +74,34 @@ class Sight:
         rights = np.bincount(part[:, wide - third :].reshape(-1), minlength=number)
         found: dict[str, list[float]] = {}
         objects: dict[str, set[int]] = {}
-        stuff: dict[int, int] = {}
         shown = np.flatnonzero(counts).tolist()
+        stuff: dict[int, int] = {}
         for unit in shown:
             stuff[int(self.kinds[unit])] = stuff.get(int(self.kinds[unit]), 0) + int(counts[unit])
-        for unit in shown:
-            number_of, owner = int(self.kinds[unit]), int(self.owners[unit])
+
+        def enough(unit: int) -> bool:
             # many bushes make vegetation, so that stuff is measured as a whole
-            pixels = stuff[number_of] if number_of in _STUFF else int(counts[unit])
-            if pixels < min(_SMALL.get(number_of, _PIXELS.get(number_of, _USUAL)), max(4, size // 25)):
-                continue
-            kind = self._kind(number_of, owner)
+            at = int(self.kinds[unit])
+            pixels = stuff[at] if at in _STUFF else int(counts[unit])
+            return pixels >= min(_PIXELS.get(at, _USUAL), max(4, size // 25))
+
+        shown = [unit for unit in shown if enough(unit)] or [max(shown, key=lambda unit: int(counts[unit]))]
+        machines = {int(self.owners[unit]) for unit in shown if self.kinds[unit] in (_MOTORCYCLE, _BICYCLE)}
+        for unit in shown:
+            at, owner = int(self.kinds[unit]), int(self.owners[unit])
+            kind = _STUFF.get(at) or _THINGS[at]
+            if at == _RIDER and owner in machines:
+                kind = self.ridden[owner]
             row = found.setdefault(kind, [0.0, 0.0, 0.0, 1e9])
             for k, count in enumerate((counts[unit], lefts[unit], rights[unit])):
                 row[k] += float(count)
             row[3] = min(row[3], float(self.depths[unit]))
-            objects.setdefault(kind, set()).add(0 if number_of in _STUFF else owner)
+            objects.setdefault(kind, set()).add(0 if at in _STUFF else owner)
         seen = [
             Seen(kind, len(objects[kind]), pixels / size, left / pixels, right / pixels, depth)
             for kind, (pixels, left, right, depth) in found.items()
         ]
         return sorted(seen, key=lambda one: (-one.share, one.kind))
-
-    def _kind(self, number: int, owner: int) -> str:
-        if number == _RIDER:
-            return self.ridden[owner]
-        return _STUFF.get(number) or _THINGS[number]
 
 
 def pixels_of(box: Box) -> tuple[int, int, int, int]:
@@ -108,7 +110,8 @@ def pixels_of(box: Box) -> tuple[int, int, int, int]:
     Raises: ValueError for a box that is empty or reaches out of the image.
     """
     top, left, height, width = box
-    inside = min(top, left) >= 0.0 and min(height, width) > 0.0 and max(top + height, left + width) <= 1.0 + 1e-9
+    # sums of single-precision numbers may exceed 1 by their last bit
+    inside = min(top, left) >= 0.0 and min(height, width) > 0.0 and max(top + height, left + width) <= 1.0 + 1e-6
     if not inside:
         raise ValueError(f"box must be (top, left, height, width) in fractions of the image, within 0..1, got {box}")
     rows, columns = SIZE

@@ -26,15 +26,12 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "terrain": (("grass", "grass"), ("terrain", "terrain"), ("a strip of grass", "a strip of grass")),
     "sky": (("sky", "sky"), ("the sky", "the sky")),
     "person": (("a person", "people"), ("a pedestrian", "pedestrians"), ("a person", "persons")),
-    "cyclist": (
-        ("a rider on a bicycle", "riders on bicycles"),
-        ("a cyclist", "cyclists"),
-        ("a rider", "riders"),
-    ),
+    "rider": (("a rider", "riders"),),
+    "cyclist": (("a rider", "riders"), ("a cyclist", "cyclists"), ("a rider on a bicycle", "riders on bicycles")),
     "motorcyclist": (
-        ("a rider on a motorcycle", "riders on motorcycles"),
-        ("a motorcyclist", "motorcyclists"),
         ("a rider", "riders"),
+        ("a motorcyclist", "motorcyclists"),
+        ("a rider on a motorcycle", "riders on motorcycles"),
     ),
     "car": (("a car", "cars"),),
     "truck": (("a truck", "trucks"), ("a lorry", "lorries")),
@@ -45,6 +42,16 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 STUFF = ("road", "sidewalk", "vegetation", "terrain", "sky")
 NEAR, FAR = 12.0, 40.0  # metres
+
+
+def classes(found: Sequence[Seen]) -> list[str]:
+    """Return the names of the classes of some kinds, without repetition."""
+    return list(dict.fromkeys("rider" if one.kind in ("cyclist", "motorcyclist") else one.kind for one in found))
+
+
+def one_of(dice: Dice, one: Seen) -> str:
+    """Return words for one of a kind, however many there are: "a car"."""
+    return (NAMES[one.kind][0] if dice.chance(0.5) else dice.pick(NAMES[one.kind]))[0]
 
 
 def named(dice: Dice, one: Seen, *, counted: bool = True) -> str:

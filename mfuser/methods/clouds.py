@@ -83,7 +83,7 @@ class Options:
         for name, value in _SIZES.get(self.backbone, _SIZES["full"]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        there = [name for name, row in TABLE.items() if row.channels and row.text]
+        there = [name for name, row in TABLE.items() if row.channels and row.text and not row.clip_resnet]
         if self.backbone not in there:
             raise ValueError(f"backbone `{self.backbone}` is no convolutional network with a text tower; choose from {there}")
         if self.variant not in ("release", SOURCE_ONLY):

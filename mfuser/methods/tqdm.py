@@ -53,6 +53,7 @@ BACKBONES = (
     {"vlm": "eva02_b"},
     {"vlm": "clip"},
     {"vlm": "small"},
+    {"vlm": "mini_vlm"},
     {"vlm": "tiny"},
 )
 TOWERS = {"vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"}}

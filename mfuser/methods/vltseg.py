@@ -40,6 +40,7 @@ BACKBONES = (
     {"vfm": "dinov2_b"},
     {"vfm": "dinov2_s"},
     {"vfm": "small"},
+    {"vfm": "mini_vlm"},
     {"vfm": "tiny"},
 )
 TOWERS = {"vfm": {"trunk": "vfm.trunk"}}

@@ -14,13 +14,14 @@ _RULES: Rules = [
     (r"^", "module."),  # saved from DistributedDataParallel
 ]
 
-_NETWORK = ("module.layer0.1.weight", "module.aspp.features.3.0.weight", "module.bot_fine.0.weight", "module.dsn.4.weight")
+_HEAD = ("module.aspp.features.3.0.weight", "module.bot_fine.0.weight", "module.dsn.4.weight")
+_LARGEST = {"resnet101": "module.layer3.22.conv3.weight", "resnet50": "module.layer3.5.conv3.weight"}
 # by the trunk, tensors that tell its checkpoints, and those that the next larger trunk has besides
-MARKS = {
-    "resnet101": (*_NETWORK, "module.layer3.22.conv3.weight"),
-    "resnet50": (*_NETWORK, "module.layer3.5.conv3.weight"),
-}
+MARKS = {name: ("module.layer0.1.weight", *_HEAD, largest) for name, largest in _LARGEST.items()}
 LACKS: dict[str, tuple[str, ...]] = {"resnet101": (), "resnet50": ("module.layer3.6.conv1.weight",)}
+# WildNet's stem has no norm; it has a projection, and a dictionary that is random in each checkpoint
+WILD_MARKS = {name: ("module.layer0.0.weight", "module.proj.2.weight", *_HEAD, largest) for name, largest in _LARGEST.items()}
+WILD_DEAD = (r"^module\.wild_cont_dict",)
 STYLES = "module.SHM.proto_mean"  # of SHADE's alone
 
 

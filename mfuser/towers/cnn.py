@@ -38,8 +38,8 @@ class CNNEncoder(nn.Module):
         """
         super().__init__()
         row = tower(name)
-        if not row.channels:
-            there = ", ".join(known for known, other in TOWERS.items() if other.channels)
+        if not row.channels or row.clip_resnet:
+            there = ", ".join(known for known, other in TOWERS.items() if other.channels and not other.clip_resnet)
             raise ValueError(f"`{name}` is no convolutional network; choose from {there}")
         self.name, self.channels = name, row.channels
         if row.timm is None:

@@ -157,6 +157,7 @@ def _parts_of_cnn(name: str, row: Tower) -> dict[str, nn.Module]:
     import timm
     import torch
 
+    from mfuser.towers.clip_resnet import AttentionPooling, CLIPResNetEncoder
     from mfuser.towers.cnn import CNNEncoder
     from mfuser.towers.meta import unfilled
     from mfuser.towers.text import prompt_tower
@@ -164,6 +165,8 @@ def _parts_of_cnn(name: str, row: Tower) -> dict[str, nn.Module]:
     with torch.random.fork_rng(devices=[]), unfilled():
         if row.text is None:
             return {"trunk": timm.create_model(row.timm, pretrained=False, num_classes=0, **row.options)}
+        if row.clip_resnet:
+            return {"trunk": CLIPResNetEncoder(name).trunk, "head": AttentionPooling(name), "text": prompt_tower(name)}
         return {"trunk": CNNEncoder(name).trunk, "text": prompt_tower(name)}
 
 

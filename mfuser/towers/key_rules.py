@@ -27,13 +27,18 @@ OPENAI: Rules = [
 
 # a file of timm's own model
 TIMM_FILE: Mapping[str, Rules] = {"trunk": []}
-# files of open_clip's models: EVA02-CLIP's, those with a convolutional network, OpenAI's, SigLIP's
+# files of open_clip's models: EVA02-CLIP's, those with a convolutional network of timm's or of CLIP's own, OpenAI's, SigLIP's
 EVA_CLIP_FILE: Mapping[str, Rules] = {
     "trunk": [(r"^", "visual.trunk.")],
     "head": [(r"^head\.", "visual.trunk.head.")],
     "text": [(r"^", "text.")],
 }
 CLIP_CNN_FILE: Mapping[str, Rules] = {"trunk": [(r"^", "visual.trunk.")], "text": []}
+CLIP_RESNET_FILE: Mapping[str, Rules] = {
+    "trunk": [(r"^", "visual.")],
+    "head": [(r"^pool\.", "visual.attnpool.")],
+    "text": [],
+}
 OPENAI_FILE: Mapping[str, Rules] = {
     "trunk": [*OPENAI, (r"^", "visual.")],
     "head": [(r"^head\.weight$", "visual.proj^T")],

@@ -28,14 +28,14 @@ class ResNetEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, *, output_stride: int = 32) -> None:
+    def __init__(self, name: str, *, output_stride: int = 32, contracted: bool = False) -> None:
         """Build with random weights.
 
         Args:
             name: a ResNet among TOWERS.
             output_stride: 32, 16 or 8, the largest stride of a map. Where a stage would exceed it, all of its 3x3 convolutions
-                are dilated instead, the first block's too, as in RobustNet: torchvision's and mmsegmentation's rules leave the
-                first block with the dilation of the stage before.
+                are dilated instead, the first block's too, as in RobustNet.
+            contracted: the first block of such a stage has half the dilation, as by torchvision's and mmsegmentation's rules.
 
         Raises: ValueError for another row, an unknown name, or another stride.
         """
@@ -60,7 +60,7 @@ class ResNetEncoder(nn.Module):
                 self.trunk = timm.create_model(row.timm, pretrained=False, num_classes=0, **row.options)
         for stage, stride in zip(self.stages, STRIDES, strict=True):
             if stride > output_stride:
-                _dilate(stage, stride // output_stride)
+                _dilate(stage, stride // output_stride, stride // output_stride // (2 if contracted else 1))
         self.register_buffer("mean", torch.tensor(row.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(row.std).view(3, 1, 1), persistent=False)
 
@@ -100,13 +100,15 @@ class ResNetEncoder(nn.Module):
 
 def resnets() -> list[str]:
     """Return the ResNets of the table of towers."""
-    return [name for name, row in TOWERS.items() if row.channels and "resnet" in (row.timm or name)]
+    return [name for name, row in TOWERS.items() if row.channels and not row.text and "resnet" in (row.timm or name)]
 
 
-def _dilate(stage: nn.Module, dilation: int) -> None:
-    """Let a stage keep the size of its input, with 3x3 convolutions of this dilation."""
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-            if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+def _dilate(stage: nn.Module, dilation: int, first: int) -> None:
+    """Let a stage keep the size of its input, with 3x3 convolutions of this dilation, those of its first block of `first`."""
+    for number, block in enumerate(stage.children()):
+        own = dilation if number else first
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (own, own)

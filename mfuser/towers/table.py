@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mfuser.towers.files import HubFile, PackagedFile
-from mfuser.towers.key_rules import CLIP_CNN_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
+from mfuser.towers.key_rules import CLIP_CNN_FILE, CLIP_RESNET_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -52,6 +52,8 @@ class Tower:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
     channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
+    clip_resnet: bool = False  # CLIP's own ResNet, built by open_clip and not by timm, whose name for it is `timm`
+    kind: str = ""  # `--backbone` takes it, too, for the one of its kind that a method is tabulated with
     size: Literal["full", "small", "tiny"] = "full"  # of the decoder that goes with it, see `mfuser.decoder.sizes`
 
     @property
@@ -89,11 +91,37 @@ def _clip_file(model: str, gigabytes: float, licence: str = "MIT") -> HubFile:
     return HubFile(f"timm/{model}", "open_clip_model.safetensors", gigabytes, licence)
 
 
+def _resnet(
+    model: str, depth: int, weights: HubFile, *, channels: tuple[int, ...] = (256, 512, 1024, 2048), kind: str = ""
+) -> Tower:
+    return Tower(
+        model, 32, *_IMAGENET, width=channels[3], depth=depth, weights=weights, dead=(r"^fc\.",), channels=channels, kind=kind
+    )
+
+
+def _clip_resnet(name: str, depth: int, gigabytes: float) -> Tower:
+    return Tower(
+        f"resnet{name}_clip",
+        32,
+        *_CLIP,
+        width=2048,
+        depth=depth,
+        weights=_clip_file(f"resnet{name}_clip.openai", gigabytes),
+        keys=CLIP_RESNET_FILE,
+        dead=_SCALARS,
+        text=TextTower(f"RN{name}-quickgelu", 0, f"RN{name}", "none"),
+        channels=(256, 512, 1024, 2048),
+        clip_resnet=True,
+        kind=f"resnet{name}",
+    )
+
+
 _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apache-2.0")
 # its pooling head is used in a special way, see PooledEmbedding
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
 _MINI = {"embed_dim": 128, "depth": 6, "num_heads": 4, "norm_in_stem": False}
+_TINY_RESNET = {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
 _SCALARS = (r"^logit_scale$", r"^logit_bias$")  # of the contrastive loss, read by name
 
@@ -301,7 +329,16 @@ TOWERS: dict[str, Tower] = {
     "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum"), size="tiny"),
     "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum"), size="small"),
     # pretrained on rendered streets and part of this package, see docs/mini.md
-    "mini_vfm": Tower(None, 16, *_IMAGENET, _MINI, width=128, depth=6, weights=_mini_file("mini_vfm", "0" * 64), size="tiny"),
+    "mini_vfm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vfm", "7f5911be3dc5156eba77560fabb7411ce8a4b5b32ccbac1336d4ba84792fba9f"),
+        size="tiny",
+    ),
     "mini_vlm": Tower(
         None,
         16,
@@ -309,7 +346,7 @@ TOWERS: dict[str, Tower] = {
         _MINI,
         width=128,
         depth=6,
-        weights=_mini_file("mini_vlm", "0" * 64),
+        weights=_mini_file("mini_vlm", "3352ae9fecc223ac68aba7d944d42b41bd311a36567d6fbd87c60c4f4709504a"),
         keys=EVA_CLIP_FILE,
         text=TextTower(None, 5, "ViT-B-16", "sum", dim=128),
         size="tiny",
@@ -333,52 +370,36 @@ TOWERS: dict[str, Tower] = {
         None,
         32,
         *_IMAGENET,
-        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
+        _TINY_RESNET,
         width=96,
         depth=4,
         text=TextTower(None, 0, "ViT-B-16", "none"),
         channels=(32, 48, 64, 96),
+        kind="tiny",
     ),
     # ResNets, see `mfuser.towers.resnet`: torchvision's first weights (IMAGENET1K_V1), without their classifier
-    "resnet18": Tower(
-        "resnet18",
-        32,
-        *_IMAGENET,
-        width=512,
-        depth=8,
-        weights=_resnet_file("resnet18", 0.047),
-        dead=(r"^fc\.",),
-        channels=(64, 128, 256, 512),
-    ),
-    "resnet50": Tower(
-        "resnet50",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=16,
-        weights=_resnet_file("resnet50", 0.1),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
-    "resnet101": Tower(
-        "resnet101",
-        32,
-        *_IMAGENET,
-        width=2048,
-        depth=33,
-        weights=_resnet_file("resnet101", 0.18),
-        dead=(r"^fc\.",),
-        channels=(256, 512, 1024, 2048),
-    ),
+    "resnet18": _resnet("resnet18", 8, _resnet_file("resnet18", 0.047), channels=(64, 128, 256, 512)),
+    "resnet50": _resnet("resnet50", 16, _resnet_file("resnet50", 0.1)),
+    "resnet101": _resnet("resnet101", 33, _resnet_file("resnet101", 0.18)),
+    # the same with three 3x3 convolutions in the stem, as mmsegmentation's ResNetV1c: GluonCV's weights
+    "resnet50_v1c": _resnet("resnet50c", 16, _timm_file("resnet50c.gluon_in1k", 0.1), kind="resnet50"),
+    "resnet101_v1c": _resnet("resnet101c", 33, _timm_file("resnet101c.gluon_in1k", 0.18), kind="resnet101"),
     # trained from scratch on streets-*
-    "tiny_resnet": Tower(
+    "tiny_resnet": Tower(None, 32, *_IMAGENET, _TINY_RESNET, width=96, depth=4, channels=(32, 48, 64, 96), kind="tiny"),
+    # CLIP's own ResNets, see `mfuser.towers.clip_resnet`
+    "clip_rn50": _clip_resnet("50", 16, 0.41),
+    "clip_rn101": _clip_resnet("101", 33, 0.48),
+    "tiny_clip_rn": Tower(
         None,
         32,
-        *_IMAGENET,
-        {"layers": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_type": "deep", "stem_width": 16},
-        width=96,
+        *_CLIP,
+        {"layers": (1, 1, 1, 1), "output_dim": 64, "heads": 2, "width": 8},
+        width=256,
         depth=4,
-        channels=(32, 48, 64, 96),
+        text=TextTower(None, 0, "ViT-B-16", "none"),
+        channels=(32, 64, 128, 256),
+        clip_resnet=True,
+        kind="tiny",
     ),
 }
 

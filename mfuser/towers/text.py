@@ -20,6 +20,7 @@ from mfuser.towers.table import TOWERS, TextTower, with_text
 from mfuser.towers.weights import WeightsNotFound, how_to_get
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
+CONTEXT = 77  # tokens of a sentence that CLIP reads
 
 
 _TINY: dict[str, Any] = {"width": 64, "heads": 2, "layers": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from dgbench.data.catalog import lookup
 from dgbench.data.dataset import SegDataset
-from dgbench.data.extra import Stream, WithExtras, streams
+from dgbench.data.extra import Stream, WithExtras, files_of, streams
 from dgbench.data.sampling import UniformSampler
+from dgbench.data.textures import texture
 from dgbench.data.transforms import Augmentation, TrainView
 from dgbench.errors import DataError, RecipeError
-from mfuser.segmentor import Extra
+from mfuser.segmentor import Extra, ExtraFile
 
 CROP = (32, 48)
 
@@ -129,3 +131,68 @@ def test_segments_that_are_not_there_are_named(tmp_path):
     (tmp_path / "wide.png").rename(tmp_path / "segments" / "0.png")
     with pytest.raises(DataError, match="0.png"):
         opened(tmp_path, segments=True).crop(0, np.random.default_rng(0))
+
+
+def test_textures_take_the_place_of_a_collection():
+    stream = opened("textures")
+    image, label = stream.crop(7, np.random.default_rng(0))
+    assert image.shape == (*CROP, 3)
+    assert image.dtype == np.uint8
+    assert label is None
+    assert np.array_equal(image, stream.crop(7, np.random.default_rng(1))[0])
+    assert not np.array_equal(image, stream.crop(8, np.random.default_rng(0))[0])
+
+
+def test_the_bytes_of_textures_do_not_change():
+    digest = hashlib.sha256(b"".join(texture(index, (48, 64)).tobytes() for index in range(12))).hexdigest()
+    assert digest[:16] == "7add333039e279dc"
+
+
+def test_textures_have_no_labels():
+    with pytest.raises(RecipeError, match="data.extra.wild of `some`: textures have no labels"):
+        opened("textures", labels=True)
+
+
+def test_a_stretched_image_is_seen_as_a_whole(tmp_path):
+    image = np.zeros((20, 90, 3), np.uint8)
+    image[:, :45] = 200
+    Image.fromarray(image).save(tmp_path / "a.png")
+    found, _ = opened(tmp_path, stretch=True).crop(0, np.random.default_rng(0))
+    assert found.shape == (*CROP, 3)
+    assert (found[:, :23] == 200).all()
+    assert (found[:, 25:] == 0).all()
+
+
+def test_a_file_that_a_method_needs_is_asked_for_by_name(tmp_path):
+    network = ExtraFile("network", "the weights of a network", instead="set method.variant=plain")
+    with pytest.raises(
+        RecipeError, match="`some` trains with the weights of a network, but data.extra does not say where"
+    ) as said:
+        files_of([network], {}, "some")
+    assert said.value.hint == "--set data.extra.network=PATH; or set method.variant=plain"
+    with pytest.raises(DataError, match="data.extra.network of `some`: .* is not a file"):
+        files_of([network], {"network": str(tmp_path)}, "some")
+    (tmp_path / "a.pth").write_bytes(b"1")
+    assert files_of([network], {"network": str(tmp_path / "a.pth")}, "some") == {"network": tmp_path / "a.pth"}
+    assert files_of([ExtraFile("network", "it", optional=True)], {}, "some") == {}
+
+
+def test_an_augmented_stream_is_mirrored_and_distorted_like_the_source(tmp_path):
+    folder(tmp_path, [CROP])
+    image = np.asarray(Image.open(tmp_path / "images" / "0.png"))
+
+    def drawn(flip: float, photometric: str, **given: object) -> list[dict[str, np.ndarray]]:
+        dataset = SegDataset(lookup("streets-game"), "train", size=(64, 96), limit=2)
+        how = Augmentation(CROP, (1, 1), 1, flip, photometric)
+        stream = opened(tmp_path, labels=True, **given)
+        samples = WithExtras(TrainView(dataset, UniformSampler(2, 3), how, 3), [stream], 3)
+        return [{name: value.numpy() for name, value in samples[i][2].items()} for i in range(4)]
+
+    (first, *_) = drawn(1.0, "none", augmented=True)
+    assert np.array_equal(first["wild"].transpose(1, 2, 0), image[:, ::-1])
+    assert np.array_equal(first["wild_labels"], image[:, ::-1, 0])
+    distorted = drawn(0.0, "robustnet", augmented=True)
+    assert all(np.array_equal(sample["wild_labels"], image[..., 0]) for sample in distorted)
+    assert not all(np.array_equal(sample["wild"].transpose(1, 2, 0), image) for sample in distorted)
+    (plain, *_) = drawn(1.0, "robustnet")
+    assert np.array_equal(plain["wild"].transpose(1, 2, 0), image)

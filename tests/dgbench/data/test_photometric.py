@@ -62,6 +62,15 @@ def test_san_saw_jitters_and_blurs_half_of_the_images_each():
     assert 0.58 < share("san-saw", grey) < 0.76
 
 
+def test_famix_changes_brightness_by_up_to_four_fifths_and_no_hue():
+    grey = np.full((4, 4, 3), 100, np.uint8)  # which neither contrast nor saturation changes
+    rng = np.random.default_rng(0)
+    values = [int(photometric.famix(grey, rng)[0, 0, 0]) for _ in range(500)]
+    assert (min(values), max(values)) == (pytest.approx(20, abs=2), pytest.approx(180, abs=2))
+    red = np.full((4, 4, 3), (180, 60, 60), np.uint8)
+    assert all(one[0, 0, 1] == one[0, 0, 2] <= one[0, 0, 0] for one in (photometric.famix(red, rng) for _ in range(200)))
+
+
 def test_self_supervised_turns_a_fifth_of_the_images_grey():
     image = np.full((4, 4, 3), (200, 90, 30), np.uint8)
     rng = np.random.default_rng(0)

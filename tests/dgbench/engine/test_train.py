@@ -158,10 +158,15 @@ class _Stopped(Silent):
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", mfuser.method_names())
 def test_every_method_goes_on_exactly_from_its_checkpoint(name, tmp_path):
-    """The smallest of each, with a stream of images for each that it declares; the checkpoint is that of one step."""
+    """The smallest of each, with the images and files that it declares; the checkpoint is that of one step."""
     row = methods.module(name).BACKBONES[-1]
     extra = {}
-    for stream in mfuser.build(name, **row, image_size=(64, 64), weights="random").extras:
+    model = mfuser.build(name, **row, image_size=(64, 64), weights="random")
+    model.enter_training()
+    for needed in (file for file in model.files if not file.optional):
+        extra[needed.name] = str(tmp_path / f"{needed.name}.pth")
+        torch.save(model.training_only[needed.name].state_dict(), extra[needed.name])
+    for stream in model.extras:
         for part in ("images", "labels") if stream.labels else ("images",):
             (tmp_path / stream.name / part).mkdir(parents=True)
             Image.new("L", (96, 96), 7).save(tmp_path / stream.name / part / "a.png")

@@ -124,7 +124,7 @@ def test_all_parameters_are_decayed() -> None:
 
 def test_another_tower_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="backbone `dinov2_s` is no ResNet; choose from resnet18, resnet50, resnet101, tiny_resnet"
+        ValueError, match="backbone `dinov2_s` is no ResNet; choose from resnet18, resnet50, resnet101, resnet50_v1c"
     ):
         mfuser.build("erm", backbone="dinov2_s")
 

@@ -99,9 +99,18 @@ def test_weights_are_torchvisions_first_ones() -> None:
 
 
 def test_other_towers_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="`dinov2_s` is no ResNet; choose from resnet18, resnet50, resnet101, tiny_resnet"):
+    with pytest.raises(ValueError, match="`dinov2_s` is no ResNet; choose from resnet18, resnet50, resnet101, resnet50_v1c"):
         ResNetEncoder("dinov2_s")
     with pytest.raises(ValueError, match="output_stride is 4; choose from 8, 16, 32"):
         ResNetEncoder("resnet18", output_stride=4)
     with pytest.raises(ValueError, match="`resnet50` is a convolutional network, not a plain transformer; choose from dinov2_s"):
         VisionEncoder("resnet50", (64, 64))
+
+
+def test_contracted_dilation_is_timms_own() -> None:
+    """torchvision's rule, which mmsegmentation calls contract_dilation: timm's `output_stride`."""
+    ours = ResNetEncoder("resnet50", output_stride=8, contracted=True)
+    theirs = timm.create_model("resnet50", output_stride=8)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for mine, block in zip(ours.trunk.get_submodule(stage), theirs.get_submodule(stage), strict=True):
+            assert (mine.conv2.dilation, mine.conv2.stride) == (block.conv2.dilation, block.conv2.stride)
