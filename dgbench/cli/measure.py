@@ -90,7 +90,7 @@ def profile(
         PublishedTable | None,
         typer.Option("--table", metavar="NAME", help="A published table of backbones beside own counts: ade20k or maskrcnn."),
     ] = None,
-    anew: Annotated[bool, typer.Option("--anew", help="With --table: count again, in a minute.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="With --table: count again, in two minutes.")] = False,
     convention: Annotated[Rule, typer.Option(metavar="NAME", help="How operations are counted: mac, flop or paper.")] = Rule.MAC,
     plot: Annotated[
         Path | None, typer.Option(metavar="PICTURE", help="Draw accuracy, or --fusion's tokens, against cost: .png, .svg, .pdf.")
