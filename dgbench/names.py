@@ -72,6 +72,7 @@ def check_backends(operators: Iterable[str], names: Iterable[str]) -> None:
 def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None = None, backbone: str | None = None) -> None:
     """Raise a RecipeError for a name that is no method or recipe, and for unknown towers; case does not matter."""
     from dgbench.recipe import recipe_names
+    from mfuser.methods import backbone_names
 
     recipes = recipe_names()
     for name in names:
@@ -80,11 +81,11 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
         if name.endswith((".yaml", ".yml")):
             raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
         raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
-    plain = towers("vfm", "vlm")
+    plain, its_own = towers("vfm", "vlm"), sorted({name for method in methods() for name in backbone_names(method)})
     for kind, tower, known in (
         ("vlm", vlm, towers("vlm")),
         ("vfm", vfm, plain),
-        ("backbone", backbone, towers("vfm", "vlm", "cnn", "mit")),
+        ("backbone", backbone, list(dict.fromkeys([*towers("vfm", "vlm", "cnn", "mit"), *its_own]))),
     ):
         if tower is None or tower.casefold() in known or (tower.startswith(_TIMM) and kind != "vlm"):
             continue

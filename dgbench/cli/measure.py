@@ -37,6 +37,13 @@ class Rule(StrEnum):
     PAPER = "paper"
 
 
+class PublishedTable(StrEnum):
+    """The names of `dgbench.cost.backbone_tables`, repeated here for the same reason."""
+
+    ADE20K = "ade20k"
+    MASKRCNN = "maskrcnn"
+
+
 @panel.command(cls=Command, rich_help_panel="Measure", epilog="Example: dgbench profile mfuser --vlm eva02 --by-module")
 def profile(
     ctx: typer.Context,
@@ -79,6 +86,11 @@ def profile(
     ] = None,
     by_module: Annotated[bool, typer.Option("--by-module", help="A table for each model: its parts.")] = False,
     fusion: Annotated[bool, typer.Option("--fusion", help="Compare the fusion layers, also over token counts.")] = False,
+    published: Annotated[
+        PublishedTable | None,
+        typer.Option("--table", metavar="NAME", help="A published table of backbones beside own counts: ade20k or maskrcnn."),
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="With --table: count again, in two minutes.")] = False,
     convention: Annotated[Rule, typer.Option(metavar="NAME", help="How operations are counted: mac, flop or paper.")] = Rule.MAC,
     plot: Annotated[
         Path | None, typer.Option(metavar="PICTURE", help="Draw accuracy, or --fusion's tokens, against cost: .png, .svg, .pdf.")
@@ -101,6 +113,25 @@ def profile(
         raise typer.BadParameter("takes height and width, or one number for both", ctx=ctx, param_hint="'--size'")
     crop = (size[0], size[-1]) if size else None
     check_models(names or (), vlm, vfm, backbone)
+    if published is not None:
+        fixed: dict[str, object] = {"NAME": names, "--vlm": vlm, "--vfm": vfm, "--backbone": backbone, "--set": settings}
+        fixed |= {"--size": size, "--batch": batch, "--slide": slide, "--compile": compiled, "--by-module": by_module}
+        fixed |= {"--fusion": fusion, "--convention": convention is not Rule.MAC}
+        if given := [flag for flag, value in fixed.items() if value]:
+            raise typer.BadParameter(
+                f"has its own networks, sizes and convention: give it without {', '.join(given)}", ctx=ctx, param_hint="'--table'"
+            )
+        from dgbench.cost.backbones import backbone_table
+
+        compared = backbone_table(
+            published.value, progress, anew=anew, dtype=dtype, device=device, timed=not count_only, passes=passes
+        )
+        render.show(compared, form, table)
+        if plot is not None:
+            render.note(f"plot: {render.draw_backbones(compared, plot)}")
+        return
+    if anew:
+        raise typer.BadParameter("is for --table alone; other counts follow their sources", ctx=ctx, param_hint="'--anew'")
     if fusion:
         others = {"NAME": names, "--backbone": backbone, "--set": settings, "--slide": slide, "--compile": compiled}
         if given := [flag for flag, value in {**others, "--by-module": by_module}.items() if value]:

@@ -4,7 +4,8 @@ fvcore counts, with a handle for every operator that costs something; torch's Fl
 must find the same number to the last digit, and an operator that neither knows is an error, not a zero.
 
 - A product is one multiply-accumulate (MAC) of a matrix product, a convolution or attention.
-- Sampling costs a MAC per neighbour and channel, and deformable attention one more for the weight.
+- Sampling costs a MAC per neighbour and channel, and deformable attention one more for the weight; RoIAlign samples several
+  places of a cell.
 - The selective scan costs 9 B L D N + B L D floating-point operations, and B L D more with a gate (state-spaces/mamba,
   issue 110, as VMamba counts it). It mixes multiplications and additions, so it is a column of its own.
 - A Fourier transform of N complex numbers costs 5 N log2 N floating-point operations (FFTW's convention for every N; N of all
@@ -38,6 +39,7 @@ from dgbench.cost.operators import (
     einsum,
     fourier,
     matmul,
+    pooled_boxes,
     scan,
 )
 from dgbench.cost.shapes import on_shapes
@@ -83,6 +85,7 @@ _MAC, _SAMPLING, _SCAN, _SKIP = "products", "sampling", "scan", "skip"
 _KIND = {
     "interpolation": _SAMPLING,
     "grid sampling": _SAMPLING,
+    "box pooling": _SAMPLING,
     "deformable attention": _SAMPLING,
     "scan": _SCAN,
     "scan skip": _SKIP,
@@ -182,6 +185,9 @@ _HANDLES: dict[str, Any] = {
         {"grid sampling": GRID_NEIGHBOURS[inputs[2].toIValue()] * math.prod(_shape(outputs[0]))}
     ),
     **{f"aten::{name}": _sampled("interpolation", neighbours) for name, neighbours in NEIGHBOURS.items()},
+    "torchvision::roi_align": lambda inputs, outputs: Counter(
+        {"box pooling": pooled_boxes(_shape(outputs[0]), inputs[5].toIValue())}
+    ),
     "mfuser::selective_scan": lambda inputs, _: _scan_label(*scan(_shape(inputs[0]), _shape(inputs[2]), not _is_none(inputs[6]))),
     "mfuser::ms_deform_attn": lambda inputs, _: Counter(
         {"deformable attention": deformable(_shape(inputs[0]), _shape(inputs[3]))}
@@ -236,14 +242,31 @@ def _grid_formula(_input: Sizes, _grid: Sizes, mode: int, *_rest: Any, out_shape
     return 2 * GRID_NEIGHBOURS[mode] * math.prod(out_shape)
 
 
+def _boxes_formula(
+    _input: Sizes,
+    _rois: Sizes,
+    _scale: float,
+    _rows: int,
+    _columns: int,
+    ratio: int,
+    _aligned: bool,
+    *,
+    out_shape: Sizes,
+    **_: Any,
+) -> int:
+    return 2 * pooled_boxes(out_shape, ratio)
+
+
 def _r2c_formula(real: Sizes, dims: list[int], _norm: int, onesided: bool, **_options: Any) -> int:
     return 2 * fourier(real, dims, real=onesided)
 
 
 def _formulas() -> dict[Any, Any]:
     aten = torch.ops.aten
+    import torchvision.ops  # noqa: F401  these three register the operators
+
     import mfuser.ops.ms_deform_attn
-    import mfuser.ops.selective_scan  # noqa: F401  they register the operators
+    import mfuser.ops.selective_scan  # noqa: F401
 
     return {
         **{getattr(aten, name): _resized(neighbours) for name, neighbours in NEIGHBOURS.items()},
@@ -251,6 +274,7 @@ def _formulas() -> dict[Any, Any]:
         aten._fft_c2c: lambda sizes, dims, *_, **__: 2 * fourier(sizes, dims, real=False),
         aten._fft_r2c: _r2c_formula,
         aten._fft_c2r: lambda _half, dims, *_, out_shape, **__: 2 * fourier(out_shape, dims, real=True),
+        torch.ops.torchvision.roi_align: _boxes_formula,
         torch.ops.mfuser.selective_scan: _scan_formula,
         torch.ops.mfuser.ms_deform_attn: lambda value, _shapes, _places, weights, *_, **__: 2 * deformable(value, weights),
     }

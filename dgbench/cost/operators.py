@@ -40,6 +40,13 @@ def deformable(value: Sizes, weights: Sizes) -> int:
     return 5 * math.prod(weights) * value[3]
 
 
+def pooled_boxes(output: Sizes, ratio: int) -> int:
+    """Four neighbours of each of the `ratio` x `ratio` places in a cell of RoIAlign, for each channel."""
+    if ratio <= 0:
+        raise CountError("RoIAlign with a sampling ratio that depends on the box is not counted", "give it a sampling_ratio")
+    return 4 * ratio**2 * math.prod(output)
+
+
 def einsum(equation: str, operands: list[Sizes]) -> int:
     """Products of one or two operands; fvcore's own handle reads them off a text of four digits."""
     terms, _, result = equation.replace(" ", "").partition("->")
@@ -167,6 +174,7 @@ _FREE = frozenset(
         "randperm",
         "unsafe_view",
         "alias",
+        "as_strided",
         "detach",
         "dropout",
         "feature_dropout",

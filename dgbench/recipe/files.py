@@ -177,13 +177,13 @@ def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[
 
     Raises: RecipeError for one that is unknown, or that this method does not take.
     """
-    from mfuser.methods import of_kind, option_names
+    from mfuser.methods import backbone_names, of_kind, option_names
     from mfuser.towers.table import TIMM, TOWERS, plain, with_text
 
     if kind not in option_names(method):
         keys = ", ".join(f"method.{key}" for key in option_names(method) if key in TOWER_OPTIONS)
         raise RecipeError(f"`{method}` has no {kind}, which --{kind} {name} would set", f"by --set it takes: {keys or 'none'}")
-    known = {"vlm": with_text, "vfm": plain}.get(kind, lambda: list(TOWERS))()
+    known = {"vlm": with_text, "vfm": plain}.get(kind, lambda: sorted({*TOWERS, *backbone_names(method)}))()
     as_known = spelled(of_kind(method, name) if kind == "backbone" else name, known)
     if as_known is not None:
         return as_known

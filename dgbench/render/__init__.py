@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Colour is never the only mark: 
 A file for each kind of result turns it into tables; `table` draws them, `texts` writes them for other programs, `pictures` plots.
 """
 
+from dgbench.render.backbone_plot import draw_backbones
 from dgbench.render.bars import progress, transfers
 from dgbench.render.curves import draw_curves
 from dgbench.render.numbers import duration, percent
@@ -17,6 +18,7 @@ __all__ = [
     "WIDTH",
     "Cell",
     "Table",
+    "draw_backbones",
     "draw_curves",
     "draw_fusion",
     "draw_severity",

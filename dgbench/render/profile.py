@@ -75,7 +75,7 @@ def _times(found: Profile) -> Table:
         )
     legend += [f"{row.method} ({row.variant}): {row.problem}" for row in found.rows if row.problem]
     if found.hardware:
-        legend.append(_machine(found.hardware, found.environment, _backends(found)))
+        legend.append(machine(found.hardware, found.environment, _backends(found)))
     compiled = ", compiled" if found.compiled else ""
     where = found.hardware.name if found.hardware else ""
     what = f"{_size(found.slide)} images by windows" if found.slide else "crops"
@@ -160,7 +160,8 @@ def _backends(found: Profile) -> dict[str, str]:
     return {op: name for row in found.rows for op, name in row.backends.items()}
 
 
-def _machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[str, str]) -> str:
+def machine(gpu: Hardware, environment: Mapping[str, str], backends: Mapping[str, str]) -> str:
+    """Return what a time depends on: GPU, versions, clock, power, backends."""
     parts = [f"torch {environment.get('torch', '?')}"]
     if gpu.driver:
         parts.append(f"driver {gpu.driver}")
@@ -211,7 +212,7 @@ def _fusers(found: FusionProfile) -> Table:
             f"ms: batch {found.batch}, {found.dtype}, one call of each in turn; median, ± half of what 90 % lie between."
         )
         if found.hardware:
-            legend.append(_machine(found.hardware, found.environment, found.backends))
+            legend.append(machine(found.hardware, found.environment, found.backends))
     if columns:
         header += (*(f"paper {name[0].upper()}" for name in columns[:-1]), "paper avg.")
         names = ", ".join(f"{name[0].upper()} {name}" for name in columns[:-1])

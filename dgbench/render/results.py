@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from dgbench import atomic
 from dgbench.render import (
+    backbones,
     compare,
     data,
     doctor,
@@ -45,6 +46,7 @@ class Renderer(NamedTuple):
 
 # by module and name of the class, so that a look-up does not import the engine
 RENDERERS: dict[str, Renderer] = {
+    "dgbench.cost.backbones.BackboneTable": Renderer(backbones.backbone_tables, backbones.backbone_rows),
     "dgbench.cost.fusion.FusionProfile": Renderer(profile.fusion_tables, profile.profile_rows),
     "dgbench.cost.kernels.Bench": Renderer(kernels.bench_tables, kernels.bench_rows),
     "dgbench.cost.kernels.Built": Renderer(kernels.built_tables),

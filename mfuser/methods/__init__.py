@@ -219,6 +219,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
 
     from mfuser.segmentor import CITYSCAPES
     from mfuser.towers.loading import fill, load_tower
+    from mfuser.towers.table import TOWERS as TABLE
     from mfuser.towers.text import CONTEXT_LENGTH, tokenize
     from mfuser.towers.weights import WeightsNotFound, require
 
@@ -227,7 +228,10 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
     wordless = "token_ids" in known and chosen.token_ids is None
     # before anything is built: a missing file should cost seconds, not minutes
     try:
-        files = require([getattr(chosen, option) for option in its_towers]) if weights == "published" else {}
+        # a method's own trunks have no files
+        its_own = backbone_names(name) - TABLE.keys()
+        wanted = [tower for option in its_towers if (tower := getattr(chosen, option)) not in its_own]
+        files = require(wanted) if weights == "published" else {}
     except WeightsNotFound:
         # of towers that do not fit each other, none need be downloaded
         blank = {"token_ids": [[0] * CONTEXT_LENGTH for _ in CITYSCAPES]} if wordless else {}
