@@ -68,7 +68,7 @@ class S6(nn.Module):
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Take one token (B, D) and the state before it; return its output and the state after it."""
-        delta, B, C = self.selected(u)
+        delta, B, C = (part.to(state.dtype) for part in self.selected(u))
         step = F.softplus(delta + self.dt_proj.bias)
         state = torch.exp(step[..., None] * -torch.exp(self.A_log)) * state + (step * u)[..., None] * B[:, None]
-        return (state @ C[..., None])[..., 0] + self.D * u, state
+        return ((state @ C[..., None])[..., 0] + self.D * u).to(u.dtype), state
