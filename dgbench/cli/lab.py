@@ -160,6 +160,7 @@ def copying(
     memorize: Annotated[int | None, typer.Option(metavar="COUNT", help="Tokens to give back.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="COUNT", help="Of each training.")] = None,
     seeds: Annotated[list[int] | None, typer.Option(metavar="NUMBER...", min=0, help="A training of each row for each.")] = None,
+    depth: Annotated[int | None, typer.Option(metavar="COUNT", help="Blocks; 2 in the paper.")] = None,
     batch: Annotated[int | None, typer.Option(metavar="COUNT", help="Sequences of a step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="RATE", help="Of Adam, constant.")] = None,
     s4: Annotated[State | None, typer.Option(metavar="NAME", help="s4d: diagonal; s4: diagonal plus low rank.")] = None,
@@ -184,6 +185,7 @@ def copying(
         "vocab": vocab,
         "memorize": memorize,
         "steps": steps,
+        "depth": depth,
         "batch": batch,
         "lr": lr,
         "s4": None if s4 is None else s4.value,
@@ -240,7 +242,7 @@ def speed(
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="fp32 or bf16; default: bf16 on a GPU, fp32 on a CPU.")
     ] = None,
-    seconds: Annotated[float, typer.Option(metavar="COUNT", min=0, help="For each timing.")] = 0.3,
+    seconds: Annotated[float, typer.Option(metavar="COUNT", min=0.001, help="For each timing.")] = 0.3,
     plot: PlotOpt = None,
     device: DeviceOpt = None,
     form: FormatOpt = Format.TEXT,

@@ -104,10 +104,13 @@ def _in_chunks(count: int, chunk: int) -> list[Round]:
     tally = Tally(traced=True)
     chunked(torch.ones(count), torch.ones(count), chunk, tally)
     spans: list[tuple[int, int] | None] = [(t, t) for t in range(count)]
-    found = []
+    found, carried = [], set()  # the last elements of chunks to which `between` has given what came before
     for pairs in tally.rounds:
-        for _, left, right in pairs:
-            spans[right] = _joined(spans[left], spans[right])
+        for phase, left, right in pairs:
+            if right not in carried:
+                spans[right] = _joined(spans[left], spans[right])
+            if phase == "between":
+                carried.add(right)
         found.append(_round("chunked", pairs[0][0], [pair[1:] for pair in pairs], spans))
     return found
 

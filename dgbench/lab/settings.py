@@ -9,7 +9,7 @@ from typing import Any
 
 from dgbench.errors import DgbenchError
 
-_LENGTH, _VOCAB, _MEMORIZE, _STEPS = 4096, 16, 16, 400_000  # of the published figures
+_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH = 4096, 16, 16, 400_000, 2  # of the published figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class Settings:
     vocab: int = _VOCAB  # with noise and marker
     memorize: int = _MEMORIZE
     steps: int = _STEPS
+    depth: int = _DEPTH  # blocks
     batch: int = 64
     lr: float = 1e-4
     s4: str = "s4d"  # s4d: diagonal; s4: diagonal plus low rank
@@ -73,7 +74,7 @@ class Settings:
 
         Raises: DgbenchError naming the setting and what it may be.
         """
-        least = {"length": 1, "vocab": 3, "memorize": 1, "steps": 1, "batch": 1, "sequences": 1, "log_every": 1}
+        least = {"length": 1, "vocab": 3, "memorize": 1, "steps": 1, "depth": 1, "batch": 1, "sequences": 1, "log_every": 1}
         for name, bound in {**least, "checkpoint_every": 1}.items():
             if getattr(self, name) < bound:
                 raise DgbenchError(f"{name} is {getattr(self, name)}, but must be {bound} or more")
@@ -104,7 +105,8 @@ class Settings:
     @property
     def as_published(self) -> bool:
         """Whether task and length of the training are those of the published figures."""
-        return (self.noise, self.vocab, self.memorize, self.steps) == (_LENGTH, _VOCAB, _MEMORIZE, _STEPS)
+        asked = (self.noise, self.vocab, self.memorize, self.steps, self.depth)
+        return asked == (_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH)
 
     @property
     def chance(self) -> float:
@@ -114,7 +116,9 @@ class Settings:
 
 PAPER = Settings()
 PRESETS = {
-    "cpu": Settings(length=48, vocab=8, memorize=4, steps=600, batch=32, lr=3e-3, seeds=(0,), log_every=25, checkpoint_every=300),
+    "cpu": Settings(
+        length=64, vocab=8, memorize=4, steps=500, depth=1, batch=32, lr=5e-3, seeds=(0,), log_every=25, checkpoint_every=250
+    ),
     "gpu": dataclasses.replace(PAPER, seeds=(0,), log_every=100, checkpoint_every=2000),
     "paper": PAPER,
 }

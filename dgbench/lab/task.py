@@ -1,8 +1,8 @@
 """Sequences of selective copying: tokens hidden at random places among noise, to be given back in their order.
 
 Symbol 0 is noise, the last symbol of the vocabulary a marker, those between are tokens. A sequence has
-`noise + memorize` symbols, of which a random subset holds the tokens, and then as many markers as tokens, where the answer is read.
-This is the generator of state-spaces/s4 with variable places, the only one that was published.
+`noise + memorize` symbols, of which a random subset holds the tokens, and then as many markers as tokens, where the answer is
+read. This is the generator of state-spaces/s4 with variable places, the only one that was published.
 """
 
 from __future__ import annotations

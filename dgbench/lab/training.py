@@ -64,6 +64,7 @@ class Trained:
     vocab: int
     memorize: int
     tokens: int  # of a sequence
+    depth: int
     batch: int
     lr: float
     steps: int  # taken
@@ -115,7 +116,9 @@ def train(
     begun = time.perf_counter()
     layer = settings.s4 if row.layer == "s4" else row.layer
     torch.manual_seed(mixed(seed, 0))
-    network = Network(row.architecture, layer, vocab=settings.vocab, length=settings.tokens, backend=backend).to(device)
+    network = Network(
+        row.architecture, layer, vocab=settings.vocab, depth=settings.depth, length=settings.tokens, backend=backend
+    ).to(device)
     optimizer = optimizer_of(network, settings.lr, device)
     folder.mkdir(parents=True, exist_ok=True)
     before, state = _read(folder, device)
@@ -197,7 +200,7 @@ def train(
         layer=row.layer,
         s4=settings.s4,
         seed=seed,
-        **{name: getattr(settings, name) for name in ("length", "total", "vocab", "memorize", "tokens", "batch", "lr")},
+        **{name: getattr(settings, name) for name in ("length", "total", "vocab", "memorize", "tokens", "depth", "batch", "lr")},
         steps=done,
         planned=settings.steps,
         token_accuracy=token_accuracy,

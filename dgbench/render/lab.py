@@ -152,7 +152,8 @@ def copying_tables(found: Copying) -> list[Table]:
     settings = found.settings
     told = (
         f"length {settings.length}{' in all' if settings.total else ''}, vocabulary {settings.vocab}, "
-        f"{settings.memorize} tokens, batch {settings.batch}, lr {settings.lr:g}"
+        f"{settings.memorize} tokens, {settings.depth} block{'s' * (settings.depth > 1)}, batch {settings.batch}, "
+        f"lr {settings.lr:g}"
     )
     rows = []
     for row in found.published:
@@ -180,7 +181,7 @@ def copying_tables(found: Copying) -> list[Table]:
     if not found.as_published:
         tables.append(
             Table(
-                "Published for length 4096, vocabulary 16, 16 tokens, 400,000 steps: not comparable with the table above",
+                "Published for length 4096, vocabulary 16, 16 tokens, 2 blocks, 400,000 steps: not comparable with ours",
                 ("block", "layer", "accuracy %"),
                 tuple((Cell(row.architecture), Cell(row.layer), Cell(_published(row))) for row in found.published),
                 keys=2,
