@@ -79,7 +79,7 @@ class Convolved:
     C: tuple[float, ...]
 
 
-def hippo_view(states: int, remembering: tuple[int, ...] = (4, 16, 64)) -> Hippo:
+def hippo_view(states: int, remembering: tuple[int, ...] = (4, 12, 32)) -> Hippo:
     """Return HiPPO-LegS with so many states, and how it remembers a signal with these numbers of them."""
     A, B = hippo.legs(states)
     P = hippo.low_rank(states)

@@ -145,7 +145,7 @@ def _mamba(dim: int) -> Mamba:
 _LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "GRU": _Recurrent,
     "attention": _Attention,
-    "convolution (S4D)": lambda dim: Ungated(dim, S4D(dim), glu=True),
+    "convolution (S4D)": lambda dim: Ungated(dim, S4D(dim, 16), glu=True),
     "selective scan (Mamba)": _mamba,
 }
 

@@ -87,6 +87,7 @@ def chunked(a: Tensor, b: Tensor, chunk: int, tally: Tally | None = None) -> Ten
     Work about 3 L and depth chunk + L / chunk: what kernels do, with a chunk for each block of threads.
     """
     length, rest = len(b), b.shape[1:]
+    chunk = min(chunk, length)
     count = -(-length // chunk)
     if pad := count * chunk - length:
         a = torch.cat([a, a.new_ones(pad, *rest)])
