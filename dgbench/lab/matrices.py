@@ -11,6 +11,7 @@ from mfuser.ssm import discretize, hippo
 from mfuser.ssm.convolution import convolve, kernel, recurrence
 
 _SAMPLES, _POINTS = 2000, 400  # of the signal that is remembered, and of its pictures
+_SIGNS = "positive form, as on slides: c'(t) = -(1/t) A c(t) + (1/t) B f(t); the equation of state-space models takes -A"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Memory:
 class Hippo:
     """HiPPO-LegS with N states. The matrix is the positive one of slides; the equation uses its negative."""
 
+    signs: str  # in which equation the matrix stands
     states: int
     matrix: tuple[tuple[float, ...], ...]
     B: tuple[float, ...]
@@ -68,6 +70,7 @@ class Discretized:
 class Convolved:
     """A discrete system in its two forms: the kernel, the input, and the output of both."""
 
+    rule: str  # of discretisation
     states: int
     step: float
     kernel: tuple[float, ...]
@@ -94,6 +97,7 @@ def hippo_view(states: int, remembering: tuple[int, ...] = (4, 12, 32)) -> Hippo
         memories.append(Memory(count, _numbers(back[places]), error))
     eigenvalues = torch.linalg.eigvals(A).real.sort(descending=True).values
     return Hippo(
+        _SIGNS,
         states,
         _rows(-A),
         _numbers(B),
@@ -138,6 +142,7 @@ def convolved_view(states: int, length: int, step: float) -> Convolved:
         found.append((k, recurrence(a, b, c, x), convolve(x[None, :, None], k[None])[0, :, 0]))
     (k, first, second), (_, first32, second32) = found
     return Convolved(
+        rule="zoh",
         states=states,
         step=step,
         kernel=_numbers(k),

@@ -23,15 +23,15 @@ _MOST = 12  # states of which a matrix is shown
 
 
 def hippo_tables(found: Hippo) -> list[Table]:
-    shown = min(_MOST, found.states)
+    shown = min(_MOST, len(found.matrix))
     header = ("A", *(f"k = {k}" for k in range(shown)), "B")
     rows = [
         (Cell(f"n = {n}"), *(_number(value) for value in row[:shown]), _number(b))
         for n, (row, b) in enumerate(zip(found.matrix[:shown], found.B, strict=False))
     ]
     legend = [
-        "Positive form, as on slides: c'(t) = -(1/t) A c(t) + (1/t) B f(t). The equation of state-space models, x' = A x + B u,",
-        "takes -A: its eigenvalues are negative, so that the state forgets and does not explode.",
+        f"{found.signs[:1].upper()}{found.signs[1:]}",
+        "in x' = A x + B u: its eigenvalues are negative, so that the state forgets and does not explode.",
     ]
     if shown < found.states:
         legend.insert(0, f"The first {shown} of {found.states} states.")
@@ -61,7 +61,7 @@ def hippo_tables(found: Hippo) -> list[Table]:
 
 
 def discretized_tables(found: Discretized) -> list[Table]:
-    shown = min(_MOST, found.states)
+    shown = min(_MOST, len(found.rules[0].A))
     tables = []
     for rule in found.rules:
         rows = [
