@@ -164,6 +164,7 @@ def copying(
     batch: Annotated[int | None, typer.Option(metavar="COUNT", help="Sequences of a step.")] = None,
     lr: Annotated[float | None, typer.Option(metavar="RATE", help="Of Adam, constant.")] = None,
     s4: Annotated[State | None, typer.Option(metavar="NAME", help="s4d: diagonal; s4: diagonal plus low rank.")] = None,
+    no_glu: Annotated[bool, typer.Option("--no-glu", help="Behind S4 without a gate, a plain projection.")] = False,
     minutes: Annotated[
         float | None, typer.Option(metavar="COUNT", min=0.01, help="At most so many in all; what is left can be resumed.")
     ] = None,
@@ -189,6 +190,7 @@ def copying(
         "batch": batch,
         "lr": lr,
         "s4": None if s4 is None else s4.value,
+        "glu": False if no_glu else None,
         "rows": tuple(rows) if rows else None,
         "seeds": tuple(dict.fromkeys(seeds)) if seeds else None,
     }

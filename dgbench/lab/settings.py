@@ -63,6 +63,7 @@ class Settings:
     batch: int = 64
     lr: float = 1e-4
     s4: str = "s4d"  # s4d: diagonal; s4: diagonal plus low rank
+    glu: bool = True  # behind S4 without a gate, project by a gated linear unit
     rows: tuple[str, ...] = field(default_factory=lambda: tuple(row.name for row in ROWS))
     seeds: tuple[int, ...] = (0, 1, 2)
     sequences: int = 1024  # of the fixed set on which accuracy is measured

@@ -58,6 +58,7 @@ class Trained:
     architecture: str
     layer: str
     s4: str  # the form of S4, where the layer is S4
+    glu: bool  # behind S4 without a gate
     seed: int
     length: int
     total: bool
@@ -117,7 +118,13 @@ def train(
     layer = settings.s4 if row.layer == "s4" else row.layer
     torch.manual_seed(mixed(seed, 0))
     network = Network(
-        row.architecture, layer, vocab=settings.vocab, depth=settings.depth, length=settings.tokens, backend=backend
+        row.architecture,
+        layer,
+        vocab=settings.vocab,
+        depth=settings.depth,
+        length=settings.tokens,
+        backend=backend,
+        glu=None if settings.glu else False,
     ).to(device)
     optimizer = optimizer_of(network, settings.lr, device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +206,7 @@ def train(
         architecture=row.architecture,
         layer=row.layer,
         s4=settings.s4,
+        glu=settings.glu,
         seed=seed,
         **{name: getattr(settings, name) for name in ("length", "total", "vocab", "memorize", "tokens", "depth", "batch", "lr")},
         steps=done,
