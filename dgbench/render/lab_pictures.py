@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from dgbench.lab.scanning import Scans
     from dgbench.lab.speeds import Speeds
 
+_LAYERS: dict[str, dict[str, Any]] = {
+    "s4": {"color": _COLOURS[0], "linestyle": "--"},
+    "hyena": {"color": _COLOURS[4], "linestyle": ":"},
+    "s6": {"color": _COLOURS[2], "linestyle": "-"},
+}
+
 
 def draw_memory(found: Hippo, path: Path) -> Path:
     """Draw the matrix, and a signal with its reconstructions; return the path.
@@ -98,15 +104,13 @@ def draw_copying(found: Copying, path: Path) -> Path:
     Raises: OSError if it cannot be written.
     """
     blocks = list(dict.fromkeys(one.architecture for one in found.trained)) or ["no training"]
-    layers = list(dict.fromkeys(row.layer for row in found.published))
     figure, axes = _figure(len(blocks), columns=3, width=4.5)
     for block, axis in zip(blocks, axes, strict=False):
         named = set()
         for one in found.trained:
             if one.architecture != block:
                 continue
-            number = layers.index(one.layer) if one.layer in layers else 0
-            style: dict[str, Any] = {"color": _COLOURS[(0, 3, 2)[number % 3]], "linestyle": ("--", ":", "-")[number % 3]}
+            style = _LAYERS.get(one.layer, {"color": "black"})
             label = None if one.layer in named else _as_it_is(one.layer)
             named.add(one.layer)
             steps, shares = [point.step for point in one.curve], [100 * point.token_accuracy for point in one.curve]

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dgbench import cli
 from dgbench.errors import CheckpointError, DgbenchError, ResultError, Terminated
 from dgbench.lab.copying import Copying, begin, carry_out, found
-from dgbench.lab.settings import PAPER, PRESETS, Settings, row_of
+from dgbench.lab.settings import PAPER, PRESETS, ROWS, Settings, row_of
 from dgbench.lab.task import Batches, drawn
 from dgbench.lab.training import Trained, result_in, train
 from dgbench.progress import Silent
@@ -141,11 +141,29 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         result_in(tmp_path)
 
 
+def test_s4_without_a_gate_can_do_without_its_gated_linear_unit(tmp_path: Path) -> None:
+    with_unit = trained(SMALL, tmp_path / "with", "nogate-s4")
+    without = trained(dataclasses.replace(SMALL, glu=False), tmp_path / "without", "nogate-s4")
+    assert with_unit.parameters - without.parameters == 64 * 64 + 64
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", [row.name for row in ROWS])
+def test_a_step_as_a_cuda_graph_is_the_plain_one_also_when_it_goes_on(row: str, tmp_path: Path) -> None:
+    gpu = torch.device("cuda")
+    plain = train(SMALL, row_of(row), 0, tmp_path / "plain", device=gpu, progress=Silent(), graphs=False)
+    train(SMALL, row_of(row), 0, tmp_path / "graph", device=gpu, progress=Silent(), seconds=1e-6)
+    graph = train(SMALL, row_of(row), 0, tmp_path / "graph", device=gpu, progress=Silent())
+    assert (plain.graph, graph.graph, graph.steps) == (False, True, 12)
+    for first, second in zip(plain.curve, graph.curve, strict=True):
+        assert first.loss == pytest.approx(second.loss, rel=1e-3)
+
+
 @pytest.mark.full
 def test_on_a_cpu_selective_rows_leave_the_others_behind(tmp_path: Path) -> None:
     begin(PRESETS["cpu"], tmp_path)
     result = carry_out(tmp_path, device=CPU, progress=Silent())
-    scores = {one.layer: [] for one in result.trained}  # type: dict[str, list[float]]
+    scores: dict[str, list[float]] = {one.layer: [] for one in result.trained}
     for one in result.trained:
         scores[one.layer].append(one.token_accuracy)
     assert min(scores["s6"]) > max(scores["s4"] + scores["hyena"]) + 0.1
