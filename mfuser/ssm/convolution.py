@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from scipy.fft import next_fast_len
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
@@ -38,3 +39,9 @@ def convolve(u: Tensor, kernels: Tensor) -> Tensor:
     size = next_fast_len(2 * length - 1, real=True)
     product = torch.fft.rfft(u.mT.to(wide), n=size) * torch.fft.rfft(kernels.to(wide), n=size)
     return torch.fft.irfft(product, n=size)[..., :length].mT.to(u.dtype)
+
+
+def short_convolution(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Convolve (B, L, D) with a causal kernel of a few taps for each channel."""
+    taps = conv.kernel_size[0]
+    return F.conv1d(F.pad(x.mT, (taps - 1, 0)), conv.weight, conv.bias, groups=conv.groups).mT

@@ -11,9 +11,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mfuser.ssm.convolution import convolve
+from mfuser.ssm.convolution import convolve, short_convolution
 
 
 class Sine(nn.Module):
@@ -28,8 +27,8 @@ class Sine(nn.Module):
         return torch.sin(self.freq * x)
 
 
-class ImplicitFilter(nn.Module):
-    """Kernel of a long convolution as a function of the position.
+class LongConvolution(nn.Module):
+    """A convolution as long as the sequence, whose kernel is a function of the position, and a skip connection.
 
     Args:
         channels: D.    length: L, the longest sequence.    width: of the network.    frequency: of its sines at first.
@@ -69,10 +68,6 @@ class ImplicitFilter(nn.Module):
         return convolve(u, self.kernel(u.shape[1])) + self.bias * u
 
 
-class LongConvolution(ImplicitFilter):
-    """Hyena's convolution as a layer of a block that has gates and a short convolution of its own."""
-
-
 class HyenaOperator(nn.Module):
     """The operator of order 2: two gates around one long convolution.
 
@@ -83,18 +78,11 @@ class HyenaOperator(nn.Module):
     def __init__(self, channels: int, length: int, width: int = 64) -> None:
         super().__init__()
         self.in_proj, self.out_proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.short_filter = nn.Conv1d(3 * channels, 3 * channels, 3, padding=2, groups=3 * channels)
-        self.filter_fn = ImplicitFilter(channels, length, width)
+        self.short_filter = nn.Conv1d(3 * channels, 3 * channels, 3, groups=3 * channels)
+        self.filter_fn = LongConvolution(channels, length, width)
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        wide = self.short_filter(self.in_proj(u).mT)[..., : u.shape[1]].mT
-        first, second, v = wide.chunk(3, -1)
+        first, second, v = short_convolution(self.in_proj(u), self.short_filter).chunk(3, -1)
         out: Tensor = self.out_proj(self.filter_fn(v * second) * first)
         return out
-
-
-def short_convolution(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """Convolve (B, L, D) with a causal kernel of a few taps for each channel."""
-    taps = conv.kernel_size[0]
-    return F.conv1d(F.pad(x.mT, (taps - 1, 0)), conv.weight, conv.bias, groups=conv.groups).mT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.ssm.hyena import short_convolution
+from mfuser.ssm.convolution import short_convolution
 from mfuser.ssm.s6 import S6
 
 _OF_THE_LAYER = ("x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D")
@@ -32,7 +32,7 @@ class Mamba(nn.Module):
         super().__init__()
         inner = expand * dim
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, taps, padding=taps - 1, groups=inner)
+        self.conv1d = nn.Conv1d(inner, inner, taps, groups=inner)
         self.layer = layer
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
