@@ -211,7 +211,7 @@ def run(*arguments: str) -> Any:
 
 def test_the_command_trains_resumes_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--length", "8", "--steps", "2", "--rows", "nogate-s4", "h3-s6", "--device", "cpu", "--batch", "2", "--quiet"]
+    small = ["--length", "8", "--steps", "2", "--rows", "nogate-s4", "h3-s6", "--device", "cpu", "--batch", "64", "--quiet"]
     done = run("--preset", "cpu", *small, "--json", "--plot", "curves.png")
     assert done.exit_code == 0, done.stderr
     first = json.loads(done.stdout)
