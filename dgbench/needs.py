@@ -15,11 +15,10 @@ from dgbench.data.index import require
 from dgbench.data.places import data_root
 from dgbench.download.sources import source
 from dgbench.errors import DataError, DgbenchError, RecipeError
-from dgbench.recipe.method import TOWER_OPTIONS
 
 if TYPE_CHECKING:
     from dgbench.recipe import Recipe
-    from mfuser.towers.table import HubFile
+    from mfuser.towers.files import HubFile
 
 Wanted = tuple[str, Domain, str]  # "source" or "target", a domain, split
 
@@ -41,7 +40,7 @@ def check_training(recipe: Recipe, root: Path | None = None, *, scored: bool = T
     options = recipe.method.options
     # backbones that a method defines itself have no files
     own = backbone_names(recipe.method.name) - TOWERS.keys() if recipe.method.name in names() else set()
-    towers = [name for key in TOWER_OPTIONS if isinstance(name := options.get(key), str) and name not in own]
+    towers = [name for key in recipe.method.towers if isinstance(name := options.get(key), str) and name not in own]
     if any(name not in TOWERS and not name.startswith("timm:") for name in towers):
         return  # a wrong name is reported before gigabytes are downloaded for it
     data = recipe.data

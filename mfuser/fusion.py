@@ -1,7 +1,7 @@
-"""Fusion of two token sequences: MVFuser, what its paper compares it with, and MTEnhancer, which puts the same layer to
-work between text and image.
+"""Fusion of two token sequences: MVFuser, parts of it left out or added, and what its paper compares it with.
 
-Every fuser takes the tokens of both towers and returns what to add to each; `FUSERS` has them by name.
+Every fuser takes the tokens of both towers and returns what to add to each; `FUSERS` has them by name. A `JointFuser` also adapts
+one tower alone, by `mix`.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class JointFuser(Fuser):
 
 
 class GatedRMSNorm(nn.Module):
-    """x / rms(x) * weight * silu(z), over the last dimension (Mamba-2's norm, norm before gate)."""
+    """x / rms(x) * weight * silu(z), over the last dimension (Mamba-2's norm, norm before gate); without z not gated."""
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """(..., D), (..., D) -> (..., D) in x's dtype; the mean of squares is taken in fp32."""
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
-        return (normed * F.silu(z.to(normed.dtype))).to(x.dtype)
+        return (normed if z is None else normed * F.silu(z.to(normed.dtype))).to(x.dtype)
 
 
 class MVFuser(JointFuser):
@@ -201,6 +201,38 @@ class BidirectionalMVFuser(MVFuser):
         return super()._scanned(x) + backward.flip(1)
 
 
+class UngatedMVFuser(MVFuser):
+    """MVFuser without its gate z: half the channels are scanned, and nothing multiplies what the scan returns.
+
+    The half of the projection and the convolution that make z are left out with it. Arguments are MVFuser's; `double_gate` has
+    no effect.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        dropout: float = 0.1,
+        backend: str = "auto",
+        double_bias: bool = True,
+        double_gate: bool = True,
+    ) -> None:
+        super().__init__(dim, state=state, dropout=dropout, backend=backend, double_bias=double_bias, double_gate=double_gate)
+        self.in_proj = nn.Linear(dim, dim // 2, bias=False)
+        del self.conv1d_z
+
+    def mix(self, joint: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.composed(joint)  # the kernels have the gate
+
+    def composed(self, joint: Tensor) -> Tensor:
+        """Return the same of plain modules: there is no other form."""
+        x = F.silu(self.conv1d_x(self.in_proj(joint).transpose(1, 2)))
+        out: Tensor = self.dropout(self.out_proj(self.norm(self._scanned(x.transpose(1, 2))))) * self.scale
+        return out
+
+
 class SelfAttnConcat(JointFuser):
     """Self-attention over the tokens of both towers: the paper's ablation "self-attn (concat)".
 
@@ -324,108 +356,8 @@ def _scanning(kind: type[MVFuser], site: Site) -> MVFuser:
 FUSERS: dict[str, Callable[[Site], Fuser]] = {
     "mvfuser": lambda s: _scanning(MVFuser, s),
     "mvfuser_bidir": lambda s: _scanning(BidirectionalMVFuser, s),
+    "mvfuser_no_gate": lambda s: _scanning(UngatedMVFuser, s),
     "selfattn_concat": lambda s: SelfAttnConcat(s.dim, dropout=s.dropout),
     "selfattn_separate": lambda s: SelfAttnSeparate(s.dim, dropout=s.dropout),
     "bi_deform_attn": lambda s: BiDeformAttn(s.dim, s.grid, s.prefixes, dropout=s.dropout, backend=s.backend),
 }
-
-
-class TextAttention(nn.Module):
-    """Attention of the class texts, among themselves or to a memory; no bias on queries, keys and values."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        """(B, K, D) that look at (B, L, D) -> (B, K, D)."""
-        seen = x if memory is None else memory
-        given = ((self.q_proj, x), (self.k_proj, seen), (self.v_proj, seen))
-        q, k, v = (project(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2) for project, tokens in given)
-        out: Tensor = self.dropout(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
-        return out
-
-
-class MTEnhancerLayer(nn.Module):
-    """Texts attend to each other, then are scanned before and after the image tokens, then an MLP."""
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        state: int,
-        dropout: float,
-        backend: str,
-        double_bias: bool = True,
-        double_gate: bool = True,
-    ) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = TextAttention(dim, heads, dropout)
-        self.cross_attn = MVFuser(
-            dim, state=state, dropout=dropout, backend=backend, double_bias=double_bias, double_gate=double_gate
-        )
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, text: Tensor, memory: Tensor) -> Tensor:
-        """text (B, K, D), memory (B, L, D) -> text (B, K, D)."""
-        text = text + self.self_attn(self.norm1(text))
-        queries, classes = self.norm2(text), text.shape[1]
-        mixed = self.cross_attn.mix(torch.cat([queries, memory, queries], 1))
-        # the first copy has seen no image yet, the last one all of it
-        text = text + mixed[:, :classes] + mixed[:, -classes:]
-        out: Tensor = text + self.dropout(self.mlp(self.norm3(text)))
-        return out
-
-
-class MTEnhancer(nn.Module):
-    """Class texts refined by what the image shows (paper, section 3.3).
-
-    Args:
-        text_dim: width of text and image embeddings.    dim: width inside.    heads: of the texts' self-attention.
-        double_bias, double_gate: as MVFuser's.
-        mamba_steps: the scan's steps start log-uniform in 1e-3..1e-1, as Mamba's; else all at 0.69, as the release's.
-    """
-
-    def __init__(
-        self,
-        text_dim: int,
-        *,
-        dim: int = 256,
-        heads: int = 4,
-        layers: int = 1,
-        state: int = 16,
-        dropout: float = 0.1,
-        backend: str = "auto",
-        double_bias: bool = True,
-        double_gate: bool = True,
-        mamba_steps: bool = False,
-    ) -> None:
-        super().__init__()
-        self.memory_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.LayerNorm(dim))
-        self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim))
-        self.decoder = nn.ModuleList(
-            MTEnhancerLayer(dim, heads, state, dropout, backend, double_bias, double_gate) for _ in range(layers)
-        )
-        self.out_proj = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, text_dim))
-        for module in self.modules():
-            # the release initialises every linear layer so, its scan's step sizes with them (softplus(0) = 0.69)
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if mamba_steps and isinstance(module, MVFuser):
-                reset_steps(module.dt_proj)
-
-    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        """Return what to add to the texts: text (B, K, D), visual (B, L, D), global token first -> (B, K, D)."""
-        memory, refined = self.memory_proj(visual), self.text_proj(text)
-        for layer in self.decoder:
-            refined = layer(refined, memory)
-        out: Tensor = self.out_proj(refined)
-        return out

@@ -61,6 +61,6 @@ def complete_options(options: Any) -> None:
     Raises: ValueError for an unknown tower.
     """
     complete(options, options.vfm)
-    trained_before = tower(options.vfm).timm is not None
+    trained_before = not tower(options.vfm).scratch
     if options.freeze_towers is None:
         object.__setattr__(options, "freeze_towers", trained_before)

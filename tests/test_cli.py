@@ -112,7 +112,7 @@ def test_help_in_a_pipe_is_plain() -> None:
 
 def test_data_list() -> None:
     lines = run("data", "list").stdout.splitlines()
-    assert lines[0].split() == ["domain", "role", "train", "/", "val", "H", "x", "W", "access", "licence", "on", "this", "disk"]
+    assert lines[0].split() == ["domain", "role", "train", "/", "val", "H", "x", "W", "access", "licence", "on", "disk"]
     listed = json.loads(run("data", "list", "--json").stdout)
     assert {"streets-game", "cityscapes"} <= {row["name"] for row in listed}
 

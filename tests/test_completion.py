@@ -41,6 +41,11 @@ def test_a_begun_value_is_completed() -> None:
     assert completed("dgbench eval latest --targets streets-city --quiet --targets streets-w") == ["streets-world"]
 
 
+def test_a_domain_for_pretraining_is_offered_where_it_is_shown_and_not_as_a_target() -> None:
+    assert completed("dgbench data show streets-p") == ["streets-pretrain"]
+    assert "streets-pretrain" not in completed("dgbench eval --targets streets-")
+
+
 def test_other_shells_complete_as_well() -> None:
     assert "streets-world" in completed("dgbench eval --targets streets-city streets-w", "zsh")[-1]
     assert completed("dgbench eval --targets streets-city streets-w", "fish") == ["streets-world"]

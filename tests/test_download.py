@@ -20,9 +20,10 @@ from typer.testing import CliRunner, Result
 
 import mfuser
 from dgbench import cli
+from mfuser.towers.files import HubFile
 from mfuser.towers.hub import download, models
 from mfuser.towers.loading import load_tower, published
-from mfuser.towers.table import TOWERS, HubFile
+from mfuser.towers.table import TOWERS
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import WeightsNotFound, files, require
 

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from dgbench import cli
+from mfuser.towers.files import HubFile
 from mfuser.towers.given import difference
 from mfuser.towers.loading import load_tower
-from mfuser.towers.table import TOWERS, HubFile
+from mfuser.towers.table import TOWERS
 from mfuser.towers.vit import VisionEncoder
 from mfuser.towers.weights import require
 
-PUBLISHED = [name for name, row in TOWERS.items() if row.weights]
+PUBLISHED = [name for name, row in TOWERS.items() if row.files]
 Shapes = dict[str, tuple[int, ...]]
 
 

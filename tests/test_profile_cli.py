@@ -29,7 +29,7 @@ from records import model
 FLOOR = ("source-only", "--set", "method.backbone=tiny", "--size", "64", "64")
 TINY = ("mfuser", "--vlm", "tiny", "--size", "64", "64")
 LAYERS = ("--fusion", "--vfm", "tiny", "--vlm", "tiny", "--size", "64", "64")
-FUSERS = ["mvfuser", "mvfuser_bidir", "selfattn_concat", "selfattn_separate", "bi_deform_attn"]
+FUSERS = ["mvfuser", "mvfuser_bidir", "mvfuser_no_gate", "selfattn_concat", "selfattn_separate", "bi_deform_attn"]
 
 
 @pytest.fixture(autouse=True)

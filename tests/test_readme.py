@@ -37,6 +37,7 @@ SMALL = (
 # commands that must end with 1 on a machine without weights and GPU, and what they say then
 FAILS = {
     "dgbench train --vlm eva02": ("timm/eva02_large_patch14_clip_336", "dgbench download dinov2_l eva02"),
+    "dgbench train streets/linear-dinov2_s-cpu": ("timm/vit_small_patch14_dinov2", "dgbench download dinov2_s"),
     "dgbench kernels build": ("hint: ",),
 }
 

@@ -19,13 +19,22 @@ def domains(ctx: typer.Context, incomplete: str) -> list[str]:
     known: Sequence[str] = tuple(DOMAINS)
     with contextlib.suppress(DgbenchError, OSError):  # a wrong declaration is reported by the command
         known = names(ctx.params.get("root"))
-    return [name for name in known if name.startswith(incomplete) and name not in given]
+    left_out = {*given, *(name for name, row in DOMAINS.items() if row.role == "pretrain")}
+    return [name for name in known if name.startswith(incomplete) and name not in left_out]
+
+
+def every_domain(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete domains, also those that are neither a source nor a target."""
+    from dgbench.data.domains import DOMAINS
+
+    others = [name for name, row in DOMAINS.items() if row.role == "pretrain" and name.startswith(incomplete)]
+    return [*domains(ctx, incomplete), *others]
 
 
 def downloads(ctx: typer.Context, incomplete: str) -> list[str]:
     from mfuser.towers.table import TOWERS
 
-    fetched = [name for name, row in TOWERS.items() if row.weights is not None and name.startswith(incomplete)]
+    fetched = [name for name, row in TOWERS.items() if row.files and name.startswith(incomplete)]
     return [*domains(ctx, incomplete), *fetched]
 
 

@@ -97,4 +97,6 @@ LabelMapOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Read labels by this map, not the domain's own.", autocompletion=completion.label_maps),
 ]
-DomainArg = Annotated[str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=completion.domains)]
+DomainArg = Annotated[
+    str, typer.Argument(metavar="DOMAIN", help="See `dgbench data list`.", autocompletion=completion.every_domain)
+]

@@ -72,11 +72,11 @@ def lookup(name: str, root: Path | None = None, declared: Mapping[str, UserDomai
 def rows(
     given: Iterable[str | Domain], root: Path | None = None, declared: Mapping[str, UserDomain] | None = None
 ) -> tuple[Domain, ...]:
-    """Return the row of each name; rows are returned unchanged.
+    """Return the row of each source or target; rows are returned unchanged.
 
-    Raises: DataError as `lookup`, and if two different rows have the same name.
+    Raises: DataError as `lookup`, if two different rows have the same name, and for a domain that is for pretraining only.
     """
-    found = tuple(one if isinstance(one, Domain) else lookup(one, root, declared) for one in given)
+    found = tuple(benchmarked(one if isinstance(one, Domain) else lookup(one, root, declared)) for one in given)
     known = {name: spec.digest() for name, spec in (declared or {}).items()}
     for row in found:
         if row.digest and known.setdefault(row.name, row.digest) != row.digest:
@@ -85,6 +85,19 @@ def rows(
                 "give one of them another name, since scores are identified by it",
             )
     return found
+
+
+def benchmarked(row: Domain) -> Domain:
+    """Return the row of a domain that may be a source or a target.
+
+    Raises: DataError for a domain that is for pretraining only.
+    """
+    if row.role == "pretrain":
+        raise DataError(
+            f"`{row.name}` is for pretraining only: it is neither a source nor a target",
+            "`dgbench data list` shows the role of every domain",
+        )
+    return row
 
 
 def joined(sources: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ RENDERED = ".dgbench-rendered"
 
 _FREE = ("Apache-2.0", "MIT", "CC0", "CC BY")  # how licences begin that let everybody pass images on
 
-Role = Literal["source", "target", "both"]
+Role = Literal["source", "target", "both", "pretrain"]  # pretrain: towers see its images; no benchmark uses it
 Access = Literal["procedural", "open", "account", "request", "own"]
 
 

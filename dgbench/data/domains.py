@@ -23,7 +23,9 @@ _STREETS = {
     "streets-fog": "fog by depth",
     "streets-snow": "snow cover and falling snow",
     "streets-world": "other cameras, left-hand traffic, other architecture",
+    "streets-pretrain": "towns, cameras and vehicles that no other domain has, by day",
 }
+_PRETRAINING = ("streets-pretrain",)
 
 WITH_SEVERITY = ("streets-adverse", "streets-night", "streets-rain", "streets-fog", "streets-snow")
 
@@ -198,7 +200,7 @@ _TABLE: tuple[Domain, ...] = (
         Domain(
             name=name,
             title=title,
-            role="both",
+            role="pretrain" if name in _PRETRAINING else "both",
             splits={s: Split(n) for s, n in STREETS_SPLITS.items()},
             size="any",
             label_map="train-ids",

@@ -32,7 +32,7 @@ class DomainState:
 
     name: str
     title: str
-    role: str  # "source", "target" or "both"
+    role: str  # "source", "target", "both" or "pretrain"
     splits: dict[str, int | None]  # split -> images in the complete split
     size: str  # H x W
     access: str

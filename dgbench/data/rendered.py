@@ -11,19 +11,17 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dgbench import ends, temporaries
+from dgbench import temporaries
 from dgbench.data.places import cache_root
-from dgbench.errors import DataError
+from dgbench.data.processes import spread
 from dgbench.progress import Progress
 from dgbench.resources import usable_cores
 
@@ -77,29 +75,13 @@ class Rendered:
             progress.stop()
 
     def _render_in_parallel(self, missing: Sequence[int], workers: int, progress: Progress) -> None:
-        # spawn: the parent may hold threads (torch, BLAS) that a fork would copy in a broken state
-        context = get_context("spawn")
-        line, held = context.Pipe(duplex=False)
+        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
+        hint = "run the same command again: what is rendered is kept"
         try:
-            with ProcessPoolExecutor(workers, mp_context=context, initializer=ends.follow, initargs=(line,)) as pool:
-                try:
-                    with ends.unheard_interrupts():
-                        chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
-                        pending = [pool.submit(self._render_all, chunk) for chunk in chunks]
-                    for done in as_completed(pending):
-                        progress.advance(done.result())
-                except BaseException:
-                    held.close()  # ends them at once
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        except BrokenProcessPool:
-            raise DataError(
-                f"a process that rendered {self.domain} was ended from outside, as systems do when memory runs out",
-                "run the same command again: what is rendered is kept",
-            ) from None
+            with closing(spread(self._render_all, chunks, workers, f"rendered {self.domain}", hint)) as counts:
+                for count in counts:
+                    progress.advance(count)
         finally:
-            held.close()
-            line.close()
             temporaries.clear(self._folder())
 
     def _folder(self) -> Path:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from dgbench.errors import DataError
 
 if TYPE_CHECKING:
+    from mfuser.towers.files import HubFile
     from mfuser.towers.hub import Fetched
-    from mfuser.towers.table import HubFile
 
 
 @dataclass(frozen=True, slots=True)

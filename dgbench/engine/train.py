@@ -36,10 +36,11 @@ from dgbench.errors import CheckpointError, DataError, RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, dump, recipe_hash
 from dgbench.recipe.files import settings_of
-from dgbench.report.expected import WEIGHTS
+from dgbench.report.expected import ORIGIN, WEIGHTS
 from mfuser import ops
 from mfuser.methods import backbone_names
 from mfuser.segmentor import Batch, Segmentor
+from mfuser.towers.files import PackagedFile
 from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import hub_file
 
@@ -321,11 +322,22 @@ def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
 
 
 def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's published weights, by `weights.<option>`; nothing for from-scratch towers."""
-    options = {key: recipe.method.options.get(key) for key in ("vfm", "vlm", "backbone")}
+    """Return the sha256 of each tower's weights, by `weights.<option>`, and by `origin.<option>` tower and file.
+
+    Towers that are trained from scratch have none. Of those that come with dgbench, `pretraining.<option>` says on what they
+    were trained before.
+    """
+    options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
     own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
     rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    return {f"{WEIGHTS}{key}": row.sha256() for key, row in rows.items() if row is not None}
+    found: dict[str, float | str | None] = {}
+    for key, row in rows.items():
+        if row is not None:
+            place = row.file if row.repo is None else f"{row.repo}/{row.file}"
+            found |= {f"{WEIGHTS}{key}": row.sha256(), f"{ORIGIN}{key}": f"{options[key]}, {place}"}
+        if isinstance(row, PackagedFile):
+            found[f"pretraining.{key}"] = row.pretraining()
+    return found
 
 
 def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:

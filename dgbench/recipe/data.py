@@ -37,7 +37,7 @@ def known(info: ValidationInfo) -> Known:
 def _known_domain(name: str, info: ValidationInfo) -> str:
     here = known(info)
     try:
-        return catalog.lookup(name, here.root, here.declared).name
+        return catalog.benchmarked(catalog.lookup(name, here.root, here.declared)).name
     except DgbenchError as error:
         raise own(one_line(error)) from None
 

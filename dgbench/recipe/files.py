@@ -62,6 +62,7 @@ def find(
     """
     source = _domain(source, root)
     method, mine = _of_method(method)
+    mine = _by_flags(mine, source)
     towers = {"vlm": vlm, "vfm": vfm, "backbone": backbone}
     fitting = [
         (name, row)
@@ -102,7 +103,8 @@ def resolve(
         return name, [*(setting(key, text) for key, text in flags.items() if text), *added]
     method, rows = _of_method(name)
     towers = {kind: _tower(kind, text, method, rows) for kind, text in asked.items() if text}
-    near, domain = _nearest(method, towers, rows), _domain(source, root)
+    domain = _domain(source, root)
+    near = _nearest(method, towers, _by_flags(rows, domain))
     on_it = [(found, row) for found, row in near if row["source"] == domain]
     # if no recipe of this method trains on that source: its default one with the source changed
     found = _first(method, on_it or near)
@@ -155,6 +157,19 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
             message, hint = unknown("method or recipe", method, [*methods, *recipe_names()])
         raise RecipeError(message, hint)
     return known, [(name, row) for name, row in rows if row["method"] == known]
+
+
+def _by_flags(rows: Sequence[tuple[str, dict[str, str]]], source: str | None) -> list[tuple[str, dict[str, str]]]:
+    """Leave out the recipes that only their own name or source means: those for published towers on rendered streets.
+
+    A published tower asks for the settings that it was published with; on streets, towers are trained from scratch.
+    """
+    from mfuser.towers.table import TOWERS
+
+    def published(row: Mapping[str, str]) -> bool:
+        return any((tower := TOWERS.get(row[kind])) is not None and tower.timm is not None for kind in ("vlm", "vfm", "backbone"))
+
+    return [(name, row) for name, row in rows if not (name.startswith("streets/") and published(row)) or row["source"] == source]
 
 
 def _tower(kind: str, name: str, method: str, rows: Sequence[tuple[str, Mapping[str, str]]]) -> str:
@@ -219,7 +234,7 @@ def _remoteness(asked: str, has: str) -> int:
         families = [name.partition("_")[0] for name in (asked, has)]
         return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
     # trained from scratch, or from published weights, as those of timm are
-    scratch = [row is not None and row.timm is None for row in (one, other)]
+    scratch = [row is not None and row.scratch for row in (one, other)]
     return 3 if scratch[0] == scratch[1] else 4
 
 

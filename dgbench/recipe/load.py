@@ -131,6 +131,9 @@ def _leave_out_unused(recipe: Recipe, content: dict[str, Any]) -> None:
         for name in names:
             if getattr(getattr(recipe, section), name) == usual[name].get_default(call_default_factory=True):
                 del content[section][name]
+    for name, default in method_options.later(recipe.method.name).items():
+        if content["method"].get(name) == default:
+            content["method"].pop(name, None)
 
 
 def dump(recipe: Recipe, path: Path) -> Path:

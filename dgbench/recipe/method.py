@@ -15,7 +15,8 @@ from dgbench.errors import spelled, suggest, unknown
 from dgbench.spec import Problem, problems_of, shown, strictly
 
 TOWER_OPTIONS = ("vfm", "vlm", "backbone", "tower")  # of methods
-_TELLING = ("fuser", "adapter", "variant")  # options that make another model of the same towers
+# options that make another model of the same towers, and what is written before a value that would not say of what it is
+_TELLING = {"fuser": "", "adapter": "adapter ", "variant": "", "enhancer": "enhancer ", "image_tower": "image tower "}
 
 # set from `data.crop` and by the benchmark, never in a recipe's `method`
 SET_ELSEWHERE = {"image_size": "set `data.crop` instead", "classes": "the 19 evaluated classes are fixed"}
@@ -33,14 +34,22 @@ class MethodSpec(BaseModel):
         return dict(self.model_extra or {})
 
     @property
+    def towers(self) -> list[str]:
+        """Options that name the towers of this model."""
+        from mfuser.methods import names, towers
+
+        built = towers(self.name, self.options) if self.name in names() else TOWER_OPTIONS
+        own = towers(self.name) if self.name in names() else TOWER_OPTIONS
+        return [key for key in TOWER_OPTIONS if key in built or key not in own]
+
+    @property
     def variant(self) -> str:
         """Towers and unusual options, which distinguish builds of a method on the leaderboard."""
         options = self.options
-        towers = " + ".join(str(options[key]) for key in TOWER_OPTIONS if options.get(key))
+        towers = " + ".join(str(options[key]) for key in self.towers if options.get(key))
         usual = _usual(self.name)
         unusual = {key: options[key] for key in _TELLING if options.get(key) not in (None, usual.get(key))}
-        # `none` alone would not say of what
-        named = [f"adapter {value}" if key == "adapter" else str(value) for key, value in unusual.items()]
+        named = [f"{_TELLING[key] or ('fuser ' if value == 'none' else '')}{value}" for key, value in unusual.items()]
         return ", ".join([towers, *named]) if towers else ""
 
 
@@ -49,6 +58,13 @@ def _usual(method: str) -> Mapping[str, Any]:
     from mfuser.methods import described_options, names
 
     return {option.name: option.default for option in described_options(method)} if method in names() else {}
+
+
+def later(method: str) -> Mapping[str, Any]:
+    """Return the options of a method that are newer than its recipes' hashes, with their defaults; none for an unknown method."""
+    from mfuser.methods import later, names
+
+    return later(method) if method in names() else {}
 
 
 def spell(content: dict[str, Any]) -> None:

@@ -22,10 +22,11 @@ def domain_tables(states: Sequence[DomainState]) -> list[Table]:
         rows.append((*map(Cell, texts), _on_disk(state)))
     legend = [
         "rendered: procedural, needs no files; a severity in 0..1 can be added: streets-fog@0.6.",
+        "pretrain: for the pretraining of towers only, neither a source nor a target.",
         "Others are looked for in --root, else DGBENCH_DATA, else ./data; what is found is named by its layout.",
         "Further splits, folders, label maps and homepages: --json.",
     ]
-    header = ("domain", "role", "train / val", "H x W", "access", "licence", "on this disk")
+    header = ("domain", "role", "train / val", "H x W", "access", "licence", "on disk")
     return [Table("", header, tuple(rows), left=True, legend=tuple(legend))]
 
 

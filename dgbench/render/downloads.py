@@ -20,9 +20,12 @@ def model_tables(models: Sequence[Model]) -> list[Table]:
     rows = []
     for model in models:
         if model.repo is None:
-            rows.append(
-                (*(Cell(text) for text in (model.name, model.role, ABSENT, ABSENT, ABSENT)), Cell("trained from scratch"))
+            size = ABSENT if model.gigabytes is None else f"{1000 * model.gigabytes:.1f} MB"
+            texts = (model.name, model.role, size, model.licence or ABSENT)
+            last = (
+                (Cell(ABSENT), Cell("trained from scratch")) if model.file is None else (Cell("here", "good"), Cell("in dgbench"))
             )
+            rows.append((*map(Cell, texts), *last))
             continue
         if not model.missing:
             here = Cell("here", "good")

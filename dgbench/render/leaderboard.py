@@ -222,6 +222,13 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
     for images, available in sorted({(row.source_images, row.source_available) for row, _ in partial}):
         several = [label for row, label in partial if (row.source_images, row.source_available) == (images, available)]
         lines.append(f"{_listed(several)}{PARTIAL}: trained on {images} of {available} source images: not ranked.")
+    started: dict[str, list[str]] = {}
+    for row, label in zip(group.rows, labels, strict=True):
+        for weights in row.weights:
+            started.setdefault(weights, []).append(label)
+    for weights, some in started.items():
+        which = f" ({_listed(some)})" if len(some) < len(group.rows) else ""
+        lines.append(f"Weights{which}: {weights}.")
     own = {row.recipe for row in group.rows if row.kind == "run"}
     for row in group.rows:
         if row.kind == "reference":

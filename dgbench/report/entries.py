@@ -55,6 +55,7 @@ def of_models(models: Sequence[Model], columns: Sequence[str], detail: Detail) -
         seeds=len(models),
         runs=tuple(dict.fromkeys(str(model.newest.run) for model in models if model.newest.run)),
         commits=tuple(dict.fromkeys(commit for model in models if (commit := _commit(model.newest)))),
+        weights=models[0].weights,
     )
     return Entry(row, tuple(models))
 

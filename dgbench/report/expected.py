@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SOURCE = ""  # the column of the source's validation split
 WEIGHTS = "weights."  # prefix of a tower's option in a training record's `extra`: sha256 of the published weights it started from
 
+ORIGIN = "origin."  # likewise: the tower and the file on the Hub whose name the weights have
+_SHOWN = 12  # digits of a sha256
+
 # an expected row does not depend on the seed, nor on which of its targets are scored
 _FREE = (*settings.INCIDENTAL, "train.seed", "data.targets")
 
@@ -143,6 +146,15 @@ def weights_of(records: Iterable[Record]) -> dict[str, str]:
         for key, value in record.extra.items()
         if key.startswith(WEIGHTS) and value is not None
     }
+
+
+def origins_of(record: Record) -> tuple[str, ...]:
+    """Return what a training's record says of the weights that it started from: tower, file and sha256 of each."""
+    found = []
+    for option, sha in sorted(weights_of([record]).items()):
+        origin = record.extra.get(f"{ORIGIN}{option}")
+        found.append(f"{origin or option}, sha256 {sha[:_SHOWN]}")
+    return tuple(found)
 
 
 def mismatch(expected: Mapping[str, str], found: Mapping[str, str]) -> str:

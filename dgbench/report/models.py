@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from dgbench.report import settings
 from dgbench.report.columns import Scored
-from dgbench.report.expected import SOURCE, Measured
+from dgbench.report.expected import SOURCE, Measured, origins_of
 from dgbench.results import Record
 
 
@@ -18,6 +18,7 @@ class Model:
     records: dict[str, Record]  # by column
     newest: Record = field(init=False)
     scored: Scored = field(init=False)
+    weights: tuple[str, ...] = ()  # published ones that its training started from: tower, file and sha256
     settings: settings.Settings | None = None
     telling: Mapping[str, object] = field(default_factory=dict)  # settings that tell it from others of its method and recipe
     telling_alone: Mapping[str, object] = field(default_factory=dict)  # likewise, where other seeds of it are not in its row
@@ -43,6 +44,8 @@ class Model:
 
 def models(records: Iterable[Record]) -> list[tuple[Measured, Model]]:
     """Collect the newest record per column of every checkpoint, newest first, exports apart from published sets."""
+    records = list(records)
+    weights = {record.checkpoint: origins_of(record) for record in records if record.kind == "train"}
     targets: dict[tuple[str, ...], dict[bool, dict[str, Record]]] = {}
     # of several sources, none's validation split is a target, and one column cannot hold them all
     shown = (r for r in records if r.kind == "eval" and (r.target == r.source or r.target not in r.source.split("+")))
@@ -59,7 +62,8 @@ def models(records: Iterable[Record]) -> list[tuple[Measured, Model]]:
             other = sets.get(not rendered, {})
             if columns.keys() != {SOURCE} or (other.keys() == {SOURCE} and not rendered):
                 measured = Measured(source, protocol, digest, bool(source_rendered), rendered)
-                found.append((measured, Model(columns)))
+                checkpoint = next(iter(columns.values())).checkpoint
+                found.append((measured, Model(columns, weights=weights.get(checkpoint, ()))))
     found.sort(key=lambda item: _age(item[1].newest), reverse=True)
     _read_settings([model for _, model in found])
     return found
@@ -89,7 +93,7 @@ def not_replaced(models: Sequence[Model], columns: set[str]) -> list[Model]:
     newer: dict[tuple[object, ...], list[tuple[frozenset[str], frozenset[str]]]] = {}
     for model in models:
         mine = frozenset(model.records) & columns, model.scored.full & columns
-        others = newer.setdefault((*model.recipe, model.source_images()), [])
+        others = newer.setdefault((*model.recipe, model.source_images(), model.weights), [])
         if not any(mine[0] <= some and mine[1] <= full for some, full in others):
             kept.append(model)
             others.append(mine)

@@ -59,6 +59,7 @@ class Row:
     seeds: int = 1  # training runs
     runs: tuple[str, ...] = ()  # their folders, newest first
     commits: tuple[str, ...] = ()  # of the code that scored it; `+` behind one that was changed
+    weights: tuple[str, ...] = ()  # published ones that its training started from: tower, file and sha256
     untested: str = ""  # why its rank rests on the order of the means, and on no paired comparison; "": it has none, or it does
     test_size: str = ""  # of a published row: the image size that it was tested at, as far as is known
     hand: Literal["", "own", "2nd"] = ""  # of a published row: read in the method's own paper or repository, or in another work

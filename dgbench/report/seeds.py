@@ -11,10 +11,14 @@ SEED = "train.seed"
 
 
 def families(models: Sequence[Model]) -> list[list[Model]]:
-    """Put together models whose recipes, read from their runs' folders, differ in the seed alone; in the order of the first."""
+    """Put together models whose recipes, read from their runs' folders, differ in the seed alone; in the order of the first.
+
+    Models that started from other files of a tower's weights stay apart.
+    """
     found: dict[object, list[Model]] = {}
     for model in models:
-        found.setdefault(_but_seed(model) or id(model), []).append(model)
+        place = _but_seed(model)
+        found.setdefault(id(model) if place is None else (place, model.weights), []).append(model)
     return list(found.values())
 
 

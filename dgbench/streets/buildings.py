@@ -68,7 +68,7 @@ def building(
             [at(a[0], bottom, a[1]), at(b[0], bottom, b[1]), at(b[0], top, b[1]), at(a[0], top, a[1])],
             slot,
             BUILDING,
-            tex=facade if front or dice.chance(0.55) else TEX["plaster"],
+            tex=facade if front or dice.chance(0.55) else TEX[style.plain_side],
             slot2=slot + 1,
             detail=detail,
             period=(bay, floor),
@@ -80,7 +80,7 @@ def building(
                 [at(a[0], 0.0, a[1]), at(b[0], 0.0, b[1]), at(b[0], base, b[1]), at(a[0], base, a[1])],
                 slot + (4 if shop and front else 2),
                 BUILDING,
-                tex=TEX["shop"] if shop and front else TEX["stones"],
+                tex=TEX["shop"] if shop and front else TEX[style.base],
                 slot2=slot + 1,
                 period=(dice.between(3.5, 5.5), base) if shop else (2.0, 2.0),
                 glow=WINDOW if shop and front else 0,
@@ -245,7 +245,7 @@ def wall(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: float
     mesh = scene.start()
     colour = tone(dice, dice.pick(style.walls), 0.25)
     slot = scene.colour(colour, tone(dice, (0.35, 0.33, 0.3)), tone(dice, dice.pick(style.walls)))
-    tex = TEX[dice.pick(("brick", "stones", "concrete", "plaster", "setts", "concrete"))]
+    tex = TEX[dice.pick(style.free_walls)]
     period = dice.between(1.4, 2.6)
     mesh.poly(
         [(x0, 0.0, z0), (x1, 0.0, z1), (x1, height, z1), (x0, height, z0)],
@@ -286,19 +286,7 @@ def fence(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: floa
     """Add a fence from (x0, z0) to (x1, z1): boards, pickets, rails, bars or mesh; see-through but labelled as a whole."""
     mesh = scene.start()
     tex = dice.pick(style.fences)
-    colour = tone(
-        dice,
-        dice.pick(
-            (
-                (0.3, 0.22, 0.14),
-                (0.75, 0.73, 0.68),
-                (0.1, 0.12, 0.1),
-                (0.35, 0.36, 0.37),
-                (0.14, 0.25, 0.16),
-                (0.45, 0.36, 0.25),
-            )
-        ),
-    )
+    colour = tone(dice, dice.pick(style.fence_paint))
     slot = scene.colour(colour)
     span = math.sqrt((x1 - x0) * (x1 - x0) + (z1 - z0) * (z1 - z0))
     flags = TWO_SIDED | (0 if tex == "planks" else SEE_THROUGH)

@@ -19,11 +19,19 @@ def _inside(kind: str, x: float, y: float) -> bool:
     """Return whether a clump centre (x, y in -1..1, y up) belongs to the crown's envelope."""
     if kind == "cone":
         return abs(x) < 0.62 * (0.92 - y) / 1.9
+    if kind == "tiered":
+        # four skirts of branches, each narrowing upwards
+        level = (0.95 - y) / 0.475
+        step = int(level) if level > 0 else 0
+        return level > 0 and abs(x) < 0.16 * (step + 1) * (0.35 + 0.65 * (level - step))
     # half axes and height of the middle of an ellipse
     wide, high, middle = {
         "oval": (0.64, 0.85, 0.0),
         "bush": (0.89, 1.34, -0.75),
         "umbrella": (0.87, 0.46, 0.35),
+        "column": (0.36, 0.92, 0.0),
+        "dome": (0.9, 1.15, -0.55),
+        "shrub": (0.7, 1.55, -0.8),
     }.get(kind, (0.85, 0.85, 0.0))
     a, b = x / wide, (y - middle) / high
     return a * a + b * b < 1.0
@@ -39,7 +47,7 @@ def _leafy(kind: str, name: str, size: int, noise: Callable[..., Image]) -> tupl
         x, y = dice.between(-1, 1), dice.between(-1, 1)
         # lobes break the outline, or every crown would be an ellipse
         near = min((x - a) * (x - a) + (y - b) * (y - b) - r * r for a, b, r in lobes)
-        if _inside(kind, x, y) and (near < 0.06 or kind == "cone"):
+        if _inside(kind, x, y) and (near < 0.06 or kind in ("cone", "column", "tiered")):
             clumps.append((x, y, dice.between(0.04, 0.13), dice.draw()))
     for x, y, radius, tone in sorted(clumps, key=lambda clump: clump[3] + 0.4 * clump[1] - 0.2 * clump[0]):
         light = 70 + 75 * tone + 38 * y - 26 * x

@@ -10,6 +10,10 @@ from dgbench.streets.style import Style
 
 POLE, LIGHT, SIGN, VEGETATION = 5, 6, 7, 8
 ROUND = TEX["round"]
+SINGLE = ("cone", "palm", "column", "tiered")  # trees with one crown and no forks
+TRUNKS = {"cone": 0.12, "palm": 0.8, "umbrella": 0.55, "column": 0.1, "tiered": 0.08, "dome": 0.3}  # share of the height
+WIDTHS = {"cone": 0.42, "palm": 2.4, "umbrella": 1.1, "oval": 0.55, "column": 0.7, "tiered": 0.5, "dome": 0.95}  # of a crown
+CROWNS = {"cone": 3, "palm": 2, "oval": 3, "umbrella": 2, "column": 2, "tiered": 3, "dome": 3}  # number of pictures
 GREYS: tuple[Colour, ...] = (
     (0.3, 0.31, 0.32),
     (0.45, 0.45, 0.44),
@@ -18,6 +22,30 @@ GREYS: tuple[Colour, ...] = (
     (0.5, 0.48, 0.42),
     (0.25, 0.2, 0.16),
 )
+
+PLATES = {  # shape of a sign -> texture
+    "disc": "disc",
+    "octagon": "disc",
+    "triangle": "triangle",
+    "diamond": "square",
+    "square": "square",
+    "text": "text",
+    "hexagon": "emblem",
+    "shield": "emblem",
+    "arrow": "notice",
+    "notice": "notice",
+}
+OUTLINES: dict[str, list[tuple[float, float]]] = {  # elsewhere a disc or an octagon
+    "triangle": [(-1, -0.86), (1, -0.86), (0, 0.95)],
+    "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "text": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "hexagon": [(-0.55, -1), (0.55, -1), (1, 0), (0.55, 1), (-0.55, 1), (-1, 0)],
+    "shield": [(0, -1), (0.7, -0.5), (0.9, 1), (-0.9, 1), (-0.7, -0.5)],
+    "arrow": [(-1, -1), (0.6, -1), (1, 0), (0.6, 1), (-1, 1)],
+    "notice": [(-0.9, -1), (0.9, -1), (1, 0), (0.9, 1), (-0.9, 1), (-1, 0)],
+}
+WIDE = ("text", "arrow", "notice")
 
 
 def lamp(scene: Scene, dice: Dice, x: float, z: float, reach: float, height: float, kind: int) -> None:
@@ -116,14 +144,14 @@ def sign(scene: Scene, dice: Dice, style: Style, x: float, z: float, *, large: b
         high = low + dice.between(0.9, 1.6)
         for side in (-0.7, 0.7):
             mesh.capsule((x + side * width, 0.0, z), (x + side * width, high, z), 0.06, grey, POLE, tex=ROUND, flags=BLUNT)
-        _plate(mesh, scene, dice, style, "text", x, z - 0.08, low, high, width)
+        _plate(mesh, scene, dice, style, style.board, x, z - 0.08, low, high, width)
         return
     height = dice.between(2.2, 2.9)
     mesh.capsule((x, 0.0, z), (x, height + 0.4, z), 0.04, grey, POLE, tex=ROUND, flags=BLUNT)
     for _ in range(1 + dice.index(2)):
         shape = dice.pick(style.signs)
         half = dice.between(0.3, 0.42)
-        rise = half if shape != "text" else half * 0.45
+        rise = half * 0.45 if shape in WIDE else half
         _plate(mesh, scene, dice, style, shape, x, z - 0.06, height - rise, height + rise, half)
         height -= 2 * rise + 0.08
 
@@ -143,22 +171,9 @@ def _plate(
     field, border = dice.pick(style.sign_colours)
     slot = scene.colour(field, border, (0.4, 0.41, 0.42))
     y, rise = (low + high) / 2, (high - low) / 2
-    tex = {
-        "disc": "disc",
-        "octagon": "disc",
-        "triangle": "triangle",
-        "diamond": "square",
-        "square": "square",
-        "text": "text",
-    }[shape]
-    corners: dict[str, list[tuple[float, float]]] = {
-        "triangle": [(-1, -0.86), (1, -0.86), (0, 0.95)],
-        "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "text": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-    }
-    if shape in corners:
-        outline = corners[shape]
+    tex = PLATES[shape]
+    if shape in OUTLINES:
+        outline = OUTLINES[shape]
     else:
         outline = []
         for step in range(10 if shape == "disc" else 8):
@@ -207,7 +222,7 @@ def tree(scene: Scene, dice: Dice, style: Style, x: float, z: float, height: flo
             layer=1,
         )
         return
-    share = {"cone": 0.12, "palm": 0.8, "umbrella": 0.55}.get(kind, dice.between(0.22, 0.4))
+    share = TRUNKS.get(kind, dice.between(0.22, 0.4))
     top = height * (share + 0.15)
     mesh.capsule(
         (x, 0.0, z),
@@ -220,11 +235,8 @@ def tree(scene: Scene, dice: Dice, style: Style, x: float, z: float, height: flo
         flags=BLUNT,
         period=1.5,
     )
-    crown, wide = (
-        height * (1.0 - share),
-        {"cone": 0.42, "palm": 2.4, "umbrella": 1.1, "oval": 0.55}.get(kind, dice.between(0.62, 0.8)),
-    )
-    if kind not in ("cone", "palm"):
+    crown, wide = height * (1.0 - share), WIDTHS.get(kind, dice.between(0.62, 0.8))
+    if kind not in SINGLE:
         for side in (-1.0, 1.0):
             mesh.capsule(
                 (x + lean * 0.8, top * 0.8, z),
@@ -235,9 +247,9 @@ def tree(scene: Scene, dice: Dice, style: Style, x: float, z: float, height: flo
                 end_radius=radius * 0.25,
                 tex=TEX["bark"],
             )
-    count = {"cone": 3, "palm": 2, "oval": 3, "umbrella": 2}.get(kind, 4)
+    count = CROWNS.get(kind, 4)
     middle = height * share + crown * 0.5
-    parts = 1 if kind in ("cone", "palm") else 1 + dice.index(3)
+    parts = 1 if kind in SINGLE else 1 + dice.index(3)
     for part in range(parts):
         scale = 1.0 if part == 0 else dice.between(0.55, 0.75)
         aside = 0.0 if part == 0 else dice.between(-0.35, 0.35) * crown
@@ -269,7 +281,7 @@ def bush(scene: Scene, dice: Dice, style: Style, x: float, z: float, size: float
         slot,
         slot + 1,
         VEGETATION,
-        tex=TEX[f"bush{dice.index(3)}"],
+        tex=TEX[f"{style.shrub}{dice.index(3)}"],
         flags=SNOWY,
     )
     scene.shadow(x, z, wide * 0.5, wide * 0.3, size * 0.5)
@@ -300,7 +312,7 @@ def hedge(scene: Scene, dice: Dice, style: Style, x0: float, z0: float, x1: floa
             slot,
             slot + 1,
             VEGETATION,
-            tex=TEX[f"bush{dice.index(3)}"],
+            tex=TEX[f"{style.shrub}{dice.index(3)}"],
             layer=1,
             flags=SNOWY,
         )

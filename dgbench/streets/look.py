@@ -35,6 +35,7 @@ class Look:
     noise: float
     blur: float
     vignette: float
+    hue: float  # degrees by which all hues are turned
 
 
 def draw_look(dice: Dice, style: Style, weather: str, severity: float | None) -> Look:
@@ -110,6 +111,7 @@ def draw_look(dice: Dice, style: Style, weather: str, severity: float | None) ->
         noise + 0.014 * night,
         blur + 0.25 * rain,
         vignette,
+        dice.between(-style.hue, style.hue) if style.hue else 0.0,
     )
 
 

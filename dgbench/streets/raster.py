@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dgbench.streets.atlas import LEVELS, OFFSETS, PYRAMID, SIZE, atlas
+from dgbench.streets.atlas import LEVELS, OFFSETS, PYRAMID, atlas
 from dgbench.streets.camera import Faces, View
 from dgbench.streets.mesh import COUNT, FLAGS, KIND, LAYER, SEE_THROUGH, SPRITE, TEX, Caster
+from dgbench.streets.patterns import SIZE
 
 Array = NDArray[np.float64]
 

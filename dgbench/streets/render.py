@@ -2,72 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dgbench.streets.atmosphere import falling, halos, light_night, paint_sky, veil, wet_road
-from dgbench.streets.camera import Pose, View
+from dgbench.streets.camera import Faces, View
+from dgbench.streets.compose import VERSION, Composition, compose
 from dgbench.streets.dice import Dice
-from dgbench.streets.layout import street
-from dgbench.streets.look import Look, draw_look
+from dgbench.streets.look import Look
 from dgbench.streets.mesh import Scene
-from dgbench.streets.plan import Plan
+from dgbench.streets.places import parse
 from dgbench.streets.raster import paint, shadows
 from dgbench.streets.sensor import develop
 from dgbench.streets.shade import Pixels, Table, shade, table
-from dgbench.streets.style import STYLES, WEATHERS, Style
+from dgbench.streets.style import WEATHERS
 
-VERSION = 1
 CLASSES = 19
-SPLITS = ("train", "val")
 BAND = 1 << 14  # pixels shaded at a time
 
 
-def styles() -> tuple[str, ...]:
-    """Return the names of all procedural domains."""
-    return tuple(STYLES)
+@dataclass(frozen=True)
+class Painted:
+    """A scene seen by a camera: which face each pixel shows (0 is the sky, else 1 + its row in `faces`), and behind it."""
 
-
-def _parse(domain: str) -> tuple[str, Style, str, float | None]:
-    """Return (place, style, weather, severity) of a name such as "streets-fog@0.6"."""
-    name, at, text = domain.partition("@")
-    if name not in STYLES:
-        close = difflib.get_close_matches(name, STYLES, 1)
-        raise ValueError(
-            f"unknown streets domain `{name}`"
-            + (f", did you mean `{close[0]}`?" if close else "")
-            + f" Known: {', '.join(STYLES)}"
-        )
-    place, style, weather = STYLES[name]
-    if not at:
-        return place, style, weather, None
-    if not weather:
-        graded = ", ".join(known for known, entry in STYLES.items() if entry[2])
-        raise ValueError(f"`{name}` has no severity, got `{domain}`; these take one: {graded}")
-    try:
-        severity = float(text)
-    except ValueError:
-        severity = -1.0
-    if not 0.0 <= severity <= 1.0:
-        raise ValueError(f"severity must be a number from 0 to 1, got `{text}` in `{domain}`")
-    return place, style, weather, severity
-
-
-def _pose(dice: Dice, style: Style, plan: Plan) -> Pose:
-    # wide streets are driven in any of their own lanes, most often the outer one
-    lane = plan.lanes - 1 if dice.chance(0.6) else dice.index(plan.lanes)
-    x = plan.hand * (lane + 0.5) * plan.lane_width + dice.between(-0.3, 0.3)
-    return Pose(
-        x,
-        dice.between(*style.height),
-        dice.between(*style.yaw),
-        dice.between(*style.pitch),
-        dice.between(*style.roll),
-        dice.between(*style.focal),
-    )
+    faces: Faces
+    world: NDArray[np.float64]  # (F, CORNERS, 3)
+    attributes: NDArray[np.float64]  # (F, 15)
+    owner: NDArray[np.int64]  # (F,) number of the object that a face belongs to
+    front: NDArray[np.int32]  # (H, W)
+    back: NDArray[np.int32]
 
 
 def render(
@@ -83,19 +49,16 @@ def render(
     Raises: ValueError for an unknown domain or split, a severity that is out of range or not applicable, a negative
         index or a size below 32.
     """
-    place, style, weather, severity = _parse(domain)
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got `{split}`")
-    if index < 0:
-        raise ValueError(f"index must not be negative, got {index}")
+    check_size(size)
+    drawn = compose(domain, split, index)
+    view = View(drawn.pose, (int(size[0]), int(size[1])))
+    return picture(drawn, view, painted(drawn.scene, view))
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raise ValueError for a size (H, W) that is too small to render."""
     if min(size) < 32:
         raise ValueError(f"size must be at least 32 x 32, got {size[0]} x {size[1]}")
-    key = (VERSION, place, split, int(index))
-    scene = Scene()
-    plan = street(scene, Dice(*key, "scene"), style)
-    view = View(_pose(Dice(*key, "camera"), style, plan), (int(size[0]), int(size[1])))
-    look = draw_look(Dice(*key, "look"), style, weather, severity)
-    return _picture(scene, view, look, Dice(*key, "sensor"))
 
 
 def weather(domain: str, split: str, index: int) -> str:
@@ -103,15 +66,23 @@ def weather(domain: str, split: str, index: int) -> str:
 
     Raises: ValueError for an unknown domain.
     """
-    place, _, named, _ = _parse(domain)
+    place, _, named, _ = parse(domain)
     # the first draw of a look, see `draw_look`
     return Dice(VERSION, place, split, int(index), "look").pick(WEATHERS) if named == "any" else named
 
 
-def _picture(scene: Scene, view: View, look: Look, dice: Dice) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def painted(scene: Scene, view: View) -> Painted:
+    """Project a scene and find the nearest face of every pixel."""
     world, attributes, owner = scene.arrays()
     faces = view.faces(world, attributes)
     front, back = paint(faces, world, attributes, owner, view)
+    return Painted(faces, world, attributes, owner, front, back)
+
+
+def picture(drawn: Composition, view: View, seen: Painted) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return image (H, W, 3) uint8 RGB and label (H, W) uint8 of a composition that was painted from this view."""
+    scene, look, dice = drawn.scene, drawn.look, Dice(*drawn.key, "sensor")
+    faces, attributes, front, back = seen.faces, seen.attributes, seen.front, seen.back
     lit = table(faces, attributes, scene.palette, look.lighting)
     cast, contact = shadows(scene.casters, view, look.lighting.sun if look.sharp_sun else None)
     shape = front.shape

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgbench.streets.atlas import atlas
-from dgbench.streets.dice import Dice
+from dgbench.streets.dice import Dice, turn
 from dgbench.streets.look import Look
 
 Image = NDArray[np.floating[Any]]  # float32; NumPy's stubs lose that in arithmetic
@@ -31,6 +31,8 @@ def develop(colour: list[Image], dice: Dice, look: Look, step: int) -> NDArray[n
         # one row more on either side for the blur
         above, below = max(top - 1, 0), min(bottom + 1, rows)
         channels = [_blur(channel[above:below], look.blur)[top - above : bottom - above] for channel in colour]
+        if look.hue:
+            channels = _turned(channels, look.hue)
         grey = channels[0] * f32(0.3) + channels[1] * f32(0.59) + channels[2] * f32(0.11)
         gain = f32(look.exposure) * (across[None, :] - f32(look.vignette * 0.5) * (y * y)[top:bottom, None])
         for k, channel in enumerate(channels):
@@ -42,6 +44,14 @@ def develop(colour: list[Image], dice: Dice, look: Look, step: int) -> NDArray[n
             index = np.minimum(np.maximum(value * f32(1023.0 / 1.265), f32(0.0)), f32(1023.0)).astype(np.int32)
             image[top:bottom, :, k] = np.take(table, index)
     return image
+
+
+def _turned(channels: list[Image], hue: float) -> list[Image]:
+    """Return red, green and blue turned about the grey axis."""
+    c, s = turn(hue)
+    own, side = (1.0 + 2.0 * c) / 3.0, 0.577350 * s
+    before, after = f32((1.0 - c) / 3.0 - side), f32((1.0 - c) / 3.0 + side)
+    return [channels[k] * f32(own) + channels[k - 2] * before + channels[k - 1] * after for k in range(3)]
 
 
 def _grain(grain: Image, start: int, count: int) -> Image:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dgbench.streets.atlas import LEVELS, OFFSETS, PYRAMID, SIZE, atlas
+from dgbench.streets.atlas import LEVELS, OFFSETS, PYRAMID, atlas
 from dgbench.streets.camera import Faces
 from dgbench.streets.mesh import (
     CLASS,
@@ -29,6 +29,7 @@ from dgbench.streets.mesh import (
     WINDOW,
 )
 from dgbench.streets.mesh import TEX as TEX_COLUMN
+from dgbench.streets.patterns import SIZE
 
 Image = NDArray[np.floating[Any]]  # float32; NumPy's stubs lose that in arithmetic
 

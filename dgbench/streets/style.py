@@ -1,6 +1,6 @@
 """Styles: ranges from which a domain's streets and camera are drawn.
 
-Four places: `game` (clean and saturated, one camera), `city` (muted, noisy), `adverse` (the city's streets in
+Places: `game` (clean and saturated, one camera), `city` (muted, noisy), `adverse` (the city's streets in
 bad weather) and `world` (other cameras, left-hand traffic, other architecture and plants). Colours are linear
 reflectances.
 """
@@ -59,7 +59,18 @@ class Style:
         (0.7, 0.7, 0.68),
         (0.28, 0.16, 0.1),
     )
+    plain_side: str = "plaster"  # facade of a side without windows
+    base: str = "stones"
+    free_walls: tuple[str, ...] = ("brick", "stones", "concrete", "plaster", "setts", "concrete")
     fences: tuple[str, ...] = ("planks", "bars", "pickets", "mesh")
+    fence_paint: tuple[Colour, ...] = (
+        (0.3, 0.22, 0.14),
+        (0.75, 0.73, 0.68),
+        (0.1, 0.12, 0.1),
+        (0.35, 0.36, 0.37),
+        (0.14, 0.25, 0.16),
+        (0.45, 0.36, 0.25),
+    )
     # ground
     road: tuple[Colour, ...] = ((0.14, 0.14, 0.145), (0.2, 0.2, 0.2), (0.11, 0.115, 0.125))
     paving: tuple[Colour, ...] = ((0.38, 0.37, 0.35), (0.3, 0.3, 0.3), (0.42, 0.36, 0.3))
@@ -67,9 +78,11 @@ class Style:
     terrain: tuple[Colour, ...] = ((0.1, 0.2, 0.05), (0.16, 0.24, 0.07), (0.2, 0.2, 0.08))
     # plants
     trees: dict[str, float] = field(default_factory=lambda: {"round": 0.6, "oval": 0.25, "cone": 0.15})
+    shrub: str = "bush"
     leaves: tuple[Colour, ...] = ((0.1, 0.2, 0.04), (0.14, 0.24, 0.06), (0.07, 0.16, 0.06), (0.18, 0.24, 0.05))
     # signs and paint
     signs: tuple[str, ...] = ("disc", "triangle", "square", "text")
+    board: str = "text"  # shape of large signs on two posts
     sign_colours: tuple[tuple[Colour, Colour], ...] = (
         ((0.8, 0.8, 0.8), (0.65, 0.03, 0.03)),
         ((0.03, 0.12, 0.5), (0.85, 0.85, 0.85)),
@@ -78,6 +91,7 @@ class Style:
     )
     cars: tuple[Colour, ...] = ()
     clothes: tuple[Colour, ...] = ()
+    fleet: str = "usual"  # key of `dgbench.streets.fleet.FLEETS`
     # light and sensor
     sunny: float = 0.8
     sun_height: Range = (0.35, 0.9)
@@ -86,6 +100,7 @@ class Style:
     contrast: Range = (1.0, 1.15)
     exposure: Range = (0.95, 1.1)
     tint: float = 0.02
+    hue: float = 0.0  # all hues turn by up to so many degrees
     noise: Range = (0.0, 0.004)
     blur: Range = (0.25, 0.4)
     vignette: Range = (0.0, 0.05)
@@ -257,12 +272,3 @@ WORLD = replace(
     blur=(0.2, 0.9),
     vignette=(0.0, 0.35),
 )
-
-# style name -> its place and weather; weather "any" draws one of WEATHERS per image
-STYLES: dict[str, tuple[str, Style, str]] = {
-    "streets-game": ("game", GAME, ""),
-    "streets-city": ("city", CITY, ""),
-    "streets-adverse": ("adverse", ADVERSE, "any"),
-    **{f"streets-{weather}": ("adverse", ADVERSE, weather) for weather in WEATHERS},
-    "streets-world": ("world", WORLD, ""),
-}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from dgbench.streets.buildings import tone
 from dgbench.streets.dice import Dice
+from dgbench.streets.fleet import FLEETS
 from dgbench.streets.mesh import Colour, Light, Scene
 from dgbench.streets.people import machines, ridden, walkers
 from dgbench.streets.plan import Plan
 from dgbench.streets.style import Style
-from dgbench.streets.vehicles import buses, cars, tram_sections, trucks
 
 SKIN: tuple[Colour, ...] = (
     (0.62, 0.42, 0.32),
@@ -59,7 +59,7 @@ def _lit(scene: Scene, x: float, z: float, heading: float, half: float, length: 
 
 def car(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, *, lit: bool) -> float:
     """Place a car and return half its length."""
-    template, half, length, height = dice.pick(cars())
+    template, half, length, height = dice.pick(FLEETS[style.fleet].cars())
     scale = dice.between(0.95, 1.06)
     scene.place(template, x, z, _livery(dice, style), heading=heading, scale=(scale, scale, scale))
     scene.shadow(x, z, half * scale, length * scale, height, heading=heading)
@@ -69,7 +69,7 @@ def car(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: flo
 
 
 def truck(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, *, lit: bool) -> float:
-    parts, half, length, height = dice.pick(trucks())
+    parts, half, length, height = dice.pick(FLEETS[style.fleet].trucks())
     colours = _livery(dice, style)
     for part in parts:
         scene.place(part, x, z, colours, heading=heading)
@@ -80,7 +80,7 @@ def truck(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: f
 
 
 def bus(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, *, lit: bool) -> float:
-    template, half, length, height = dice.pick(buses())
+    template, half, length, height = dice.pick(FLEETS[style.fleet].buses())
     scene.place(template, x, z, _livery(dice, style), heading=heading)
     scene.shadow(x, z, half, length, height, heading=heading)
     if lit:
@@ -90,7 +90,7 @@ def bus(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: flo
 
 def tram(scene: Scene, dice: Dice, style: Style, x: float, z: float, heading: float, sections: int) -> float:
     """Add a tram whose nearest section starts at z, and return half its length."""
-    template, colours = dice.pick(tram_sections()), _livery(dice, style)
+    template, colours = dice.pick(FLEETS[style.fleet].tram_sections()), _livery(dice, style)
     for k in range(sections):
         scene.place(template, x, z + 4.5 + 9.3 * k, colours, heading=heading)
     half = 4.65 * sections

@@ -16,6 +16,12 @@ from dgbench.streets.mesh import HEADLIGHT, LAMP, SNOWY, TAILLIGHT, WINDOW, Mesh
 CAR, TRUCK, BUS, TRAIN = 13, 14, 15, 16
 BODY, SECOND, GLASS, TYRE, METAL, HEAD, TAIL, PLATE = range(8)
 
+USUAL_TRUCKS = ((7.0, 3.4, "corrugated"), (5.0, 2.9, "poster"), (8.5, 3.7, "plaster"), (6.0, 1.6, "planks"))
+USUAL_BUSES = ((11.5, 3.0, 2), (10.0, 3.4, 1), (10.0, 4.3, 2))  # a city bus, a coach, a double-decker
+USUAL_TRAMS = ((0.35, 2, 3.35), (0.1, 1, 3.35))
+
+Vehicle = tuple[Template, float, float, float]  # with half width, half length and height
+Truck = tuple[tuple[Template, Template], float, float, float]  # (load, cab)
 Profile = tuple[tuple[float, float], ...]  # (z, y) corners, counter-clockwise seen from the right (+z is to the right)
 
 
@@ -127,7 +133,7 @@ def _windows(mesh: Mesh, base: Profile, half: float, top_half: float, posts: tup
         mesh.poly(points, GLASS, kind, layer=2, detail=TEX["cloud"])
 
 
-def _car(
+def car_of(
     lower: Profile,
     cabin: Profile,
     half: float,
@@ -166,12 +172,12 @@ def _car(
 
 
 @functools.cache
-def cars() -> tuple[tuple[Template, float, float, float], ...]:
+def cars() -> tuple[Vehicle, ...]:
     """Return (template, half width, half length, height): hatchback, saloon, estate, off-roader, van, small car, coupé."""
     wedge: Profile = ((-1.95, 0.24), (1.95, 0.24), (2.0, 0.5), (1.9, 0.72), (0.95, 0.93), (-1.9, 0.95), (-2.0, 0.6))
     return (
         (
-            _car(
+            car_of(
                 wedge,
                 ((-1.88, 0.93), (1.0, 0.93), (0.2, 1.46), (-1.45, 1.46)),
                 0.88,
@@ -186,7 +192,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.46,
         ),
         (
-            _car(
+            car_of(
                 ((-2.2, 0.24), (2.25, 0.24), (2.3, 0.5), (2.2, 0.7), (1.1, 0.9), (-2.15, 0.96), (-2.3, 0.62)),
                 ((-1.75, 0.92), (1.1, 0.9), (0.3, 1.42), (-1.05, 1.42)),
                 0.9,
@@ -201,7 +207,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.42,
         ),
         (
-            _car(
+            car_of(
                 ((-2.25, 0.24), (2.2, 0.24), (2.25, 0.5), (2.15, 0.72), (1.1, 0.94), (-2.2, 0.97), (-2.28, 0.6)),
                 ((-2.18, 0.95), (1.1, 0.93), (0.3, 1.47), (-1.95, 1.47)),
                 0.9,
@@ -216,7 +222,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.47,
         ),
         (
-            _car(
+            car_of(
                 ((-2.15, 0.34), (2.15, 0.34), (2.25, 0.6), (2.15, 0.95), (1.1, 1.1), (-2.15, 1.12), (-2.25, 0.8)),
                 ((-2.1, 1.1), (1.15, 1.08), (0.5, 1.72), (-1.85, 1.74)),
                 0.95,
@@ -231,7 +237,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.74,
         ),
         (
-            _car(
+            car_of(
                 ((-2.4, 0.28), (2.4, 0.28), (2.5, 0.6), (2.4, 0.95), (1.95, 1.15), (-2.45, 1.15), (-2.48, 0.7)),
                 ((-2.44, 1.13), (1.95, 1.12), (1.05, 1.95), (-2.38, 1.97)),
                 0.98,
@@ -246,7 +252,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.97,
         ),
         (
-            _car(
+            car_of(
                 ((-1.6, 0.24), (1.65, 0.24), (1.72, 0.5), (1.62, 0.75), (1.0, 0.95), (-1.65, 0.97), (-1.7, 0.6)),
                 ((-1.63, 0.95), (1.02, 0.94), (0.35, 1.5), (-1.4, 1.5)),
                 0.8,
@@ -261,7 +267,7 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
             1.5,
         ),
         (
-            _car(
+            car_of(
                 ((-2.1, 0.2), (2.2, 0.2), (2.25, 0.42), (2.1, 0.6), (1.0, 0.8), (-2.05, 0.9), (-2.2, 0.55)),
                 ((-1.7, 0.85), (0.95, 0.8), (0.05, 1.26), (-0.85, 1.26)),
                 0.92,
@@ -279,15 +285,10 @@ def cars() -> tuple[tuple[Template, float, float, float], ...]:
 
 
 @functools.cache
-def trucks() -> tuple[tuple[tuple[Template, Template], float, float, float], ...]:
-    """Return ((load, cab), half width, half length, height); two objects, so that each hides the other correctly."""
+def trucks(specs: tuple[tuple[float, float, str], ...] = USUAL_TRUCKS) -> tuple[Truck, ...]:
+    """Return trucks of (length of the load, height, texture); two objects each, so that each hides the other correctly."""
     kinds = []
-    for length, height, tex in (
-        (7.0, 3.4, "corrugated"),
-        (5.0, 2.9, "poster"),
-        (8.5, 3.7, "plaster"),
-        (6.0, 1.6, "planks"),
-    ):
+    for length, height, tex in specs:
         load, cab = Mesh(), Mesh()
         half, rear = 1.22, -length / 2 - 1.0
         front = rear + length
@@ -335,7 +336,7 @@ def trucks() -> tuple[tuple[tuple[Template, Template], float, float, float], ...
     return tuple(kinds)
 
 
-def _coach(kind: int, half: float, length: float, height: float, base: float, *, doors: int, nose: float) -> Mesh:
+def coach_of(kind: int, half: float, length: float, height: float, base: float, *, doors: int, nose: float) -> Mesh:
     """Return the hull of a bus or of one section of a tram: lower panels, a band of windows, a roof, both ends."""
     mesh = Mesh()
     rear, front = -length / 2, length / 2
@@ -400,11 +401,11 @@ def _coach(kind: int, half: float, length: float, height: float, base: float, *,
 
 
 @functools.cache
-def buses() -> tuple[tuple[Template, float, float, float], ...]:
-    """Return (template, half width, half length, height) of a city bus, a coach and a double-decker."""
+def buses(specs: tuple[tuple[float, float, int], ...] = USUAL_BUSES) -> tuple[Vehicle, ...]:
+    """Return buses of (length, height, number of doors); those higher than 4 m are double-deckers."""
     kinds = []
-    for length, height, doors in ((11.5, 3.0, 2), (10.0, 3.4, 1), (10.0, 4.3, 2)):
-        mesh = _coach(BUS, 1.25, length, height if height < 4 else 2.7, 0.3, doors=doors, nose=0.16)
+    for length, height, doors in specs:
+        mesh = coach_of(BUS, 1.25, length, height if height < 4 else 2.7, 0.3, doors=doors, nose=0.16)
         if height > 4:
             mesh.box((-1.25, 2.7, -length / 2 + 0.08), (1.25, height, length / 2 - 0.12), BODY, BUS, layer=1)
             mesh.box(
@@ -425,12 +426,12 @@ def buses() -> tuple[tuple[Template, float, float, float], ...]:
 
 
 @functools.cache
-def tram_sections() -> tuple[Template, ...]:
-    """Return two looks of one tram section, 9 m long; a tram is several of them in a row."""
+def tram_sections(specs: tuple[tuple[float, int, float], ...] = USUAL_TRAMS) -> tuple[Template, ...]:
+    """Return tram sections of (nose, number of doors, height), 9 m long; a tram is several of them in a row."""
     sections = []
-    for nose, doors in ((0.35, 2), (0.1, 1)):
-        mesh = _coach(TRAIN, 1.22, 9.0, 3.35, 0.28, doors=doors, nose=nose)
-        mesh.box((-0.8, 3.35, -2.6), (0.8, 3.62, 2.0), METAL, TRAIN, layer=3)
+    for nose, doors, height in specs:
+        mesh = coach_of(TRAIN, 1.22, 9.0, height, 0.28, doors=doors, nose=nose)
+        mesh.box((-0.8, height, -2.6), (0.8, height + 0.27, 2.0), METAL, TRAIN, layer=3)
         mesh.capsule((0.0, 3.6, 0.4), (0.0, 4.3, -0.7), 0.035, TYRE, TRAIN, layer=4)
         mesh.capsule((0.0, 4.3, -0.7), (0.0, 4.9, 0.3), 0.035, TYRE, TRAIN, layer=4)
         mesh.capsule((-0.8, 4.9, 0.3), (0.8, 4.9, 0.3), 0.03, TYRE, TRAIN, layer=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mfuser.fusion import TextAttention
+from mfuser.decoder.mtenhancer import TextAttention
 
 
 class ContextDecoderLayer(nn.Module):

@@ -1,8 +1,10 @@
-"""Sizes of the decoder that methods share: `full` is the published one, `small` and `tiny` go with the towers of those names."""
+"""Sizes of the decoder that methods share: `full` is the published one, `small` and `tiny` go with towers of those sizes."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from mfuser.towers.table import TOWERS
 
 SIZES: dict[str, dict[str, int]] = {
     "full": {
@@ -40,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 def sizes_for(tower: str) -> dict[str, int]:
     """Return the sizes that go with a tower."""
-    return SIZES.get(tower, SIZES["full"])
+    return SIZES[TOWERS[tower].size] if tower in TOWERS else SIZES["full"]
 
 
 def complete(options: Any, tower: str) -> None:

@@ -5,6 +5,8 @@ A method's file has, all but `MODEL` and `RELEASES` as literals, which are read 
   there is no paper;
 - `BACKBONES`: the towers that it is tabulated with, as options, the last row tiny;
 - `TOWERS`: option that names a tower -> part of the tower (`trunk`, `head`, `text`) -> the module that its weights go to;
+- `ABSENT`: option -> its value -> the modules, as in `TOWERS`, that such a model has not;
+- `LATER`: options that are newer than the method's first recipes, whose hashes do not have them while they are at their default;
 - `Options`, a frozen dataclass that checks itself, and `MODEL`, a Segmentor that is built from them;
 - `RELEASES`, where the authors published checkpoints, see `mfuser.releases`; imported from a file of that package, they are read
   without importing the method.
@@ -86,11 +88,12 @@ def _read(name: str) -> list[ast.stmt]:
 
 
 def constants(name: str) -> dict[str, Any]:
-    """Return the literals of a method's file (`TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`), read without importing it.
+    """Return the literals of a method's file, read without importing it: `TITLE`, `PAPER`, `FIDELITY`, `BACKBONES`, `TOWERS`,
+    `ABSENT`, `LATER`.
 
     Raises: ValueError listing the methods there are, or naming a constant that is no literal.
     """
-    found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}}
+    found = {"TITLE": name, "PAPER": "", "FIDELITY": "", "BACKBONES": (), "TOWERS": {}, "ABSENT": {}, "LATER": ()}
     for node in _read(name):
         target, value = _assigned(node)
         if target in found and value is not None:
@@ -109,10 +112,25 @@ def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
     return (target.id, node.value) if isinstance(target, ast.Name) else ("", None)
 
 
-def towers(name: str) -> Mapping[str, Mapping[str, str]]:
-    """Which options of a method name towers, and where their parts are in the model; nothing is imported."""
-    found: Mapping[str, Mapping[str, str]] = constants(name)["TOWERS"]
-    return found
+def towers(name: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Mapping[str, str]]:
+    """Which options of a method name towers, and where their parts are in the model; nothing is imported.
+
+    Args:
+        options: those of a model, whose absent parts are left out, and with them towers without any; by default all are named.
+    """
+    literals = constants(name)
+    found: Mapping[str, Mapping[str, str]] = literals["TOWERS"]
+    absent = {module for option, values in literals["ABSENT"].items() for module in values.get((options or {}).get(option), ())}
+    if not absent:
+        return found
+    left = {option: {part: at for part, at in parts.items() if at not in absent} for option, parts in found.items()}
+    return {option: parts for option, parts in left.items() if parts}
+
+
+def later(name: str) -> dict[str, Any]:
+    """Return the options that are newer than a method's first recipes, with their defaults; nothing is imported."""
+    new = constants(name)["LATER"]
+    return {option.name: option.default for option in described_options(name) if option.name in new} if new else {}
 
 
 def option_names(name: str) -> list[str]:
@@ -185,7 +203,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
         raise TypeError(f'build() takes no `{old[0]}`; say weights="published", "random" (was pretrained=False) or "meta"')
     if weights not in get_args(Weights):
         raise ValueError(f"weights `{weights}` are unknown; choose from {', '.join(get_args(Weights))}")
-    made, its_towers = module(name), towers(name)
+    made = module(name)
     known = {f.name for f in dataclasses.fields(made.Options)}
     if unknown := sorted(given.keys() - known):  # not `set`, which a method's module hides here
         raise ValueError(f"`{name}` has no option {', '.join(f'`{u}`' for u in unknown)}; it has {', '.join(sorted(known))}")
@@ -196,6 +214,7 @@ def build(name: str, *, weights: Weights = "published", **given: Any) -> Segment
     from mfuser.towers.weights import WeightsNotFound, require
 
     chosen = made.Options(**given)
+    its_towers = towers(name, dataclasses.asdict(chosen))
     wordless = "token_ids" in known and chosen.token_ids is None
     # before anything is built: a missing file should cost seconds, not minutes
     try:

@@ -27,6 +27,7 @@ BACKBONES = (
     {"vfm": "eva02_l_mim"},
     {"vfm": "dinov3_l"},
     {"vfm": "small"},
+    {"vfm": "mini_vfm"},
     {"vfm": "tiny"},
 )
 TOWERS = {"vfm": {"trunk": "vfm.trunk"}}

@@ -13,6 +13,11 @@ The official code has bugs, and its weights rely on them. The variant `sane` has
 - weight decay on group and batch norms, on layer norms not called "norm", on A_log, D and the level encodings;
 - the alignment loss is divided by ignored pixels, too (`criterion.alignment_loss`);
 - SigLIP's context comes after the first word piece, and its text is read at a padding token (`text.TextEncoder`).
+
+What each part adds can be measured by leaving it out: `fuser: mvfuser_no_gate` or `none`, `enhancer: single_copy` or `none`, and
+`image_tower: vfm` or `vlm`, a model of one image tower. Its class texts still come from the vision-language tower's text encoder,
+its fuser is a Mamba adapter of its own tokens, and its maps are half as wide. A foundation tower alone has a trained linear layer
+to the texts' space.
 """
 
 from __future__ import annotations
@@ -26,22 +31,23 @@ from torch.nn import functional as F
 
 from mfuser.decoder.criterion import MaskCriterion, alignment_loss
 from mfuser.decoder.mask_decoder import class_scores
+from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.neck import four_scales, four_taps, upsampling
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.decoder.points import Draw, uniform
 from mfuser.decoder.queries import TextMaskDecoder
 from mfuser.decoder.sizes import SIZES
-from mfuser.fusion import FUSERS, MTEnhancer, Site
+from mfuser.fusion import FUSERS, JointFuser, Site
 from mfuser.ops import dispatch
 from mfuser.releases.mfuser import RELEASES
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.embedding import EMBEDDINGS
+from mfuser.towers.embedding import EMBEDDINGS, VisionEmbedding
 from mfuser.towers.table import TIMM, tower, with_text
 from mfuser.towers.table import TOWERS as TABLE
 from mfuser.towers.text import TextEncoder, listed_ids
 from mfuser.towers.vit import VisionEncoder
 
-__all__ = ["BACKBONES", "FIDELITY", "MODEL", "PAPER", "RELEASES", "TITLE", "TOWERS", "MFuser", "Options"]
+__all__ = ["ABSENT", "BACKBONES", "FIDELITY", "LATER", "MODEL", "PAPER", "RELEASES", "TITLE", "TOWERS", "MFuser", "Options"]
 
 TITLE = "MFuser"
 PAPER = "Mamba as a Bridge: Where Vision Foundation Models Meet Vision Language Models, CVPR 2025"
@@ -57,18 +63,25 @@ BACKBONES = (
     {"vfm": "dinov2_b", "vlm": "clip_b"},
     {"vfm": "dinov2_b", "vlm": "siglip_b"},
     {"vfm": "small", "vlm": "small"},
+    {"vfm": "mini_vfm", "vlm": "mini_vlm"},
     {"vfm": "tiny", "vlm": "tiny"},
 )
 TOWERS = {
     "vfm": {"trunk": "vfm.trunk"},
     "vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"},
 }
+# no published head fits a foundation tower alone
+ABSENT = {"image_tower": {"vfm": ("vlm.trunk", "embedding"), "vlm": ("vfm.trunk",)}}
+LATER = ("enhancer", "image_tower")
+_NONE = "none"
+_ENHANCERS = ("mtenhancer", "single_copy", _NONE)
+_IMAGE_TOWERS = ("both", "vfm", "vlm")
 
-# sizes by the vision-language tower: the decoder's, and MFuser's own; an option left at None takes them from here
-_SIZES: dict[str, dict[str, int | float | bool]] = {
-    "full": {**SIZES["full"], "state": 16, "mte_dim": 256, "mte_heads": 4, "dropout": 0.1, "freeze_towers": True},
-    "small": {**SIZES["small"], "state": 8, "mte_dim": 128, "mte_heads": 4, "dropout": 0.1, "freeze_towers": False},
-    "tiny": {**SIZES["tiny"], "state": 4, "mte_dim": 64, "mte_heads": 2, "dropout": 0.0, "freeze_towers": False},
+# sizes by that of the vision-language tower: the decoder's, and MFuser's own; an option left at None takes them from here
+_SIZES: dict[str, dict[str, int | float]] = {
+    "full": {**SIZES["full"], "state": 16, "mte_dim": 256, "mte_heads": 4, "dropout": 0.1},
+    "small": {**SIZES["small"], "state": 8, "mte_dim": 128, "mte_heads": 4, "dropout": 0.1},
+    "tiny": {**SIZES["tiny"], "state": 4, "mte_dim": 64, "mte_heads": 2, "dropout": 0.0},
 }
 
 
@@ -98,7 +111,9 @@ class Options:
 
     vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.TOWERS or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: a row of the table that has a text tower
-    fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS
+    fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS; none: nothing is added to the towers' tokens
+    enhancer: str = "mtenhancer"  # single_copy: without the copy of the texts before the image; none: texts do not see the image
+    image_tower: str = "both"  # vfm or vlm: that one alone, with the texts of the vision-language tower
     variant: str = "release"  # or "sane", without the known bugs of the official code; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the vision-language tower's own
@@ -114,13 +129,14 @@ class Options:
     mte_heads: int | None = None
     mask_points: int | None = None  # sampled per mask by the criterion
     dropout: float | None = None  # of fusers and MTEnhancer
-    freeze_towers: bool | None = None  # image and text towers keep their weights
+    freeze_towers: bool | None = None  # image and text towers keep their weights; None: towers that have any do
     backend: str = "auto"  # of the custom operators
     # (K, 5), a NumPy array or a tensor of integers, too; None: by the tower's tokenizer
     token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (_SIZES.get(self.vlm, _SIZES["full"])).items():
+        row = TABLE.get(self.vlm)
+        for name, value in (_SIZES[row.size if row else "full"] | {"freeze_towers": not (row and row.scratch)}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for kind in ("vfm", "vlm"):
@@ -132,26 +148,33 @@ class Options:
                 f"vlm `{self.vlm}` has no text tower; choose from {', '.join(sorted(with_text()))}; other towers are for vfm"
             )
         tower(self.vfm)  # timm knows the model
-        if self.fuser not in FUSERS:
-            raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}")
+        if self.fuser not in (*FUSERS, _NONE):
+            raise ValueError(f"fuser `{self.fuser}` is unknown; choose from {', '.join(sorted(FUSERS))}, {_NONE}")
+        for option, known in (("enhancer", _ENHANCERS), ("image_tower", _IMAGE_TOWERS)):
+            if (value := getattr(self, option)) not in known:
+                raise ValueError(f"{option} `{value}` is unknown; choose from {', '.join(known)}")
         if self.variant not in _BUGS:
             raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_BUGS)}")
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", listed_ids(self.token_ids, len(Segmentor.classes)))
 
 
-def _towers(options: Options) -> tuple[VisionEncoder, VisionEncoder]:
-    """Foundation and vision-language tower.
+def _towers(options: Options) -> tuple[VisionEncoder | None, VisionEncoder | None]:
+    """Foundation and vision-language tower; None for one that `image_tower` leaves out.
 
     Raises: ValueError for two that cannot be fused block by block.
     """
     # one grid for both towers: the vision-language tower's patch size decides
     patch = options.patch or TABLE[options.vlm].patch
-    vfm = VisionEncoder(options.vfm, options.image_size, patch=patch)
+    vfm = None if options.image_tower == "vlm" else VisionEncoder(options.vfm, options.image_size, patch=patch)
+    if options.image_tower == "vfm":
+        return vfm, None
     does = _BUGS[options.variant]
     vlm = VisionEncoder(
         options.vlm, options.image_size, patch=patch, class_token_twice=does.class_token_twice, drop_path=does.drop_path
     )
+    if vfm is None:
+        return None, vlm
     if vfm.depth != vlm.depth:
         raise ValueError(f"`{options.vfm}` has {vfm.depth} blocks and `{options.vlm}` {vlm.depth}; they must be equal")
     if vfm.dim != vlm.dim:
@@ -176,7 +199,8 @@ class MFuser(Segmentor):
             self.no_decay = ("norm", "level_embed", "level_encoding", "query_embed", "A_log", ".D")
             self.no_decay_types = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
         self.vfm, self.vlm = _towers(options)
-        dim, depth = self.vfm.dim, self.vfm.depth
+        towers = [each for each in (self.vfm, self.vlm) if each is not None]
+        dim, depth, self.grid = towers[0].dim, towers[0].depth, towers[-1].grid
         self.taps = four_taps(depth)
         scan = {
             "state": o.state,
@@ -185,10 +209,12 @@ class MFuser(Segmentor):
             "double_bias": does.double_bias,
             "double_gate": does.double_gate,
         }
-        site = Site(dim, self.vlm.grid, (self.vfm.prefix, self.vlm.prefix), **scan)
-        self.adapters = nn.ModuleList(FUSERS[o.fuser](site) for _ in range(depth))
+        site = Site(dim, self.grid, (towers[0].prefix, towers[-1].prefix), **scan)
+        self.adapters = nn.ModuleList(FUSERS[o.fuser](site) for _ in range(0 if o.fuser == _NONE else depth))
+        if len(towers) == 1 and not all(isinstance(fuser, JointFuser) for fuser in self.adapters):
+            raise ValueError(f"fuser `{o.fuser}` needs two image towers; choose mvfuser or {_NONE}, or image_tower both")
         # the release wraps CLIP's fusion alone in linear layers
-        wrapped = depth if kind == "projected" else 0
+        wrapped = len(self.adapters) if kind == "projected" and len(towers) == 2 else 0
         self.adapter_proj1 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
         self.adapter_proj2 = nn.ModuleList(nn.Linear(dim, dim) for _ in range(wrapped))
 
@@ -202,11 +228,17 @@ class MFuser(Segmentor):
         width = self.text.dim
         self.contexts = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.text.contexts, self.text.width)))
         # the release means 1e-4 and then overwrites it with a truncated normal of std 1
-        self.gamma = nn.Parameter(nn.init.trunc_normal_(torch.empty(width)) if does.noisy_gamma else torch.full((width,), 1e-4))
-        self.embedding: nn.Module = EMBEDDINGS[kind](self.vfm, self.vlm, width)
-        self.context_decoder = MTEnhancer(width, dim=o.mte_dim, heads=o.mte_heads, mamba_steps=not does.large_steps, **scan)
+        gamma = nn.init.trunc_normal_(torch.empty(width)) if does.noisy_gamma else torch.full((width,), 1e-4)
+        self.gamma: nn.Parameter | None = nn.Parameter(gamma)
+        self.embedding: nn.Module = EMBEDDINGS[kind](self.vfm, self.vlm, width) if self.vlm else VisionEmbedding(towers[0], width)
+        copied = o.enhancer != "single_copy"
+        self.context_decoder: MTEnhancer | None = MTEnhancer(
+            width, dim=o.mte_dim, heads=o.mte_heads, mamba_steps=not does.large_steps, copied=copied, **scan
+        )
+        if o.enhancer == _NONE:
+            self.gamma = self.context_decoder = None
 
-        channels = 2 * dim
+        channels = len(towers) * dim
         self.fpn1, self.fpn2 = upsampling(channels)
         self.pixel_decoder = PixelDecoder(
             channels,
@@ -227,11 +259,11 @@ class MFuser(Segmentor):
         self.register_buffer("logit_bias", torch.tensor(0.0))
         self.backend = o.backend
         if o.freeze_towers:
-            frozen: list[nn.Module] = [self.vfm, self.vlm, self.text]
+            frozen: list[nn.Module] = [*towers, self.text]
             for part in frozen:
                 part.requires_grad_(False)
             for name, parameter in self.embedding.named_parameters():
-                parameter.requires_grad_("adapter" in name)
+                parameter.requires_grad_("adapter" in name or self.vlm is None)
         else:
             # words without a class would only drift by weight decay
             self.text.tower.token_embedding.requires_grad_(False)
@@ -246,8 +278,9 @@ class MFuser(Segmentor):
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the last decoder layer, one query a class."""
-        features, global_, visual = self.encode(images)
-        text = self.texts(global_, visual)
+        features, *tokens = self.step(images)
+        # texts that do not see the image need no embedding of it
+        text = self.plain_texts(len(images)) if self.context_decoder is None else self.texts(*self.embed(*tokens))
         mask_features, maps = self.pixel_decoder(features, text)
         return self.mask_decoder(maps, mask_features, text, last=True)[-1]
 
@@ -264,30 +297,60 @@ class MFuser(Segmentor):
         text = self.texts(global_, visual)
         score_map = torch.einsum("bld,bkd->bkl", F.normalize(visual, dim=-1), F.normalize(text, dim=-1))
         mask_features, maps = self.pixel_decoder(features, text)
-        return self.mask_decoder(maps, mask_features, text), score_map.unflatten(2, self.vlm.grid)
+        return self.mask_decoder(maps, mask_features, text), score_map.unflatten(2, self.grid)
 
     def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return four maps as `step`, and the embeddings, global (B, 1, D) and visual (B, g*g, D)."""
+        features, *tokens = self.step(images)
+        return features, *self.embed(*tokens)
+
+    def step(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
         """Step both towers and fuse them after every block.
 
-        Returns: four maps (B, 2C, H, W) of 4, 2, 1 and 1/2 times the grid, and the embeddings, global (B, 1, D) and
-        visual (B, g*g, D).
+        Returns: four maps (B, 2C, H, W) of 4, 2, 1 and 1/2 times the grid, and the last tokens of both towers; of one tower
+        alone maps of C channels, and None for the other's tokens.
         """
         self.check_size(images)
+        if self.vfm is None or self.vlm is None:
+            return self._step_alone(images)
         d, v = self.vfm.embed(images), self.vlm.embed(images)
         rope_d, rope_v = self.vfm.rope(), self.vlm.rope()
         tapped = []
-        for i, fuser in enumerate(self.adapters):
+        for i in range(self.vfm.depth):
             v, d = self.vlm.block(i, v, rope_v), self.vfm.block(i, d, rope_d)
-            if self.adapter_proj1:
-                dd, dv = fuser(self.adapter_proj1[i](d), v)
-                dd = self.adapter_proj2[i](dd)
-            else:
-                dd, dv = fuser(d, v)
-            d, v = d + dd, v + dv
+            if self.adapters:
+                dd, dv = self._fused(i, d, v)
+                d, v = d + dd, v + dv
             tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
+        return four_scales(tapped, self.fpn1, self.fpn2), d, v
+
+    def _fused(self, i: int, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is added to the tokens of both towers behind a block."""
+        if not self.adapter_proj1:
+            dd, dv = self.adapters[i](d, v)
+            return dd, dv
+        dd, dv = self.adapters[i](self.adapter_proj1[i](d), v)
+        return self.adapter_proj2[i](dd), dv
+
+    def _step_alone(self, images: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+        """Do as `step` with the one tower that there is."""
+        tower = self.vfm or self.vlm
+        assert tower is not None
+        tokens, rope, tapped = tower.embed(images), tower.rope(), []
+        for i in range(tower.depth):
+            tokens = tower.block(i, tokens, rope)
+            if self.adapters:
+                adapter = self.adapters[i]
+                assert isinstance(adapter, JointFuser)
+                tokens = tokens + adapter.mix(tokens)
+            tapped += [tower.as_map(tokens)] * self.taps.count(i)
         features = four_scales(tapped, self.fpn1, self.fpn2)
-        global_, visual = self.embedding(self.vfm, self.vlm, d, v)
-        return features, global_, visual
+        return (features, tokens, None) if self.vlm is None else (features, None, tokens)
+
+    def embed(self, d: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the last tokens in the texts' space, global (B, 1, D) and visual (B, g*g, D)."""
+        global_, visual = self.embedding(self.vfm, d) if self.vlm is None else self.embedding(self.vfm, self.vlm, d, v)
+        return global_, visual
 
     def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
         """Take SigLIP's own scale and bias of the score map; the others' maps use 1 / 0.07."""
@@ -297,9 +360,16 @@ class MFuser(Segmentor):
 
     def texts(self, global_: Tensor, visual: Tensor) -> Tensor:
         """Class embeddings (B, K, D), refined by the image."""
-        text = self.text(self.contexts).expand(len(visual), -1, -1)
+        text = self.plain_texts(len(visual))
+        if self.context_decoder is None or self.gamma is None:
+            return text
         refined: Tensor = text + self.gamma * self.context_decoder(text, torch.cat([global_, visual], 1))
         return refined
+
+    def plain_texts(self, batch: int) -> Tensor:
+        """Return class embeddings (B, K, D), the same for all images."""
+        text: Tensor = self.text(self.contexts).expand(batch, -1, -1)
+        return text
 
 
 MODEL = MFuser

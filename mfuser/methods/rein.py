@@ -25,6 +25,7 @@ BACKBONES = (
     {"vfm": "dinov2_s"},
     {"vfm": "dinov3_l"},
     {"vfm": "small"},
+    {"vfm": "mini_vfm"},
     {"vfm": "tiny"},
 )
 TOWERS = {"vfm": {"trunk": "vfm.trunk"}}

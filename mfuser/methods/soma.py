@@ -41,6 +41,7 @@ BACKBONES = (
     {"vfm": "eva02_l_mim"},
     {"vfm": "dinov3_l"},
     {"vfm": "small"},
+    {"vfm": "mini_vfm"},
     {"vfm": "tiny"},
 )
 TOWERS = {"vfm": {"trunk": "vfm.trunk"}}
@@ -78,7 +79,7 @@ class Options:
         if self.variant not in _VARIANTS:
             raise ValueError(f"variant `{self.variant}` is unknown; choose from {', '.join(_VARIANTS)}")
         if self.freeze_towers is None:
-            object.__setattr__(self, "freeze_towers", tower(self.vfm).timm is not None)
+            object.__setattr__(self, "freeze_towers", not tower(self.vfm).scratch)
         if not 0 < self.ema_momentum <= 1:
             raise ValueError(f"ema_momentum {self.ema_momentum:g} is not in 0..1; the published one is 2e-4")
 

@@ -27,6 +27,7 @@ BACKBONES = (
     {"backbone": "siglip"},
     {"backbone": "siglip2"},
     {"backbone": "small"},
+    {"backbone": "mini_vfm"},
     {"backbone": "tiny"},
 )
 TOWERS = {"backbone": {"trunk": "encoder.trunk"}}

@@ -53,6 +53,7 @@ BACKBONES = (
     {"vlm": "eva02_b"},
     {"vlm": "clip"},
     {"vlm": "small"},
+    {"vlm": "mini_vlm"},
     {"vlm": "tiny"},
 )
 TOWERS = {"vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower"}}
@@ -60,15 +61,14 @@ TOWERS = {"vlm": {"trunk": "vlm.trunk", "head": "embedding", "text": "text.tower
 PROMPT = "a clean origami of a {}"  # the sentence whose text each class stays near to
 TEMPERATURE = 0.07  # of the score map in its loss
 
-# sizes by the tower: the decoder's, and the context decoder's; an option left at None takes them from here
-_SIZES: dict[str, dict[str, int | float | bool]] = {
+# sizes by that of the tower: the decoder's, and the context decoder's; an option left at None takes them from here
+_SIZES: dict[str, dict[str, int | float]] = {
     "full": {
         **SIZES["full"],
         "context_dim": 256,
         "context_heads": 4,
         "context_layers": 3,
         "dropout": 0.1,
-        "freeze_text": True,
     },
     "small": {
         **SIZES["small"],
@@ -76,7 +76,6 @@ _SIZES: dict[str, dict[str, int | float | bool]] = {
         "context_heads": 4,
         "context_layers": 2,
         "dropout": 0.1,
-        "freeze_text": False,
     },
     "tiny": {
         **SIZES["tiny"],
@@ -84,7 +83,6 @@ _SIZES: dict[str, dict[str, int | float | bool]] = {
         "context_heads": 2,
         "context_layers": 1,
         "dropout": 0.0,
-        "freeze_text": False,
     },
 }
 _VARIANTS = ("release", "sane")
@@ -115,13 +113,14 @@ class Options:
     context_layers: int | None = None
     mask_points: int | None = None  # sampled per mask by the criterion
     dropout: float | None = None  # of the context decoder
-    freeze_text: bool | None = None  # the text tower keeps its weights
+    freeze_text: bool | None = None  # the text tower keeps its weights; None: one that has any does
     backend: str = "auto"  # of deformable attention
     # (K, 5), a NumPy array or a tensor of integers, too; None: by the tower's tokenizer
     token_ids: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (_SIZES.get(self.vlm, _SIZES["full"])).items():
+        row = TABLE.get(self.vlm)
+        for name, value in (_SIZES[row.size if row else "full"] | {"freeze_text": not (row and row.scratch)}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.vlm not in _clips():

@@ -40,6 +40,7 @@ BACKBONES = (
     {"vfm": "dinov2_b"},
     {"vfm": "dinov2_s"},
     {"vfm": "small"},
+    {"vfm": "mini_vlm"},
     {"vfm": "tiny"},
 )
 TOWERS = {"vfm": {"trunk": "vfm.trunk"}}
@@ -69,7 +70,7 @@ class Options:
 
     def __post_init__(self) -> None:
         complete(self, self.vfm)
-        scratch = tower(self.vfm).timm is None
+        scratch = tower(self.vfm).scratch
         if self.drop_path is None:
             object.__setattr__(self, "drop_path", 0.0 if scratch else 0.2)
         elif not 0 <= self.drop_path < 1:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfuser.towers import hub
+from mfuser.towers.files import HubFile
 from mfuser.towers.hub import DownloadError, Fetched
-from mfuser.towers.table import TOWERS, HubFile, Tower, tower
+from mfuser.towers.table import TOWERS, Tower, tower
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mfuser.towers.table import TOWERS, HubFile
+from mfuser.towers.files import HubFile, PackagedFile
+from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound, files, how_to_get
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def models() -> list[Model]:
     for name, row in TOWERS.items():
         if (file := row.weights) is None:  # trained from scratch
             found.append(Model(name, row.role, None, None, None, None, None, ()))
+            continue
+        if isinstance(file, PackagedFile):
+            found.append(Model(name, row.role, None, file.file, file.gigabytes, file.licence, str(file.where), ()))
             continue
         missing = tuple(part.file for part in row.files if part.where is None)
         path = str(where) if (where := file.where) else None

@@ -20,6 +20,8 @@ from mfuser.towers.key_rules import TIMM_FILE
 from mfuser.towers.table import TOWERS
 from mfuser.towers.weights import WeightsNotFound
 
+VOCABULARY = 49408  # words of CLIP's tokenizer
+
 
 def fill(model: nn.Module, drawn: Collection[str] = ()) -> None:
     """Give values to the parameters that are still on the meta device: matrices N(0, 0.02), scales 1, biases 0.
@@ -60,10 +62,21 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise WeightsNotFound(f"{file} is damaged: {error}", f"delete it and run: dgbench download {tower}") from None
+    state = _with_all_words(state)
     for part, module in parts.items():
         values, _ = taken(tower, part, module, state, file)
         module.load_state_dict(values, strict=False, assign=True)
     return {name: value for name, value in state.items() if value.numel() == 1}
+
+
+def _with_all_words(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file whose word table has the words of `text.words` alone with zeros for all others."""
+    if (words := state.pop("text.words", None)) is None:
+        return state
+    rows = state["text.token_embedding.weight"]
+    table = rows.new_zeros(VOCABULARY, rows.shape[1])
+    table[words] = rows
+    return state | {"text.token_embedding.weight": table}
 
 
 def taken(

@@ -7,57 +7,17 @@ Importing it needs neither torch nor timm.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from mfuser.towers.files import HubFile, PackagedFile
 from mfuser.towers.key_rules import CLIP_CNN_FILE, EVA_CLIP_FILE, OPENAI_FILE, SIGLIP_FILE, TIMM_FILE, Rules
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file on the Hugging Face Hub."""
-
-    repo: str
-    file: str
-    gigabytes: float  # approximately; downloads are compared with the size that the Hub states
-    licence: str = "see its page"
-
-    @property
-    def size(self) -> str:
-        """The approximate size, as `1.7 GB`."""
-        return f"{self.gigabytes:g} GB" if self.gigabytes >= 0.1 else f"{1000 * self.gigabytes:.2g} MB"
-
-    @property
-    def where(self) -> Path | None:
-        """The file in the local Hub cache, or None."""
-        # as huggingface_hub documents its cache; its own function imports an HTTP client, which takes longer than all the rest
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        folder = Path(HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
-        try:
-            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        path = folder / "snapshots" / commit / self.file
-        return path if path.exists() else None
-
-    def sha256(self) -> str | None:
-        """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""
-        if (path := self.where) is None:
-            return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def __str__(self) -> str:
-        return f"{self.repo}/{self.file} ({self.size})"
 
 
 @dataclass(frozen=True)
@@ -71,39 +31,50 @@ class TextTower:
     embedding: Literal["sum", "projected", "pooled", "none"]
     causal: bool = True
     pad: int = 0  # padding id of a tokenizer from a file
+    dim: int | None = None  # width of the embeddings of the tiny tower; None: the model's choice
 
 
 @dataclass(frozen=True)
 class Tower:
     """One row of TOWERS."""
 
-    timm: str | None  # model name; None: built from `options` alone, and trained from scratch
+    timm: str | None  # model name; None: built from `options` alone
     patch: int  # pixels of a token's side; of a convolutional tower, the stride of its coarsest map
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of timm's constructor
     width: int = 0
     depth: int = 0  # blocks
-    weights: HubFile | None = None
+    weights: HubFile | PackagedFile | None = None  # None: trained from scratch
     keys: Mapping[str, Rules] = field(default_factory=lambda: TIMM_FILE)  # of that file, by part
     dead: tuple[str, ...] = ()  # patterns of unused tensors of that file
     text: TextTower | None = None
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # how positions and patch kernels are fitted to other sizes
     class_token_twice: bool = False  # the class embedding is also part of the class position, see `VisionEncoder.embed`
     channels: tuple[int, ...] = ()  # of the four maps of a convolutional tower, finest first; () of a plain transformer
+    size: Literal["full", "small", "tiny"] = "full"  # of the decoder that goes with it, see `mfuser.decoder.sizes`
 
     @property
     def role(self) -> Literal["vfm", "vlm", "both", "cnn"]:
         """Its role: foundation tower, vision-language tower, or, trained from scratch, either; or convolutional network."""
         if self.channels:
             return "cnn"
-        return "both" if self.timm is None else "vlm" if self.text else "vfm"
+        return "both" if self.scratch else "vlm" if self.text else "vfm"
+
+    @property
+    def scratch(self) -> bool:
+        """Whether it has no weights of its own and is trained from scratch."""
+        return self.timm is None and self.weights is None
 
     @property
     def files(self) -> list[HubFile]:
         """The files that it is loaded from: weights, and the tokenizer's vocabulary where that is a file of its own."""
         tokenizer = self.text.tokenizer if self.text else None
         return [file for file in (self.weights, tokenizer) if isinstance(file, HubFile)]
+
+
+def _mini_file(tower: str, digest: str) -> PackagedFile:
+    return PackagedFile(f"{tower}.safetensors", digest, "Apache-2.0")
 
 
 def _timm_file(model: str, gigabytes: float, licence: str = "Apache-2.0") -> HubFile:
@@ -122,6 +93,7 @@ _SIGLIP_WORDS = HubFile("timm/ViT-B-16-SigLIP", "tokenizer.json", 0.0024, "Apach
 # its pooling head is used in a special way, see PooledEmbedding
 _SIGLIP: dict[str, Any] = {"act_layer": "gelu_tanh", "global_pool": ""}
 _TINY = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+_MINI = {"embed_dim": 128, "depth": 6, "num_heads": 4, "norm_in_stem": False}
 _SMALL = {"embed_dim": 256, "depth": 8, "num_heads": 4}
 _SCALARS = (r"^logit_scale$", r"^logit_bias$")  # of the contrastive loss, read by name
 
@@ -326,8 +298,31 @@ TOWERS: dict[str, Tower] = {
         resample="bilinear",
     ),
     # trained from scratch on streets-*: on a CPU in minutes, and on one GPU
-    "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum")),
-    "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum")),
+    "tiny": Tower(None, 8, *_IMAGENET, _TINY, width=64, depth=3, text=TextTower(None, 5, "ViT-B-16", "sum"), size="tiny"),
+    "small": Tower(None, 8, *_IMAGENET, _SMALL, width=256, depth=8, text=TextTower(None, 5, "ViT-B-16", "sum"), size="small"),
+    # pretrained on rendered streets and part of this package, see docs/mini.md
+    "mini_vfm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vfm", "7f5911be3dc5156eba77560fabb7411ce8a4b5b32ccbac1336d4ba84792fba9f"),
+        size="tiny",
+    ),
+    "mini_vlm": Tower(
+        None,
+        16,
+        *_IMAGENET,
+        _MINI,
+        width=128,
+        depth=6,
+        weights=_mini_file("mini_vlm", "3352ae9fecc223ac68aba7d944d42b41bd311a36567d6fbd87c60c4f4709504a"),
+        keys=EVA_CLIP_FILE,
+        text=TextTower(None, 5, "ViT-B-16", "sum", dim=128),
+        size="tiny",
+    ),
     # convolutional networks, see `mfuser.towers.cnn`: CLIP's layers behind the maps, to an image's embedding, are not built
     "convnext_l_clip": Tower(
         "convnext_large",

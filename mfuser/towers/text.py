@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfuser.towers.files import HubFile
 from mfuser.towers.meta import unfilled
-from mfuser.towers.table import TOWERS, HubFile, TextTower, with_text
+from mfuser.towers.table import TOWERS, TextTower, with_text
 from mfuser.towers.weights import WeightsNotFound, how_to_get
 
 CONTEXT_LENGTH = 5  # tokens per class name, start and end included
@@ -45,7 +46,7 @@ class TextEncoder(nn.Module):
 
         Args:
             name: a row of TOWERS with a text tower.    token_ids: (K, 5) integers, from `tokenize`, `listed_ids` or a checkpoint.
-            dim: width of the embeddings of the tiny tower; the others have their own.
+            dim: width of the embeddings of a tower that is trained from scratch; the others have their own.
             context_first: a tower without a start token gets the context before its first word piece, not after it.
             skip_padding: a tower without a start token is read at its last token that is no padding, not at its last.
         """
@@ -54,7 +55,7 @@ class TextEncoder(nn.Module):
         from open_clip.model import CLIPTextCfg, _build_text_tower
 
         row = _text_tower(name)
-        config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim or 64, "text_cfg": _TINY}
+        config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": row.dim or dim or 64, "text_cfg": _TINY}
         settings = dict(config["text_cfg"])
         settings.pop("hf_tokenizer_name", None)
         # the position table has the rows that are used, as in the release's checkpoints
@@ -130,7 +131,7 @@ def prompt_tower(name: str, *, length: int = 0, dim: int = 64) -> Any:
     from open_clip.model import CLIPTextCfg, _build_text_tower
 
     row = _text_tower(name)
-    config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": dim, "text_cfg": _TINY}
+    config: Any = get_model_config(row.open_clip) if row.open_clip else {"embed_dim": row.dim or dim, "text_cfg": _TINY}
     settings = dict(config["text_cfg"]) | ({} if row.open_clip else {"context_length": length})
     with unfilled() if row.open_clip else nullcontext():
         return _build_text_tower(config["embed_dim"], CLIPTextCfg(**settings), quick_gelu=config.get("quick_gelu", False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class ConvStem(nn.Module):
     longer (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021). Has the face of timm's PatchEmbed.
     """
 
-    def __init__(self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96, **_: Any) -> None:
+    def __init__(
+        self, img_size: tuple[int, int], patch_size: int, in_chans: int = 3, embed_dim: int = 96, *, norm: bool = True, **_: Any
+    ) -> None:
+        """Build; without `norm`, convolutions have a bias in place of a batch norm, see `folded`."""
         super().__init__()
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
@@ -35,24 +39,23 @@ class ConvStem(nn.Module):
         widths = [in_chans, *(min(embed_dim, (3 * embed_dim) >> (halvings - i)) for i in range(halvings))]
         layers: list[nn.Module] = []
         for stage, (a, b) in enumerate(itertools.pairwise(widths)):
-            layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
+            layers += [*convolution(a, b, 2, norm), nn.ReLU(inplace=True)]
             # at half the image's size a block costs the most and sees the least
-            layers += [ResidualBlock(b)] if stage else []
+            layers += [ResidualBlock(b, norm)] if stage else []
         self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+
+
+def convolution(channels: int, dim: int, stride: int, norm: bool) -> tuple[nn.Module, nn.Module]:
+    """Build a 3x3 convolution and its batch norm; without `norm`, a bias and nothing."""
+    return nn.Conv2d(channels, dim, 3, stride, 1, bias=not norm), nn.BatchNorm2d(dim) if norm else nn.Identity()
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a skip (He et al., CVPR 2016), (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, norm: bool = True) -> None:
         super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(dim),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(dim, dim, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(dim),
-        )
+        self.branch = nn.Sequential(*convolution(dim, dim, 1, norm), nn.ReLU(inplace=True), *convolution(dim, dim, 1, norm))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.branch(x))
@@ -106,8 +109,11 @@ class VisionEncoder(nn.Module):
         if row.timm is None:
             if any(side % self.patch for side in image_size):
                 raise ValueError(f"image size {image_size} is not a multiple of the patch of `{name}`, {self.patch}")
+            if not row.scratch and self.patch != row.patch:
+                raise ValueError(f"`{name}` has patches of {row.patch} pixels, and its stem fits no other; got {self.patch}")
+            stem = partial(ConvStem, norm=settings.pop("norm_in_stem", True))
             self.trunk: Any = VisionTransformer(
-                img_size=covered, patch_size=self.patch, num_classes=0, embed_layer=ConvStem, **settings
+                img_size=covered, patch_size=self.patch, num_classes=0, embed_layer=stem, **settings
             )
         else:
             # large: its parameters stay on the meta device until they are loaded, or drawn by `loading.fill`

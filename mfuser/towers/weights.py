@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mfuser.towers.table import TIMM, TOWERS, HubFile
+from mfuser.towers.files import HubFile, PackagedFile
+from mfuser.towers.table import TIMM, TOWERS
 
 
 def files(tower: str) -> list[HubFile]:
@@ -16,7 +17,7 @@ def files(tower: str) -> list[HubFile]:
     if tower in TOWERS:
         return TOWERS[tower].files
     row = hub_file(tower)
-    return [] if row is None else [row]
+    return [row] if isinstance(row, HubFile) else []
 
 
 class WeightsNotFound(ValueError):
@@ -38,7 +39,9 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
         row = hub_file(tower)
         if row is None:
             continue
-        if path := row.where:
+        if isinstance(row, PackagedFile):
+            found[tower] = _packaged(tower, row)
+        elif path := row.where:
             found[tower] = path
         else:
             missing[tower] = [file for file in files(tower) if file.where is None]
@@ -48,8 +51,17 @@ def require(towers: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def hub_file(tower: str) -> HubFile | None:
-    """Return the file of a tower's weights on the Hub, None if it has none; for a `timm:<model>`, as timm says.
+def _packaged(tower: str, row: PackagedFile) -> Path:
+    """Return the path of weights that come with this package, and are what they were when it was made."""
+    path, digest = row.where, row.sha256()
+    if path is None or digest != row.digest:
+        state = "is not there" if path is None else f"is damaged: its SHA-256 is {digest}, not {row.digest}"
+        raise WeightsNotFound(f"the file of `{tower}`, {row.file}, {state}", "install dgbench again")
+    return path
+
+
+def hub_file(tower: str) -> HubFile | PackagedFile | None:
+    """Return the file of a tower's weights, None if it has none; for a `timm:<model>`, that on the Hub, as timm says.
 
     Raises: ValueError for an unknown tower, and for a model that timm has no weights of.
     """

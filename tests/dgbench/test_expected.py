@@ -12,7 +12,8 @@ from records import record
 from dgbench import render
 from dgbench.errors import RecipeError
 from dgbench.recipe import Recipe, dump, load_recipe, recipe_hash
-from dgbench.report.expected import Expected, held_against, references, weights_of
+from dgbench.render.leaderboard import leaderboard_tables
+from dgbench.report.expected import Expected, held_against, origins_of, references, weights_of
 from dgbench.report.leaderboard import leaderboard
 from dgbench.results import Record
 
@@ -142,5 +143,41 @@ def test_a_training_records_the_weights_that_its_towers_began_with(tmp_path: Pat
     recipe = load_recipe(RECIPE)
     options = recipe.method.model_copy(update={"vfm": "dinov2_l"})
     found = _tower_weights(recipe.model_copy(update={"method": options}))
-    assert found == {"weights.vfm": hashlib.sha256(b"weights").hexdigest()}
-    assert weights_of([record(kind="train", extra=found)]) == {"vfm": found["weights.vfm"]}
+    sha = hashlib.sha256(b"weights").hexdigest()
+    assert found == {"weights.vfm": sha, "origin.vfm": f"dinov2_l, {row.repo}/{row.file}"}
+    assert weights_of([record(kind="train", extra=found)]) == {"vfm": sha}
+    (told,) = origins_of(record(kind="train", extra=found))
+    assert told == f"dinov2_l, timm/vit_large_patch14_dinov2.lvd142m/model.safetensors, sha256 {sha[:12]}"
+
+
+def test_a_row_names_the_weights_that_it_started_from() -> None:
+    extra = {"weights.vfm": 64 * "a", "origin.vfm": "dinov2_s, timm/vit_small/model.safetensors"}
+    records = [record("streets-city", 0.4), record(kind="train", extra=extra)]
+    (group,) = leaderboard(records).groups
+    assert group.rows[0].weights == ("dinov2_s, timm/vit_small/model.safetensors, sha256 aaaaaaaaaaaa",)
+    (table,) = leaderboard_tables(leaderboard(records, published=False))
+    assert "Weights: dinov2_s, timm/vit_small/model.safetensors, sha256 aaaaaaaaaaaa." in table.legend
+
+
+def test_seeds_of_other_tower_weights_are_no_seeds_of_one_row(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE)
+
+    def seeds(*shas: str) -> list[int]:
+        records = []
+        for seed, sha in enumerate(shas):
+            run = tmp_path / f"{shas[-1][0]}-{seed}"
+            run.mkdir()
+            seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+            dump(seeded, run / "recipe.yaml")
+            own = {
+                "path": run / "record-x.json",
+                "recipe_hash": recipe_hash(seeded),
+                "checkpoint": f"{run.name}/step",
+                "seed": seed,
+            }
+            records += [record("streets-city", 0.4, **own), record(kind="train", extra={"weights.vfm": sha}, **own)]
+        (group,) = leaderboard(records, published=False).groups
+        return [row.seeds for row in group.rows]
+
+    assert seeds(64 * "a", 64 * "a") == [2]
+    assert seeds(64 * "a", 64 * "b") == [1, 1]

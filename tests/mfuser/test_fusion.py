@@ -9,14 +9,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfuser
+from mfuser.decoder.mtenhancer import MTEnhancer, MTEnhancerLayer
 from mfuser.fusion import (
     FUSERS,
     BiDeformAttn,
     BidirectionalMVFuser,
     Fuser,
     GatedRMSNorm,
-    MTEnhancer,
-    MTEnhancerLayer,
     MVFuser,
     SelfAttnConcat,
     SelfAttnSeparate,

@@ -10,9 +10,10 @@ from torch import nn
 
 import mfuser
 from dgbench.cost.count import CONVENTIONS, Cost, CountError, count
+from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.pixel_decoder import PixelDecoder
 from mfuser.decoder.queries import TextMaskDecoder
-from mfuser.fusion import FUSERS, MTEnhancer, MVFuser, Site
+from mfuser.fusion import FUSERS, MVFuser, Site
 
 
 def vit_block(tokens: int, width: int, hidden: int) -> int:

@@ -22,8 +22,9 @@ NAMES = (
     "streets-fog",
     "streets-snow",
     "streets-world",
+    "streets-pretrain",
 )
-PLACES = ("streets-game", "streets-city", "streets-adverse", "streets-world")
+PLACES = ("streets-game", "streets-city", "streets-adverse", "streets-world", "streets-pretrain")
 SMALL = (128, 256)
 CHECKSUMS = {
     ("streets-game", "train", 0, (256, 512)): "9dfa9ec1b2c3f9d8",
@@ -38,6 +39,8 @@ CHECKSUMS = {
     ("streets-adverse", "train", 8, (128, 256)): "2d230f0f922f4c10",
     ("streets-world", "val", 9, (256, 512)): "e5977c39e320b196",
     ("streets-world", "train", 10, (512, 512)): "692331d4cbd50d9f",
+    ("streets-pretrain", "val", 11, (256, 512)): "9adfd43dc177a645",
+    ("streets-pretrain", "train", 12, (128, 256)): "005832147d88e5db",
 }
 
 

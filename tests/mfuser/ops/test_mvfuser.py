@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mfuser.fusion import BidirectionalMVFuser, MTEnhancer, MVFuser
+from mfuser.decoder.mtenhancer import MTEnhancer
+from mfuser.fusion import BidirectionalMVFuser, MVFuser
 from mfuser.ops import BackendError, available, compiled, dispatch, explain, mvfuser
 from mfuser.ops.mvfuser import plan
 
