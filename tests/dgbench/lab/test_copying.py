@@ -160,13 +160,11 @@ def test_a_step_as_a_cuda_graph_is_the_plain_one_also_when_it_goes_on(row: str, 
 
 
 @pytest.mark.full
-def test_on_a_cpu_selective_rows_leave_the_others_behind(tmp_path: Path) -> None:
-    begin(PRESETS["cpu"], tmp_path)
+def test_on_a_cpu_mamba_with_selection_leaves_mamba_without_behind(tmp_path: Path) -> None:
+    begin(dataclasses.replace(PRESETS["cpu"], rows=("mamba-s4", "mamba-hyena", "mamba-s6")), tmp_path)
     result = carry_out(tmp_path, device=CPU, progress=Silent())
-    scores: dict[str, list[float]] = {one.layer: [] for one in result.trained}
-    for one in result.trained:
-        scores[one.layer].append(one.token_accuracy)
-    assert min(scores["s6"]) > max(scores["s4"] + scores["hyena"]) + 0.1
+    scores = {one.layer: one.token_accuracy for one in result.trained}
+    assert scores["s6"] > max(scores["s4"], scores["hyena"]) + 0.2
 
 
 # ---- the table
