@@ -118,7 +118,7 @@ class Settings:
 PAPER = Settings()
 PRESETS = {
     "cpu": Settings(
-        length=64, vocab=8, memorize=4, steps=500, depth=1, batch=32, lr=5e-3, seeds=(0,), log_every=25, checkpoint_every=250
+        length=64, vocab=8, memorize=4, steps=600, depth=1, batch=32, lr=3e-3, seeds=(0,), log_every=25, checkpoint_every=300
     ),
     "gpu": dataclasses.replace(PAPER, seeds=(0,), log_every=100, checkpoint_every=2000),
     "paper": PAPER,
