@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mfuser.deformable import DeformableAttention, cell_centres
 from mfuser.ops import mvfuser, selective_scan
 from mfuser.ops.mvfuser import check, empty, plan
+from mfuser.ssm.steps import reset_steps
 
 
 class Fuser(nn.Module):
@@ -230,17 +231,6 @@ class UngatedMVFuser(MVFuser):
         x = F.silu(self.conv1d_x(self.in_proj(joint).transpose(1, 2)))
         out: Tensor = self.dropout(self.out_proj(self.norm(self._scanned(x.transpose(1, 2))))) * self.scale
         return out
-
-
-def reset_steps(dt_proj: nn.Linear, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-    """Step sizes log-uniform in low..high, as Mamba starts; softplus(bias) is the step."""
-    bound = dt_proj.in_features**-0.5
-    nn.init.uniform_(dt_proj.weight, -bound, bound)
-    step = torch.exp(torch.rand(len(dt_proj.bias)) * (math.log(high) - math.log(low)) + math.log(low))
-    step = step.clamp(min=floor)
-    with torch.no_grad():
-        # the inverse of softplus, in a form that keeps its digits for small steps
-        dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
 class SelfAttnConcat(JointFuser):

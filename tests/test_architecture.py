@@ -130,6 +130,7 @@ def test_results_and_recipes_need_neither_torch_nor_models() -> None:
         "dgbench.needs",
         "dgbench.names",
         "dgbench.engine.device",
+        "dgbench.lab.settings",
         "dgbench.untrusted",
         "dgbench.bounds",
         "dgbench.matrices",

@@ -7,6 +7,14 @@ A file for each kind of result turns it into tables; `table` draws them, `texts`
 from dgbench.render.backbone_plot import draw_backbones
 from dgbench.render.bars import progress, transfers
 from dgbench.render.curves import draw_curves
+from dgbench.render.lab_pictures import (
+    draw_convolution,
+    draw_copying,
+    draw_memory,
+    draw_scans,
+    draw_speeds,
+    draw_step_errors,
+)
 from dgbench.render.numbers import duration, percent
 from dgbench.render.pictures import draw_fusion, draw_severity, draw_tradeoff
 from dgbench.render.results import show, tell
@@ -19,9 +27,15 @@ __all__ = [
     "Cell",
     "Table",
     "draw_backbones",
+    "draw_convolution",
+    "draw_copying",
     "draw_curves",
     "draw_fusion",
+    "draw_memory",
+    "draw_scans",
     "draw_severity",
+    "draw_speeds",
+    "draw_step_errors",
     "draw_tradeoff",
     "duration",
     "failure",

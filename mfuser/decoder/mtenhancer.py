@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.fusion import MVFuser, reset_steps
+from mfuser.fusion import MVFuser
+from mfuser.ssm.steps import reset_steps
 
 
 class TextAttention(nn.Module):
