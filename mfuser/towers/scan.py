@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mfuser.fusion import reset_steps
 from mfuser.ops import selective_scan
+from mfuser.ssm.steps import reset_steps
 
 
 class TokenScan(nn.Module):
