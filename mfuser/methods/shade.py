@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from mfuser.decoder.deeplab import AuxiliaryHead, DeepLabV3Plus, pixel_loss, resized
 from mfuser.labels import IGNORE, train_ids
+from mfuser.processes import divisor, even_rows, number_of_processes
 from mfuser.releases import Release, robustnet
 from mfuser.segmentor import Batch, Segmentor, TrainingData
 from mfuser.towers.resnet import ResNetEncoder, resnets
@@ -121,8 +121,7 @@ class SHADE(Segmentor):
         chosen = points[farthest(points, channels, start)]
         styles.means.copy_(chosen[:, :channels])
         styles.deviations.copy_(chosen[:, channels:])
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        styles.epoch.fill_(max(1, len(points) // (by * processes)))
+        styles.epoch.fill_(max(1, len(points) // (by * number_of_processes())))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy of both views, that of the auxiliary head, consistency of the styles, and with the trunk's features.
@@ -153,7 +152,8 @@ class SHADE(Segmentor):
         styles = self._styles()
         # in fp32: draws of so small a concentration underflow in 16 bits
         concentration = torch.full((x.shape[1],), self.concentration, device=x.device)
-        weights = torch.distributions.Dirichlet(concentration).sample((len(x),))
+        styles_of = torch.distributions.Dirichlet(concentration)
+        weights = even_rows(len(x)).of(lambda images: styles_of.sample((images,)))
         return restyled(x, weights @ styles.means.float(), weights @ styles.deviations.float())
 
 
@@ -213,7 +213,7 @@ def retrospection(features: Tensor, taught: Tensor, labels: Tensor, classes: int
     """
     small = majority(labels, labels.shape[-1] // features.shape[-1], classes)
     things = torch.isin(small, torch.tensor(THINGS, device=small.device))
-    return ((features - taught).square().mean(1) * things).sum() / things.sum().clamp(min=1)
+    return ((features - taught).square().mean(1) * things).sum() / divisor(things.sum())
 
 
 MODEL = SHADE
