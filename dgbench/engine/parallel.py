@@ -6,9 +6,10 @@ batch: dropout, whose draws are made for the whole batch, and BatchNorm, whose s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mfuser.processes import even_rows
 from mfuser.segmentor import Batch, Segmentor
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.utils import KwargsHandler
 
 
@@ -38,10 +40,19 @@ class Loss(nn.Module):
 
 
 def settings() -> list[KwargsHandler]:
-    """Return what `DistributedDataParallel` is told: the graph of every step is the same, buffers follow from it."""
+    """Return what `DistributedDataParallel` is told: the graph of every step is the same, buffers follow from the same steps."""
     from accelerate.utils import DistributedDataParallelKwargs
 
     return [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)]
+
+
+def prepared(accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+    """Return both as accelerate prepares them for the device, the precision and the processes."""
+    with warnings.catch_warnings():
+        # renamed in PyTorch 2.13; accelerate and PyTorch 2.11 know the old name
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        found: tuple[nn.Module, Any] = accelerator.prepare(loss, optimizer)
+    return found
 
 
 def with_norms(model: Segmentor, team: Team, device: torch.device, *, local: bool) -> tuple[Segmentor, str | None]:

@@ -24,7 +24,7 @@ from dgbench.launch import Launched
 if TYPE_CHECKING:
     import torch
 
-_FAILED = "failed"
+FAILED = "failed"  # key of the store: the rank of the first process that failed
 _POLL = 0.05  # seconds between two looks at the store
 _GOODBYE = 20.0  # seconds that the first process waits for the others' end
 _PATIENCE = 10.0  # seconds without the others, after which one says so
@@ -105,14 +105,14 @@ class Team:
         if self.world == 1:
             return True
         try:
-            return bool(self.store.compare_set(_FAILED, "", str(self.rank)) == str(self.rank).encode())
+            return bool(self.store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode())
         except Exception:  # whoever holds the store has ended, and with it all
             return self.main
 
     def failed(self) -> bool:
         """Return whether a process has failed."""
         try:
-            return bool(self.store.check([_FAILED]))
+            return bool(self.store.check([FAILED]))
         except Exception:
             return True
 
@@ -130,7 +130,7 @@ class Team:
         """Return the store by a connection of its own, for another thread."""
         from torch.distributed.distributed_c10d import PrefixStore
 
-        return PrefixStore("watch", self._connection.clone())
+        return PrefixStore(_prefix(), self._connection.clone())
 
     def leave(self) -> None:
         """End the exchange, after all have finished: the first process, which may hold the store, goes last."""
@@ -245,10 +245,8 @@ def _found(place: Launched) -> tuple[Any, Any]:
 
     Raises: DgbenchError naming the address if they do not come in time.
     """
-    from torch.distributed import (
-        DistError,
-        TCPStore,  # type: ignore[attr-defined]
-    )
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed import DistError
     from torch.distributed.distributed_c10d import PrefixStore
 
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -262,8 +260,7 @@ def _found(place: Launched) -> tuple[Any, Any]:
         try:
             if store is None:
                 one = TCPStore(host, int(port), None, hosts, timedelta(seconds=min(5.0, seconds)), wait_for_workers=False)
-                # after a restart by torchrun, what the last try left is another one's
-                store = PrefixStore(f"dgbench/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", one)
+                store = PrefixStore(_prefix(), one)
                 store.set_timeout(timedelta(minutes=5))
                 store.add("come", 1)
             if (come := store.add("come", 0)) >= place.world:
@@ -281,6 +278,11 @@ def _found(place: Launched) -> tuple[Any, Any]:
         f"{come or 'none'} of {place.world} processes came to {host}:{port} within {seconds:g} s",
         "unset RANK and WORLD_SIZE if they are left over from another program; else see whether the others reach this address",
     )
+
+
+def _prefix() -> str:
+    # after a restart by torchrun, what the last try left is another one's
+    return f"dgbench/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _join_seconds() -> float:

@@ -30,7 +30,7 @@ from dgbench.engine.device import accelerator_on, device_name, memory_refused, p
 from dgbench.engine.log import Log
 from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.pace import Pace
-from dgbench.engine.parallel import Loss, with_norms
+from dgbench.engine.parallel import Loss, prepared, with_norms
 from dgbench.engine.stops import Stops
 from dgbench.engine.team import ALONE, PeerLost, Team
 from dgbench.engine.tracking import Trackers
@@ -140,7 +140,7 @@ def train(
         progress.note(norms) if norms else None
     # faster convolutions: a step takes a tenth less on a CPU; checkpoints are still written in the usual order
     model.to(memory_format=torch.channels_last)
-    loss_of, optimizer = accelerator.prepare(Loss(model, team), optimizer)
+    loss_of, optimizer = prepared(accelerator, Loss(model, team), optimizer)
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])

@@ -8,12 +8,13 @@ import threading
 import time
 from typing import Any, Literal, Self
 
-from dgbench.engine.team import Team, hang_seconds
+from dgbench.engine.team import FAILED, Team, hang_seconds
 from dgbench.launch import LOST
 
 Phase = Literal["loading its batch", "computing", "waiting for the others", "writing"]
 _ORDER: tuple[Phase, ...] = ("loading its batch", "computing", "waiting for the others", "writing")
 _BEAT = 2.0  # seconds between two signs of life
+_NOTICE = 15.0  # seconds in which a process notices by itself that another one has ended
 _SILENT = 15.0  # seconds without a sign of life after which a process counts as stopped
 
 
@@ -58,16 +59,23 @@ class Watch:
             beat += 1
             step, phase = self._at
             try:
+                if store.check([FAILED]):
+                    return self._end_late()
                 store.set(f"at/{self._team.rank}", f"{step}/{_ORDER.index(phase)}/{beat}")
                 for rank in range(self._team.world):
                     key = f"at/{rank}"
                     said = store.get(key).decode() if store.check([key]) else ""
                     if said != seen[rank][0]:
                         seen[rank] = (said, time.monotonic())
-            except Exception:  # the process that holds the store has ended: the exchange of numbers ends this one, too
-                return
+            except Exception:  # the process that holds the store has ended
+                return self._end_late()
             if time.monotonic() - self._since > limit and not self._ended.is_set():
                 self._end(_behind(seen, min(_SILENT, limit)), limit)
+
+    def _end_late(self) -> None:
+        """End this process if it does not notice that another one has ended: it may wait for it, or for something else."""
+        if not self._ended.wait(_NOTICE):
+            os._exit(LOST)
 
     def _end(self, who: str, limit: float) -> None:
         if self._team.claim():
