@@ -135,7 +135,7 @@ def silent(error: BaseException) -> int | None:
         code = 128 + error.signum if isinstance(error, Terminated) else getattr(error, "code", 130)
         return None if first() else code
     if module is None or team is None or team.world == 1:  # they have not met yet: all fail alike
-        return None if first() else 1
+        return None if first() or (module is not None and isinstance(error, module.NotReached)) else 1
     if isinstance(error, module.PeerLost) and ASKED in os.environ:  # `--gpus` sees how it ended
         return LOST
     return None if team.claim() else LOST

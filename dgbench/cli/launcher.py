@@ -26,6 +26,7 @@ from dgbench.errors import DgbenchError
 if TYPE_CHECKING:
     from dgbench.engine.team import Team
 
+_GO_ON = "go on with the same eval, or with train --resume"
 _LIFELINE = "DGBENCH_LIFELINE"  # descriptor of a pipe that is closed when the launcher ends
 _NOTICE, _PATIENCE = 8.0, 12.0  # seconds that processes have to notice another one's end, and then a signal
 _FORWARDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -44,6 +45,8 @@ def joined(gpus: int | None, device: str | None) -> Team:
 
         return ALONE
     _end_with_launcher()
+    # read when torch is imported: c10d logs each end of a connection with a stack of its own; what happened is said here
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from dgbench.engine.device import pick_device
     from dgbench.engine.team import join
 
@@ -129,16 +132,14 @@ def _status(codes: list[int], ended_here: set[int], sent: list[int]) -> int:
 
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        why = "; the system does so if memory is used up" if name == "SIGKILL" else ""
-        render.failure(
-            f"process {rank} of {len(codes)} was killed ({name})", f"go on with dgbench train --resume, or the same eval{why}"
-        )
+        why = ", most often because memory was used up" if name == "SIGKILL" else ""
+        render.failure(f"process {rank} of {len(codes)} was killed ({name}){why}", _GO_ON)
         return 1
     told = [code for code in codes if code not in (0, launch.LOST) and code > 0]
     if not told and any(codes):
         from dgbench import render
 
-        render.failure("the processes have lost each other", "go on with dgbench train --resume, or the same eval")
+        render.failure("the processes have lost each other", _GO_ON)
         return 1
     return max(told, default=0)
 

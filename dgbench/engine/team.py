@@ -24,6 +24,7 @@ from dgbench.launch import Launched
 if TYPE_CHECKING:
     import torch
 
+_GO_ON = "go on with the same eval, or with train --resume"
 FAILED = "failed"  # key of the store: the rank of the first process that failed
 _POLL = 0.05  # seconds between two looks at the store
 _GOODBYE = 20.0  # seconds that the first process waits for the others' end
@@ -32,6 +33,10 @@ _PATIENCE = 10.0  # seconds without the others, after which one says so
 
 class PeerLost(DgbenchError):
     """Another process of the same command ended; it or its launcher says why, if anybody can."""
+
+
+class NotReached(DgbenchError):
+    """The first process cannot be reached, so that only this one can say so."""
 
 
 class Team:
@@ -123,7 +128,7 @@ class Team:
         words = str(error).lower()
         kinds = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
         if type(error).__name__ in kinds or (isinstance(error, RuntimeError) and any(sign in words for sign in _SIGNS)):
-            return PeerLost("another process of this command has ended", "go on with the same command, or train --resume")
+            return PeerLost("another process of this command has ended", _GO_ON)
         return None
 
     def own_store(self) -> Any:
@@ -274,7 +279,7 @@ def _found(place: Launched) -> tuple[Any, Any]:
             patient = end
             print(f"waiting at {host}:{port}: {come} of {place.world} processes are here", file=sys.stderr, flush=True)
         time.sleep(_POLL)
-    raise DgbenchError(
+    raise (DgbenchError if come else NotReached)(
         f"{come or 'none'} of {place.world} processes came to {host}:{port} within {seconds:g} s",
         "unset RANK and WORLD_SIZE if they are left over from another program; else see whether the others reach this address",
     )

@@ -97,6 +97,7 @@ def train(
     )
     digests = {stream.name: stream.digest() for stream in extra}
     _check_streams(run, digests, before)
+    model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -134,7 +135,6 @@ def train(
     place = batches.Place(team.rank, team.world, accelerator.device)
     loader = batches.of_steps(recipe, dataset, extra, start, place, progress)
     data = batches.Images(recipe, dataset, extra, place)
-    model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
     if team.world > 1 and main:
         progress.note(f"{team}, {spec.batch_size // team.world} images of a batch each")
         progress.note(norms) if norms else None

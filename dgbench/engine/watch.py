@@ -13,6 +13,7 @@ from dgbench.launch import LOST
 
 Phase = Literal["loading its batch", "computing", "waiting for the others", "writing"]
 _ORDER: tuple[Phase, ...] = ("loading its batch", "computing", "waiting for the others", "writing")
+_EXCHANGES = ("torch/distributed/distributed_c10d.py", "torch/autograd/graph.py", "torch/autograd/__init__.py")
 _BEAT = 2.0  # seconds between two signs of life
 _NOTICE = 15.0  # seconds in which a process notices by itself that another one has ended
 _SILENT = 15.0  # seconds without a sign of life after which a process counts as stopped
@@ -58,9 +59,11 @@ class Watch:
         while not self._ended.wait(min(_BEAT, limit / 4)):
             beat += 1
             step, phase = self._at
+            if phase == "computing" and _exchanges():
+                phase = "waiting for the others"
             try:
                 if store.check([FAILED]):
-                    return self._end_late()
+                    break
                 store.set(f"at/{self._team.rank}", f"{step}/{_ORDER.index(phase)}/{beat}")
                 for rank in range(self._team.world):
                     key = f"at/{rank}"
@@ -68,12 +71,10 @@ class Watch:
                     if said != seen[rank][0]:
                         seen[rank] = (said, time.monotonic())
             except Exception:  # the process that holds the store has ended
-                return self._end_late()
+                break
             if time.monotonic() - self._since > limit and not self._ended.is_set():
                 self._end(_behind(seen, min(_SILENT, limit)), limit)
-
-    def _end_late(self) -> None:
-        """End this process if it does not notice that another one has ended: it may wait for it, or for something else."""
+        # another process has ended, which this one may not notice: it may wait for it, or for something else
         if not self._ended.wait(_NOTICE):
             os._exit(LOST)
 
@@ -81,11 +82,21 @@ class Watch:
         if self._team.claim():
             self._team.tell(
                 f"{self._what}: no step for {limit / 60:g} minutes: {who}",
-                "go on with the same command, or train --resume; DGBENCH_HANG_MINUTES sets the minutes",
+                "go on with the same eval, or with train --resume; DGBENCH_HANG_MINUTES sets the minutes",
             )
             sys.stderr.flush()
             os._exit(1)
         os._exit(LOST)
+
+
+def _exchanges() -> bool:
+    """Return whether the main thread is within an exchange with the others, or in a backward pass, which has them."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_EXCHANGES):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _behind(seen: dict[int, tuple[str, float]], silent: float) -> str:
