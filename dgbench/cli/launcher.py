@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dgbench import launch
 from dgbench.errors import DgbenchError
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ def joined(gpus: int | None, device: str | None) -> Team:
 
     Raises: DgbenchError for what is no launch (`launch.launched`), processes that do not come, fewer GPUs than asked for.
     """
+    from dgbench import launch
+
     place = launch.check(gpus)
     if place.world == 1 and (gpus or 1) > 1:
         raise typer.Exit(_run(gpus or 1))
@@ -55,11 +56,6 @@ def joined(gpus: int | None, device: str | None) -> Team:
         raise DgbenchError(
             f"--gpus {place.world}, but no CUDA device is usable here", "`dgbench doctor` says why; or use --device cpu"
         )
-    if on.index is not None:
-        raise DgbenchError(
-            f"`{device}` was named, but {place.world} processes take a GPU each",
-            "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs",
-        )
     team = join(place, on)
     from dgbench import render
 
@@ -69,6 +65,7 @@ def joined(gpus: int | None, device: str | None) -> Team:
 
 def _run(count: int) -> int:
     """Run this program `count` times, and return the exit status of all together."""
+    from dgbench import launch
     from dgbench.resources import usable_cores
 
     with socket.socket() as free:
@@ -124,12 +121,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> set[int]:
 
 
 def _status(codes: list[int], ended_here: set[int], sent: list[int]) -> int:
+    from dgbench import launch, render
+
     if sent and not any(code == 1 for code in codes):
         return 128 + sent[0]
     killed = {rank: -code for rank, code in enumerate(codes) if code < 0 and rank not in ended_here}
     if killed:
-        from dgbench import render
-
         rank, number = next(iter(killed.items()))
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         why = ", most often because memory was used up" if name == "SIGKILL" else ""
@@ -137,8 +134,6 @@ def _status(codes: list[int], ended_here: set[int], sent: list[int]) -> int:
         return 1
     told = [code for code in codes if code not in (0, launch.LOST) and code > 0]
     if not told and any(codes):
-        from dgbench import render
-
         render.failure("the processes have lost each other", _GO_ON)
         return 1
     return max(told, default=0)
@@ -167,6 +162,8 @@ def _forwarding(processes: list[subprocess.Popen[bytes]], sent: list[int]) -> It
 
 def _end_with_launcher() -> None:
     """End this process if the one that started it is killed: by SIGTERM, after which a training can go on."""
+    from dgbench import launch
+
     text = os.environ.get(_LIFELINE, "")
     if not text.isdecimal() or launch.ASKED not in os.environ:
         return

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgbench import launch
 from dgbench.errors import ResultError, StoppedError, Terminated
-from dgbench.launch import ASKED
 
 if TYPE_CHECKING:
     from dgbench.engine.team import Team
@@ -53,6 +51,8 @@ class Options:
 
     def again(self) -> str:
         """Return what has to be said once more when a training goes on."""
+        from dgbench.launch import ASKED
+
         words = ["--track", *self.track] if self.track else []
         if ASKED in os.environ:
             words += ["--gpus", os.environ[ASKED]]
@@ -115,6 +115,8 @@ def check_one_process(what: str) -> None:
 
     Raises: ResultError in a process of a distributed training.
     """
+    from dgbench import launch
+
     if launch.several():
         raise ResultError(f"{what} trains in one process, and a launcher has started several", "launch each seed by itself")
 
@@ -163,7 +165,7 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
 
     Raises: StoppedError, DgbenchError.
     """
-    from dgbench import locks
+    from dgbench import launch, locks
     from dgbench.runs import claim_run
 
     run = training.run
@@ -175,7 +177,6 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
                 if first and training.chosen:  # once more: a run of somebody else may have begun and ended here since
                     claim_run(run, locked=True)
                 from dgbench.engine.evaluate import evaluate
-                from dgbench.engine.team import ALONE
                 from dgbench.engine.train import train as fit
 
                 trained = fit(
@@ -186,7 +187,7 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
                     device=options.device,
                     root=options.root,
                     trackers=trackers,
-                    team=options.team or ALONE,
+                    team=options.team,
                     local_norms=options.local_norms,
                 )
         except (KeyboardInterrupt, Terminated) as stop:
@@ -208,7 +209,7 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
                 device=options.device,
                 include_source=True,
                 root=options.root,
-                team=options.team or ALONE,
+                team=options.team,
             )
         except (KeyboardInterrupt, Terminated) as stop:
             raise stopped(stop, advice[1]) from None

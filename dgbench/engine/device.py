@@ -67,13 +67,11 @@ def accelerator_on(
     folder: Path | None = None,
     team: Team | None = None,
 ) -> Accelerator:
-    """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+    """Accelerate's handle of exactly this device; one of several processes takes the GPU that its launcher meant.
 
     Args:
         trackers: experiment trackers that it may start, by accelerate's names.    folder: where they keep their files.
         team: the processes that train together, which have met.
-
-    Raises: DgbenchError if such a process is to take `cuda:N`.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -81,11 +79,6 @@ def accelerator_on(
 
     tracked: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": folder}
     if team is not None and team.world > 1:
-        if device.index is not None:
-            raise DgbenchError(
-                f"`{device}` was named, but a launcher has started this process for a GPU of its own",
-                "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
-            )
         from dgbench.engine.parallel import settings
 
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -27,11 +27,12 @@ from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
 from dgbench.engine.targets import Target, chosen_targets, size_of, stored_records
-from dgbench.engine.team import ALONE, Team
+from dgbench.engine.team import Team, join
 from dgbench.engine.together import Together
 from dgbench.engine.watch import Watch
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, DgbenchError
+from dgbench.launch import launched
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
@@ -79,7 +80,7 @@ def evaluate(
     protocol_name: str | None = None,
     limit: int | None = None,
     reuse: bool = False,
-    team: Team = ALONE,
+    team: Team | None = None,
 ) -> list[results.Record]:
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
 
@@ -90,13 +91,14 @@ def evaluate(
         protocol_name: score under this protocol instead of the recipe's.
         limit: score the first so many images of each domain only. Where the recipe has more, that is another kind, too.
         reuse: take a record that the run has already of the same checkpoint, images and protocol, instead of scoring again.
-        team: the processes that score together, all of which call this; the first writes.
+        team: the processes that score together, all of which call this; the first writes. Default: those a launcher started.
 
     Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix; PeerLost if another
         process has ended. Domains scored before an error keep their records. After any interruption, the same call continues
         with the remaining images.
     """
     on = pick_device(device)  # refused before any time is spent
+    team = team or join(launched(), on)
     recipe = load_recipe(str(run / "recipe.yaml"), root=root)
     # every name is checked before any time is spent
     given = targets if targets is not None else recipe.data.targets

@@ -201,11 +201,16 @@ def team() -> Team:
 def join(place: Launched, device: torch.device) -> Team:
     """Find the other processes, and return them with this one. A second call returns the same.
 
-    Raises: DgbenchError if they do not come, or the machine has fewer GPUs than processes.
+    Raises: DgbenchError if they do not come, for `cuda:N`, or if the machine has fewer GPUs than processes.
     """
     global _team
     if place.world == 1 or _team.world > 1:
         return _team
+    if device.index is not None:
+        raise DgbenchError(
+            f"`{device}` was named, but a launcher has started this process for a GPU of its own",
+            "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
+        )
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore

@@ -32,12 +32,13 @@ from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.pace import Pace
 from dgbench.engine.parallel import Loss, prepared, with_norms
 from dgbench.engine.stops import Stops
-from dgbench.engine.team import ALONE, PeerLost, Team
+from dgbench.engine.team import PeerLost, Team, join
 from dgbench.engine.tracking import Trackers
 from dgbench.engine.trained import record_of
 from dgbench.engine.watch import Watch
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
+from dgbench.launch import launched
 from dgbench.progress import Progress, Silent
 from dgbench.recipe import Recipe, dump, recipe_hash
 from mfuser import ops
@@ -58,14 +59,14 @@ def train(
     device: str | None = None,
     root: Path | None = None,
     trackers: Trackers | None = None,
-    team: Team = ALONE,
+    team: Team | None = None,
     local_norms: bool = False,
 ) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
     Args:
         trackers: are told loss, learning rate and speed where `log.jsonl` is; whoever made them finishes them.
-        team: the processes that train together, all of which call this.
+        team: the processes that train together, all of which call this; default: those that a launcher started.
         local_norms: BatchNorm may take the statistics of each process's part of a batch.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
@@ -76,7 +77,9 @@ def train(
     begun = time.perf_counter()
     spec = recipe.train
     trackers = trackers or Trackers()
-    accelerator = accelerator_on(pick_device(device), spec.precision, trackers.names, run / tracking.FOLDER, team)
+    on = pick_device(device)
+    team = team or join(launched(), on)
+    accelerator = accelerator_on(on, spec.precision, trackers.names, run / tracking.FOLDER, team)
     main = team.main
     found = checkpoints.newest(run) if resume else None
     if spec.init is not None and not found:
