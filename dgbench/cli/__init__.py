@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from dgbench.cli import ci, compare, data, get, help, kernels, measure, predict, report, run, share
+from dgbench.cli import ci, compare, data, get, help, kernels, measure, predict, report, run, share, sweep
 from dgbench.cli.options import TargetsOpt
 from dgbench.cli.program import Command, Program
 
@@ -30,7 +30,7 @@ app = typer.Typer(
 app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
 # typers without a name add a panel's commands to the program, in this order
-for part in (get, share, run, predict, measure, compare, report, ci, help):
+for part in (get, share, run, sweep, predict, measure, compare, report, ci, help):
     app.add_typer(part.panel)
 
 
