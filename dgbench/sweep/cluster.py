@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dgbench.sweep.cells import Cell, attempted, note
 FOLDER = "jobs"  # in a sweep's folder: submitit's files, a folder for each job
 _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "STAGE_OUT")
 _UNKNOWN = 600.0  # seconds in which a job that Slurm does not know yet counts as waiting
+_POLL = 0.2
 _TIMES = 100  # how often a job may run out of time and go on
 # options of sbatch that submitit has under a name of its own
 _OWN = {
@@ -33,7 +35,7 @@ _OWN = {
 
 
 class Job:
-    """What a job does: train and score a cell. Told to make room, it lets the training write a checkpoint, and is queued again."""
+    """What a job does: train and score a cell. To make room, it lets the training write a checkpoint, and is queued again."""
 
     def __init__(self, run: Path, program: Sequence[str], words: Sequence[str]) -> None:
         self.run, self.program, self.words = run, list(program), list(words)
@@ -45,8 +47,12 @@ class Job:
         Raises: RuntimeError saying why it failed.
         """
         self._training = Training(self.run, self.program, self.words)
-        while not self._training.ended():
-            time.sleep(0.5)
+        try:
+            while not self._training.ended():
+                time.sleep(_POLL)
+        except BaseException:  # the job is cancelled
+            self._training.stop()
+            raise
         if reason := self._training.outcome():
             raise RuntimeError(reason)
         return str(self.run)
@@ -107,6 +113,7 @@ def alive(cell: Cell, folder: Path) -> tuple[bool | None, str]:
     try:
         import submitit
 
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # warns each time that sacct cannot be asked
         state = str(submitit.SlurmJob(folder / FOLDER, attempt.job).state).upper()
     except Exception:  # no submitit here, or no Slurm: what the folder says counts
         return None, ""
