@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +99,7 @@ def test_evaluation_is_that_of_one_process_bit_for_bit(one: Path, tmp_path: Path
     np.testing.assert_equal(matrices(run), matrices(one))
 
 
+@pytest.mark.full
 def test_a_training_goes_on_with_another_number_of_processes(one: Path, tmp_path: Path) -> None:
     first = train(tmp_path, "--set", "train.steps=6", PLAIN_DOES="raise 4 1")
     assert [e.status != 0 for e in first] == [True, True]
@@ -111,9 +116,9 @@ def test_a_training_goes_on_with_another_number_of_processes(one: Path, tmp_path
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("raise 4 1", "error: step 5: the memory does not suffice"),
-        ("nan 4 1", "error: the loss became nan at step 5"),
         ("kill 4 1", "error: another process of this command has ended"),
+        pytest.param("raise 4 1", "error: step 5: the memory does not suffice", marks=pytest.mark.full),
+        pytest.param("nan 4 1", "error: the loss became nan at step 5", marks=pytest.mark.full),
     ],
 )
 def test_what_ends_one_process_ends_all_with_one_line(what: str, words: str, tmp_path: Path) -> None:
@@ -139,8 +144,85 @@ def test_a_signal_to_one_process_stops_all_behind_the_same_step(one: Path, tmp_p
     assert int(checkpoint.name.removeprefix("step-")) == len(losses(tmp_path / "run"))
 
 
+@pytest.mark.full
 def test_a_hanging_process_is_named(tmp_path: Path) -> None:
     ended = train(tmp_path, "--quiet", PLAIN_DOES="sleep 4 1", DGBENCH_HANG_MINUTES="0.03")
     assert 0 not in [e.status for e in ended]
     (line,) = said(ended)
     assert line.endswith("run: no step for 0.03 minutes: process 1 is at step 5, computing")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(4))
+def test_a_training_killed_at_any_moment_ends_with_the_same_weights(part: int, tmp_path: Path) -> None:
+    """Forty kills in four parts: of either process or of both, spread over a training from its start to its end."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    begun = time.monotonic()
+    assert [e.status for e in train(whole, "--quiet")] == [0, 0]
+    seconds = time.monotonic() - begun
+    for number in range(part, 40, 4):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        victims = ([0], [1], [0, 1])[number // 4 % 3]
+        at = time.monotonic() + seconds * number / 40
+
+        def kill(children: list[int], victims: list[int] = victims, at: float = at) -> bool:
+            if time.monotonic() < at:
+                return False
+            for victim in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(children[victim], signal.SIGKILL)
+            return True
+
+        train(folder, "--quiet", then=kill)
+        again = ["--resume", str(folder / "run")] if (folder / "run/recipe.yaml").exists() else []
+        ended = train(folder, "--quiet", *again)
+        assert [e.status for e in ended] == [0, 0], (number, ended)
+        assert weights(folder / "run") == weights(whole / "run"), number
+        assert kinds(folder / "run") == ["train"]
+
+
+def weights(run: Path) -> bytes:
+    (folder,) = (run / "checkpoint").glob("step-*")
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.full
+def test_the_option_starts_the_processes_and_says_which_was_killed(tmp_path: Path) -> None:
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text(RECIPE)
+    program = [
+        sys.executable,
+        str(Path(__file__).parent / "plain_program.py"),
+        "train",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    words = [*program, "--gpus", "2", "--device", "cpu", "--no-eval", "--quiet"]
+    path = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        words, env={**os.environ, "PLAIN_DOES": "kill 4 0", "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: process 0 of 2 was killed (SIGKILL), most often because memory was used up"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_two_processes_on_one_gpu_train_as_one(norm: str, tmp_path: Path) -> None:
+    """In processes of their own: CUDA does not survive a fork."""
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text(RECIPE)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "DGBENCH_SHARE_GPU": "1"}
+    for count in (1, 2):
+        program = [sys.executable, str(Path(__file__).parent / "plain_program.py"), "train", str(recipe)]
+        words = [*program, "--out", str(tmp_path / f"{count}"), "--gpus", str(count), "--quiet", "--set", f"method.norm={norm}"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    for step, alone in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
+        assert step == pytest.approx(alone, rel=1e-3)
+    scores = [{r.target: r.miou for r in results.query(tmp_path / f"{count}") if r.kind == "eval"} for count in (1, 2)]
+    assert scores[0].keys() == scores[1].keys()
