@@ -175,7 +175,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_weights(part: int, t
                     os.kill(children[victim], signal.SIGKILL)
             return True
 
-        train(folder, "--quiet", then=kill)
+        train(folder, "--quiet", then=kill, DGBENCH_JOIN_SECONDS="5")
         again = ["--resume", str(folder / "run")] if (folder / "run/recipe.yaml").exists() else []
         ended = train(folder, "--quiet", *again)
         assert [e.status for e in ended] == [0, 0], (number, ended)

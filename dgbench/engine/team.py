@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dgbench.engine.pulse import Pulse
 from dgbench.errors import DgbenchError
 from dgbench.launch import Launched
 
@@ -51,6 +52,7 @@ class Team:
         self._connection, self.store = store or (None, None)
         self.tell: Callable[[str, str | None], None] = _tell
         self._met, self._left = 0, False
+        self._pulse = Pulse(self.own_store(), self.rank, self.world) if self.world > 1 else None
 
     def __str__(self) -> str:
         """Say how many processes there are, and how they exchange gradients."""
@@ -142,6 +144,8 @@ class Team:
         if self.world == 1 or self._left:
             return
         self._left = True
+        if self._pulse is not None:
+            self._pulse.end()
         import torch.distributed as dist
 
         end = time.monotonic() + _GOODBYE
@@ -151,12 +155,6 @@ class Team:
                 time.sleep(_POLL)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def abandon(self) -> None:
-        """Wait until the process that says why all end has said so."""
-        end = time.monotonic() + _GOODBYE / 10
-        while not self.failed() and time.monotonic() < end:
-            time.sleep(_POLL)
 
     def _reduced(self, numbers: NDArray[Any], how: str) -> NDArray[Any]:
         import torch
@@ -178,6 +176,8 @@ class Team:
                 raise self.lost(error) or error from None
             if self.failed():
                 raise PeerLost("another process of this command has failed", None)
+            if self._pulse is not None and (gone := self._pulse.gone()):
+                raise PeerLost(f"no sign of life from process {gone[0]} of this command", _GO_ON)
             time.sleep(_POLL)
 
 
