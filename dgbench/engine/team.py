@@ -228,6 +228,9 @@ def join(place: Launched, device: torch.device) -> Team:
         if shared:
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # accelerate would give each its own
     connection, store = _found(place)
+    # accelerate reads these, which srun does not set
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(place.local_world))
     # NCCL takes one process a GPU
     backend = "gloo" if device.type == "cpu" or shared else "nccl"
     limit = timedelta(seconds=4 * hang_seconds())
