@@ -19,6 +19,7 @@ import platform
 import socket
 import statistics
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def _work(rank: int, count: int, port: int, given: argparse.Namespace, queue: An
     wrapped: Any = loss
     if count > 1:
         ids = [rank] if on_gpu else None
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # as in dgbench/engine/parallel.py
         wrapped = DistributedDataParallel(loss, ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=on_gpu)
     batch = Batch(torch.rand(2, 3, side, side, device=device), torch.randint(19, (2, side, side), device=device))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -257,7 +258,9 @@ def train(
             if main and finished > saved and not stops.hurried:
                 stops.busy = True
                 keep(finished)
-            team.meet() if agreed else None
+            if agreed:
+                with suppress(PeerLost):  # the first process may be gone by then: its checkpoint is written
+                    team.meet()
             raise stops.error() from None
         finally:
             if main:
