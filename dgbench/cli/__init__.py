@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from typing import Annotated
 
 import typer
@@ -56,4 +57,12 @@ def main() -> None:
     streams.prepare()
     # without this, garbage collection at exit takes a fifth of a second for the million objects of torch's import
     atexit.register(gc.freeze)
-    app(prog_name="dgbench")
+    try:
+        app(prog_name="dgbench")
+    except SystemExit as end:
+        from dgbench import launch
+
+        if end.code and launch.several():
+            # an exchange with processes that are gone, or hang, would go on when the interpreter ends
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise

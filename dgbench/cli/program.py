@@ -171,10 +171,6 @@ class Program(TyperGroup):
             code = self._code(*args, **settings)
         finally:
             streams.settle()
-        from dgbench import launch
-
-        if code and launch.several():
-            os._exit(code)  # an exchange with processes that are gone, or hang, would go on when the interpreter ends
         sys.exit(code)
 
     def _code(self, *args: Any, **settings: Any) -> int:

@@ -109,6 +109,8 @@ def train(
         raise typer.BadParameter(
             f"--gpus {gpus} trains one seed at a time: dgbench sweep has --seeds and --gpus", ctx=ctx, param_hint="'--seeds'"
         )
+    if seeds:
+        trainings.check_one_process("--seeds")
     team = joined(gpus, device)
     options = trainings.Options(not no_eval, device, root, track or (), team, local_batchnorm)
     recipe_name = ""
@@ -123,8 +125,6 @@ def train(
         _check_trackers(track)
     else:
         _refuse_late_name(ctx, {"--source": source, "--targets": targets, "--set": settings}, root)
-        if seeds:
-            trainings.check_one_process("--seeds")
         recipes: list[Recipe] = []
         for number in seeds or (seed,):
             recipe_name, flags = resolve(
