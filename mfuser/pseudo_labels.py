@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mfuser.labels import IGNORE
+from mfuser.processes import even_rows
 
 POINTS = 5  # per component
 NO_SEGMENT = 255
@@ -57,14 +58,21 @@ def distorted(images: Tensor) -> Tensor:
 
     Ranges and order are those of SSD's distortion (Liu et al., ECCV 2016) as in detectron2.
     """
-    return torch.stack([_distorted(image) for image in images])
+    drawn = even_rows(len(images)).of(
+        lambda total: torch.stack([torch.cat([torch.rand(5), torch.rand(4)]) for _ in range(total)])
+    )
+    return torch.stack([_distorted(image, numbers) for image, numbers in zip(images, drawn, strict=True)])
 
 
-def _distorted(image: Tensor) -> Tensor:
+def _nine() -> Tensor:
+    return torch.cat([torch.rand(5), torch.rand(4)])
+
+
+def _distorted(image: Tensor, drawn: Tensor) -> Tensor:
     from torchvision.transforms.v2 import functional as tv
 
-    brightness, first, contrast, saturation, hue = (torch.rand(5) < 0.5).tolist()
-    shift, factor, colour, turn = torch.rand(4).tolist()
+    brightness, first, contrast, saturation, hue = (drawn[:5] < 0.5).tolist()
+    shift, factor, colour, turn = drawn[5:].tolist()
     if brightness:
         image = (image + (2 * shift - 1) * 32 / 255).clamp(0, 1)
     if contrast and first:

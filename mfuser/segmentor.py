@@ -163,7 +163,11 @@ class Segmentor(nn.Module):
         return None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named loss terms, already weighted; their sum is minimised."""
+        """Return named loss terms, already weighted; their sum is minimised.
+
+        Means over pixels or masks divide by `mfuser.processes.divisor`, draws for each image are made by its `even_rows`: then
+        several processes train as one.
+        """
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def enter_training(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from typing import Annotated
 
 import typer
 
-from dgbench.cli import ci, compare, data, get, help, kernels, lab, measure, predict, report, run, share
+from dgbench.cli import ci, compare, data, get, help, kernels, lab, measure, predict, report, run, share, sweep
 from dgbench.cli.options import TargetsOpt
 from dgbench.cli.program import Command, Program
 
@@ -31,7 +32,7 @@ app.add_typer(data.group, name="data", rich_help_panel="Get")
 app.add_typer(kernels.group, name="kernels", rich_help_panel="Get")
 app.add_typer(lab.group, name="lab", rich_help_panel="Measure")
 # typers without a name add a panel's commands to the program, in this order
-for part in (get, share, run, predict, measure, compare, report, ci, help):
+for part in (get, share, run, sweep, predict, measure, compare, report, ci, help):
     app.add_typer(part.panel)
 
 
@@ -57,4 +58,12 @@ def main() -> None:
     streams.prepare()
     # without this, garbage collection at exit takes a fifth of a second for the million objects of torch's import
     atexit.register(gc.freeze)
-    app(prog_name="dgbench")
+    try:
+        app(prog_name="dgbench")
+    except SystemExit as end:
+        from dgbench import launch
+
+        if end.code and launch.several():
+            # an exchange with processes that are gone, or hang, would go on when the interpreter ends
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        raise

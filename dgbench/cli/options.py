@@ -56,6 +56,10 @@ DeviceOpt = Annotated[
         autocompletion=completion.devices,
     ),
 ]
+GpusOpt = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="NUMBER", min=1, max=1024, help="GPUs of this machine to use; with --device cpu, processes."),
+]
 VlmOpt = Annotated[
     str | None,
     typer.Option(

@@ -226,6 +226,10 @@ class Program(TyperGroup):
             except (Exception, KeyboardInterrupt, Terminated) as error:
                 if os.environ.get("DGBENCH_DEBUG") == "1":
                     raise
+                from dgbench import launch
+
+                if not isinstance(error, typer.Exit) and (code := launch.silent(error)) is not None:
+                    raise typer.Exit(128 + received[0] if received else code) from None
                 if received:
                     # any other error while stopping, such as a worker that the same signal ended
                     _tell_end(error)
@@ -276,8 +280,10 @@ def _explain(error: BaseException) -> int | None:
 
 class _Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        from dgbench import render
+        from dgbench import launch, render
 
+        if not launch.first():
+            return
         render.warning(record.getMessage())
 
 

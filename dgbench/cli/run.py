@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgbench.cli import completion, trainings
+from dgbench.cli.launcher import joined
 from dgbench.cli.options import (
     BackboneOpt,
     DeviceOpt,
     Format,
     FormatOpt,
+    GpusOpt,
     ProtocolOpt,
     QuietOpt,
     RootOpt,
@@ -82,6 +84,11 @@ def train(
             callback=listed,
         ),
     ] = None,
+    gpus: GpusOpt = None,
+    local_batchnorm: Annotated[
+        bool,
+        typer.Option("--local-batchnorm", help="With several processes on CPUs: BatchNorm by each one's part of a batch."),
+    ] = False,
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
@@ -98,19 +105,26 @@ def train(
         raise typer.BadParameter("is given with --seed: give one of them", ctx=ctx, param_hint="'--seeds'")
     if seeds and len(set(seeds)) < len(seeds):
         raise typer.BadParameter("names a seed twice", ctx=ctx, param_hint="'--seeds'")
-    options = trainings.Options(not no_eval, device, root, track or ())
+    if seeds and (gpus or 1) > 1:
+        raise typer.BadParameter(
+            f"--gpus {gpus} trains one seed at a time: dgbench sweep has --seeds and --gpus", ctx=ctx, param_hint="'--seeds'"
+        )
+    if seeds:
+        trainings.check_one_process("--seeds")
+    team = joined(gpus, device)
+    options = trainings.Options(not no_eval, device, root, track or (), team, local_batchnorm)
     recipe_name = ""
     if resume is not None:
         if any((vlm, vfm, backbone, source, targets, settings, out, seeds)) or seed is not None or name != "mfuser":
             problem = "goes on with the recorded recipe: only --device, --root, --track and output options may be given with it"
             raise typer.BadParameter(problem, ctx=ctx, param_hint="'--resume'")
+        if not team.main:
+            resume = team.from_main("run")
         planned = trainings.begun(resume, runs, options)
         recipe_name = planned[0].recipe.name
         _check_trackers(track)
     else:
         _refuse_late_name(ctx, {"--source": source, "--targets": targets, "--set": settings}, root)
-        if seeds:
-            trainings.check_one_process("--seeds")
         recipes: list[Recipe] = []
         for number in seeds or (seed,):
             recipe_name, flags = resolve(
@@ -124,9 +138,14 @@ def train(
         if seeds:
             planned = trainings.of_seeds(recipes, runs, out)
         else:
-            run = claim_run(out) if out is not None else new_run(runs, recipes[0].name)
+            if not team.main:
+                run = Path(team.from_main("run"))
+            else:
+                run = claim_run(out) if out is not None else new_run(runs, recipes[0].name)
             planned = [trainings.Training(recipes[0], run, chosen=out is not None)]
-    progress = render.progress(quiet=quiet)
+    progress = render.progress(quiet=quiet or not team.main)
+    if team.main:
+        team.from_main("run", str(planned[0].run))
     if planned[0].together is not None:
         _show_seeds(trainings.one_by_one(planned, options, progress, new=resume is None), planned[0].together, form)
         return
@@ -137,7 +156,9 @@ def train(
         f"training is complete, score it with: dgbench eval {where}",
     )
     done = trainings.carry_out(planned[0], options, progress, advice)
-    _show_training(planned[0], done, recipe_name, options, runs, form)
+    team.leave()
+    if team.main:
+        _show_training(planned[0], done, recipe_name, options, runs, form)
 
 
 def _check_trackers(names: list[str] | None) -> None:
@@ -201,6 +222,7 @@ def eval_(
         str | None, typer.Option(metavar="RUN", help="The same as the argument RUN.", autocompletion=completion.runs)
     ] = None,
     protocol: ProtocolOpt = None,
+    gpus: GpusOpt = None,
     device: DeviceOpt = None,
     root: RootOpt = None,
     runs: RunsOpt = Path("runs"),
@@ -218,22 +240,25 @@ def eval_(
     if run and checkpoint is not None:
         raise typer.BadParameter("names the run a second time", ctx=ctx, param_hint="'--checkpoint'")
     rules = protocols.lookup(protocol).name if protocol else None
+    team = joined(gpus, device)
     try:
         found = [folder for text in run or [checkpoint or "latest"] for folder in _runs_with_checkpoint(text, runs)]
     except ResultError as error:
         check_scoring([("target", row, "val") for row in rows(targets or (), root)], root, error)
         raise
-    folders = list(dict.fromkeys(found))
+    # `latest` is the first process's
+    folders = [Path(text) for text in team.from_main("runs", "\n".join(map(str, dict.fromkeys(found)))).split("\n")]
     asked = []  # everything is checked before any time is spent
     for folder in folders:
         recipe = load_recipe(folder / "recipe.yaml", check_method=False, root=root)
         asked.append(recipe.data.rows(targets, root) if targets else None)
         check_scoring([("target", row, "val") for row in asked[-1]] if asked[-1] else scoring(recipe, root), root)
-    if not run and checkpoint is None:
+    if not run and checkpoint is None and team.main:
         render.note(f"run: {', '.join(map(str, folders))}")
     from dgbench.engine.evaluate import evaluate
 
-    progress = render.progress(quiet=quiet)
+    progress = render.progress(quiet=quiet or not team.main)
+    progress.note(f"scoring by {team}") if team.world > 1 else None
     records = []
     for number, (folder, domains) in enumerate(zip(folders, asked, strict=True)):
         given = {"--targets": targets, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
@@ -246,14 +271,24 @@ def eval_(
             progress.note(f"run {number + 1} of {len(folders)}: {folder}")
         try:
             records += evaluate(
-                folder, domains, progress=progress, device=device, include_source=domains is None, root=root, protocol_name=rules
+                folder,
+                domains,
+                progress=progress,
+                device=device,
+                include_source=domains is None,
+                root=root,
+                protocol_name=rules,
+                team=team,
             )
         except (KeyboardInterrupt, Terminated) as stop:
             raise trainings.stopped(stop, advice) from None
         except DgbenchError:
-            if scored:
+            if scored and team.main:
                 render.note(f"{folder} cannot be scored; {advice}")
             raise
+    team.leave()
+    if not team.main:
+        return
     if len(folders) == 1:
         render.show(records, form, table)
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from dgbench.errors import ResultError, StoppedError, Terminated
 
 if TYPE_CHECKING:
+    from dgbench.engine.team import Team
     from dgbench.progress import Progress
     from dgbench.recipe import Recipe
     from dgbench.results import Record
@@ -45,10 +46,18 @@ class Options:
     device: str | None
     root: Path | None
     track: Sequence[str] = ()
+    team: Team | None = None  # the processes that train together; None: one
+    local_norms: bool = False
 
     def again(self) -> str:
         """Return what has to be said once more when a training goes on."""
+        from dgbench.launch import ASKED
+
         words = ["--track", *self.track] if self.track else []
+        if ASKED in os.environ:
+            words += ["--gpus", os.environ[ASKED]]
+        if self.local_norms:
+            words += ["--local-batchnorm"]
         return "".join(f" {word}" for word in (*map(shlex.quote, words), *(() if self.scored else ("--no-eval",))))
 
 
@@ -106,7 +115,9 @@ def check_one_process(what: str) -> None:
 
     Raises: ResultError in a process of a distributed training.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    from dgbench import launch
+
+    if launch.several():
         raise ResultError(f"{what} trains in one process, and a launcher has started several", "launch each seed by itself")
 
 
@@ -154,7 +165,7 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
 
     Raises: StoppedError, DgbenchError.
     """
-    from dgbench import locks
+    from dgbench import launch, locks
     from dgbench.runs import claim_run
 
     run = training.run
@@ -176,6 +187,8 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
                     device=options.device,
                     root=options.root,
                     trackers=trackers,
+                    team=options.team,
+                    local_norms=options.local_norms,
                 )
         except (KeyboardInterrupt, Terminated) as stop:
             if not (run / "recipe.yaml").is_file():
@@ -184,12 +197,20 @@ def carry_out(training: Training, options: Options, progress: Progress, advice: 
         finally:
             # a run that failed before its first file is no run
             with contextlib.suppress(OSError):
-                run.rmdir()
+                run.rmdir() if launch.first() else None
         _draw_curves(run, []) if first else None
         if not options.scored:
             return Done(trained, [])
         try:
-            scores = evaluate(run, None, progress=progress, device=options.device, include_source=True, root=options.root)
+            scores = evaluate(
+                run,
+                None,
+                progress=progress,
+                device=options.device,
+                include_source=True,
+                root=options.root,
+                team=options.team,
+            )
         except (KeyboardInterrupt, Terminated) as stop:
             raise stopped(stop, advice[1]) from None
         trackers.scores(scores, training.recipe.train.steps)

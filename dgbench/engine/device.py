@@ -5,17 +5,18 @@ Torch is imported inside the functions, so that the command line can refuse a na
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgbench.errors import DgbenchError
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+    from dgbench.engine.team import Team
 
 _NAME = re.compile(r"cpu|cuda(?::(0|[1-9]\d{0,3}))?")
 # devices that torch knows but dgbench was not tested on; any other word is no device
@@ -59,29 +60,33 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def accelerator_on(device: torch.device, precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """Accelerate's handle of exactly this device; a process that a launcher started takes the GPU that the launcher meant.
+def accelerator_on(
+    device: torch.device,
+    precision: str,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
+    team: Team | None = None,
+) -> Accelerator:
+    """Accelerate's handle of exactly this device; one of several processes takes the GPU that its launcher meant.
 
     Args:
         trackers: experiment trackers that it may start, by accelerate's names.    folder: where they keep their files.
-
-    Raises: DgbenchError if such a process is to take `cuda:N`.
+        team: the processes that train together, which have met.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import patch_environment
 
-    tracked = {"log_with": list(trackers) or None, "project_dir": folder}
-    if "LOCAL_RANK" in os.environ:
-        if device.index is not None:
-            raise DgbenchError(
-                f"`{device}` was named, but a launcher has started this process for a GPU of its own",
-                "use --device cuda; CUDA_VISIBLE_DEVICES says which GPUs the launcher has",
-            )
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
+    tracked: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": folder}
+    if team is not None and team.world > 1:
+        from dgbench.engine.parallel import settings
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=settings(), **tracked)
     # its state is one a process, and would keep the device of an earlier training
     AcceleratorState._reset_state(reset_partial_state=True)
-    with patch_environment(ACCELERATE_TORCH_DEVICE=str(device)):
+    # what a launcher of one process sets would let accelerate look for others
+    with patch_environment(ACCELERATE_TORCH_DEVICE=str(device), LOCAL_RANK="-1", WORLD_SIZE="1"):
         return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, **tracked)
 
 

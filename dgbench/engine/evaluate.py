@@ -27,8 +27,12 @@ from dgbench.engine import checkpoints, partial
 from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
 from dgbench.engine.targets import Target, chosen_targets, size_of, stored_records
+from dgbench.engine.team import Team, join
+from dgbench.engine.together import Together
+from dgbench.engine.watch import Watch
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, DgbenchError
+from dgbench.launch import launched
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
@@ -76,6 +80,7 @@ def evaluate(
     protocol_name: str | None = None,
     limit: int | None = None,
     reuse: bool = False,
+    team: Team | None = None,
 ) -> list[results.Record]:
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
 
@@ -86,11 +91,14 @@ def evaluate(
         protocol_name: score under this protocol instead of the recipe's.
         limit: score the first so many images of each domain only. Where the recipe has more, that is another kind, too.
         reuse: take a record that the run has already of the same checkpoint, images and protocol, instead of scoring again.
+        team: the processes that score together, all of which call this; the first writes. Default: those a launcher started.
 
-    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix. Domains scored before
-        an error keep their records. After any interruption, the same call continues with the remaining images.
+    Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix; PeerLost if another
+        process has ended. Domains scored before an error keep their records. After any interruption, the same call continues
+        with the remaining images.
     """
     on = pick_device(device)  # refused before any time is spent
+    team = team or join(launched(), on)
     recipe = load_recipe(str(run / "recipe.yaml"), root=root)
     # every name is checked before any time is spent
     given = targets if targets is not None else recipe.data.targets
@@ -109,18 +117,25 @@ def evaluate(
         partial.tidy(run, lambda about: dict(about) in begun)  # by an evaluation that was ended before it could
         return [kept[target.name] for target in chosen]
     found = _checkpoint(recipe, run, on)
+    if len(set(team.each(int(found.sha[:15], 16)))) > 1:
+        raise CheckpointError(f"{run}: processes found different checkpoints", "keep runs where all machines see the same files")
     if kept:
         progress.note(f"{len(kept)} of {len(chosen)} scores are in the run's records already")
     kept = {name: record for name, record in kept.items() if record.checkpoint == found.sha}
-    partial.tidy(run, lambda about: about.get("checkpoint") != found.sha)
-    with ExitStack() as stack:
+    if team.main:
+        partial.tidy(run, lambda about: about.get("checkpoint") != found.sha)
+    with ExitStack() as stack, Watch(team, str(run)) as watch:
+        together = Together(team, watch)
         parts: list[partial.Partial] = []
         records = [
-            kept.get(target.name) or _score(recipe, rules, found, target, run, on, progress, stack, parts) for target in chosen
+            kept.get(target.name) or _score(recipe, rules, found, target, run, on, progress, stack, parts, together)
+            for target in chosen
         ]
         # all or none: an evaluation that is interrupted is gone on with, and leaves one record of each domain
         for part in parts:
             part.remove()
+    if not team.main:
+        return records
     scored = [dict(part.about) for part in parts] + [target.about(found.sha, rules) for target in chosen if target.name in kept]
     partial.tidy(run, lambda about: dict(about) in scored)  # begun with other code, or on another device
     return records
@@ -179,9 +194,10 @@ def _score(
     progress: Progress,
     stack: ExitStack,
     parts: list[partial.Partial],
+    together: Together,
 ) -> results.Record:
-    dataset = target.dataset
-    dataset.prepare(progress)
+    dataset, team = target.dataset, together.team
+    together.prepare(lambda: dataset.prepare(progress))
     size = size_of(recipe, dataset)
     hashed, environment = target.protocol_hash(rules, size), describe_environment(device_name(device), torch.get_num_threads())
     about = target.about(found.sha, rules)
@@ -198,12 +214,15 @@ def _score(
         device=str(device),
         environment=environment,
     )
-    part = stack.enter_context(partial.opened(run, key, about, ids, len(labels.CLASSES)))
+    part = stack.enter_context(partial.opened(run, key, about, ids, len(labels.CLASSES), stored=team.main))
     parts.append(part)
-    if (before := part.record()) is not None:
+    together.name(part)
+    before = part.record() if team.main else None
+    if team.most(int(before is not None)):
         progress.note(f"{target.name} was scored before the interruption")
-        return before
-    _fill(part, recipe, rules, found.model, target, size, device, progress)
+        return before or results.read(part.recorded())
+    together.share(part)
+    _fill(part, recipe, rules, found.model, target, size, device, progress, together)
     counts = part.counts
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     labelled = bool(total.any())
@@ -213,6 +232,8 @@ def _score(
     elif not target.repeats and (few := metrics.rare(counts, classes=classes, absent=absent)):
         _log.warning(rarely_seen(target.name, dataset.split, few))
     commit, dirty = code_commit()
+    if team.world > 1:
+        environment["processes"] = str(team.world)
     record = results.Record(
         id=part.id,
         kind=target.kind,
@@ -246,7 +267,7 @@ def _score(
         extra=extra_scores(recipe.data.source, total, rules),
     )
     part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
-    return results.write(record, run, counts, ids)
+    return results.write(record, run, counts, ids) if team.main else record
 
 
 def _fill(
@@ -258,8 +279,12 @@ def _fill(
     size: protocol.Size | None,
     device: torch.device,
     progress: Progress,
+    together: Together,
 ) -> None:
-    """Score the remaining images in the same batches as without an interruption, which may affect the last bit."""
+    """Score the remaining images in the same batches as without an interruption, which may affect the last bit.
+
+    Of several processes each scores whole batches, and all have the matrices behind every round of one batch each.
+    """
     started, ran, spent, earlier = time.perf_counter(), ops.tally(), part.seconds["total"], dict(part.backends)
     n, by = len(target.dataset), recipe.eval.batch_size
     whole = [list(range(i, min(i + by, n))) for i in range(0, n, by)]
@@ -274,7 +299,11 @@ def _fill(
         part.backends = {**earlier, **ops.ran_since(ran)}
 
     try:
-        for groups, waited in _batches(_TestView(target, rules, size), recipe, batches):
+        own = batches[together.team.rank :: together.team.world]
+        loaded = _batches(_TestView(target, rules, size), recipe, own)
+        for round_ in together.rounds(batches):
+            together.forget(part, round_)
+            groups, waited = next(loaded, ([], 0.0))
             part.seconds["data"] += waited
             for batch in groups:
                 before = time.perf_counter()
@@ -286,11 +315,14 @@ def _fill(
                 for pred, item in zip(prediction, batch, strict=True):
                     part.counts[item.index] = _confusion(pred, item.label.to(device))
                 part.seconds["metric"] += time.perf_counter() - before
-            part.done[[item.index for batch in groups for item in batch]] = True
+            part.counts[round_] = together.team.total(part.counts[round_])
+            part.done[round_] = True
             take_stock()
             part.save_in_time()
-            progress.advance(sum(map(len, groups)))
+            progress.advance(len(round_))
     except Exception as error:  # OpenCV raises one of its own kind
+        if lost := together.team.lost(error):
+            raise lost from error
         if memory_refused(error) is None:
             raise
         less = "; a run trained with --set eval.batch_size=1 needs less" if by > 1 else ""
@@ -305,10 +337,10 @@ def _fill(
             with suppress(OSError):
                 part.save()
     mixed = ops.ran_since(ran)
-    if any(earlier.get(op, name) != name for op, name in mixed.items()):
+    if together.team.most(int(any(earlier.get(op, name) != name for op, name in mixed.items()))):
         # a different backend than before the interruption would round differently
         part.restart()
-        _fill(part, recipe, rules, model, target, size, device, progress)
+        _fill(part, recipe, rules, model, target, size, device, progress, together)
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:

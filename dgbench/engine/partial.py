@@ -69,9 +69,7 @@ class Partial:
 
     def record(self) -> results.Record | None:
         """Return the record of this very evaluation, if it was interrupted after it had been written."""
-        path = (
-            self.run / f"record-{results.file_stem(self.id, self.about['kind'], self.about['target'], self.about['split'])}.json"
-        )
+        path = self.recorded()
         if not path.exists():
             return None
         try:
@@ -79,6 +77,11 @@ class Partial:
         except ResultError:
             self.id = results.new_id()  # the record is damaged: another is written
             return None
+
+    def recorded(self) -> Path:
+        """Return where the record of this evaluation is, or will be."""
+        stem = results.file_stem(self.id, self.about["kind"], self.about["target"], self.about["split"])
+        return self.run / f"record-{stem}.json"
 
     def save(self) -> None:
         """Write what is done."""
@@ -121,9 +124,18 @@ class Partial:
 
 
 @contextmanager
-def opened(run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], classes: int) -> Iterator[Partial]:
-    """Return what is stored in `run` under `key`, or an empty one; no other process stores it meanwhile."""
+def opened(
+    run: Path, key: str, about: Mapping[str, str], ids: Sequence[str], classes: int, *, stored: bool = True
+) -> Iterator[Partial]:
+    """Return what is stored in `run` under `key`, or an empty one; no other process stores it meanwhile.
+
+    Args:
+        stored: False for one of several processes, another of which stores it: an empty one.
+    """
     counts = np.zeros((len(ids), classes, classes), np.int64)
+    if not stored:
+        yield Partial(run, key, about, ids, counts, np.zeros(len(ids), bool), kept=False)
+        return
     lock = _lock(run, key)
     with locks.held(lock) as ours:
         partial = Partial(run, key, about, ids, counts, np.zeros(len(ids), bool), ours)

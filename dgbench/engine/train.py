@@ -1,9 +1,9 @@
 """Train a recipe's model on its source domain.
 
-One function, no Trainer. Everything random at step s comes from (seed, s, process): the batch, its augmentation, and
-the generators that dropout and point sampling draw from. A run that is killed and resumed therefore repeats the
-uninterrupted one exactly; on a CPU with the same number of threads, bit for bit. A run that a signal ends finishes its
-current step.
+One function, no Trainer. Everything random at step s comes from (seed, s): the batch, its augmentation, and the generators that
+dropout and point sampling draw from. A run that is killed and resumed therefore repeats the uninterrupted one exactly; on a CPU
+with the same number of threads, bit for bit. A run that a signal ends finishes its current step. Each of several processes has a
+part of what one would have: of the batch, of the draws and of the losses (`engine/parallel.py`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 
 import mfuser
 from dgbench import results, temporaries
@@ -29,36 +30,25 @@ from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.log import Log
 from dgbench.engine.optim import Rate, optimizer_of
+from dgbench.engine.pace import Pace
+from dgbench.engine.parallel import Loss, prepared, with_norms
 from dgbench.engine.stops import Stops
+from dgbench.engine.team import PeerLost, Team, join
 from dgbench.engine.tracking import Trackers
+from dgbench.engine.trained import record_of
+from dgbench.engine.watch import Watch
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import CheckpointError, DataError, RecipeError
-from dgbench.progress import Progress
+from dgbench.launch import launched
+from dgbench.progress import Progress, Silent
 from dgbench.recipe import Recipe, dump, recipe_hash
-from dgbench.recipe.files import settings_of
-from dgbench.report.expected import ORIGIN, WEIGHTS
 from mfuser import ops
-from mfuser.methods import backbone_names
-from mfuser.segmentor import Batch, Segmentor
-from mfuser.towers.files import PackagedFile
-from mfuser.towers.table import TOWERS
-from mfuser.towers.weights import hub_file
+from mfuser.segmentor import Segmentor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _logger = logging.getLogger(__name__)
-
-
-class _Loss(nn.Module):
-    """The model's loss as a forward pass, the form in which distributed training wraps a model."""
-
-    def __init__(self, model: Segmentor) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.model.loss(batch)
 
 
 def train(
@@ -70,21 +60,28 @@ def train(
     device: str | None = None,
     root: Path | None = None,
     trackers: Trackers | None = None,
+    team: Team | None = None,
+    local_norms: bool = False,
 ) -> results.Record:
     """Train `recipe` in the folder `run`, which then holds its last checkpoint, and return the record of the training.
 
     Args:
         trackers: are told loss, learning rate and speed where `log.jsonl` is; whoever made them finishes them.
+        team: the processes that train together, all of which call this; default: those that a launcher started.
+        local_norms: BatchNorm may take the statistics of each process's part of a batch.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
 
-    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated.
+    Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated; PeerLost
+        if another process has ended.
     """
     begun = time.perf_counter()
     spec = recipe.train
     trackers = trackers or Trackers()
-    accelerator = accelerator_on(pick_device(device), spec.precision, trackers.names, run / tracking.FOLDER)
-    main = accelerator.is_main_process
+    on = pick_device(device)
+    team = team or join(launched(), on)
+    accelerator = accelerator_on(on, spec.precision, trackers.names, run / tracking.FOLDER, team)
+    main = team.main
     found = checkpoints.newest(run) if resume else None
     if spec.init is not None and not found:
         checkpoints.init_folder(Path(spec.init))  # before any time is spent
@@ -101,6 +98,7 @@ def train(
         )
     extra, digests = _extras(recipe, model, root)
     _check_streams(run, digests, before, [stream.name for stream in extra])
+    model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -108,6 +106,13 @@ def train(
     environment = describe_environment(device_name(accelerator.device), torch.get_num_threads())
     about: dict[str, Any] = {"environment": environment, "commit": commit, "dirty": dirty, "init": init, "streams": digests}
     start = found[1] if found else 0
+    if len(set(begins := team.each(start))) > 1:
+        raise CheckpointError(
+            f"{run}: processes found checkpoints of steps {', '.join(map(str, begins))}",
+            "keep runs where all machines see the same files",
+        )
+    if team.world > 1:
+        environment["processes"] = str(team.world)
     log = None
     if main:
         trackers.begin(accelerator, recipe, start)
@@ -121,16 +126,22 @@ def train(
         for stream in extra:
             stream.prepare(progress)
         sampler_of(recipe.data, dataset, spec.seed, progress)  # counts classes once; the other processes find them
-    accelerator.wait_for_everyone()
+    team.meet()
+    if not main and team.local_rank == 0:  # of another machine, which may have another cache
+        dataset.prepare(Silent())
+        for stream in extra:
+            stream.prepare(Silent())
+    team.meet()
 
-    place = batches.Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    place = batches.Place(team.rank, team.world, accelerator.device)
     loader = batches.of_steps(recipe, dataset, extra, start, place, progress)
     data = batches.Images(recipe, dataset, extra, place)
-    if accelerator.num_processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if team.world > 1 and main:
+        progress.note(f"{team}, {spec.batch_size // team.world} images of a batch each")
+        progress.note(norms) if norms else None
     # faster convolutions: a step takes a tenth less on a CPU; checkpoints are still written in the usual order
     model.to(memory_format=torch.channels_last)
-    loss_of, optimizer = accelerator.prepare(_Loss(model), optimizer)
+    loss_of, optimizer = prepared(accelerator, Loss(model, team), optimizer)
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
@@ -151,7 +162,7 @@ def train(
             loss=log.loss,
             peak_gib=peak_gib(accelerator.device),
             backends=ops.ran_since(ran),
-            processes=accelerator.num_processes,
+            processes=team.world,
             log_bytes=size,
             log_sha256=digest,
             **about,
@@ -162,16 +173,24 @@ def train(
     if main:
         progress.start(f"training {recipe.name} on {recipe.data.source}", spec.steps - start, "steps")
     finished = saved = start
-    with Stops() as stops:
+    agreed = False  # all processes stop behind the same step
+    pace = Pace(run, team, accelerator.device)
+    with Stops() as stops, Watch(team, str(run)) as watch:
+        # one of several processes stops where all do, not while it waits for its batch
+        stops.busy = team.world > 1
         try:
+            pace.mark()
+            watch.at(start, "loading its batch")
             for step, samples in enumerate(loader, start):
                 stops.busy = True
+                pace.waited(loading=True)
+                watch.at(step, "computing")
                 # one seed per step and process, so that no generator's state has to be saved to resume exactly
                 set_seed(_mix(spec.seed, step))
                 model.before_step(step, spec.steps, data)
                 if not model.training:
                     model.train()
-                set_seed(_mix(spec.seed, step, accelerator.process_index))
+                set_seed(_mix(spec.seed, step, 0))  # alike on every process, which takes its part of what is drawn
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate.at(step, spec.steps, recipe.optim)
                     group["weight_decay"] = rate.decay_at(step, spec.steps, recipe.optim)
@@ -184,33 +203,51 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-                images_seen += len(batch.images) * accelerator.num_processes
+                images_seen += len(batch.images) * team.world
+                pace.step(len(batch.images) * team.world)
                 done = step + 1
                 checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
-                if main and (done % spec.log_every == 0 or checkpoint_due):
-                    value = loss.item()
+                log_due = done % spec.log_every == 0 or checkpoint_due
+                watch.at(step, "waiting for the others")
+                if log_due:
+                    value, *each = team.mean([loss.item(), *(v.item() for v in terms.values())])
                     if not math.isfinite(value):
                         raise RecipeError(
                             f"the loss became {value} at step {done}",
                             "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
                         )
+                    pace.write(done)
+                if main and log_due:
                     speed = images_seen / (time.perf_counter() - since)
                     assert log is not None
                     lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(step, spec.steps, recipe.optim)
-                    values = {"loss": value, "lr": lr} | {k: v.item() for k, v in terms.items()}
+                    values = {"loss": value, "lr": lr} | dict(zip(terms, each, strict=True))
                     log.write(done, values)
                     trackers.log(values | {"images_per_second": speed}, done)
                     progress.advance(0, loss=value, images_per_second=speed)
                 if main:
                     progress.advance(1)
                 if main and checkpoint_due:
+                    watch.at(step, "writing")
                     made = keep(done)
                     saved = done
                 finished = done
-                stops.busy = False
-                stops.check()
+                pace.mark()
+                stops.busy = team.world > 1
+                if asked := team.most(stops.asked or 0):
+                    stops.asked, agreed = stops.asked or asked, True
+                    stops.check()
+                pace.waited(loading=False)
+                pace.mark()
+                watch.at(done, "loading its batch")
         except BaseException as error:
-            if stops.asked is None or (stops.busy and not stops.hurried):
+            if team.world > 1 and not agreed:
+                # where the others are in their step is not known: the last checkpoint counts
+                if stops.asked is not None and (stops.hurried or team.lost(error) or isinstance(error, PeerLost)):
+                    raise stops.error() from None
+                if lost := team.lost(error):
+                    raise lost from error
+            if not agreed and (stops.asked is None or (stops.busy and not stops.hurried)):
                 if refused := memory_refused(error):
                     raise RecipeError(f"step {finished + 1}: {refused}", "set train.batch_size or data.crop lower") from None
                 raise
@@ -218,11 +255,14 @@ def train(
             if main and finished > saved and not stops.hurried:
                 stops.busy = True
                 keep(finished)
+            if agreed:
+                with suppress(PeerLost):  # the first process may be gone by then: its checkpoint is written
+                    team.meet()
             raise stops.error() from None
         finally:
             if main:
                 progress.stop()
-    accelerator.wait_for_everyone()
+    team.meet()
     total = time.perf_counter() - begun
     told = made or before
     if told is None:  # from an older version, whose checkpoints do not state it
@@ -238,63 +278,7 @@ def train(
             log_sha256=None,
             **about,
         )
-    return _record(recipe, run, dataset, seen, told, total if made else None, write=main)
-
-
-def _record(
-    recipe: Recipe,
-    run: Path,
-    dataset: SegDataset | Union,
-    seen: checkpoints.Seen | None,
-    made: Made,
-    total: float | None,
-    *,
-    write: bool,
-) -> results.Record:
-    """Return the record of a complete training; if it was resumed, seconds and speed are those of its last part.
-
-    If these weights have one already, it is returned; otherwise a kill may have prevented it.
-    """
-    folder = checkpoints.folder_of(run)
-    sha = checkpoints.sha256(folder)
-    if there := [record for record in checkpoints.trainings(run) if record.checkpoint == sha]:
-        return there[-1]
-    trained = (recipe.train.steps - made.began) * recipe.train.batch_size
-    record = results.Record(
-        id=results.new_id(),
-        kind="train",
-        created=results.now_iso(),
-        method=recipe.method.name,
-        variant=recipe.variant,
-        recipe=recipe.name,
-        recipe_hash=recipe_hash(recipe),
-        source=recipe.data.source,
-        target=recipe.data.source,
-        split=dataset.split,
-        n_images=len(dataset),
-        n_available=dataset.available,
-        n_extra=dataset.extra,
-        rendered=dataset.exported,
-        **checkpoints.in_record(seen),
-        seconds={"train": made.seconds, "total": total},
-        seed=recipe.train.seed,
-        steps=recipe.train.steps,
-        checkpoint=sha,
-        backends=made.backends,
-        environment=made.environment,
-        commit=made.commit,
-        dirty=made.dirty,
-        extra={
-            "loss": made.loss,
-            "resumed_at_step": float(made.began),
-            "peak_gib": made.peak_gib,
-            "values_m": checkpoints.values(folder) / 1e6,
-            "images_per_second": trained / made.seconds if made.seconds else None,
-            **_began_with(recipe, made),
-            **_settings_of(recipe),
-        },
-    )
-    return results.write(record, run) if write else record
+    return record_of(recipe, run, dataset, seen, told, total if made else None, write=main)
 
 
 def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: Accelerator) -> None:
@@ -303,7 +287,7 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
         return
     names = ("threads", "torch") if accelerator.device.type == "cpu" else ("torch",)
     then, now = ({name: about.get(name) for name in names} for about in (before.environment, is_now))
-    then["processes"], now["processes"] = str(before.processes), str(accelerator.num_processes)
+    then["processes"], now["processes"] = str(before.processes), is_now.get("processes", "1")
     changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
     if changed:
         _logger.warning(
@@ -311,36 +295,6 @@ def _warn_of_changes(before: Made | None, is_now: dict[str, str], accelerator: A
             ", ".join(changed),
             f"; OMP_NUM_THREADS={then['threads']} sets threads" if changed[0].startswith("threads") else "",
         )
-
-
-def _began_with(recipe: Recipe, made: Made) -> dict[str, float | str | None]:
-    """Return the sha256 of the weights that a training started from: of `train.init` as `init`, or of its towers."""
-    return _tower_weights(recipe) if recipe.train.init is None else {"init": made.init}
-
-
-def _tower_weights(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the sha256 of each tower's weights, by `weights.<option>`, and by `origin.<option>` tower and file.
-
-    Towers that are trained from scratch have none. Of those that come with dgbench, `pretraining.<option>` says on what they
-    were trained before.
-    """
-    options = {key: recipe.method.options.get(key) for key in recipe.method.towers}
-    own = backbone_names(recipe.method.name) - TOWERS.keys()  # backbones that are not in the table of towers
-    rows = {key: hub_file(tower) for key, tower in options.items() if isinstance(tower, str) and tower not in own}
-    found: dict[str, float | str | None] = {}
-    for key, row in rows.items():
-        if row is not None:
-            place = row.file if row.repo is None else f"{row.repo}/{row.file}"
-            found |= {f"{WEIGHTS}{key}": row.sha256(), f"{ORIGIN}{key}": f"{options[key]}, {place}"}
-        if isinstance(row, PackagedFile):
-            found[f"pretraining.{key}"] = row.pretraining()
-    return found
-
-
-def _settings_of(recipe: Recipe) -> dict[str, float | str | None]:
-    """Return the recipe that the settings were made for, if that is one with other towers."""
-    name = settings_of(recipe.name, recipe.method.options)
-    return {"settings_of": name} if name else {}
 
 
 def _source(recipe: Recipe, root: Path | None) -> SegDataset | Union:

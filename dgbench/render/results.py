@@ -28,6 +28,7 @@ from dgbench.render import (
     protocols,
     runs,
     severity,
+    sweep,
 )
 from dgbench.render.flat import FlatRow, flat_rows
 from dgbench.render.outside import visible_json
@@ -83,6 +84,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.report.rows.Leaderboard": Renderer(leaderboard.leaderboard_tables, leaderboard.leaderboard_rows),
     "dgbench.share.Push": Renderer(downloads.push_tables, downloads.push_rows),
     "dgbench.results.Record": Renderer(runs.record_tables, runs.record_rows),
+    "dgbench.sweep.cells.Status": Renderer(sweep.sweep_tables),
     "mfuser.towers.hub.Fetched": Renderer(downloads.downloaded_tables),
     "mfuser.towers.hub.Model": Renderer(downloads.model_tables),
 }

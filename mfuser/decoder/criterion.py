@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from mfuser.decoder.matching import Matcher, Targets, fixed
 from mfuser.decoder.points import Draw, sample, uniform
 from mfuser.labels import IGNORE, train_ids
+from mfuser.processes import divisor, even_rows, rows
 
 
 class MaskCriterion(nn.Module):
@@ -57,13 +57,21 @@ class MaskCriterion(nn.Module):
         Raises: TypeError or ValueError for other labels, as `train_ids` does; ValueError as the matcher does.
         """
         targets = Targets.of(train_ids(labels, self.classes), self.classes)
-        count = _mean_over_processes(torch.tensor(float(len(targets)), device=labels.device)).clamp(min=1)
+        count = divisor(torch.tensor(float(len(targets)), device=labels.device))
+        images, masks = even_rows(len(labels)), rows(len(targets), labels.device)
+
+        def part(output: int, kind: str, shape: tuple[int, int, int], like: Tensor) -> Tensor:
+            of = images if kind == "match" else masks
+            return of.of(lambda total: draw(output, kind, (total, *shape[1:]), like))
+
         terms: dict[str, Tensor] = {}
         for i, (class_logits, mask_logits) in enumerate(outputs):
             prefix = "decode." if i == len(outputs) - 1 else f"decode.d{i}."
-            query = self.matcher(i, class_logits, mask_logits, targets, draw)
+            if not masks.count and masks.total:
+                self._draw_alike(i, mask_logits, part)
+            query = self.matcher(i, class_logits, mask_logits, targets, part)
             loss_cls = self._class_loss(class_logits, targets, query)
-            loss_mask, loss_dice = self._mask_losses(i, mask_logits[targets.image, query][:, None], targets.masks, count, draw)
+            loss_mask, loss_dice = self._mask_losses(i, mask_logits[targets.image, query][:, None], targets.masks, count, part)
             named = zip(("cls", "mask", "dice"), (loss_cls, loss_mask, loss_dice), self.weights, strict=True)
             terms |= {f"{prefix}loss_{name}": loss * weight for name, loss, weight in named}
         return terms
@@ -75,7 +83,7 @@ class MaskCriterion(nn.Module):
         weight = self.class_weight.float()  # of a model in 16 bits, too
         loss = F.cross_entropy(logits.flatten(0, 1).float(), target, weight, reduction="sum")
         # no image has no weight
-        return loss / weight[target].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return loss / divisor(weight[target].sum(), torch.finfo(torch.float32).tiny)
 
     def _mask_losses(self, output: int, logits: Tensor, masks: Tensor, count: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         if not len(logits):
@@ -90,6 +98,13 @@ class MaskCriterion(nn.Module):
         overlap = 2 * (probability * target).sum(1)
         dice = 1 - (overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
         return mask, dice.sum() / count
+
+    def _draw_alike(self, output: int, logits: Tensor, draw: Draw) -> None:
+        """Draw what the other processes draw for their masks, which the next draws come behind."""
+        if (points := getattr(self.matcher, "points", None)) is not None:
+            draw(output, "match", (len(logits), points, 2), logits)
+        draw(output, "over", (0, self.candidates, 2), logits)
+        draw(output, "uniform", (0, self.points - self.uncertain, 2), logits)
 
     @torch.no_grad()
     def _points(self, output: int, logits: Tensor, draw: Draw) -> Tensor:
@@ -111,7 +126,7 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels = train_ids(labels, logits.shape[1])
     total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / divisor((labels != IGNORE).sum())
 
 
 def alignment_loss(logits: Tensor, labels: Tensor, *, count_ignored: bool = True) -> Tensor:
@@ -125,13 +140,5 @@ def alignment_loss(logits: Tensor, labels: Tensor, *, count_ignored: bool = True
     """
     labels = train_ids(labels, logits.shape[1])
     logits = F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
-    count = max(1, labels.numel()) if count_ignored else (labels != IGNORE).sum().clamp(min=1)
+    count = max(1, labels.numel()) if count_ignored else divisor((labels != IGNORE).sum())
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE) / count
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.labels import IGNORE, train_ids
+from mfuser.processes import divisor
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -110,4 +111,4 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.shape[-2:] != logits.shape[-2:]:
         labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest")[:, 0].long()
     total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE)
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / divisor((labels != IGNORE).sum())

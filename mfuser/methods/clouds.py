@@ -33,6 +33,7 @@ from mfuser.decoder.points import Draw, uniform
 from mfuser.decoder.queries import LearnedQueries
 from mfuser.decoder.sizes import SIZES
 from mfuser.labels import train_ids
+from mfuser.processes import even_rows
 from mfuser.pseudo_labels import distorted, refined
 from mfuser.releases.clouds import RELEASES
 from mfuser.segmentor import Batch, Extra, Segmentor, TrainingData
@@ -251,7 +252,7 @@ def _without_padding(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _flipped(images: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Mirror each image with probability 0.5, and its segments with it."""
-    chosen = torch.rand(len(images), device=images.device) < 0.5
+    chosen = even_rows(len(images)).of(lambda total: torch.rand(total, device=images.device)) < 0.5
     images = torch.where(chosen[:, None, None, None], images.flip(-1), images)
     return images, None if segments is None else torch.where(chosen[:, None, None], segments.flip(-1), segments)
 

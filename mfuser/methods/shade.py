@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
 from mfuser.decoder.daformer import DAFormerHead, enlarged, enlarged_loss
 from mfuser.decoder.deeplab import AuxiliaryHead, DeepLabV3Plus, pixel_loss, resized
 from mfuser.labels import IGNORE, train_ids
+from mfuser.processes import divisor, even_rows, number_of_processes
 from mfuser.releases import Release, daformer, robustnet
 from mfuser.segmentor import Batch, Segmentor, TrainingData
 from mfuser.towers.mit import MiTEncoder
@@ -133,8 +133,7 @@ class Base(Segmentor):
         chosen = points[farthest(points, channels, start)]
         styles.means.copy_(chosen[:, :channels])
         styles.deviations.copy_(chosen[:, channels:])
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        styles.epoch.fill_(max(1, len(points) // (by * processes)))
+        styles.epoch.fill_(max(1, len(points) // (by * number_of_processes())))
 
     def _due(self, step: int, steps: int, epoch: int) -> bool:
         """Return whether the basis is to be chosen anew before this step."""
@@ -166,7 +165,8 @@ class Base(Segmentor):
         styles = self._styles()
         # in fp32: draws of so small a concentration underflow in 16 bits
         concentration = torch.full((x.shape[1],), self.concentration, device=x.device)
-        weights = torch.distributions.Dirichlet(concentration).sample((len(x),))
+        styles_of = torch.distributions.Dirichlet(concentration)
+        weights = even_rows(len(x)).of(lambda images: styles_of.sample((images,)))
         return restyled(x, weights @ styles.means.float(), weights @ styles.deviations.float())
 
 
@@ -313,7 +313,7 @@ def _over_things(distance: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Return the mean of a map (B, h, w) over the cells of things; 0 where there are none."""
     small = majority(labels, labels.shape[-1] // distance.shape[-1], classes)
     things = torch.isin(small, torch.tensor(THINGS, device=small.device))
-    return (distance * things).sum() / things.sum().clamp(min=1)
+    return (distance * things).sum() / divisor(things.sum())
 
 
 def MODEL(options: Options) -> Segmentor:  # noqa: N802 - the name by which a method's file gives its model

@@ -129,7 +129,7 @@ def test_a_training_records_the_weights_that_its_towers_began_with(tmp_path: Pat
     """As the Hub's cache keeps files: a link in a snapshot's folder."""
     import huggingface_hub.constants
 
-    from dgbench.engine.train import _tower_weights
+    from dgbench.engine.trained import _tower_weights
     from mfuser.towers.table import TOWERS
 
     row = TOWERS["dinov2_l"].weights

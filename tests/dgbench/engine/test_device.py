@@ -11,8 +11,10 @@ import torch
 
 from dgbench.engine.device import accelerator_on, check_device, pick_device
 from dgbench.engine.evaluate import evaluate
+from dgbench.engine.team import join
 from dgbench.engine.train import train
 from dgbench.errors import DgbenchError
+from dgbench.launch import Launched
 from dgbench.progress import Silent
 from dgbench.recipe import load_recipe
 
@@ -68,11 +70,9 @@ def test_precision_is_that_of_the_recipe_after_another_training():
     assert accelerator_on(torch.device("cpu"), "no").mixed_precision == "no"
 
 
-def test_a_launched_process_takes_no_named_gpu(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_launched_process_takes_no_named_gpu():
     with pytest.raises(DgbenchError, match="`cuda:1` was named, but a launcher has started this process"):
-        accelerator_on(torch.device("cuda:1"), "no")
+        join(Launched(0, 2, 0, 2), torch.device("cuda:1"))
 
 
 @pytest.mark.parametrize("command", [train, lambda _, run, **rest: evaluate(run, **rest)])

@@ -1,0 +1,61 @@
+"""How fast a training over several processes is, and what it waits for: `speed.jsonl`, beside `log.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from dgbench.engine.device import peak_gib
+from dgbench.engine.team import Team
+
+
+class Pace:
+    """Seconds since the last line, and those of them in which this process waited for its batch or for the others.
+
+    Alone, it does nothing: what is measured of one process is in its record and in the progress.
+    """
+
+    def __init__(self, run: Path, team: Team, device: torch.device) -> None:
+        self.path, self._team, self._device = run / "speed.jsonl", team, device
+        self._since = self._mark = time.perf_counter()
+        self._images, self._loading, self._meeting = 0, 0.0, 0.0
+
+    def waited(self, *, loading: bool) -> None:
+        """Count the time since the last mark as waiting, for a batch or for the others."""
+        spent = time.perf_counter() - self._mark
+        if loading:
+            self._loading += spent
+        else:
+            self._meeting += spent
+
+    def mark(self) -> None:
+        """Begin to wait."""
+        self._mark = time.perf_counter()
+
+    def step(self, images: int) -> None:
+        """Count a step's images, of all processes."""
+        self._images += images
+
+    def write(self, step: int) -> None:
+        """Write the means over the processes and the highest memory. All processes call it. Raises: PeerLost."""
+        if self._team.world == 1:
+            return
+        now = time.perf_counter()
+        seconds = now - self._since
+        loading, meeting = self._team.mean([self._loading / seconds, self._meeting / seconds])
+        memory = self._team.most(int(peak_gib(self._device) * 2**20)) / 2**20
+        if self._team.main:
+            line = {
+                "step": step,
+                "images_per_second": round(self._images / seconds, 3),
+                "peak_gib": round(memory, 3),
+                "waiting_for_data": round(loading, 4),
+                "waiting_for_others": round(meeting, 4),
+                "processes": self._team.world,
+            }
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._since, self._images, self._loading, self._meeting = now, 0, 0.0, 0.0
