@@ -235,7 +235,8 @@ def _remoteness(asked: str, has: str) -> int:
         return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
     # trained from scratch, or from published weights, as those of timm are
     scratch = [row is not None and row.scratch for row in (one, other)]
-    return 3 if scratch[0] == scratch[1] else 4
+    small = one is not None and other is not None and one.size == other.size != "full"
+    return 3 if scratch[0] == scratch[1] or small else 4
 
 
 def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
@@ -253,8 +254,10 @@ def _first(method: str, rows: Sequence[tuple[str, dict[str, str]]]) -> str:
     return best[0]
 
 
-def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, bool, bool]:
-    return not name.startswith("streets/"), name.rpartition("/")[2] != method, row["source"] != "gta5"
+def _distance(name: str, row: Mapping[str, str], method: str) -> tuple[bool, bool, bool, bool]:
+    last = name.rpartition("/")[2]
+    # `streets/mfuser-scratch` is more of mfuser's than `streets/smoke` is
+    return not name.startswith("streets/"), last != method, not last.startswith(method), row["source"] != "gta5"
 
 
 def _same_tower(asked: str | None, has: str) -> bool:
