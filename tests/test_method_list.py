@@ -78,7 +78,7 @@ def test_the_list_has_title_paper_towers_licence_and_recipes() -> None:
     )
     (floor,) = (path for path in files if path.stem == "source-only")
     assert yaml.safe_load(floor.read_text())["method"]["name"] == "source-only"
-    assert listed["source-only"]["recipes"] == ["streets/source-only"]
+    assert listed["source-only"]["recipes"] == ["streets/full", "streets/source-only"]
 
 
 def test_one_method_has_its_options_backbones_and_releases() -> None:

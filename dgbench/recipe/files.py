@@ -235,7 +235,7 @@ def _remoteness(asked: str, has: str) -> int:
         return 1 if families[0].startswith(families[1]) or families[1].startswith(families[0]) else 2  # siglip2, siglip
     # trained from scratch, or from published weights, as those of timm are
     scratch = [row is not None and row.scratch for row in (one, other)]
-    small = one is not None and other is not None and one.size == other.size != "full"
+    small = one is not None and other is not None and "full" not in (one.size, other.size)
     return 3 if scratch[0] == scratch[1] or small else 4
 
 
