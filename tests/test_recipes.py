@@ -244,7 +244,7 @@ def test_a_resolved_recipe_comes_back_equal(tmp_path: Path) -> None:
     ("flags", "name"),
     [
         ({"method": "mfuser"}, "streets/mfuser"),
-        ({"method": "mfuser", "vlm": "tiny"}, "streets/mfuser"),
+        ({"method": "mfuser", "vlm": "tiny"}, "streets/mfuser-scratch"),
         ({"method": "mfuser", "vlm": "eva02"}, "mfuser/eva02-gta"),
         ({"method": "mfuser", "vlm": "eva02_l_336"}, "mfuser/eva02-gta"),
         ({"method": "mfuser", "vlm": "clip", "source": "cityscapes"}, "mfuser/clip-city"),
@@ -304,9 +304,9 @@ def test_key_paths_are_keys_that_can_be_set() -> None:
     ],
 )
 def test_a_record_names_what_is_not_as_usual(settings: list[str], expected: str) -> None:
-    recipe = load_recipe("streets/mfuser", settings)
+    recipe = load_recipe("streets/mfuser-scratch", settings)
     assert recipe.method.variant == expected
-    assert (recipe_hash(recipe) == recipe_hash(load_recipe("streets/mfuser"))) == (not settings)
+    assert (recipe_hash(recipe) == recipe_hash(load_recipe("streets/mfuser-scratch"))) == (not settings)
 
 
 @pytest.mark.parametrize(
