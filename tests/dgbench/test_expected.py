@@ -17,7 +17,7 @@ from dgbench.report.expected import Expected, held_against, origins_of, referenc
 from dgbench.report.leaderboard import leaderboard
 from dgbench.results import Record
 
-RECIPE = "streets/mfuser"
+RECIPE = "streets/mfuser-scratch"
 SHIPPED = next(reference for reference in references() if reference.recipe == RECIPE)
 
 
@@ -52,7 +52,7 @@ def test_each_domain_is_within_or_outside_its_range(capsys: pytest.CaptureFixtur
     assert [v.within for v in found.verdicts] == [False, False]
     render.show(found)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "This run against what recipe streets/mfuser is expected to give: mIoU in %"
+    assert lines[0] == "This run against what recipe streets/mfuser-scratch is expected to give: mIoU in %"
     assert lines[2].split() == ["streets-city", "28.7", "22.6", "to", "28.6", "outside"]
     assert lines[4] == "Range: expected score ± tolerance; the width is a margin: no other seeds were measured."
 
@@ -75,7 +75,7 @@ def test_another_setting_has_no_expected_range(capsys: pytest.CaptureFixture[str
     found = held(recipe, scored(recipe, {"streets-city": 0.25}))
     assert not found.verdicts
     render.show(found)
-    said = "No expected range of recipe streets/mfuser for this run: not as in the recipe: train.steps=40\n"
+    said = "No expected range of recipe streets/mfuser-scratch for this run: not as in the recipe: train.steps=40\n"
     assert capsys.readouterr().out == said
 
 
