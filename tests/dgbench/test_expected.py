@@ -107,7 +107,7 @@ def test_other_tower_weights_have_no_expected_range() -> None:
 def test_a_reference_of_other_tower_weights_does_not_stand_beside_the_run() -> None:
     def kinds(weights: dict[str, str], extra: dict[str, str]) -> list[str]:
         reference = dataclasses.replace(SHIPPED, hashes={}, protocol_digest="", weights=weights)
-        records = [record("streets-city", 0.4), record(kind="train", extra=extra)]
+        records = [record("streets-city", 0.4, recipe=RECIPE), record(kind="train", extra=extra, recipe=RECIPE)]
         return [row.kind for group in leaderboard(records, [reference], beside=True).groups for row in group.rows]
 
     assert kinds({}, {}) == ["run", "reference"]
