@@ -186,7 +186,7 @@ def test_runs_that_are_not_there_are_an_error(command: str, here: Path) -> None:
 
 
 def test_without_runs_and_without_naming_them_the_board_shows_what_is_expected(here: Path) -> None:
-    assert "ref: expected of recipe streets/mfuser, not run here" in run("leaderboard").stdout
+    assert "ref: expected of recipe streets/mfuser-scratch, not run here" in run("leaderboard").stdout
 
 
 def test_training_says_why_a_run_has_no_expected_range(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

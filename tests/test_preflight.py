@@ -197,7 +197,6 @@ def test_light_names_are_those_of_the_models() -> None:
         ("train --batch-size 3", "--set train.batch_size=COUNT"),
         ("profile --batch-size 3", "--batch COUNT"),
         ("train --gpu 1", "--device cuda:NUMBER"),
-        ("eval --gpus 1", "--device cuda:NUMBER"),
         ("train --output x", "--out PATH"),
         ("predict x.jpg --output-dir x", "--out PATH"),
         ("train --dataset x", "--source NAME and --targets NAME..."),

@@ -59,7 +59,7 @@ def runs_of(folder: Path, fuser: str, *scores: tuple[int, float]) -> None:
     for seed, miou in scores:
         run_folder = claim_run(folder / f"{fuser}-{seed}")
         recipe = load_recipe(
-            "streets/mfuser", [f"method.fuser={fuser}", f"train.seed={seed}", "data.targets=[streets-city,streets-world]"]
+            "streets/mfuser-scratch", [f"method.fuser={fuser}", f"train.seed={seed}", "data.targets=[streets-city,streets-world]"]
         )
         dump(recipe, run_folder / "recipe.yaml")
         for each in model(0.5, miou, miou, seed=seed):

@@ -17,7 +17,7 @@ from typing import Any
 import mfuser
 from dgbench import atomic
 from dgbench.cost.backbone_nets import Net, NetCount, count_net
-from dgbench.cost.backbone_tables import CALIBRATION, TABLES
+from dgbench.cost.backbone_tables import TABLES
 from dgbench.cost.conventions import Cost
 
 SHIPPED = Path(__file__).with_name("backbones.json.gz")
@@ -40,7 +40,7 @@ def table_net(name: str, trunk: str) -> Net:
 def all_nets() -> list[Net]:
     """Return every network that is stored: the tables' rows, what they are calibrated with, and trunks over image sizes."""
     nets = [table_net(name, row.trunk) for name, table in TABLES.items() for row in table.rows]
-    nets += [table_net(name, trunk) for name, (trunk, *_) in CALIBRATION.items()]
+    nets += [table_net(name, table.calibration[0]) for name, table in TABLES.items()]
     nets += [Net("", trunk, (side, side)) for trunk in SWEPT for side in SWEEP]
     return list(dict.fromkeys(nets))
 

@@ -14,7 +14,7 @@ from torch import nn
 from dgbench import results
 from dgbench.cost.backbone_counts import SWEEP, SWEPT, known, made_with, table_net
 from dgbench.cost.backbone_nets import Net, NetCount, build, count_net
-from dgbench.cost.backbone_tables import CALIBRATION, TABLES, Printed, PrintedTable
+from dgbench.cost.backbone_tables import TABLES, Printed, PrintedTable
 from dgbench.cost.profile import DTYPES, settled
 from dgbench.cost.timing import Call, Hardware, Times, hardware, samples
 from dgbench.engine.device import peak_gib
@@ -116,7 +116,7 @@ def backbone_table(
     on, precision, unmeasured = settled("mac", dtype, device, timed=timed)
     table, counts = TABLES[name], _Counts(progress, anew=anew)
     nets = [table_net(name, row.trunk) for row in table.rows]
-    calibration, *_ = CALIBRATION[name]
+    calibration, *_ = table.calibration
     swept = {trunk: [Net("", trunk, (side, side)) for side in SWEEP] for trunk in SWEPT if sweep is None}
     squares = [net for line in swept.values() for net in line]
     progress.start("counting", len(nets) + 1 + len(squares), "networks")

@@ -20,8 +20,6 @@ def backbone_tables(found: BackboneTable) -> list[Table]:
 
 
 def _counts(found: BackboneTable) -> Table:
-    from dgbench.cost.backbone_tables import CALIBRATION
-
     table, segmentation = found.table, found.table.name == "ade20k"
     rows = []
     for row in found.rows:
@@ -37,7 +35,7 @@ def _counts(found: BackboneTable) -> Table:
     header += ["params M", *(["without aux. M"] if segmentation else []), "GMAC", "off %"]
     header += ["with norms G", "scan G", "trunk GMAC"]
     size = f"{table.size[0]}x{table.size[1]}"
-    reference, parameters, operations = CALIBRATION[table.name]
+    reference, parameters, operations = table.calibration
     own = found.calibration
     legend = [
         f"printed: not measured here; {table.cite}, read {table.read}.",

@@ -128,7 +128,7 @@ def _executor(folder: Path, options: dict[str, str], gpus: int) -> Any:
     try:
         import submitit
     except ImportError:
-        raise DgbenchError("submitit is not installed", "pip install 'dgbench[slurm]'") from None
+        raise DgbenchError("submitit is not installed", "pip install -e '.[slurm]'") from None
     cluster = options.pop("cluster", "slurm")
     if cluster not in ("slurm", "local", "debug"):
         raise DgbenchError(f"--slurm cluster={cluster} is unknown", "slurm, local or debug")

@@ -17,6 +17,7 @@ A file in a folder that is appended to `__path__` is a method like the others.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -84,7 +85,12 @@ def _read(name: str) -> list[ast.stmt]:
 
     Raises: ValueError listing the methods there are.
     """
-    return ast.parse(file(name).read_text(encoding="utf-8")).body
+    return _statements(file(name).read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=64)
+def _statements(text: str) -> list[ast.stmt]:
+    return ast.parse(text).body
 
 
 def constants(name: str) -> dict[str, Any]:

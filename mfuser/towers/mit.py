@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +69,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attention: Attention, drop_path: float) -> None:
         super().__init__()
+        from timm.layers import DropPath  # here: the list of methods is read without timm
+
         self.norm1 = nn.LayerNorm(dim, eps=_EPS)
         self.attn = attention
         self.drop_path = DropPath(drop_path)
@@ -214,6 +215,8 @@ def _map(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _initialise(module: nn.Module) -> None:
     """Draw as SegFormer does: linear layers N(0, 0.02) cut off at two, convolutions by their fan-out; biases 0."""
+    from timm.layers import trunc_normal_
+
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

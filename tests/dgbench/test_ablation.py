@@ -34,7 +34,7 @@ class Runs:
         fuser: str,
         seed: int,
         *scores: float,
-        recipe: str = "streets/mfuser",
+        recipe: str = "streets/mfuser-scratch",
         settings: tuple[str, ...] = (),
         targets: tuple[str, ...] = TARGETS,
         **fields: Any,
@@ -79,7 +79,7 @@ def test_mean_and_sample_deviation_over_seeds_are_numpys(runs: Runs) -> None:
 def test_it_says_what_the_numbers_are_of(runs: Runs) -> None:
     runs.add("mvfuser", 0, 0.4, 0.5, settings=("train.steps=77",))
     text = runs.found().described
-    for part in ("streets/mfuser", "77 steps", "streets-game", "streets-city, streets-fog", "protocol unified"):
+    for part in ("streets/mfuser-scratch", "77 steps", "streets-game", "streets-city, streets-fog", "protocol unified"):
         assert part in text
 
 
@@ -172,7 +172,7 @@ def test_a_recipe_of_another_name_is_the_same_experiment(runs: Runs) -> None:
     first = runs.add("mvfuser", 0, 0.4, 0.4)
     runs.add("mvfuser", 1, 0.6, 0.6)
     text = (first / "recipe.yaml").read_text().partition("\n")[2]  # the first line holds the digest of the rest
-    (first / "recipe.yaml").write_text(text.replace("name: streets/mfuser", "name: of/mine"))
+    (first / "recipe.yaml").write_text(text.replace("name: streets/mfuser-scratch", "name: of/mine"))
     assert runs.found().accuracy["mvfuser"].seeds == 2
 
 

@@ -177,7 +177,7 @@ def test_shipped_references_hold_the_hashes_that_their_recipes_score_under(tmp_p
     from dgbench.data.dataset import SegDataset
 
     shipped = {reference.recipe: reference for reference in references()}
-    tiny, gpu = shipped["streets/mfuser"], shipped["streets/mfuser-gpu"]
+    tiny, gpu = shipped["streets/mfuser-scratch"], shipped["streets/mfuser-gpu"]
     dataset = SegDataset(lookup("streets-city"), "val", size=(128, 256))
     row = protocol.domain_row(dataset.domain, "val", dataset.label_map.name, dataset.size)
     assert tiny.hashes["streets-city"] == protocol.protocol_hash(protocol.lookup("unified"), row)

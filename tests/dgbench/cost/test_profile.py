@@ -251,9 +251,9 @@ def test_flags_choose_towers() -> None:
 
 
 def test_a_recipe_has_its_own_size_and_name_unless_told_otherwise() -> None:
-    (own,) = subjects(["streets/mfuser"])
-    assert (own.recipe, own.size, own.method.variant) == ("streets/mfuser", (128, 128), "tiny + tiny")
-    (other,) = subjects(["streets/mfuser"], size=(64, 96), settings=["method.fuser=selfattn_concat"])
+    (own,) = subjects(["streets/mfuser-scratch"])
+    assert (own.recipe, own.size, own.method.variant) == ("streets/mfuser-scratch", (128, 128), "tiny + tiny")
+    (other,) = subjects(["streets/mfuser-scratch"], size=(64, 96), settings=["method.fuser=selfattn_concat"])
     assert (other.size, other.method.variant) == ((64, 96), "tiny + tiny, selfattn_concat")
     assert variants("mfuser/eva02-gta", vlm="clip") == ["dinov2_l + clip"]
     assert variants("streets/source-only", "mfuser/clip-gta") == ["tiny", "dinov2_l + clip"]

@@ -77,12 +77,12 @@ def test_the_recipe_names_the_part_and_reads_back(part: dict[str, str], tmp_path
     ],
 )
 def test_records_name_what_is_not_the_default(given: dict[str, str], named: str) -> None:
-    recipe = load_recipe("streets/mfuser", [f"method.{key}={value}" for key, value in given.items()])
+    recipe = load_recipe("streets/mfuser-scratch", [f"method.{key}={value}" for key, value in given.items()])
     assert recipe.method.variant == named
 
 
 def test_a_recipe_without_new_options_is_written_as_before(tmp_path) -> None:
-    text = dump(load_recipe("streets/mfuser"), tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    text = dump(load_recipe("streets/mfuser-scratch"), tmp_path / "recipe.yaml").read_text(encoding="utf-8")
     assert "enhancer" not in text
     assert "image_tower" not in text
 
@@ -169,5 +169,5 @@ def test_without_its_copy_the_enhancer_scans_the_texts_behind_the_image_alone() 
 @pytest.mark.parametrize("part", [PARTS[2], PARTS[4], PARTS[6]], ids=str)
 def test_what_is_left_is_counted(part: dict[str, str]) -> None:
     settings = [f"method.{key}={value}" for key, value in part.items()]
-    (row,) = profile(subjects(["streets/mfuser"], settings=settings, size=(64, 64)), Silent(), timed=False).rows
+    (row,) = profile(subjects(["streets/mfuser-scratch"], settings=settings, size=(64, 64)), Silent(), timed=False).rows
     assert row.trainable == sum(p.numel() for p in tiny(**part).parameters() if p.requires_grad)

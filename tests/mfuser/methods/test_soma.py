@@ -232,7 +232,14 @@ def test_a_profile_counts_the_merged_tower_and_the_terms_among_the_parameters():
 
 # ---- the moving average
 
-SMALL = ["data.size=[64, 128]", "data.crop=[64, 64]", "data.train_images=4", "train.batch_size=2", "train.steps=4"]
+SMALL = [
+    "method.vfm=tiny",
+    "data.size=[64, 128]",
+    "data.crop=[64, 64]",
+    "data.train_images=4",
+    "train.batch_size=2",
+    "train.steps=4",
+]
 
 
 class _Stopped(Silent):
