@@ -70,7 +70,7 @@ def features_of(name: str, weights: Path | None, device: str) -> Features:
         tower = VisionEncoder(TEACHER, (224, 224))
         load_tower(TEACHER, require([TEACHER])[TEACHER], {"trunk": tower.trunk})
     elif Path(name).is_dir():
-        model = mfuser.load_model(name)
+        model = mfuser.load(name)
         tower = next(module for module in model.modules() if isinstance(module, VisionEncoder))
     elif name == "random":
         tower = VisionEncoder("mini_vfm", (SIDE, SIDE))
