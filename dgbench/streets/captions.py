@@ -19,8 +19,6 @@ from dgbench.streets.render import painted
 from dgbench.streets.sight import SIZE, WHOLE, Box, Seen, Sight, sight
 from dgbench.streets.wording import STUFF, classes, joined, named, one_of, placed
 
-CAPTIONS = 2  # version of the wording; part of what names a pretraining set
-
 # how much more often a kind is named than its share of the image suggests
 _RARE = {
     "wall": 3.0,

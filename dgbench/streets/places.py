@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-from dataclasses import fields
 
 from dgbench.streets.pretraining import PRETRAINING
 from dgbench.streets.style import ADVERSE, CITY, GAME, WEATHERS, WORLD, Style
@@ -53,11 +51,3 @@ def parse(domain: str) -> tuple[str, tuple[Style, ...], str, float | None]:
     if not 0.0 <= severity <= 1.0:
         raise ValueError(f"severity must be a number from 0 to 1, got `{text}` in `{domain}`")
     return place, variants, weather, severity
-
-
-def fingerprint(domain: str, version: str) -> str:
-    """Return 12 hexadecimal digits of `version`, a domain's place and all its styles."""
-    place, variants, weather, _ = parse(domain)
-    parts = [f"{version} {place} {weather}"]
-    parts += [f"{field.name}={getattr(style, field.name)!r}" for style in variants for field in fields(style)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
