@@ -31,11 +31,14 @@ class WeightAverage(nn.Module):
         if done <= self._taken:
             return
         held = dict(model.named_parameters())
-        for name, average in zip(self.names, self.values, strict=True):
-            if done <= self.start:
-                average.copy_(held[name])
-            else:
-                average.lerp_(held[name], self.momentum)
+        now, averages = [held[name] for name in self.names], list(self.values)
+        # of hundreds of tensors at a time on a GPU; on a CPU one by one
+        if not averages:
+            pass
+        elif done <= self.start:
+            torch._foreach_copy_(averages, now)
+        else:
+            torch._foreach_lerp_(averages, now, self.momentum)
         self._taken = done
         self.done.fill_(done)
 

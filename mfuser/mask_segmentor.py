@@ -33,4 +33,4 @@ class MaskSegmentor(Segmentor):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return class, mask and dice terms of every decoder output."""
         self.check_size(batch.images)
-        return self.decoder.loss(self.decode(batch.images), batch.labels)
+        return self.decoder.loss(self.decode(batch.images), batch.labels, present=batch.present)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from mfuser.averaging import WeightAverage
 from mfuser.ops import resolve
 from mfuser.ops.dispatch import watched
 
@@ -59,6 +60,7 @@ class Batch:
     images: (B, 3, H, W) in [0, 1].    labels: (B, H, W) train ids of any integer type, 255 = ignore.
     extra: the streams that the method declares, see `Extra`.
     step: which step this is, from 0, of `steps`.
+    present: (B, K) on the CPU, which classes the labels show, where that is known: a GPU need not be asked then.
     """
 
     images: Tensor
@@ -66,6 +68,7 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     steps: int = 1
+    present: Tensor | None = None
 
 
 class TrainingData(Protocol):
@@ -198,16 +201,46 @@ class Segmentor(nn.Module):
                 self.get_submodule(name).eval()
         return self
 
+    def keep_average(self, start: int, momentum: float) -> None:
+        """Keep a moving average of the trained weights in `training_only`, after `enter_training`: as `WeightAverage`.
+
+        The model file then has the averages in place of the weights, and the training's state has the weights.
+
+        Raises: ValueError for a model that keeps one already.
+        """
+        if self._average() is not None:
+            raise ValueError(f"`{self.method}` keeps an average of its own; leave one of the two out")
+        parts = self._modules.get("training_only") or nn.ModuleDict()
+        average = WeightAverage(self, start, momentum)
+        self.training_only = nn.ModuleDict({**dict(parts.named_children()), "average": average})
+
+    def update_average(self, done: int) -> None:
+        """Update the average, if there is one, by the weights after `done` steps; once a step, however often it is called."""
+        if (average := self._average()) is not None:
+            average.follow(self, done)
+
+    def _average(self) -> WeightAverage | None:
+        parts = self._modules.get("training_only")
+        found = parts["average"] if isinstance(parts, nn.ModuleDict) and "average" in parts else None
+        return found if isinstance(found, WeightAverage) else None
+
+    def _as_kept(self) -> dict[str, Tensor]:
+        """Return all tensors by name, averages and trained weights in each other's places."""
+        average, state = self._average(), self.state_dict()
+        return state if average is None else average.exchanged(state, f"{_TRAINING_ONLY}average.")
+
     def model_state(self) -> dict[str, Tensor]:
         """Return the tensors that evaluation needs, by name: what the model file holds."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_TRAINING_ONLY)}
+        return {name: tensor for name, tensor in self._as_kept().items() if not name.startswith(_TRAINING_ONLY)}
 
     def training_state(self) -> dict[str, Tensor]:
         """Return the tensors of `training_only`, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(_TRAINING_ONLY)}
+        return {name: tensor for name, tensor in self._as_kept().items() if name.startswith(_TRAINING_ONLY)}
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Replace the tensors of `training_only`, where buffers may have grown since it was made.
+
+        Of an average there come the trained weights: the averages are in the model file, and `keep_average` copied them.
 
         Raises: ValueError naming what is missing, unknown, or of another shape.
         """
@@ -223,6 +256,8 @@ class Segmentor(nn.Module):
                 setattr(self.get_submodule(module), leaf, value.to(own[name].device))
             else:
                 raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+        if (average := self._average()) is not None:
+            average.resume()
 
     def take_scalars(self, option: str, scalars: dict[str, Tensor]) -> None:
         """Use scalars of a tower's published file outside its parts, such as SigLIP's `logit_scale`; by default nothing.

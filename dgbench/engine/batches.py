@@ -19,7 +19,8 @@ from dgbench.errors import RecipeError
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe
 from dgbench.resources import usable_cores
-from mfuser.segmentor import Batch
+from mfuser.decoder.matching import present_classes
+from mfuser.segmentor import CITYSCAPES, Batch
 
 Samples = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -60,14 +61,39 @@ def augmentation(recipe: Recipe) -> Augmentation:
 
 
 def batch_of(samples: Samples, device: torch.device, step: int, steps: int) -> Batch:
-    """Return a loader's output as a batch on a device: images in [0, 1], labels int64."""
+    """Return a loader's output, on the CPU, as a batch on a device: images in [0, 1], labels int64."""
     images, labels, extra = samples
+    present = present_classes(labels, len(CITYSCAPES))
     images, labels = to_model(images, labels, device)
     moved = {}
     for name, tensor in extra.items():
         is_image = tensor.dim() == 4
         moved[name] = to_model(tensor, labels, device)[0] if is_image else tensor.to(device, non_blocking=True).long()
-    return Batch(images, labels, moved, step, steps)
+    return Batch(images, labels, moved, step, steps, present)
+
+
+def on_device(loader: Iterable[Samples], device: torch.device, start: int, steps: int) -> Iterator[Batch]:
+    """Yield the batches of the steps from `start` on; to a GPU, each is copied while the step before it is computed."""
+    numbered = enumerate(loader, start)
+    if device.type != "cuda":
+        for step, samples in numbered:
+            yield batch_of(samples, device, step, steps)
+        return
+    copying = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    for step, samples in numbered:
+        with torch.cuda.stream(copying):
+            copied = batch_of(samples, device, step, steps)
+            there = copying.record_event()
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_event(there)
+        for tensor in (copied.images, copied.labels, *copied.extra.values()):
+            # its memory, the copying stream's, is used by this stream from now on
+            tensor.record_stream(torch.cuda.current_stream(device))
+        ready = copied
+    if ready is not None:
+        yield ready
 
 
 @dataclass(frozen=True, slots=True)

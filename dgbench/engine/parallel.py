@@ -27,16 +27,13 @@ if TYPE_CHECKING:
 class Loss(nn.Module):
     """The model's loss as a forward pass, the form in which distributed training wraps a model."""
 
-    def __init__(self, model: Segmentor, team: Team) -> None:
+    def __init__(self, model: Segmentor) -> None:
         super().__init__()
-        self.model, self._several = model, team.world > 1
+        self.model = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the model's loss terms."""
-        if not self._several:
-            return self.model.loss(batch)
-        with _dropping_as_one(self.model, len(batch.images)):
-            return self.model.loss(batch)
+        return self.model.loss(batch)
 
 
 def settings() -> list[KwargsHandler]:
@@ -81,8 +78,11 @@ def with_norms(model: Segmentor, team: Team, device: torch.device, *, local: boo
 
 
 @contextmanager
-def _dropping_as_one(model: nn.Module, images: int) -> Iterator[None]:
-    """Let dropout draw for the whole batch within the block, and use the part of this process's images."""
+def dropping_as_one(model: nn.Module, images: int) -> Iterator[None]:
+    """Let dropout draw for the whole batch within the block, and use the part of these images.
+
+    The block holds the backward pass, too: activations that are computed again there are dropped as the first time.
+    """
     from timm.layers import DropPath
 
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath)

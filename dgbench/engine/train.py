@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
 
 import mfuser
 from dgbench import results, temporaries
@@ -25,7 +24,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, digest_of, files_of, streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
-from dgbench.engine import batches, checkpoints, tracking
+from dgbench.engine import batches, checkpoints, step, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
 from dgbench.engine.log import Log
@@ -99,6 +98,7 @@ def train(
     extra, digests = _extras(recipe, model, root)
     _check_streams(run, digests, before, [stream.name for stream in extra])
     model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
+    speed = step.prepare(model, spec, team)
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -113,6 +113,8 @@ def train(
         )
     if team.world > 1:
         environment["processes"] = str(team.world)
+    if speed.said:
+        environment["training"] = speed.said
     log = None
     if main:
         trackers.begin(accelerator, recipe, start)
@@ -141,7 +143,7 @@ def train(
         progress.note(norms) if norms else None
     # faster convolutions: a step takes a tenth less on a CPU; checkpoints are still written in the usual order
     model.to(memory_format=torch.channels_last)
-    loss_of, optimizer = prepared(accelerator, Loss(model, team), optimizer)
+    loss_of, optimizer = prepared(accelerator, Loss(model), optimizer)
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
@@ -152,11 +154,11 @@ def train(
     images_seen, since = 0, time.perf_counter()
     made = None
 
-    def keep(step: int) -> Made:
+    def keep(done: int) -> Made:
         assert log is not None
         size, digest = log.sealed()
         told = Made(
-            step=step,
+            step=done,
             began=start,
             seconds=time.perf_counter() - since,
             loss=log.loss,
@@ -167,7 +169,8 @@ def train(
             log_sha256=digest,
             **about,
         )
-        checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, step, seen=seen, made=told)
+        with speed.whole():
+            checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done, seen=seen, made=told)
         return told
 
     if main:
@@ -175,42 +178,45 @@ def train(
     finished = saved = start
     agreed = False  # all processes stop behind the same step
     pace = Pace(run, team, accelerator.device)
+    first = step.FirstStep(speed, progress.note if main else lambda _: None)
     with Stops() as stops, Watch(team, str(run)) as watch:
         # one of several processes stops where all do, not while it waits for its batch
         stops.busy = team.world > 1
         try:
             pace.mark()
             watch.at(start, "loading its batch")
-            for step, samples in enumerate(loader, start):
+            for batch in batches.on_device(loader, accelerator.device, start, spec.steps):
                 stops.busy = True
                 pace.waited(loading=True)
-                watch.at(step, "computing")
+                at = batch.step
+                first.begins()
+                watch.at(at, "computing")
                 # one seed per step and process, so that no generator's state has to be saved to resume exactly
-                set_seed(_mix(spec.seed, step))
-                model.before_step(step, spec.steps, data)
+                set_seed(_mix(spec.seed, at))
+                model.before_step(at, spec.steps, data)
                 if not model.training:
                     model.train()
-                set_seed(_mix(spec.seed, step, 0))  # alike on every process, which takes its part of what is drawn
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate.at(step, spec.steps, recipe.optim)
-                    group["weight_decay"] = rate.decay_at(step, spec.steps, recipe.optim)
-                batch = batches.batch_of(samples, accelerator.device, step, spec.steps)
-                terms: dict[str, Tensor] = loss_of(batch)
-                loss = torch.stack(list(terms.values())).sum()
-                accelerator.backward(loss)
+                    group["lr"] = rate.at(at, spec.steps, recipe.optim)
+                    group["weight_decay"] = rate.decay_at(at, spec.steps, recipe.optim)
+                seed = _mix(spec.seed, at, 0)
+                loss, terms = step.gradients(accelerator, loss_of, model, batch, spec=spec, team=team, seed=seed)
                 if spec.clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                done = at + 1
+                if spec.ema is not None:
+                    model.update_average(done)
+                first.ends()
 
                 images_seen += len(batch.images) * team.world
                 pace.step(len(batch.images) * team.world)
-                done = step + 1
                 checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
                 log_due = done % spec.log_every == 0 or checkpoint_due
-                watch.at(step, "waiting for the others")
+                watch.at(at, "waiting for the others")
                 if log_due:
-                    value, *each = team.mean([loss.item(), *(v.item() for v in terms.values())])
+                    value, *each = team.mean(torch.stack([loss, *terms.values()]).tolist())  # one wait for the GPU
                     if not math.isfinite(value):
                         raise RecipeError(
                             f"the loss became {value} at step {done}",
@@ -218,17 +224,17 @@ def train(
                         )
                     pace.write(done)
                 if main and log_due:
-                    speed = images_seen / (time.perf_counter() - since)
+                    rate_now = images_seen / (time.perf_counter() - since)
                     assert log is not None
-                    lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(step, spec.steps, recipe.optim)
+                    lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(at, spec.steps, recipe.optim)
                     values = {"loss": value, "lr": lr} | dict(zip(terms, each, strict=True))
                     log.write(done, values)
-                    trackers.log(values | {"images_per_second": speed}, done)
-                    progress.advance(0, loss=value, images_per_second=speed)
+                    trackers.log(values | {"images_per_second": rate_now}, done)
+                    progress.advance(0, loss=value, images_per_second=rate_now)
                 if main:
                     progress.advance(1)
                 if main and checkpoint_due:
-                    watch.at(step, "writing")
+                    watch.at(at, "writing")
                     made = keep(done)
                     saved = done
                 finished = done
@@ -352,6 +358,12 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
             model.random_towers = False  # they are the other model's
     set_seed(seed)
     model.enter_training()
+    if recipe.train.ema is not None:
+        _in_32_bits(model)
+        try:
+            model.keep_average(0, 1 - recipe.train.ema)
+        except ValueError as error:
+            raise RecipeError(f"train.ema: {error}", "--set train.ema=null, or change the method's option") from None
     for name, path in files_of(model.files, recipe.data.extra, model.method).items():
         try:
             model.take_file(name, path)
@@ -359,11 +371,15 @@ def _model(recipe: Recipe, checkpoint: Path | None, before: Made | None) -> tupl
             raise DataError(f"data.extra.{name} of `{model.method}`: {error}", f"set data.extra.{name} to another file") from None
     if checkpoint is not None:
         checkpoints.load_training(model, checkpoint)
+    _in_32_bits(model)
+    return model, init
+
+
+def _in_32_bits(model: Segmentor) -> None:
     for parameter in model.parameters():
         # optimizer steps are too small for 16 bits; frozen parameters stay as they are
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
-    return model, init
 
 
 def _extras(recipe: Recipe, model: Segmentor, root: Path | None) -> tuple[list[Stream], dict[str, str]]:

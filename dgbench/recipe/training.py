@@ -21,6 +21,19 @@ class TrainSpec(Spec):
     checkpoint_every: Count = 1000
     clip_norm: Annotated[Number, Field(gt=0)] | None = None
     init: Annotated[str, Field(min_length=1)] | None = None  # a run or saved model to start from; null: published towers
+    frozen: Literal["bf16"] | None = None  # how frozen weights of products are held; null: as the method builds them
+    compile: Literal["blocks"] | None = None  # by torch.compile
+    checkpoint_activations: Flag = False  # of the towers' blocks: computed again in the backward pass
+    accumulate: Count = 1  # parts of a batch, one after the other
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay of the average of the trained weights that is scored
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainSpec:
+        if self.frozen is not None and self.precision != self.frozen:
+            raise own(f"frozen: {self.frozen} goes with `precision: {self.frozen}`, got {self.precision}")
+        if self.batch_size % self.accumulate:
+            raise own(f"accumulate: {self.accumulate} parts of equal size cannot be made of batch_size {self.batch_size}")
+        return self
 
 
 class GroupSpec(Spec):

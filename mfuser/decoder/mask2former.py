@@ -115,12 +115,14 @@ class Mask2Former(nn.Module):
         outputs: list[Output] = self.mask_decoder(maps, mask_features, queries, positions, last=last)
         return outputs
 
-    def loss(self, outputs: Sequence[Output], labels: Tensor, *, draw: Draw = uniform) -> dict[str, Tensor]:
+    def loss(
+        self, outputs: Sequence[Output], labels: Tensor, *, draw: Draw = uniform, present: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return weighted class, mask and dice terms of every output; labels are (B, H, W) train ids, 255 = ignore.
 
-        Raises: as `MaskCriterion`.
+        `present` and errors are those of `MaskCriterion`.
         """
-        terms: dict[str, Tensor] = self.criterion(outputs, labels, draw=draw)
+        terms: dict[str, Tensor] = self.criterion(outputs, labels, draw=draw, present=present)
         return terms
 
 

@@ -287,7 +287,7 @@ class MFuser(Segmentor):
     def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
         """Class, mask and dice terms of every decoder output, and the alignment of image and text."""
         outputs, score_map = self._decode(batch.images)
-        terms = self.criterion(outputs, batch.labels, draw=draw)
+        terms = self.criterion(outputs, batch.labels, draw=draw, present=batch.present)
         logits = score_map * self.logit_scale + self.logit_bias
         return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, count_ignored=self.count_ignored)}
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mfuser.averaging import WeightAverage
 from mfuser.decoder.mask2former import Mask2Former
 from mfuser.decoder.mask_decoder import Output
 from mfuser.decoder.neck import bilinear_scales, four_taps
@@ -142,14 +141,12 @@ class SoMA(MaskSegmentor):
     def enter_training(self) -> None:
         """Make the average."""
         if self.average is not None:
-            start, momentum = self.average
-            self.training_only = nn.ModuleDict({"average": WeightAverage(self, start, momentum)})
+            self.keep_average(*self.average)
 
     def before_step(self, step: int, steps: int, data: TrainingData) -> None:
         """Update the average by the weights after the previous step."""
         self.step = step
-        if (average := self._average()) is not None:
-            average.follow(self, step)
+        self.update_average(step)
 
     def model_state(self) -> dict[str, Tensor]:
         """Return the tensors that evaluation needs, averages in place of the trained weights.
@@ -158,33 +155,17 @@ class SoMA(MaskSegmentor):
         """
         if self.is_merged:
             raise ValueError("its low-rank terms are in the tower's weights; save the model before merge()")
-        return {name: tensor for name, tensor in self._as_kept().items() if not name.startswith("training_only.")}
+        self._follow()
+        return super().model_state()
 
     def training_state(self) -> dict[str, Tensor]:
         """Return the tensors of `training_only`, the trained weights in place of their averages."""
-        return {name: tensor for name, tensor in self._as_kept().items() if name.startswith("training_only.")}
+        self._follow()
+        return super().training_state()
 
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        """Load the trained weights. The averages came from the model file, and `enter_training` copied them.
-
-        Raises: as `Segmentor`.
-        """
-        super().load_training_state(state)  # into the tensors of `training_state`: the weights
-        if (average := self._average()) is not None:
-            average.resume()
-
-    def _average(self) -> WeightAverage | None:
-        parts = self._modules.get("training_only")
-        found = parts["average"] if isinstance(parts, nn.ModuleDict) else None
-        return found if isinstance(found, WeightAverage) else None
-
-    def _as_kept(self) -> dict[str, Tensor]:
-        average = self._average()
-        if average is None:
-            return self.state_dict()
+    def _follow(self) -> None:
         if self.step is not None:
-            average.follow(self, self.step + 1)
-        return average.exchanged(self.state_dict(), "training_only.average.")
+            self.update_average(self.step + 1)
 
 
 MODEL = SoMA

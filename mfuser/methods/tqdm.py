@@ -241,7 +241,8 @@ class Tqdm(Segmentor):
         features, global_, visual = self.encode(batch.images)
         text = self.texts(global_, visual)
         mask_features, maps = self.pixel_decoder(features, text)
-        terms = self.criterion(self.mask_decoder(maps, mask_features, text), batch.labels, draw=draw)
+        outputs = self.mask_decoder(maps, mask_features, text)
+        terms = self.criterion(outputs, batch.labels, draw=draw, present=batch.present)
         clean: Any = self.training_only["texts"].embeddings
         logits = score_map(visual, text).unflatten(2, self.vlm.grid) / TEMPERATURE
         return terms | {

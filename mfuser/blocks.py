@@ -1,0 +1,129 @@
+"""A training's speed and memory, by the blocks of a model: compiled, their activations recomputed, frozen weights in 16 bits.
+
+Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers. Nothing here changes a
+model's tensors, names or class: `compile_blocks` and `recompute_blocks` change how a block is called, and a copy of the model is
+without that; `FrozenWeights` gives the whole weights back for saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mfuser.decoder.context_decoder import ContextDecoderLayer
+from mfuser.decoder.mask_decoder import MaskDecoderLayer
+from mfuser.decoder.mtenhancer import MTEnhancerLayer
+from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
+from mfuser.fusion import Fuser
+from mfuser.lowrank import LowRankLinear
+
+_LISTS = ("blocks", "resblocks")
+_LAYERS = (Fuser, PixelDecoderLayer, MaskDecoderLayer, MTEnhancerLayer, ContextDecoderLayer, ConvNorm)
+# whose weights enter nothing but products, which autocast rounds to 16 bits at every call
+_PRODUCTS = (
+    *(nn.Linear, LowRankLinear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.MultiheadAttention),
+    *(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d),
+)
+# graphs of one block's code: one for each kind of block, of input and of gradient
+_GRAPHS = 64
+
+
+def compile_blocks(model: nn.Module, *, random: bool = True) -> int:
+    """Have blocks compiled when they are first called, forward and backward; equal blocks share a graph. Returns: how many.
+
+    A block that cannot be compiled as a whole raises an error of `torch._dynamo.exc`.
+
+    Args:
+        random: those with a dropout, too, whose draws are then the compiler's: others, but as well given by torch's seed.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _GRAPHS)
+    found = [block for block in (*tower_blocks(model), *_layers(model)) if random or not _draws(block)]
+    for block in found:
+        block.compile(dynamic=False, fullgraph=True)
+    return len(found)
+
+
+def recompute_blocks(model: nn.Module) -> int:
+    """Have the blocks of towers keep their inputs alone for the backward pass, which computes them again. Returns: how many.
+
+    Gradients stay the same, bit for bit: generators are set back for the second time. After `compile_blocks`, if at all.
+    """
+    found = tower_blocks(model)
+    for block in found:
+        call: Callable[..., Any] = block._compiled_call_impl or block._call_impl
+        # what Module.compile sets as well; Module.__call__ asks it first, and a copy of the module is without it
+        block._compiled_call_impl = partial(checkpoint, call, use_reentrant=False)
+    return len(found)
+
+
+def tower_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model's towers that gradients pass through in training, those of `training_only` left out."""
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _LISTS and isinstance(module, nn.ModuleList | nn.Sequential) and not _apart(name):
+            found |= {id(block): block for block in module}
+    return list(found.values())
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, _LAYERS) and not _apart(name) and not name.startswith(inside or ("\0",)):
+            inside = (*inside, f"{name}.")
+            yield module
+
+
+def _apart(name: str) -> bool:
+    return name.startswith("training_only.")
+
+
+def _draws(block: nn.Module) -> bool:
+    """Return whether a block in training mode draws random numbers."""
+    from timm.layers import DropPath
+
+    kinds = (nn.modules.dropout._DropoutNd, DropPath)
+    drawing = [module for module in block.modules() if isinstance(module, kinds)]
+    return any(getattr(module, "p", None) or getattr(module, "drop_prob", None) for module in drawing)
+
+
+class FrozenWeights:
+    """Frozen weights of products, held in bf16 on the model's device and whole, as they were, on the CPU.
+
+    Under autocast to bf16, results are the same as with the whole weights, bit for bit: it rounds them at every call. Norms,
+    scales, embeddings and positions stay as they are, as does what the training alone needs (`training_only`).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Convert a model in place."""
+        self._held: list[tuple[nn.Parameter, Tensor]] = []
+        for name, module in model.named_modules():
+            if type(module) not in _PRODUCTS or _apart(f"{name}."):
+                continue
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad and parameter.dtype is torch.float32:
+                    self._held.append((parameter, parameter.data.cpu()))
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Give the model its whole weights within the block, for saving it."""
+        halves = [parameter.data for parameter, _ in self._held]
+        for parameter, whole in self._held:
+            parameter.data = whole
+        try:
+            yield
+        finally:
+            for (parameter, _), half in zip(self._held, halves, strict=True):
+                parameter.data = half
