@@ -49,13 +49,16 @@ class Speed:
             yield
 
 
-def prepare(model: Segmentor, spec: TrainSpec, team: Team) -> Speed:
+def prepare(model: Segmentor, spec: TrainSpec, team: Team, *, local_norms: bool = False) -> Speed:
     """Change how a model in training mode computes, in place, as its recipe asks.
+
+    Args:
+        local_norms: BatchNorm may take the statistics of each part of a batch.
 
     Raises: RecipeError for what this model, or several processes, cannot do.
     """
     if spec.accumulate > 1:
-        _check_parts(model, spec, team)
+        _check_parts(model, spec, team, local_norms)
     frozen = blocks.FrozenWeights(model) if spec.frozen else None
     if frozen is not None and not len(frozen):
         raise RecipeError(f"train.frozen: `{model.method}` has no frozen weights of products", "--set train.frozen=null")
@@ -80,7 +83,7 @@ def prepare(model: Segmentor, spec: TrainSpec, team: Team) -> Speed:
     return Speed(frozen, compiled, ", ".join(filter(None, said)))
 
 
-def _check_parts(model: Segmentor, spec: TrainSpec, team: Team) -> None:
+def _check_parts(model: Segmentor, spec: TrainSpec, team: Team, local_norms: bool) -> None:
     own = spec.batch_size // spec.accumulate
     if team.world > 1:
         raise RecipeError(
@@ -93,10 +96,10 @@ def _check_parts(model: Segmentor, spec: TrainSpec, team: Team) -> None:
             f"--set train.accumulate={max(1, spec.batch_size // model.min_batch)}, or a larger train.batch_size",
         )
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    if norms:
+    if norms and not local_norms:
         raise RecipeError(
             f"train.accumulate: `{model.method}` has {len(norms)} BatchNorm layers, which take statistics of the whole batch",
-            "train with accumulate=1 and fewer images, or in several processes on GPUs",
+            "train in several processes on GPUs; or with --local-batchnorm: they take those of each part",
         )
 
 

@@ -67,7 +67,7 @@ def train(
     Args:
         trackers: are told loss, learning rate and speed where `log.jsonl` is; whoever made them finishes them.
         team: the processes that train together, all of which call this; default: those that a launcher started.
-        local_norms: BatchNorm may take the statistics of each process's part of a batch.
+        local_norms: BatchNorm may take the statistics of each process's part of a batch, or of each of `train.accumulate`.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
 
@@ -98,7 +98,7 @@ def train(
     extra, digests = _extras(recipe, model, root)
     _check_streams(run, digests, before, [stream.name for stream in extra])
     model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
-    speed = step.prepare(model, spec, team)
+    speed = step.prepare(model, spec, team, local_norms=local_norms)
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
