@@ -78,7 +78,9 @@ def test_classes_that_are_known_beforehand_change_nothing():
     outputs, labels = scene(19)
     criterion = MaskCriterion(points=64)
     present = present_classes(labels, 19)
-    assert [sorted(set(image.flatten().tolist()) - {255}) for image in labels] == [row.nonzero()[:, 0].tolist() for row in present]
+    assert [sorted(set(image.flatten().tolist()) - {255}) for image in labels] == [
+        row.nonzero()[:, 0].tolist() for row in present
+    ]
     terms, _ = by_criterion(criterion, outputs, labels)
     again, _ = by_criterion(criterion, outputs, labels, present=present)
     assert all(torch.equal(terms[name], value) for name, value in again.items())
