@@ -1,6 +1,7 @@
 """A training's speed and memory, by the blocks of a model: compiled, their activations recomputed, frozen weights in 16 bits.
 
-Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers. Nothing here changes a
+Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers; of two towers that are
+stepped together, a pair of blocks and the fuser between them are one. Nothing here changes a
 model's tensors, names or class: `compile_blocks` and `recompute_blocks` change how a block is called, and a copy of the model is
 without that; `FrozenWeights` gives the whole weights back for saving.
 """
@@ -22,6 +23,7 @@ from mfuser.decoder.mtenhancer import MTEnhancerLayer
 from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
 from mfuser.fusion import Fuser
 from mfuser.lowrank import LowRankLinear
+from mfuser.pairs import paired
 
 _LISTS = ("blocks", "resblocks")
 _LAYERS = (Fuser, PixelDecoderLayer, MaskDecoderLayer, MTEnhancerLayer, ContextDecoderLayer, ConvNorm)
@@ -46,7 +48,11 @@ def compile_blocks(model: nn.Module, *, random: bool = True) -> int:
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _GRAPHS)
-    found = [block for block in (*tower_blocks(model), *_layers(model)) if random or not _draws(block)]
+    alone = not random and any(_draws(block) for block in (*tower_blocks(model), *_layers(model)))
+    pairs: list[nn.Module] = [] if alone else list(paired(model))
+    inside = {id(module) for pair in pairs for module in pair.modules()}
+    layers = [block for block in (*tower_blocks(model), *_layers(model)) if id(block) not in inside]
+    found = [block for block in (*pairs, *layers) if random or not _draws(block)]
     for block in found:
         block.compile(dynamic=False, fullgraph=True)
     return len(found)
@@ -55,9 +61,13 @@ def compile_blocks(model: nn.Module, *, random: bool = True) -> int:
 def recompute_blocks(model: nn.Module) -> int:
     """Have the blocks of towers keep their inputs alone for the backward pass, which computes them again. Returns: how many.
 
+    Those of text towers, too, and a fuser between two blocks with them.
+
     Gradients stay the same, bit for bit: generators are set back for the second time. After `compile_blocks`, if at all.
     """
-    found = tower_blocks(model)
+    pairs = paired(model)
+    inside = {id(module) for pair in pairs for module in pair.modules()}
+    found = [*pairs, *(block for block in tower_blocks(model) if id(block) not in inside)]
     for block in found:
         call: Callable[..., Any] = block._compiled_call_impl or block._call_impl
         # what Module.compile sets as well; Module.__call__ asks it first, and a copy of the module is without it

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import mfuser
 from mfuser import blocks
+from mfuser.pairs import paired
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers.vit import VisionEncoder
 
@@ -67,7 +68,8 @@ def test_only_frozen_weights_of_products_are_in_16_bits_and_saving_sees_none_of_
 def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(dropout):
     expected = step(model(dropout=dropout), bf16=False)
     changed = model(dropout=dropout)
-    assert blocks.recompute_blocks(changed) == len(blocks.tower_blocks(changed)) > 0
+    pairs = len(changed.adapters)
+    assert blocks.recompute_blocks(changed) == len(blocks.tower_blocks(changed)) - pairs > pairs  # and blocks of text
     assert_equal(step(changed, bf16=False), expected)
 
 
@@ -152,10 +154,24 @@ def test_equal_blocks_share_one_graph_and_compute_the_same():
 
 def test_blocks_that_draw_can_be_left_out():
     changed = model(dropout=0.1)
-    everything = blocks.compile_blocks(changed)
+    everything, depth = blocks.compile_blocks(changed), len(changed.adapters)
     changed = model(dropout=0.1)
-    # the fusers, and MTEnhancer's layer
-    assert everything - blocks.compile_blocks(changed, random=False) == len(changed.adapters) + 1
+    # blocks of both towers and fusers are pairs; by themselves, fusers and MTEnhancer's layer are left out
+    assert blocks.compile_blocks(changed, random=False) == everything + depth - 1
+    changed = model(dropout=0.0)
+    assert blocks.compile_blocks(changed, random=False) == everything
+
+
+def test_a_pair_does_what_the_model_does_and_is_no_part_of_it():
+    expected, changed = model(), model()
+    names = list(changed.state_dict())
+    assert len(paired(changed)) == len(changed.adapters)
+    assert paired(changed) is paired(changed)
+    assert list(changed.state_dict()) == names
+    assert_equal(step(changed, bf16=False), step(expected, bf16=False))
+    copied = copy.deepcopy(changed)
+    assert copied.pair.pairs[0].vfm is copied.vfm.trunk.blocks[0]
+    assert not paired(model("rein"))
 
 
 def test_what_has_no_blocks_says_so():
