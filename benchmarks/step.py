@@ -4,9 +4,10 @@
     python benchmarks/step.py --batch 2 --options frozen compile
     python benchmarks/step.py --towers tiny --size 64 --device cpu --batch 2 --options frozen   # every path; means nothing
 
-A step is that of `dgbench train` (the same functions) under bf16 autocast, on noise with ten classes in each image; towers have random
-weights. Rows are medians over the steps with the lowest and the highest, and the peak of allocated memory; behind them, for the last
-row, the kernels that take the most time, and how often the host waits for the device or copies from it. Rows are printed as they come.
+A step is that of `dgbench train` (the same functions) under bf16 autocast, on noise with ten classes in each image; towers have
+random weights. Rows are medians over the steps with the lowest and the highest, and the peak of allocated memory; then, for
+the last row, the kernels that take the most time, and how often the host waits for the device or copies from it. Rows are printed
+as they come.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,7 @@ def measured(training: Training, batch: Batch, options: str, steps: int) -> Row:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    ms, first = timed(lambda: training.step(batch), device, steps)
+    ms, first = timed(partial(training.step, batch), device, steps)
     return Row(len(batch.images), options, statistics.median(ms), min(ms), max(ms), peak_gib(device), first)
 
 
@@ -157,7 +159,7 @@ def profiled(call: Callable[[], object], device: torch.device, rows: int) -> str
     def own(event: Any) -> float:
         return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
 
-    of_device = [e for e in averages if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    of_device = [e for e in averages if not on_gpu or str(e.device_type).endswith("CUDA")]
     total = sum(map(own, of_device))
     lines = [
         f"{total:.1f} ms of {'kernels' if on_gpu else 'operators'} in a step.",
@@ -206,10 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(measured(training, batch, options, given.steps))
             print(found[-1].line(), flush=True)
     for images, batch in batches.items():
-        print(
-            f"\n## Batch {images}, {options}\n\n{profiled(lambda batch=batch: training.step(batch), device, given.rows)}",
-            flush=True,
-        )
+        where = profiled(partial(training.step, batch), device, given.rows)
+        print(f"\n## Batch {images}, {options}\n\n{where}", flush=True)
     if given.json is not None:
         about = {"device": device_name(device), "torch": torch.__version__, "towers": given.towers, "size": given.size}
         atomic.write(given.json, json.dumps({"about": about, "rows": [asdict(row) for row in found]}, indent=1) + "\n")
