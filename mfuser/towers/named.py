@@ -80,7 +80,10 @@ def of_tower(tower: str, parts: Mapping[str, str], frozen: Mapping[str, Tensor])
         kind = str(value.dtype).removeprefix("torch.")
         if kind not in _TYPES or any(key not in state for key in source.keys):
             continue  # what a method adds to the tower
-        theirs = source.read(state)
+        try:
+            theirs = source.read(state)
+        except RuntimeError:
+            return None  # a file of that name, but not of this tower
         other_size = theirs.numel() != value.numel()
         if not other_size and torch.equal(_bits(_as(theirs, value.shape, value.dtype)), _bits(value)):
             tensors[name] = Place(source, kind)
@@ -115,6 +118,8 @@ def read(named: NamedTower, shapes: Mapping[str, Sequence[int]], where: Path) ->
         try:
             values[name] = _as(place.source.read(state), shapes[name], getattr(torch, place.dtype)).contiguous()
         except (KeyError, RuntimeError) as error:
+            if "allocate memory" in str(error):
+                raise
             raise ValueError(f"{where}: {name} is not in {path} as it says: {str(error)[:100]}") from None
     return values
 

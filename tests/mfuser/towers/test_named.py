@@ -273,6 +273,7 @@ def test_weights_are_loaded_over_another_model_of_the_method(tmp_path: Path, pla
         (lambda rows: rows[0]["tensors"].pop("vfm.trunk.norm.bias"), r"1 tensors missing \(vfm.trunk.norm.bias\)"),
         (lambda rows: rows[0]["tensors"]["vfm.trunk.norm.bias"].update(keys=["nothing"]), "vfm.trunk.norm.bias is not in"),
         (lambda rows: rows[0]["tensors"]["vfm.trunk.norm.bias"].update(keys=["pos_embed"]), "vfm.trunk.norm.bias is not in"),
+        (lambda rows: rows[0]["tensors"]["vfm.trunk.norm.bias"].update(keys=["norm.bias", "pos_embed"]), "norm.bias is not in"),
         (lambda rows: rows[0]["tensors"]["vfm.trunk.norm.bias"].update(keys=[]), "is damaged"),
         (lambda rows: rows[0]["tensors"]["vfm.trunk.norm.bias"].update(dtype="load"), "is damaged"),
     ],
