@@ -87,7 +87,7 @@ def train(
     gpus: GpusOpt = None,
     local_batchnorm: Annotated[
         bool,
-        typer.Option("--local-batchnorm", help="With several processes on CPUs, or train.accumulate: BatchNorm by each part of a batch."),
+        typer.Option("--local-batchnorm", help="Of processes on CPUs, or train.accumulate: BatchNorm by each part of a batch."),
     ] = False,
     device: DeviceOpt = None,
     root: RootOpt = None,

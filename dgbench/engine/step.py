@@ -150,6 +150,11 @@ def _explained(model: Segmentor, spec: TrainSpec) -> Iterator[None]:
     except PartError as error:
         raise RecipeError(f"train.accumulate: `{model.method}` cannot: {error}", "--set train.accumulate=1") from None
     except Exception as error:
+        if spec.frozen and "same dtype" in str(error):
+            raise RecipeError(
+                f"train.frozen: `{model.method}` has a frozen part that computes in 32 bits under autocast, too: {error}",
+                "--set train.frozen=null",
+            ) from error
         if spec.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise RecipeError(

@@ -185,6 +185,19 @@ def test_a_method_refuses_what_it_has_not(options, method, problem, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_frozen_part_that_computes_in_32_bits_is_told(tmp_path):
+    """CLOUDS' texts do, whatever autocast says."""
+    its = recipe(
+        BF16,
+        "train.frozen=bf16",
+        "data.extra={generated: textures}",
+        method="{name: clouds, backbone: tiny_cnn, freeze_towers: true}",
+        folder=tmp_path,
+    )
+    with pytest.raises(RecipeError, match=r"train.frozen: `clouds` has a frozen part that computes in 32 bits"):
+        train(its, tmp_path / "run", progress=Silent(), device="cpu")
+
+
 def test_options_at_their_defaults_are_not_in_the_hash_and_each_other_value_is(tmp_path):
     usual = recipe(BF16, folder=tmp_path)
     given = recipe(BF16, "train.frozen=null", "train.compile=null", "train.accumulate=1", "train.ema=null", folder=tmp_path)
