@@ -31,7 +31,8 @@ class WeightAverage(nn.Module):
         if done <= self._taken:
             return
         held = dict(model.named_parameters())
-        now, averages = [held[name] for name in self.names], list(self.values)
+        now: list[Tensor] = [held[name] for name in self.names]
+        averages: list[Tensor] = list(self.values)
         # of hundreds of tensors at a time on a GPU; on a CPU one by one
         if not averages:
             pass
