@@ -187,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, help="a file for the rows")
     given = parser.parse_args(arguments)
+    if {"compile", "checkpoint"} <= set(given.options):
+        parser.error("--options compile and checkpoint do not go together: measure one after the other")
     device = pick_device(given.device)
     torch.manual_seed(0)
     model = mfuser.build(

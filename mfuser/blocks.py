@@ -2,7 +2,7 @@
 
 Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers; of two towers that are
 stepped together, a pair of blocks and the fuser between them are one. Nothing here changes a
-model's tensors, names or class: `compile_blocks` and `recompute_blocks` change how a block is called, and a copy of the model is
+model's tensors, names or class: `compile_blocks` or `recompute_blocks` changes how a block is called, and a copy of the model is
 without that; `FrozenWeights` gives the whole weights back for saving.
 """
 
@@ -61,15 +61,14 @@ def compile_blocks(model: nn.Module, *, random: bool = True) -> int:
 def recompute_blocks(model: nn.Module) -> int:
     """Have the blocks of towers keep their inputs alone for the backward pass, which computes them again. Returns: how many.
 
-    Those of text towers, too, and a fuser between two blocks with them.
-
-    Gradients stay the same, bit for bit: generators are set back for the second time. After `compile_blocks`, if at all.
+    Gradients stay the same, bit for bit: generators are set back for the second time. Not for compiled blocks, whose second graph
+    may be another than the first. Those of text towers are among them, and a fuser with the two blocks before it.
     """
     pairs = paired(model)
     inside = {id(module) for pair in pairs for module in pair.modules()}
     found = [*pairs, *(block for block in tower_blocks(model) if id(block) not in inside)]
     for block in found:
-        call: Callable[..., Any] = block._compiled_call_impl or block._call_impl
+        call: Callable[..., Any] = block._call_impl
         # what Module.compile sets as well; Module.__call__ asks it first, and a copy of the module is without it
         block._compiled_call_impl = partial(checkpoint, call, use_reentrant=False)
     return len(found)

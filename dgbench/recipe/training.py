@@ -31,6 +31,9 @@ class TrainSpec(Spec):
     def _fits_together(self) -> TrainSpec:
         if self.frozen is not None and self.precision != self.frozen:
             raise own(f"frozen: {self.frozen} goes with `precision: {self.frozen}`, got {self.precision}")
+        if self.compile is not None and self.checkpoint_activations:
+            # what is computed again may be another graph, with other tensors, of which torch complains in the backward pass
+            raise own("checkpoint_activations does not go with `compile: blocks`: leave one of the two out")
         if self.batch_size % self.accumulate:
             raise own(f"accumulate: {self.accumulate} parts of equal size cannot be made of batch_size {self.batch_size}")
         return self

@@ -158,6 +158,10 @@ def test_the_average_is_what_a_run_is_scored_by_and_the_training_goes_on_from_th
     ("options", "problem"),
     [
         (["train.frozen=bf16"], "frozen: bf16 goes with `precision: bf16`, got no"),
+        (
+            ["train.compile=blocks", "train.checkpoint_activations=true"],
+            "checkpoint_activations does not go with `compile: blocks`",
+        ),
         (["train.accumulate=3"], "accumulate: 3 parts of equal size cannot be made of batch_size 4"),
         (["train.ema=1.0"], "train.ema: must be below 1, got 1.0"),
         (["train.compile=all"], "train.compile: expected 'blocks', got 'all'"),
