@@ -317,12 +317,18 @@ class MFuser(Segmentor):
         rope_d, rope_v = self.vfm.rope(), self.vlm.rope()
         tapped = []
         for i in range(self.vfm.depth):
-            v, d = self.vlm.block(i, v, rope_v), self.vfm.block(i, d, rope_d)
-            if self.adapters:
-                dd, dv = self._fused(i, d, v)
-                d, v = d + dd, v + dv
+            d, v = self.pair(i, d, v, rope_d, rope_v)
             tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
         return four_scales(tapped, self.fpn1, self.fpn2), d, v
+
+    def pair(self, i: int, d: Tensor, v: Tensor, rope_d: Tensor | None, rope_v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tokens of both towers behind their i-th blocks and the fuser between them."""
+        assert self.vfm is not None and self.vlm is not None
+        v, d = self.vlm.block(i, v, rope_v), self.vfm.block(i, d, rope_d)
+        if self.adapters:
+            dd, dv = self._fused(i, d, v)
+            d, v = d + dd, v + dv
+        return d, v
 
     def _fused(self, i: int, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the tokens of both towers behind a block."""
