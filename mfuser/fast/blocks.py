@@ -1,7 +1,7 @@
 """Blocks of plain transformers with fewer and larger operations than timm's, equal to them but for rounding.
 
-One product makes queries, keys and values, also where a tower has a layer for each (EVA02), and one makes both halves of a SwiGLU.
-Scales of a branch are part of its last weights. Rotary tables have rows for class and registers, too, which turn nothing.
+One product makes queries, keys and values, also where a tower has a layer for each (EVA02), and one makes both halves of a
+SwiGLU. Scales of a branch are part of its last weights. Rotary tables have rows for class and registers, too, which turn nothing.
 Products are in the run's type; norms and their sums in fp32; tokens between blocks have the type in which they are given.
 """
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
         super().__init__()
         attention, mlp = block.attn, block.mlp
         first, second = _scales(block)
-        self.heads, self.half = attention.num_heads, bool(getattr(attention, "rotate_half", False))
+        self.heads, self.halves = attention.num_heads, bool(getattr(attention, "rotate_half", False))
         self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
         self.qkv = Product(_stacked(attention), dtype)
         self.q_norm, self.k_norm, self.inner = (
@@ -110,7 +110,7 @@ class Block(nn.Module):
         return attended
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
-        if self.half:
+        if self.halves:
             first, second = x.chunk(2, -1)
             other = torch.cat([-second, first], -1)
         else:

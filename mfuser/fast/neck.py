@@ -1,8 +1,8 @@
 """The neck's transposed convolutions as matrix products, and what follows them linearly as part of their weights.
 
 A transposed convolution of kernel 2 and stride 2 makes four cells of each, every one a product of its own: one product with four
-times the rows, and a shuffle. The pixel decoder begins with a 1x1 convolution of each map. Behind a transposed convolution both are
-one product: of the full model, 12288 channels for each cell of the grid become 768.
+times the rows, and a shuffle. The pixel decoder begins with a 1x1 convolution of each map. Behind a transposed convolution both
+are one product: of the full model, 12288 channels for each cell of the grid become 768.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def take(model: nn.Module, dtype: torch.dtype) -> bool:
     if not isinstance(fpn1, nn.Sequential) or not isinstance(fpn2, nn.ConvTranspose2d) or len(found) != 1:
         return False
     pixel: Any = found[0]
-    first, norm, act, second = fpn1
+    first, norm, act, second = (part for part in fpn1)
     finest, next_ = pixel.lateral_conv, pixel.input_convs[-1]
-    shape = ((2, 2), (2, 2), (0, 0), (0, 0), 1)
-    if any((c.kernel_size, c.stride, c.padding, c.output_padding, c.groups) != shape for c in (first, second, fpn2)):
-        return False
+    assert isinstance(first, nn.ConvTranspose2d)
+    assert isinstance(second, nn.ConvTranspose2d)
+    assert first.bias is not None
     scale, shift = _affine(norm)
     weight, bias = first.weight.detach().double(), first.bias.detach().double()
     inner = Enlarge(weight * scale[:, None, None], bias * scale + shift, dtype)

@@ -1,7 +1,7 @@
 """What a prepared copy holds in the run's type, what it keeps in fp32, and what it computes once.
 
-Products run under autocast, as a training in 16 bits does, but their weights are in its type already. Kept wide are weights that a
-method reads outside of autocast, those that the operators take in fp32, and layers whose outputs are class logits: in bf16 two
+Products run under autocast, as a training in 16 bits does, but their weights are in its type already. Kept wide are weights that
+a method reads outside of autocast, those that the operators take in fp32, and layers whose outputs are class logits: in bf16 two
 classes of nearly the same score would be equal.
 """
 
@@ -76,11 +76,11 @@ def hold_texts(model: Segmentor) -> bool:
     with torch.inference_mode(False), torch.no_grad():
         if isinstance(held, TextEncoder) and isinstance(contexts, Tensor):
             found = held(contexts)
-            held.forward = lambda contexts: found
+            vars(held)["forward"] = lambda contexts: found
             return True
         held = getattr(model, "prompts", None)
         if isinstance(held, PromptEncoder):
             embeddings = held()
-            held.forward = lambda: embeddings
+            vars(held)["forward"] = lambda: embeddings
             return True
     return False

@@ -323,7 +323,8 @@ class MFuser(Segmentor):
 
     def pair(self, i: int, d: Tensor, v: Tensor, rope_d: Tensor | None, rope_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens of both towers behind their i-th blocks and the fuser between them."""
-        assert self.vfm is not None and self.vlm is not None
+        assert self.vfm is not None
+        assert self.vlm is not None
         v, d = self.vlm.block(i, v, rope_v), self.vfm.block(i, d, rope_d)
         if self.adapters:
             dd, dv = self._fused(i, d, v)

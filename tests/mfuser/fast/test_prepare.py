@@ -94,7 +94,8 @@ def test_masks_are_those_of_the_model():
     with torch.no_grad():
         expected = model.masks(images())
     found = fast.prepare(model, dtype=torch.float32, compile=False).masks(images())
-    assert found is not None and expected is not None
+    assert found is not None
+    assert expected is not None
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-4, atol=1e-4)
     assert fast.prepare(build("linear"), compile=False).masks(images()) is None
 
