@@ -15,12 +15,15 @@ import mfuser
 from dgbench.cost.counted import Subject, built
 from dgbench.cost.timing import Call, Times, joules, samples, times
 from dgbench.engine.device import peak_gib
+from dgbench.engine.modes import FAST, Mode, ready
 from dgbench.protocol import lookup as protocol
 from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
 
+EXACTLY = Mode()
 STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
 _MOST = 64  # images at a time that the search for the best batch tries
+FAST_BATCH = 8  # of mode `fast`, where every batch that a search tries would be compiled
 _GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
 
 MODEL, STEP = "model", "step"  # the calls that are timed
@@ -79,22 +82,24 @@ def visit(
     slide: tuple[int, int] | None,
     *,
     compiled: bool,
+    how: Mode = EXACTLY,
 ) -> None:
-    """Build a model, and measure it once."""
+    """Build a model, and measure it once; in mode `fast` at few batches, each of which is compiled, and without a step."""
     gpu = device.type == "cuda"
     ran = ops.tally()
     try:
         model = _on(subject, device)
         model.check_backends()
         merged = model.merge()
-        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        fast = how.name == FAST
+        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else ready(model, how) if fast else model
         ask = _Asked(forward, subject.size, slide, device, dtype)
         for size in batches or (1,):
             taken.measure((MODEL, size), ask.batch(size), device, energy=bool(batches))
         if gpu and not batches:
-            taken.best = taken.best or _best_batch(ask, device)
+            taken.best = taken.best or (FAST_BATCH if fast else _best_batch(ask, device))
             taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
-        if gpu and slide is None:
+        if gpu and slide is None and not fast:
             if merged:  # a step trains what is apart
                 forward = ask = None  # type: ignore[assignment]
                 model = _on(subject, device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mfuser.fast.weights import hold_texts
 from mfuser.segmentor import Segmentor
 from mfuser.towers.vit import VisionEncoder
 
-__all__ = ["DTYPES", "Prepared", "hold_texts", "prepare", "seconds"]
+__all__ = ["DTYPES", "Prepared", "hold_texts", "keep_in", "prepare", "seconds"]
 
 DTYPES = (torch.bfloat16, torch.float32)
 _USUAL_WINDOWS = 16  # at a time, where no memory is measured
@@ -101,9 +102,8 @@ class Prepared:
         return -(-windows // parts)
 
     def _run(self, name: str, function: Callable[[Tensor], Any], images: Tensor) -> Any:
-        if not self.compiled:
-            return self._kept.run(name, function, images) if self.graphs else function(images)
-        with compiling():
+        # whatever the caller has: the copy has its own types
+        with compiling() if self.compiled else nullcontext(), torch.autocast(images.device.type, enabled=False):
             return self._kept.run(name, function, images) if self.graphs else function(images)
 
     def _scores(self, images: Tensor) -> Tensor:
