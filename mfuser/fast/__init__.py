@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfuser.fast import blocks, neck, pairs, weights
+from mfuser.fast import blocks, neck, pairs, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -161,6 +161,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
     done += ["pairs"] if pairs.take(copied, dtype) else []
+    done += ["queries"] if queries.take(copied) else []
     if dtype is not torch.float32:
         weights.widen(copied)
         weights.hold(copied, dtype)
