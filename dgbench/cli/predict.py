@@ -181,11 +181,12 @@ def predict(
         )
         render.show(found, form)
         return
-    from dgbench.engine import pictures
+    from dgbench.engine import modes, pictures
     from dgbench.engine.scenes import scenes
     from dgbench.engine.tested import load
 
     subjects = pictures.of_photos(photos) if what == "PHOTO" else []
+    compiling = modes.Compiling(modes.mode(modes.FAST if mode is None else mode.value, compiles=run_as["compiles"]))
     loaded = load(folders, device=device, protocol_name=protocol, root=root, titles=titles or (), **run_as)
     style = pictures.Style(shape, alpha, contours)
     if what != "PHOTO":
@@ -198,7 +199,9 @@ def predict(
         subjects = pictures.of_scenes(chosen)
     draw = pictures.draw_side_by_side if side_by_side else pictures.draw_each
     place = out or Path("" if what == "PHOTO" else "predictions")
-    render.show(draw(subjects, loaded, place, style, progress=progress), form)
+    drawn = draw(subjects, loaded, place, style, progress=progress)
+    compiling.tell(progress)
+    render.show(drawn, form)
 
 
 # what goes with what is segmented

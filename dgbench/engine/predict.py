@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from dgbench.data.dataset import read_photo
 from dgbench.data.labels import NAMES
 from dgbench.data.sheet import legend, overlay, save_image
 from dgbench.engine import checkpoints, modes
+from dgbench.engine.beside import Beside
 from dgbench.engine.device import pick_device
 from dgbench.engine.modes import Ready
 from dgbench.engine.photos import file_names, listed, refuse_replaced, refuse_unreadable
@@ -29,9 +30,6 @@ from dgbench.engine.scoring import LARGE, first_of, first_of_bands
 from dgbench.errors import DataError
 from dgbench.progress import Progress, Silent
 from dgbench.recipe import Recipe, load_recipe
-from dgbench.resources import usable_cores
-
-_WRITERS = 4  # threads that draw and write
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,6 @@ def predict(
     told = progress or Silent()
     model, compiling = modes.ready(loaded, how, told), modes.Compiling(how)
     height = recipe.data.size[0] if recipe and recipe.data.size else None
-    results = []
     progress = progress if progress and len(files) > 1 else Silent()
     progress.start("segmenting", len(files), "images")
 
@@ -90,20 +87,15 @@ def predict(
         save_image(with_legend(overlay(image, label, opacity, contours=contours), label), target)
         return Prediction(file, target, model.method, shares(label))
 
-    workers = min(_WRITERS, usable_cores())
     try:
-        # reading and writing of pictures leave Python's lock: both go on beside the model
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(workers) as writer:
+        with ThreadPoolExecutor(1) as reader, Beside[Prediction](progress.advance) as writing:
             following = reader.submit(read_photo, files[0])
-            writing: deque[Future[Prediction]] = deque()
             for i, (file, target) in enumerate(zip(files, targets, strict=True)):
                 image = following.result()
                 if i + 1 < len(files):
                     following = reader.submit(read_photo, files[i + 1])
-                writing.append(writer.submit(drawn, file, target, image, segment(model, image, on, height)))
-                while len(writing) > (workers if i + 1 < len(files) else 0):  # pictures that wait take memory
-                    results.append(writing.popleft().result())
-                    progress.advance()
+                writing.put(partial(drawn, file, target, image, segment(model, image, on, height)))
+            results = writing.results()
     finally:
         progress.stop()
     compiling.tell(told)
