@@ -169,6 +169,7 @@ class _Checkpoint:
     how: modes.Mode
     sha: str
     seen: checkpoints.Seen | None
+    rounded: str | None = None  # type that the weights were rounded to when they were exported
 
 
 def _checkpoint(recipe: Recipe, run: Path, device: torch.device, how: modes.Mode, progress: Progress) -> _Checkpoint:
@@ -187,9 +188,10 @@ def _checkpoint(recipe: Recipe, run: Path, device: torch.device, how: modes.Mode
                 raise
             continue
         if before is not None and _state(folder) == before:
+            rounded = checkpoints.in_fp32(model)
             model.to(device).check_backends()
             model.merge()
-            return _Checkpoint(modes.ready(model, how, progress), how, sha, seen)
+            return _Checkpoint(modes.ready(model, how, progress), how, sha, seen, rounded)
     raise CheckpointError(
         f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",
         "wait until the training ends, or train with a larger train.checkpoint_every",
@@ -264,7 +266,7 @@ def _score(
         kind=target.kind,
         created=results.now_iso(),
         method=found.model.method,
-        variant=", ".join(filter(None, [recipe.variant, found.how.label])),
+        variant=", ".join(filter(None, [recipe.variant, found.rounded and f"{found.rounded} weights", found.how.label])),
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
@@ -289,7 +291,7 @@ def _score(
         environment=environment,
         commit=commit,
         dirty=dirty,
-        extra=extra_scores(recipe.data.source, total, rules),
+        extra=extra_scores(recipe.data.source, total, rules) | ({"weights_dtype": found.rounded} if found.rounded else {}),
     )
     part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
     return results.write(record, run, counts, ids) if team.main else record

@@ -73,7 +73,9 @@ def predict(
     refuse_replaced(files, targets, "overlay")
     refuse_unreadable(files)  # all of them first: a bad file costs no model time
     on = pick_device(device)
-    loaded = checkpoints.load_model(run).to(on)
+    loaded = checkpoints.load_model(run)
+    checkpoints.in_fp32(loaded)
+    loaded.to(on)
     loaded.merge()
     recipe = _recipe(run)
     how = modes.mode(mode_name or (recipe.eval.mode if recipe else modes.EXACT), compiles=compiles)
