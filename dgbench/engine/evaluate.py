@@ -36,7 +36,7 @@ from dgbench.launch import launched
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
-from mfuser import ops
+from mfuser import fast, ops
 
 _log = logging.getLogger(__name__)
 
@@ -333,11 +333,13 @@ def _fill(
             groups, waited = next(loaded, ([], 0.0))
             part.seconds["data"] += waited
             for batch in groups:
-                before = time.perf_counter()
+                before, compiled = time.perf_counter(), fast.seconds()
                 prediction = _predict(found.model, batch, rules, device)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                part.seconds["model"] += time.perf_counter() - before
+                if compiled := fast.seconds() - compiled:
+                    part.seconds[partial.COMPILE] = part.seconds.get(partial.COMPILE, 0.0) + compiled
+                part.seconds["model"] += max(0.0, time.perf_counter() - before - compiled)
                 before = time.perf_counter()
                 for pred, item in zip(prediction, batch, strict=True):
                     part.counts[item.index] = _confusion(pred, item.label.to(device))

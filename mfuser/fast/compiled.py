@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from mfuser.decoder.context_decoder import ContextDecoderLayer
-from mfuser.decoder.mtenhancer import MTEnhancerLayer
+from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.pixel_decoder import PixelDecoderLayer
 from mfuser.fast.blocks import Block
 from mfuser.fast.neck import Enlarge, EnlargeTwice
 from mfuser.fast.pairs import Pair
 from mfuser.fast.queries import Advance
 
-LAYERS = (Pair, Block, PixelDecoderLayer, Advance, MTEnhancerLayer, ContextDecoderLayer, Enlarge, EnlargeTwice)
+LAYERS = (Pair, Block, PixelDecoderLayer, Advance, MTEnhancer, ContextDecoderLayer, Enlarge, EnlargeTwice)
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # read whenever a graph is compiled; there is no other way to say it
 # graphs of one layer's code: one for each kind of it and each number of images
 _GRAPHS = 64

@@ -71,7 +71,8 @@ class Graphs:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             before, graph = dispatch.tally(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+            # threads that pin images for the loader may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 result = function(given)
             self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before)
 

@@ -112,6 +112,7 @@ def test_an_interrupted_evaluation_goes_on_in_its_own_mode_alone(run):
     assert not any("before the interruption" in said for said in other.said)
     (record,) = scored(run, "fast", progress=again)
     assert any("images were scored before the interruption" in said for said in again.said)
+    assert "compile" not in record.seconds
     assert record.n_images == 5
 
 
@@ -161,6 +162,8 @@ def test_the_command_scores_and_compiles_and_says_how_long_it_took(run, cache, m
     assert str(cache / "compiled") in done.output.replace("\n", "")
     (record,) = [record for record in results.query(run) if record.kind == "eval"]
     assert record.environment["compile"] == "yes"
+    assert record.seconds["compile"] > 0
+    assert record.seconds["model"] + record.seconds["compile"] <= record.seconds["total"]
     assert record.variant.endswith("fast bf16")
     assert list((cache / "compiled").iterdir())
 
