@@ -93,6 +93,8 @@ def visit(
         merged = model.merge()
         fast = how.name == FAST
         forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else ready(model, how) if fast else model
+        if fast:
+            model = None  # type: ignore[assignment]  # the copy is what is measured
         ask = _Asked(forward, subject.size, slide, device, dtype)
         for size in batches or (1,):
             taken.measure((MODEL, size), ask.batch(size), device, energy=bool(batches))

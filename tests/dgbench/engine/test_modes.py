@@ -22,6 +22,7 @@ from dgbench.engine.train import train
 from dgbench.errors import DgbenchError, RecipeError
 from dgbench.progress import Silent
 from dgbench.recipe import dump, load_recipe, recipe_hash
+from dgbench.render.leaderboard import leaderboard_tables
 from dgbench.report.leaderboard import leaderboard
 from mfuser import fast, manifest
 
@@ -101,6 +102,17 @@ def test_rows_of_two_modes_stand_beside_each_other(run):
     rows = [row for group in board.groups for row in group.rows if row.kind == "run"]
     assert sorted(row.variant.endswith("fast bf16 not compiled") for row in rows) == [False, True]
     assert [row.seeds for row in rows] == [1, 1]
+    by_mode = {row.variant.endswith("not compiled"): row for row in rows}
+    points = 100 * (by_mode[True].scores["streets-city"].miou - by_mode[False].scores["streets-city"].miou)
+    said = f"mode fast: {points:+.2f} points of mIoU from exact mode, at most {points:+.2f} (1 score of the same checkpoints)"
+    assert (by_mode[True].note, by_mode[False].note) == (said, "")
+    assert any(said in line for table in leaderboard_tables(board) for line in table.legend)
+
+
+def test_a_fast_row_alone_says_that_nothing_is_known_of_the_difference(run):
+    scored(run, "fast")
+    (row,) = leaderboard(results.query(run), published=False).groups[0].rows
+    assert row.note == "mode fast, and no exact score of the same checkpoint to compare it with"
 
 
 def test_an_interrupted_evaluation_goes_on_in_its_own_mode_alone(run):
