@@ -158,6 +158,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
     for name, encoder in copied.named_modules():
         if isinstance(encoder, VisionEncoder):
             done += [f"{name}.blocks"] if blocks.take(encoder, dtype) else []
+            done += [f"{name}.patches"] if blocks.take_patches(encoder, dtype) else []
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
     done += ["pairs"] if pairs.take(copied, dtype) else []
