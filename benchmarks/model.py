@@ -155,15 +155,31 @@ def graphed(call: Call) -> Call:
 # ---- the fast path, if there is one
 
 
-def fast_inference(bench: Bench, model: Segmentor) -> Callable[[Tensor], Tensor] | None:
+def fast_inference(bench: Bench, model: Segmentor, **chosen: Any) -> Any:
     """Prepare a model as `dgbench eval --mode fast` does; None where this version has no such mode."""
     if importlib.util.find_spec("mfuser.fast") is None:
         bench.notes.append("this version has no fast inference: its column is missing")
         return None
     from mfuser import fast  # type: ignore[attr-defined]
 
-    prepared: Callable[[Tensor], Tensor] = fast.prepare(model, dtype=bench.dtype, compile=bench.compiled)
-    return prepared
+    return fast.prepare(model, dtype=bench.dtype, compile=bench.compiled, **chosen)
+
+
+def fast_stages(bench: Bench, model: Segmentor, rows: Sequence[Row]) -> None:
+    """Time fast inference part by part, without CUDA graphs, inside of which nothing can be told apart.
+
+    Parts are those that are not compiled as a whole; what is compiled between them counts as one.
+    """
+    ready = fast_inference(bench, model, graphs=False)
+    inner: Any = ready._model  # its parts are where the model's are
+    parts = {label: modules for label, modules in parts_of(inner).items() if label not in ("towers", "fusers", "neck", "texts")}
+    stages = Stages(bench.device)
+    with stages.watching(parts, then={"mask decoder": "upsampling"}):
+        for row in rows:
+            call = bench.asked(row, ready, None)
+            call()  # compiles
+            found = stages.times(call, first="towers + fusers + neck", repeats=bench.rounds)
+            bench.measured[row.name].stages[f"{FAST}, no graph"] = found
 
 
 def eager_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call]:
@@ -191,9 +207,9 @@ def infer(bench: Bench, rows: Sequence[Row], told: Callable[[str], None], *, sta
         bench.measured[row.name].gib[name] = bench.peak(call, before)
     told("eager model")
     between, quick = bench.held(), [row for row in rows if not row.exact]
-    if quick and (fast := fast_inference(bench, model)) is not None:
+    if quick and (ready := fast_inference(bench, model)) is not None:
         for row in quick:
-            calls[row.name][FAST] = call = bench.asked(row, fast, None)
+            calls[row.name][FAST] = call = bench.asked(row, ready, None)
             bench.measured[row.name].gib[FAST] = bench.peak(call, between)
         told("fast model")
     timed(bench, rows, calls, told)
@@ -204,6 +220,9 @@ def infer(bench: Bench, rows: Sequence[Row], told: Callable[[str], None], *, sta
                 name = EXACT if row.exact else EAGER
                 bench.measured[row.name].stages[name] = stages.times(calls[row.name][name], first="towers", repeats=bench.rounds)
         told("stages")
+        if any(FAST in calls[row.name] for row in quick):
+            fast_stages(bench, model, quick)
+            told("stages of the fast model")
 
 
 def train(bench: Bench, rows: Sequence[Row], told: Callable[[str], None], *, staged: bool) -> None:

@@ -53,8 +53,20 @@ def test_a_run_measures_its_rows(script: ModuleType, tmp_path: Path, capsys: pyt
     assert found["rows"]["sliding window"]["crops"] == 18
     assert found["rows"]["sliding window"]["flop"] == 18 * found["rows"]["one crop"]["flop"]
     stages = found["rows"]["step of 2"]["stages"]["eager"]
-    assert {"towers", "fusers", "neck", "pixel decoder", "mask decoder", "loss", "towers, backward", "optimizer"} <= stages.keys()
+    assert {
+        "towers",
+        "fusers",
+        "neck",
+        "pixel decoder",
+        "mask decoder",
+        "loss",
+        "backward of towers",
+        "optimizer",
+    } <= stages.keys()
     assert "upsampling" in found["rows"]["one crop"]["stages"]["eager"]
+    fast = "fast" in found["rows"]["one crop"]["times"]
+    assert ("fast, no graph" in found["rows"]["one crop"]["stages"]) == fast
+    assert ("this version has no fast inference: its column is missing" in text) != fast
     assert re.search(r"^Stages, ms:$", text, re.M)
     assert script.main([*TINY, "--no-compile", "--rows", "one crop", "--against", str(out)]) == 0
     text = capsys.readouterr().out

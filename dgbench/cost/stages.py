@@ -51,7 +51,7 @@ class Stages:
         """
         handles = []
         for label, modules in parts.items():
-            after, turned = (then or {}).get(label), f"{label}, backward" if backward else None
+            after, turned = (then or {}).get(label), f"backward of {label}" if backward else None
 
             def enter(*_: object, label: str = label) -> None:
                 self._enter(label)

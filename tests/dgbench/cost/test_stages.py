@@ -58,7 +58,7 @@ def test_the_backward_pass_counts_for_the_part_it_is_in() -> None:
 
     with stages.watching({"first": [first], "second": [second]}, backward=True):
         found = stages.times(step, first="forward", repeats=2)
-    assert list(found) == ["forward", "first", "second", "backward", "second, backward", "first, backward", "optimizer"]
+    assert list(found) == ["forward", "first", "second", "backward", "backward of second", "backward of first", "optimizer"]
 
 
 def test_nothing_is_watched_afterwards_and_gradients_stay_the_same() -> None:
