@@ -6,9 +6,9 @@
     python benchmarks/end_to_end.py WORK --towers tiny --images 6 --side 64 --device cpu   # every path in a minute; means nothing
 
 WORK gets `data/cityscapes`, 2048x1024 PNGs in Cityscapes' layout, and `run`, an untrained model; both are kept for the next call.
-A few scenes are rendered and softened, so that a PNG has the size and the decoding time of Cityscapes' own (2.1 MB against 2.2;
-`benchmarks/loader.py` says why that matters); the other files are further names of these (hard links). They are read from the
-system's cache: the disk is not measured.
+A few scenes are rendered and softened, so that a PNG has the size of Cityscapes' own, 2.1 to 2.2 MB, and about their decoding time
+(docs/profile.md); the other files are further names of these (hard links). They are read from the system's cache: the disk is
+not measured.
 
 The record of the evaluation has the seconds in which the model ran, from the copy to the device to the classes of every pixel,
 those in which it waited for images, and those of the confusion matrices. The model's own rate is images by the first. `--own-ms`
