@@ -5,8 +5,8 @@
     python benchmarks/end_to_end.py WORK --run runs/mfuser-...            # a trained run; the same time
     python benchmarks/end_to_end.py WORK --towers tiny --images 6 --side 64 --device cpu   # every path in a minute; means nothing
 
-WORK gets `data/cityscapes`, 2048x1024 PNGs in Cityscapes' layout, and `run`, an untrained model; both are kept for the next call.
-A few scenes are rendered and softened, so that a PNG has the size of Cityscapes' own, 2.1 to 2.2 MB, and about their decoding time
+WORK gets 2048x1024 PNGs in Cityscapes' layout and a run of an untrained model; both are kept for the next call. A few scenes are
+rendered and softened, so that a PNG has the size of Cityscapes' own, 2.1 to 2.2 MB, and about their decoding time
 (docs/profile.md); the other files are further names of these (hard links). They are read from the system's cache: the disk is
 not measured.
 

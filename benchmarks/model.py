@@ -131,7 +131,13 @@ class Bench:
     def bare(self, steps: Sequence[products.Step], row: Row) -> Call:
         """Return the products of a row as one call: on a GPU as one graph, so that launches cost nothing."""
         call = products.bare(steps, self.device, self.dtype, training=row.kind == STEP)
-        return graphed(call) if self.device.type == "cuda" else call
+        if self.device.type != "cuda":
+            return call
+        try:
+            return graphed(call)
+        except RuntimeError as error:
+            self.notes.append(f"{row.name}: products were launched one by one, and wait for that; no CUDA graph of them: {error}")
+            return call
 
 
 def graphed(call: Call) -> Call:
