@@ -18,12 +18,16 @@ median and half the width of the central 90 % of the calls; `--against FILE` com
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import gc
 import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,16 +47,18 @@ from dgbench.cost.stages import Stages, traced
 from dgbench.cost.timing import Call, hardware, interleaved, median_ms
 from dgbench.engine.device import peak_gib, pick_device
 from dgbench.environment import code_commit, describe_environment
+from dgbench.errors import DgbenchError
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import load_method
 from mfuser.inference import windows
-from mfuser.segmentor import Segmentor
+from mfuser.segmentor import Batch, Segmentor
 
 PAIRS = {
     "large": {"eva02": ("dinov2_l", "eva02"), "clip": ("dinov2_l", "clip"), "siglip": ("dinov2_l", "siglip")},
     "base": {"eva02": ("dinov2_b", "eva02_b"), "clip": ("dinov2_b", "clip_b"), "siglip": ("dinov2_b", "siglip_b")},
     "tiny": {"eva02": ("tiny", "tiny")},
 }
+TOGETHER = ("towers", "fusers")  # which are compiled as one
 FOR_MS = ("dinov2_l", "eva02")  # the pair whose bars are in ms and GiB, too
 
 
@@ -113,6 +119,16 @@ class Bench:
         call()
         return peak_gib(self.device) - before
 
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Note an error of what is measured in the block, and go on without it: the rest of a run is worth having."""
+        try:
+            yield
+        except (RuntimeError, ValueError, DgbenchError) as error:
+            first = next(iter(str(error).splitlines()), "")
+            self.notes.append(f"{what}: {type(error).__name__}: {first}")
+            traceback.print_exc()
+
     def held(self) -> float:
         """Return the GiB that are allocated now; 0 on a CPU, where the peak is the process's."""
         return torch.cuda.memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
@@ -166,7 +182,7 @@ def fast_inference(bench: Bench, model: Segmentor, **chosen: Any) -> Any:
     if importlib.util.find_spec("mfuser.fast") is None:
         bench.notes.append("this version has no fast inference: its column is missing")
         return None
-    from mfuser import fast  # type: ignore[attr-defined]
+    from mfuser import fast
 
     return fast.prepare(model, dtype=bench.dtype, compile=bench.compiled, **chosen)
 
@@ -178,25 +194,66 @@ def fast_stages(bench: Bench, model: Segmentor, rows: Sequence[Row]) -> None:
     """
     ready = fast_inference(bench, model, graphs=False)
     inner: Any = ready._model  # its parts are where the model's are
-    parts = {label: modules for label, modules in parts_of(inner).items() if label not in ("towers", "fusers", "neck", "texts")}
+    parts = outside(inner, (*TOGETHER, "neck", "texts"))
     stages = Stages(bench.device)
     with stages.watching(parts, then={"mask decoder": "upsampling"}):
         for row in rows:
             call = bench.asked(row, ready, None)
             call()  # compiles
-            found = stages.times(call, first="towers + fusers + neck", repeats=bench.rounds)
+            found = stages.times(call, first=" + ".join((*TOGETHER, "neck")), repeats=bench.rounds)
             bench.measured[row.name].stages[f"{FAST}, no graph"] = found
 
 
 def eager_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call]:
     """Return the training steps of a recipe without speed options, under autocast."""
-    return training_steps(model, bench.subject.size, bench.device, bench.dtype, begins=stages.begin)
+    return training_steps(model, bench.subject.size, bench.device, bench.dtype, begins=stages.begin, loaded=as_loaded)
 
 
 def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call] | None:
-    """Return the training steps with all speed options; None where this version has none."""
-    bench.notes.append("this version has no fast training: its column is missing")
-    return None
+    """Return the training steps with `train.frozen` and `train.compile`; None where this version has no such options."""
+    if importlib.util.find_spec("dgbench.engine.step") is None:
+        bench.notes.append("this version has no fast training: its column is missing")
+        return None
+    from dgbench.engine import step
+    from dgbench.engine.team import join
+    from dgbench.launch import launched
+    from dgbench.recipe import TrainSpec
+
+    towers: Any = (model.vfm, model.vlm)
+    frozen = not any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
+    chosen: dict[str, Any] = {"frozen": "bf16" if frozen else None, "compile": "blocks" if bench.compiled else None}
+    spec = TrainSpec(steps=1, batch_size=2, precision="bf16", **chosen)
+    model.enter_training()
+    said = step.prepare(model.train(), spec, join(launched(), bench.device)).said
+    bench.notes.append(f"fast training: {said or 'nothing of these towers is frozen, and nothing is compiled'}")
+    return eager_training(bench, model, stages)
+
+
+def as_scored(model: Segmentor) -> Segmentor:
+    """Return what `dgbench eval` scores with in exact mode: in versions that do so, class texts are computed once."""
+    if importlib.util.find_spec("mfuser.fast") is None:
+        return model
+    from mfuser.fast import hold_texts
+
+    held = copy.deepcopy(model)
+    hold_texts(held)
+    return held
+
+
+def renamed(stages: Mapping[str, float]) -> dict[str, float]:
+    """Return the stages of a fast training step by what they hold: towers and fusers are compiled as one, and begin nothing."""
+    whole = " + ".join(TOGETHER)
+    names = {"forward": whole, "backward of neck": f"backward of neck + {whole}"}
+    return {names.get(label, label): ms for label, ms in stages.items()}
+
+
+def as_loaded(batch: Batch) -> Batch:
+    """Add the classes that a batch shows, which a loader finds on the CPU, so that a GPU need not be asked."""
+    if "present" not in (known.name for known in dataclasses.fields(Batch)):
+        return batch
+    from mfuser.decoder.matching import present_classes
+
+    return dataclasses.replace(batch, present=present_classes(batch.labels.cpu(), len(Segmentor.classes)))
 
 
 # ---- rows
@@ -207,27 +264,38 @@ def infer(bench: Bench, rows: Sequence[Row], told: Callable[[str], None], *, sta
     before = bench.held()
     model = bench.model()
     calls: dict[str, dict[str, Call]] = {row.name: {} for row in rows}
-    for row in rows:
-        name, dtype = (EXACT, None) if row.exact else (EAGER, bench.dtype)
-        calls[row.name][name] = call = bench.asked(row, model, dtype)
-        bench.measured[row.name].gib[name] = bench.peak(call, before)
+    quick, slow = ([row for row in rows if row.exact == exact] for exact in (False, True))
+    for row in quick:
+        calls[row.name][EAGER] = call = bench.asked(row, model, bench.dtype)
+        bench.measured[row.name].gib[EAGER] = bench.peak(call, before)
     told("eager model")
-    between, quick = bench.held(), [row for row in rows if not row.exact]
-    if quick and (ready := fast_inference(bench, model)) is not None:
-        for row in quick:
-            calls[row.name][FAST] = call = bench.asked(row, ready, None)
-            bench.measured[row.name].gib[FAST] = bench.peak(call, between)
-        told("fast model")
+    between = bench.held()
+    if slow:
+        exact = as_scored(model)
+        for row in slow:
+            calls[row.name][EXACT] = call = bench.asked(row, exact, None)
+            bench.measured[row.name].gib[EXACT] = bench.peak(call, between)
+        told("exact model")
+        between = bench.held()
+    with bench.going_on("the fast model"):
+        if quick and (ready := fast_inference(bench, model)) is not None:
+            for row in quick:
+                call = bench.asked(row, ready, None)
+                bench.measured[row.name].gib[FAST] = bench.peak(call, between)
+                calls[row.name][FAST] = call
+            told("fast model")
     timed(bench, rows, calls, told)
     if staged:
         stages = Stages(bench.device)
         with stages.watching(parts_of(model), then={"mask decoder": "upsampling"}):
-            for row in rows:
-                name = EXACT if row.exact else EAGER
-                bench.measured[row.name].stages[name] = stages.times(calls[row.name][name], first="towers", repeats=bench.rounds)
+            for row in quick:
+                bench.measured[row.name].stages[EAGER] = stages.times(
+                    calls[row.name][EAGER], first="towers", repeats=bench.rounds
+                )
         told("stages")
         if any(FAST in calls[row.name] for row in quick):
-            fast_stages(bench, model, quick)
+            with bench.going_on("stages of the fast model"):
+                fast_stages(bench, model, quick)
             told("stages of the fast model")
 
 
@@ -239,19 +307,24 @@ def train(bench: Bench, rows: Sequence[Row], told: Callable[[str], None], *, sta
     for name in (EAGER, FAST):
         before = bench.held()
         model = bench.model()
-        steps = eager_training(bench, model, stages) if name == EAGER else fast_training(bench, model, stages)
-        if steps is None:
-            break
-        models[name] = model
-        for row in rows:
-            calls[row.name][name] = call = steps(row.images)
-            bench.measured[row.name].gib[name] = bench.peak(call, before)
+        with bench.going_on(f"{name} training"):
+            steps = eager_training(bench, model, stages) if name == EAGER else fast_training(bench, model, stages)
+            for row in rows if steps is not None else ():
+                call = steps(row.images)
+                bench.measured[row.name].gib[name] = bench.peak(call, before)
+                calls[row.name][name] = call
+                models[name] = model
         told(f"{name} training")
     timed(bench, rows, calls, told)
     for name, model in models.items() if staged else ():
-        with stages.watching(parts_of(model), then={"mask decoder": "score map"}, backward=True):
-            for row in rows:
-                bench.measured[row.name].stages[name] = stages.times(calls[row.name][name], first="forward", repeats=bench.rounds)
+        parts = parts_of(model) if name == EAGER else outside(model, TOGETHER)
+        with (
+            bench.going_on(f"stages of {name} training"),
+            stages.watching(parts, then={"mask decoder": "score map"}, backward=True),
+        ):
+            for row in (row for row in rows if name in calls[row.name]):
+                found = stages.times(calls[row.name][name], first="forward", repeats=bench.rounds)
+                bench.measured[row.name].stages[name] = found if name == EAGER else renamed(found)
         told(f"stages of {name} training")
 
 
@@ -287,6 +360,11 @@ def parts_of(model: Any) -> dict[str, list[torch.nn.Module]]:
         "mask decoder": [model.mask_decoder],
         "loss": [model.criterion],
     }
+
+
+def outside(model: Any, compiled: Sequence[str]) -> dict[str, list[torch.nn.Module]]:
+    """Return the parts that are not compiled, or replaced, as a whole: in the others nothing can be told apart."""
+    return {label: modules for label, modules in parts_of(model).items() if label not in compiled}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

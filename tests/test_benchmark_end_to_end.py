@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,25 +51,55 @@ def test_a_run_is_made_once_and_scored_by_the_command(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    options = ["--towers", "tiny", "--images", "6", "--unique", "2", "--side", "64", "--workers", "1", "--device", "cpu"]
+    options = [
+        "--towers",
+        "tiny",
+        "--images",
+        "6",
+        "--unique",
+        "2",
+        "--side",
+        "64",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+        "--start",
+        "2",
+    ]
     assert script.main([str(tmp_path / "work"), *options, "--json", str(out)]) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
-    assert found["images"] == 6
-    seconds = found["seconds"]
-    assert 0 < seconds["model"] < seconds["total"] < seconds["command"]
-    assert found["images_per_second"] == pytest.approx(6 / seconds["total"])
-    assert found["own_images_per_second"] == pytest.approx(6 / seconds["model"])
+    assert found["images"] == 4  # beyond the first two
+    seconds, whole = found["seconds"], found["whole"]
+    assert 0 < whole["model"] < whole["total"] < whole["command"]
+    assert found["images_per_second"] == pytest.approx(4 / seconds["total"])
+    assert found["own_images_per_second"] == pytest.approx(4 / seconds["model"])
     assert found["share_of_own_rate"] == pytest.approx(seconds["model"] / seconds["total"])
-    assert re.search(r"^\| 6 \| [\d.e+]+ \| [\d.e+]+ \| [\d.e+]+ \| [\d.]+% \| [\d.]+% \|$", text, re.M)
+    assert found["images_per_second_with_start"] == pytest.approx(6 / whole["command"])
+    assert re.search(r"^\| 4 \| [\d.e+]+ \| [\d.e+]+ \| [\d.e+]+ \| [\d.]+% \| -?[\d.]+% \|$", text, re.M)
     # the second call finds files and run
     folders = sorted((tmp_path / "work").iterdir())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
-    assert script.main([str(tmp_path / "work"), *options, "--protocol", "unified-tiled", "--own-ms", "1000"]) == 0
+    assert script.main([str(tmp_path / "work"), *options, "--start", "0", "--protocol", "unified-tiled", "--own-ms", "1000"]) == 0
     text = capsys.readouterr().out
     assert "protocol unified-tiled" in text
     assert "| 1 |" in text  # a second an image
     assert sorted((tmp_path / "work").iterdir()) == folders
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == before
+
+
+def test_rates_are_of_the_images_beyond_the_first_ones(script: ModuleType) -> None:
+    def record(images: int, model: float, waited: float) -> dict[str, Any]:
+        seconds = {"data": waited, "model": model, "metric": 1.0, "total": model + waited + 1.0}
+        return {"n_images": images, "seconds": seconds}
+
+    # 30 s of compilation in both
+    found = script.summed(record(500, 80, 5), record(20, 32, 4.5), 120.0, None)
+    assert found["images"] == 480
+    assert found["own_images_per_second"] == pytest.approx(480 / 48)
+    assert found["images_per_second"] == pytest.approx(480 / 48.5)
+    assert found["waiting"] == pytest.approx(0.5 / 48.5)
+    assert script.summed(record(500, 80, 5), None, 120.0, 50.0)["own_images_per_second"] == 20.0
 
 
 def test_what_the_command_says_is_told(script: ModuleType, tmp_path: Path) -> None:

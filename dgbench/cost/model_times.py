@@ -170,6 +170,7 @@ def training_steps(
     dtype: torch.dtype,
     *,
     begins: Callable[[str], object] = lambda part: None,
+    loaded: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[[int], Call]:
     """Return what makes training steps of any number of images, as `dgbench train` takes them, with one optimizer for all.
 
@@ -177,16 +178,17 @@ def training_steps(
 
     Args:
         begins: is told as "forward", "backward" and "optimizer" begin.
+        loaded: adds to a batch what a loader knows of it.
     """
     model.enter_training()
     model.to(device)
     # what a method mines once
-    model.before_step(0, 1, _Noise(_batch(model, STEP_BATCH, size, device)))
+    model.before_step(0, 1, _Noise(loaded(_batch(model, STEP_BATCH, size, device))))
     model.train()
     optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
 
     def of(images: int) -> Call:
-        batch = _batch(model, images, size, device)
+        batch = loaded(_batch(model, images, size, device))
 
         def call() -> None:
             begins("forward")
