@@ -1,4 +1,4 @@
-"""The matrix products and attentions of a model's towers, alone: the time below which no implementation of them can come.
+"""The matrix products and attentions of a model's towers, alone: what the time of the whole model is compared with.
 
 They are read off a forward pass on shapes alone and run as a bare sequence, one after the other with nothing between: no
 norms, biases, activations, residuals or rotary tables. Each weight is a tensor of its own, as in a tower; inputs of equal shape
