@@ -1,4 +1,4 @@
-"""Measures the state-space lab on a GPU, and writes lab.md, lab.json and two pictures beside this file.
+"""Measures the state-space lab on a GPU, and writes lab.md and lab.json beside this file, and two pictures for the docs.
 
     python benchmarks/lab.py --minutes 2.5
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -167,6 +168,8 @@ def main() -> None:
     tables = [*speed_tables(timed), *(table for one in fused for table in fused_tables(one)), scan_tables(scans)[1]]
     tables += [block_table(peers, settings, about.name), *copying_tables(copied)]
     about_text = ", ".join(f"{name} {version}" for name, version in told.items())
+    pictures = HERE.parent / "docs" / "img" if given.out == HERE else given.out
+    beside = Path(os.path.relpath(pictures, given.out))
     lines = [
         "# The state-space lab on a GPU",
         "",
@@ -174,9 +177,9 @@ def main() -> None:
         f"driver {about.driver}; {about_text}; commit {commit}{' with changes' if dirty else ''}.",
         "[docs/ssm.md](../docs/ssm.md) explains the tables.",
         "",
-        "![Training and generation over the length](lab-speed.png)",
+        f"![Training and generation over the length]({(beside / 'lab-speed.png').as_posix()})",
         "",
-        "![Learning curves of selective copying](lab-copying.png)",
+        f"![Learning curves of selective copying]({(beside / 'lab-copying.png').as_posix()})",
         "",
         TEXTS["markdown"](tables),
         "",
@@ -196,8 +199,8 @@ def main() -> None:
         "copying": asdict(copied) | {"run": ""},
     }
     (given.out / "lab.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    render.draw_speeds(timed, given.out / "lab-speed.png")
-    render.draw_copying(copied, given.out / "lab-copying.png")
+    render.draw_speeds(timed, pictures / "lab-speed.png")
+    render.draw_copying(copied, pictures / "lab-copying.png")
     print(text)
 
 

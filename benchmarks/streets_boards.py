@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -140,12 +140,27 @@ def train(cells: Sequence[Cell], jobs: int, device: str | None, until: float) ->
     return failed
 
 
+def asked(rows: Iterable[Row]) -> set[str]:
+    """Return the domains that the rows' recipes ask for: a run may have been scored on further ones since."""
+    return {name for row in rows for data in (row.of_seed(0).data,) for name in (*data.sources, *data.targets)}
+
+
 def compared(rows: Sequence[Row], runs: Path) -> dict[str, dict[str, Any]]:
     """Return, by row and target, how each row differs from the first, in 0..1, and of the means whether Holm's rule tells it."""
-    base = sides.read(runs / rows[0].name, rows[0].name)
+    domains = asked(rows)
+
+    def side(row: Row) -> sides.Side:
+        read = sides.read(runs / row.name, row.name)
+        models = [
+            replace(model, runs=tuple(replace(run, scores=_of(run.scores, domains)) for run in model.runs))
+            for model in read.models
+        ]
+        return replace(read, models=tuple(models))
+
+    base = side(rows[0])
     found: dict[str, dict[str, Any]] = {}
     for row in rows[1:]:
-        scores = compare.compare(base, sides.read(runs / row.name, row.name)).scores
+        scores = compare.compare(base, side(row)).scores
         found[row.name] = {
             score.target: {
                 "difference": score.difference.value,
@@ -164,13 +179,18 @@ def compared(rows: Sequence[Row], runs: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _of(scores: Mapping[tuple[str, str, str], results.Record], domains: set[str]) -> dict[tuple[str, str, str], results.Record]:
+    return {key: record for key, record in scores.items() if record.target in domains}
+
+
 def board(rows: Sequence[Row], runs: Path) -> dict[str, Any]:
     """Return all that the tables say, ready for JSON: scores in 0..1, by row.
 
     Raises: ResultError if nothing was scored, or the rows' scores may not be compared.
     """
     kept = [row for row in rows if (runs / row.name).is_dir()]
-    records = [record for row in kept for record in results.query(runs / row.name)]
+    domains = asked(kept)
+    records = [r for row in kept for r in results.query(runs / row.name) if r.kind != "eval" or r.target in domains]
     arranged = leaderboard(records, published=False)
     if len(arranged.groups) != 1:
         raise ResultError(

@@ -17,6 +17,8 @@ from pathlib import Path
 from dgbench import results, temporaries
 from dgbench.errors import DgbenchError, ResultError
 from dgbench.results import Record
+from mfuser.towers import named
+from mfuser.towers.named import NamedTower
 
 # of a run: all that scoring, comparing and predicting read
 PARTS = ("recipe.yaml", "record-*.json", "confusion-*.npz", "log.jsonl", "curves.png")
@@ -138,8 +140,13 @@ def card(planned: Push, records: Sequence[Record]) -> str:
         "\n".join(["| scored on | split | protocol | mIoU % | images |", "| --- | --- | --- | --- | --- |", *rows]),
         "Scores of different protocols, or of a part of a set's images, do not compare. Towers keep their own licences: "
         "`dgbench models` names them.",
-        f"```\ndgbench pull {planned.repo}\n```",
     ]
+    if towers := _left_out(planned.run):
+        files = "; ".join(f"`{one.tower}`: {one.file}, SHA-256 {one.sha256}" for one in towers)
+        get = " ".join(one.tower for one in towers if "/" in one.file)
+        body.append(f"The weights of frozen towers are not part of it, they are read from their own files. {files}.")
+        body += [f"```\ndgbench download {get}\n```"] if get else []
+    body.append(f"```\ndgbench pull {planned.repo}\n```")
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
@@ -179,6 +186,21 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return out
+
+
+def towers_needed(run: Path) -> list[str]:
+    """Return the towers that a run's checkpoint leaves out and whose files are not on this machine.
+
+    Raises: ResultError if there is no checkpoint, DgbenchError if it is damaged.
+    """
+    return [tower.tower for tower in named.missing(_left_out(run))]
+
+
+def _left_out(run: Path) -> list[NamedTower]:
+    try:
+        return named.in_file(_checkpoint(run) / "model.safetensors")
+    except ValueError as error:
+        raise DgbenchError(str(error), "restore the file, or train again") from None
 
 
 def _check(run: Path, repo: str) -> None:

@@ -2,6 +2,9 @@
 
 `model.safetensors` holds the weights, `model.json` what rebuilds the structure, and `manifest.json` size and SHA-256 of these
 files. Nothing is unpickled and nothing is downloaded: a folder written here is loaded without network, tokenizer or recipe.
+
+With `towers="named"`, frozen towers whose weights are those of a published file are named by its SHA-256 instead of stored, in
+the metadata of `model.safetensors` (`mfuser.towers.named`): the SHA-256 of that file still tells one model from another.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -22,29 +25,50 @@ from safetensors.torch import load_file, save_file
 from mfuser import manifest, methods
 from mfuser.methods import build
 from mfuser.segmentor import Segmentor
+from mfuser.towers import named
+from mfuser.towers.named import NamedTower
+from mfuser.towers.table import TOWERS
 
 FORMAT = 1
+NAMED = 2  # the format of a model whose file does not hold all of it: older versions refuse it by this number
 _WEIGHTS, _DESCRIPTION = "model.safetensors", "model.json"
 _LARGEST = 1 << 20  # bytes of a description
 _LARGEST_NUMBER = 1 << 18  # in a description: more than any side or width, and than the ids of SigLIP2's 256,000 tokens
 _log = logging.getLogger(__name__)
 
 
-def save(model: Segmentor, folder: Path | str) -> Path:
+def save(
+    model: Segmentor,
+    folder: Path | str,
+    *,
+    towers: Literal["stored", "named"] = "stored",
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write a model into `folder`, which is created if necessary. The manifest is written last.
+
+    Args:
+        towers: "named" leaves out frozen towers that equal, bit for bit, the file on this machine that they come from. Loading
+            then needs that file; "stored" needs nothing.
+        dtype: of all floating-point tensors in the file; None: as they are.
 
     Raises: ValueError naming a tensor that is not finite, before anything is written; OSError naming the file that cannot be
         written.
     """
     folder = Path(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.model_state().items()}
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    left_out = _named(model, state) if towers == "named" else []
+    for tower in left_out:
+        for name in tower.tensors:
+            del state[name]
     _refuse_unfinite(state, f"the model `{model.method}` is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     # the manifest of the files that are about to be replaced
     (folder / manifest.NAME).unlink(missing_ok=True)
     weights = folder / ".model.safetensors.tmp"
     try:
-        save_file(state, weights)
+        save_file(state, weights, {named.KEY: named.text_of(left_out)} if left_out else None)
     except SafetensorError as error:
         # it wraps the system's error in a text
         number = re.search(r"os error (\d+)", str(error))
@@ -54,10 +78,24 @@ def save(model: Segmentor, folder: Path | str) -> Path:
     with weights.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(weights, folder / _WEIGHTS)
-    description = {"format": FORMAT, "method": model.method, "options": model.options, "classes": list(model.classes)}
+    form = NAMED if left_out else FORMAT
+    description = {"format": form, "method": model.method, "options": model.options, "classes": list(model.classes)}
     manifest.write(folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
     manifest.seal(folder, (_WEIGHTS, _DESCRIPTION))
     return folder
+
+
+def _named(model: Segmentor, state: Mapping[str, torch.Tensor]) -> list[NamedTower]:
+    """Return the towers of a model that need not be stored."""
+    frozen = {name: state[name] for name, one in model.named_parameters() if not one.requires_grad and name in state}
+    found = []
+    own = methods.backbone_names(model.method) - TOWERS.keys()  # a method's own trunks have no files
+    for option, parts in methods.towers(model.method, model.options).items():
+        tower = model.options[option]
+        if tower not in own and (one := named.of_tower(tower, parts, frozen)) is not None:
+            found.append(one)
+            frozen = {name: value for name, value in frozen.items() if name not in one.tensors}
+    return found
 
 
 _STEP = re.compile(r"step-(\d{1,18})", re.ASCII)
@@ -83,13 +121,14 @@ def load(folder: Path | str) -> Segmentor:
     Args:
         folder: one that `save` wrote, or a run's, whose newest checkpoint it is.
 
-    Raises: ValueError naming the file and what does not fit: damaged, of another model, not finite.
+    Raises: ValueError naming the file and what does not fit: damaged, of another model, not finite; WeightsNotFound, a kind of
+        it, for the file of a tower that is named and not here.
     """
     folder = Path(folder)
     if not (folder / _DESCRIPTION).is_file() and (complete := steps(folder)):
         folder = complete[-1]
     method, options, classes = _described(folder)
-    path, state = folder / _WEIGHTS, _weights(folder)
+    path, (state, towers) = folder / _WEIGHTS, _weights(folder)
     try:
         # random weights would only be overwritten
         model = build(method, weights="meta", **options)
@@ -99,6 +138,7 @@ def load(folder: Path | str) -> Segmentor:
         raise ValueError(f"{folder / _DESCRIPTION} describes no model: {_first_line(error)}") from None
     if list(model.classes) != classes:
         raise ValueError(f"{folder / _DESCRIPTION} names other classes than `{method}` has")
+    state |= _of_towers(model, towers, path)
     _check(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -116,12 +156,14 @@ def load_weights(model: Segmentor, folder: Path | str) -> None:
     method, _, _ = _described(folder)
     if method != model.method:
         raise ValueError(f"{folder} holds a model of `{method}`, not of `{model.method}`")
-    state = _weights(folder)
-    _check(model, state, folder / _WEIGHTS)
+    path, (state, towers) = folder / _WEIGHTS, _weights(folder)
+    state |= _of_towers(model, towers, path)
+    _check(model, state, path)
     model.load_state_dict(state)
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _weights(folder: Path) -> tuple[dict[str, torch.Tensor], list[NamedTower]]:
+    """Read what a model's file holds, and what it says of the towers that it leaves out."""
     path = folder / _WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder} holds no weights: there is no {_WEIGHTS}")
@@ -132,7 +174,25 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     _refuse_unfinite(state, str(path))
-    return state
+    return state, named.in_file(path)
+
+
+def _of_towers(model: Segmentor, towers: list[NamedTower], path: Path) -> dict[str, torch.Tensor]:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found: dict[str, torch.Tensor] = {}
+    for tower in towers:
+        if tower.tower not in model.options.values():
+            raise ValueError(f"{path} is damaged: it names the tower `{tower.tower[:80]}`, which the model has not")
+        found |= named.read(tower, shapes, path)
+    return found
+
+
+def towers_needed(folder: Path | str) -> list[str]:
+    """Return the names of the towers whose files are needed to load a saved model and are not on this machine.
+
+    Raises: ValueError if its file is damaged, OSError if it cannot be read.
+    """
+    return [one.tower for one in named.missing(named.in_file(Path(folder) / _WEIGHTS))]
 
 
 def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
@@ -151,8 +211,8 @@ def _described(folder: Path) -> tuple[str, dict[str, Any], object]:
         form, method, options = description["format"], description["method"], description["options"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {_first_line(error)}") from None
-    if type(form) is not int or form != FORMAT:
-        raise ValueError(f"{path} has format {form!r:.40}; this version reads {FORMAT}")
+    if type(form) is not int or form not in (FORMAT, NAMED):
+        raise ValueError(f"{path} has format {form!r:.40}; this version reads {FORMAT} and {NAMED}")
     if not isinstance(method, str) or not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: `method` must be a name and `options` an object")
     try:

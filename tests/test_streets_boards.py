@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -93,6 +94,27 @@ def test_complete_runs_are_kept_and_make_a_board_with_paired_tests(
     text = (tmp_path / "board.md").read_text()
     assert "ImageNet \\| weights" in text
     assert text.strip() in capsys.readouterr().out
+
+
+def test_what_the_recipes_do_not_ask_for_is_in_no_table_and_no_mean(script: ModuleType, tmp_path: Path) -> None:
+    asked = ["--recipes", "streets/erm", "--row", "styles", "streets/shade", "--seeds", "0", "1", "--table"]
+    boards = []
+    for further in (False, True):
+        folder = tmp_path / f"{further}"
+        for name, recipe, right in (("streets-erm", "streets/erm", 0.5), ("styles", "streets/shade", 0.7)):
+            trained(folder / "runs", name, recipe, right, (0, 1))
+            scored = results.query(folder / "runs" / name)
+            for one in scored if further else []:
+                if one.target == "streets-city":
+                    matrices = counts(0.9 - right, 7)
+                    score = metrics.miou(matrices.sum(axis=0))
+                    again = replace(one, id=results.new_id(), target="photographs", miou=score, iou=())
+                    results.write(again, one.run, matrices, [f"p-{i}" for i in range(30)])
+        assert script.main([str(folder), *asked]) == 0
+        boards.append(json.loads((folder / "board.json").read_text()))
+    assert boards[0]["rows"].keys() == boards[1]["rows"].keys()
+    assert boards[1]["targets"] == boards[0]["targets"]
+    assert boards[1]["differences"] == boards[0]["differences"]
 
 
 def test_a_run_with_other_settings_is_not_taken_for_a_rows(

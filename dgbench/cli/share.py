@@ -1,4 +1,4 @@
-"""Commands of the panel Share: checkpoints of other authors, and runs on the Hugging Face Hub."""
+"""Commands of the panel Share: checkpoints of other authors, runs with all their weights, and runs on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -32,6 +32,24 @@ def convert(
 
     ids = conversion.read_token_ids(token_ids) if token_ids else None
     render.show(conversion.convert(checkpoint, out, recipe=recipe, token_ids=ids), form)
+
+
+@panel.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench export latest runs/whole --dtype bf16")
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder or `latest`.", autocompletion=completion.runs)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The run folder to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fp32, bf16 or fp16 for the weights; default: as they are.")
+    ] = None,
+    runs: RunsOpt = Path("runs"),
+    form: FormatOpt = Format.TEXT,
+) -> None:
+    """Write a run with all its weights, for machines that do not have the files of its frozen towers."""
+    from dgbench import render
+    from dgbench.engine import export as exporting
+    from dgbench.runs import scored_run
+
+    render.show(exporting.export(scored_run(run, runs), out, dtype=dtype), form)
 
 
 @panel.command(cls=Command, rich_help_panel="Share", epilog="Example: dgbench push latest me/mfuser-tiny")
@@ -83,3 +101,5 @@ def pull(
     folder = share.pull(repo, out or runs / repo.rpartition("/")[2], revision=revision)
     render.show([record for record in results.query(folder) if record.kind == "eval"], form)
     render.note(f"run: {folder}")
+    if towers := share.towers_needed(folder):
+        render.note(f"its frozen towers are not part of it; get their files: dgbench download {' '.join(towers)}")

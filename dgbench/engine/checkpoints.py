@@ -1,6 +1,7 @@
 """Training checkpoints of a run, written completely or not at all.
 
-`run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs),
+`run/checkpoint/step-000200/` holds `model.safetensors` + `model.json` (mfuser's format, all that evaluation needs; frozen towers
+with published weights are named by the SHA-256 of their files, `dgbench export` writes them, too),
 `optimizer.pt` (the optimizer's moments, tensors only) and `training.safetensors` (what a method needs for training but not
 for scoring: teachers, memory banks) for resuming, `source.json` (the training images) and `training.json` (the training).
 `manifest.json`, written last, has their sizes and hashes; each file is compared with it when it is read. A checkpoint is
@@ -31,6 +32,7 @@ from dgbench.recipe import Recipe
 from mfuser import manifest
 from mfuser.checkpoints import step_of, steps
 from mfuser.segmentor import Segmentor
+from mfuser.towers import named
 
 _PARTIAL = ".partial-"
 _SEEN = "source.json"
@@ -99,7 +101,7 @@ def save(
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
     try:
-        mfuser.save(model, partial)
+        mfuser.save(model, partial, towers="named")
     except ValueError as error:
         raise CheckpointError(
             f"step {step}: {error}",
@@ -247,6 +249,8 @@ def load_model(path: Path) -> Segmentor:
     folder = folder_of(path)
     try:
         model = mfuser.load(folder)
+    except mfuser.WeightsNotFound as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error.message}", error.hint) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}", _advice(folder)) from error
     except (RuntimeError, MemoryError) as error:
@@ -255,6 +259,21 @@ def load_model(path: Path) -> Segmentor:
         raise
     _check_recorded(folder)
     return model
+
+
+def in_fp32(model: Segmentor) -> str | None:
+    """Bring a model of 16 bits to fp32, in which dgbench scores; return `bf16` or `fp16` if its weights were rounded to that.
+
+    Trained weights are meant: towers may be frozen in 16 bits while the rest is trained.
+    """
+    kinds = {tensor.dtype for tensor in model.model_state().values()}
+    trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if kinds & _NARROW.keys():
+        model.to(torch.float32)
+    return next((name for dtype, name in _NARROW.items() if dtype in trained), None)
+
+
+_NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _check(folder: Path, name: str) -> None:
@@ -313,17 +332,19 @@ def load_for(recipe: Recipe, path: Path) -> Segmentor:
 
 
 def sha256(folder: Path) -> str:
-    """Return the hash that identifies the weights in a model folder."""
+    """Return the hash that identifies the weights in a model folder; hashes of towers that it names are part of the file."""
     with (folder / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def values(folder: Path) -> int:
-    """Return how many numbers a checkpoint's model file holds: parameters and buffers, frozen ones included."""
+    """Return how many numbers a checkpoint's model has: parameters and buffers, those of towers that it names included."""
     from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  it is no dict
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        stored: int = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  it is no dict
+    return stored + sum(tower.values for tower in named.in_file(path))
 
 
 def begin_with(model: Segmentor, path: Path) -> str:
@@ -335,6 +356,8 @@ def begin_with(model: Segmentor, path: Path) -> str:
     folder = init_folder(path)
     try:
         mfuser.checkpoints.load_weights(model, folder)
+    except mfuser.WeightsNotFound as error:
+        raise CheckpointError(f"train.init: {folder} cannot be started from: {error.message}", error.hint) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"train.init: {folder} cannot be started from: {error}", "give a model of the same method, options and crop"

@@ -68,7 +68,7 @@ def convert(path: Path, out: Path, *, recipe: str | None = None, token_ids: Sequ
         # written beside `out` and renamed when complete
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        mfuser.save(model, partial / "checkpoint" / f"step-{trained.train.steps:06d}")
+        mfuser.save(model, partial / "checkpoint" / f"step-{trained.train.steps:06d}", towers="named")
     except mfuser.WeightsNotFound:
         raise
     except ValueError as error:

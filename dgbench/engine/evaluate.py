@@ -146,6 +146,7 @@ class _Checkpoint:
     model: Segmentor
     sha: str
     seen: checkpoints.Seen | None
+    rounded: str | None = None  # type that the weights were rounded to when they were exported
 
 
 def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
@@ -163,6 +164,7 @@ def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
                 raise
             continue
         if before is not None and _state(folder) == before:
+            found = replace(found, rounded=checkpoints.in_fp32(found.model))
             found.model.to(device).check_backends()
             found.model.merge()
             return found
@@ -239,7 +241,7 @@ def _score(
         kind=target.kind,
         created=results.now_iso(),
         method=found.model.method,
-        variant=recipe.variant,
+        variant=", ".join(filter(None, [recipe.variant, found.rounded and f"{found.rounded} weights"])),
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
@@ -264,7 +266,7 @@ def _score(
         environment=environment,
         commit=commit,
         dirty=dirty,
-        extra=extra_scores(recipe.data.source, total, rules),
+        extra=extra_scores(recipe.data.source, total, rules) | ({"weights_dtype": found.rounded} if found.rounded else {}),
     )
     part.save()  # with the record's id, so that an interruption from here on does not lead to a second record
     return results.write(record, run, counts, ids) if team.main else record

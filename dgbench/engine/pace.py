@@ -1,4 +1,4 @@
-"""How fast a training over several processes is, and what it waits for: `speed.jsonl`, beside `log.jsonl`."""
+"""How fast a training is, and what it waits for: `speed.jsonl`, beside `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from dgbench.engine.team import Team
 
 
 class Pace:
-    """Seconds since the last line, and those of them in which this process waited for its batch or for the others.
-
-    Alone, it does nothing: what is measured of one process is in its record and in the progress.
-    """
+    """Seconds since the last line, and those of them in which this process waited for its batch or for the others."""
 
     def __init__(self, run: Path, team: Team, device: torch.device) -> None:
         self.path, self._team, self._device = run / "speed.jsonl", team, device
@@ -41,8 +38,6 @@ class Pace:
 
     def write(self, step: int) -> None:
         """Write the means over the processes and the highest memory. All processes call it. Raises: PeerLost."""
-        if self._team.world == 1:
-            return
         now = time.perf_counter()
         seconds = now - self._since
         loading, meeting = self._team.mean([self._loading / seconds, self._meeting / seconds])

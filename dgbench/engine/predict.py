@@ -67,7 +67,9 @@ def predict(
     refuse_replaced(files, targets, "overlay")
     refuse_unreadable(files)  # all of them first: a bad file costs no model time
     on = pick_device(device)
-    model = checkpoints.load_model(run).to(on)
+    model = checkpoints.load_model(run)
+    checkpoints.in_fp32(model)
+    model.to(on)
     model.merge()
     height = _trained_height(run)
     results = []

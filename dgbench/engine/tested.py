@@ -70,7 +70,9 @@ def load(
     on = pick_device(device)
     found = []
     for run in runs:
-        model = checkpoints.load_model(run).to(on)
+        model = checkpoints.load_model(run)
+        checkpoints.in_fp32(model)
+        model.to(on)
         model.merge()
         model.check_backends()
         path = run / "recipe.yaml"

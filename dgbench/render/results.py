@@ -63,6 +63,7 @@ RENDERERS: dict[str, Renderer] = {
     "dgbench.download.command.Stored": Renderer(downloads.downloaded_tables),
     "dgbench.download.orders.Plan": Renderer(downloads.plan_tables, downloads.plan_rows),
     "dgbench.engine.convert.Converted": Renderer(runs.converted_tables),
+    "dgbench.engine.export.ExportedModel": Renderer(runs.exported_tables),
     "dgbench.engine.pictures.Picture": Renderer(predictions.picture_tables),
     "dgbench.engine.predict.Prediction": Renderer(predictions.prediction_tables),
     "dgbench.engine.submission.Submission": Renderer(predictions.submission_tables),

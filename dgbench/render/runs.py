@@ -1,4 +1,4 @@
-"""What a run gives: its scores; and a run made of the authors' checkpoint."""
+"""What a run gives: its scores; a run made of the authors' checkpoint; and one with all its weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dgbench.render.flat import FlatRow, flat_row
-from dgbench.render.numbers import duration
+from dgbench.render.numbers import byte_size, duration
 from dgbench.render.protocols import with_hash
 from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
     from dgbench.engine.convert import Converted
+    from dgbench.engine.export import ExportedModel
     from dgbench.results import Record
 
 
@@ -65,6 +66,12 @@ def converted_tables(done: Converted) -> list[Table]:
     legend += [f"next: dgbench eval {done.run} --targets cityscapes bdd100k mapillary"]
     title = f"{done.source}: {done.method} with {done.towers}, now the run {done.run} of {done.recipe}"
     return [Table(title, (), (), legend=tuple(legend))]
+
+
+def exported_tables(done: ExportedModel) -> list[Table]:
+    kind = f" in {done.dtype}" if done.dtype else ""
+    legend = (f"{done.values_m:.1f} million numbers{kind}, {byte_size(done.bytes)}.", f"next: dgbench eval {done.run}")
+    return [Table(f"{done.source} with all its weights, now the run {done.run}", (), (), legend=legend)]
 
 
 def record_rows(records: Sequence[Record]) -> list[FlatRow]:

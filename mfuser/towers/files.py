@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,24 @@ class HubFile:
     @property
     def where(self) -> Path | None:
         """The file in the local Hub cache, or None."""
+        try:
+            commit = (self._folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        path = self._folder / "snapshots" / commit / self.file
+        return path if path.exists() else None
+
+    def blob(self, sha256: str) -> Path | None:
+        """Return the repository's file with this hash in the local Hub cache, of whatever revision; None if there is none."""
+        path = self._folder / "blobs" / sha256
+        return path if re.fullmatch(r"[0-9a-f]{64}", sha256) and path.is_file() else None
+
+    @property
+    def _folder(self) -> Path:
         # as huggingface_hub documents its cache; its own function imports an HTTP client, which takes longer than all the rest
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        folder = Path(HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
-        try:
-            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        path = folder / "snapshots" / commit / self.file
-        return path if path.exists() else None
+        return Path(HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
 
     def sha256(self) -> str | None:
         """Return the SHA-256 of the file in the local Hub cache, which is read completely; None if it is not there."""

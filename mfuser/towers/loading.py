@@ -56,21 +56,27 @@ def load_tower(tower: str, file: Path, parts: Mapping[str, nn.Module]) -> dict[s
     Raises: WeightsNotFound for a damaged file, ValueError naming the tensor that is missing or does not fit.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        state = load_file(file)
+        state = contents(file)
     except (SafetensorError, OSError) as error:
         raise WeightsNotFound(f"{file} is damaged: {error}", f"delete it and run: dgbench download {tower}") from None
-    state = _with_all_words(state)
     for part, module in parts.items():
         values, _ = taken(tower, part, module, state, file)
         module.load_state_dict(values, strict=False, assign=True)
     return {name: value for name, value in state.items() if value.numel() == 1}
 
 
-def _with_all_words(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file whose word table has the words of `text.words` alone with zeros for all others."""
+def contents(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a tower's file by their published names.
+
+    A word table that has the words of `text.words` alone gets zeros for all others.
+
+    Raises: SafetensorError, OSError.
+    """
+    from safetensors.torch import load_file
+
+    state = load_file(file)
     if (words := state.pop("text.words", None)) is None:
         return state
     rows = state["text.token_embedding.weight"]
