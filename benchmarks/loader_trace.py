@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--files", type=int, default=64, help="scenes to export")
+    parser.add_argument("--files", type=int, default=24, help="scenes to export")
     parser.add_argument("--towers", choices=tuple(TOWERS), default="large")
     parser.add_argument("--side", type=int, default=512, help="of the crops")
     parser.add_argument("--first", type=int, default=5, help="steps that are told apart")
