@@ -172,26 +172,58 @@ def _best_batch(ask: _Asked, device: torch.device) -> int:
 
 
 def training_step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
-    """Return a training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    """Return a training step of `STEP_BATCH` images; see `training_steps`."""
+    return training_steps(model, size, device, dtype)(STEP_BATCH)
+
+
+def training_steps(
+    model: Segmentor,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    begins: Callable[[str], object] = lambda part: None,
+    loaded: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[[int], Call]:
+    """Return what makes training steps of any number of images, as `dgbench train` takes them, with one optimizer for all.
+
+    They are on noise: labels are of all classes, in blocks of 32 pixels.
+
+    Args:
+        begins: is told as "forward", "backward" and "optimizer" begin.
+        loaded: adds to a batch what a loader knows of it.
+    """
     model.enter_training()
     model.to(device)
-    extra: dict[str, Tensor] = {}
-    for stream in model.extras:
-        images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
-        extra |= {stream.name: images} | ({f"{stream.name}_{stream.beside}": labels} if stream.beside else {})
-    batch = Batch(*_noise(model, size, device), extra)
-    model.before_step(0, 1, _Noise(batch))  # what a method mines once
+    # what a method mines once
+    model.before_step(0, 1, _Noise(loaded(_batch(model, STEP_BATCH, size, device))))
     model.train()
     optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
 
-    def call() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = torch.stack(list(model.loss(batch).values())).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def of(images: int) -> Call:
+        batch = loaded(_batch(model, images, size, device))
 
-    return call
+        def call() -> None:
+            begins("forward")
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = torch.stack(list(model.loss(batch).values())).sum()
+            begins("backward")
+            loss.backward()
+            begins("optimizer")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return call
+
+    return of
+
+
+def _batch(model: Segmentor, images: int, size: tuple[int, int], device: torch.device) -> Batch:
+    extra: dict[str, Tensor] = {}
+    for stream in model.extras:
+        pictures, labels = _noise(model, images, size if stream.size == "crop" else stream.size, device)
+        extra |= {stream.name: pictures} | ({f"{stream.name}_{stream.beside}": labels} if stream.beside else {})
+    return Batch(*_noise(model, images, size, device), extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +237,7 @@ class _Noise:
         yield self.batch
 
 
-def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    coarse = torch.randint(0, len(model.classes), (STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+def _noise(model: Segmentor, images: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    coarse = torch.randint(0, len(model.classes), (images, -(-size[0] // 32), -(-size[1] // 32)), device=device)
     labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
-    return torch.rand(STEP_BATCH, 3, *size, device=device), labels
+    return torch.rand(images, 3, *size, device=device), labels
