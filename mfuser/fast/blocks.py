@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from mfuser.towers.vit import VisionEncoder
 
+_WHOLE = 64  # of which the width of a padded product is a multiple
+
 
 class Norm(nn.Module):
     """A layer norm, computed in fp32 (fp64 of fp64) and returned in a product's type."""
@@ -41,16 +43,25 @@ class Product(nn.Module):
     Args:
         layers: of one input; those without a bias get one of zeros beside others that have one.
         scale: (out,) of what a single layer returns, multiplied into its weight and bias before they are rounded.
+        more_rows, more_columns: zeros behind each layer's outputs, and behind the inputs.
     """
 
-    def __init__(self, layers: list[nn.Linear], dtype: torch.dtype, scale: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Linear],
+        dtype: torch.dtype,
+        scale: Tensor | None = None,
+        *,
+        more_rows: int = 0,
+        more_columns: int = 0,
+    ) -> None:
         super().__init__()
-        weights = [layer.weight.detach() for layer in layers]
+        weights = [F.pad(layer.weight.detach(), (0, more_columns, 0, more_rows)) for layer in layers]
         weight = torch.cat(weights) if len(layers) > 1 else weights[0]
         bias = None
         if any(layer.bias is not None for layer in layers):
             given = [(layer.bias, layer.weight.new_zeros(len(layer.weight))) for layer in layers]
-            bias = torch.cat([zeros if own is None else own.detach() for own, zeros in given])
+            bias = torch.cat([F.pad(zeros if own is None else own.detach(), (0, more_rows)) for own, zeros in given])
         if scale is not None:
             weight, bias = weight * scale.detach()[:, None], None if bias is None else bias * scale.detach()
         self.register_buffer("weight", weight.to(dtype, copy=True), persistent=False)
@@ -83,9 +94,12 @@ class Block(nn.Module):
         )
         self.proj = Product([attention.proj], dtype, first)
         self.gated = hasattr(mlp, "fc1_g")
-        self.fc1 = Product([mlp.fc1_g, mlp.fc1_x] if self.gated else [mlp.fc1], dtype)
+        self.hidden = mlp.fc2.in_features
+        # EVA02-L's 2730 are rows of no multiple of 16 bytes, for which products have slow kernels
+        self.more = -self.hidden % _WHOLE if self.gated else 0
+        self.fc1 = Product([mlp.fc1_g, mlp.fc1_x] if self.gated else [mlp.fc1], dtype, more_rows=self.more)
         self.act, self.mlp_norm = mlp.act, _norm(mlp.norm, dtype)
-        self.fc2 = Product([mlp.fc2], dtype, second)
+        self.fc2 = Product([mlp.fc2], dtype, second, more_columns=self.more)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C) in x's type; rope (2, L, D) of `table`."""
@@ -93,11 +107,11 @@ class Block(nn.Module):
             x = x + self._attended(self.norm1(x), rope)
             hidden = self.fc1(self.norm2(x))
             if self.gated:
-                gate, hidden = hidden.chunk(2, -1)
-                hidden = self.act(gate) * hidden
+                gate, hidden = (half[..., : self.hidden] for half in hidden.chunk(2, -1))
+                hidden = F.pad(self.mlp_norm(self.act(gate) * hidden), (0, self.more))
             else:
-                hidden = self.act(hidden)
-            return x + self.fc2(self.mlp_norm(hidden))
+                hidden = self.mlp_norm(self.act(hidden))
+            return x + self.fc2(hidden)
 
     def _attended(self, x: Tensor, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

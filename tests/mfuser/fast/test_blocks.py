@@ -45,6 +45,13 @@ KINDS = {
 }
 ROTARY = {
     "EVA02's": {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True},
+    "EVA02-L's, whose hidden width is odd": {
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "mlp_ratio": 4 * 2 / 3,
+    },
     "EVA02's without inner norms": {"qkv_fused": False, "swiglu_mlp": True, "swiglu_align_to": 8},
     "a bias of queries and values": {"qkv_fused": True},
     "DINOv3's": {"qkv_fused": True, "qkv_bias": False, "rotate_half": True, "init_values": 1e-5},
@@ -72,7 +79,10 @@ def test_queries_keys_and_values_are_one_product_and_both_halves_of_a_swiglu_ano
     block = drawn(EvaBlock(WIDTH, HEADS, num_prefix_tokens=PREFIX, norm_layer=NORM, **ROTARY["EVA02's"]))
     ready = blocks.Block(block, torch.float64)
     assert ready.qkv.weight.shape == (3 * WIDTH, WIDTH)
-    assert ready.fc1.weight.shape == (2 * block.mlp.fc1_g.out_features, WIDTH)
+    hidden = block.mlp.fc1_g.out_features
+    padded = -(-hidden // 64) * 64
+    assert ready.fc1.weight.shape == (2 * padded, WIDTH)
+    assert ready.fc2.weight.shape == (WIDTH, padded)
     assert not list(ready.parameters()), "held as buffers: nothing is trained"
 
 
