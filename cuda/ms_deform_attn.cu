@@ -40,7 +40,7 @@ enum Type { kFloat32, kBFloat16, kFloat16 };
 
 struct MsDeformAttnParams {
     const void* value;      // (B, cells, M, D)
-    const void* locations;  // (B, Q, M, S, P, 2), contiguous
+    const void* locations;  // (B, Q, M, S, P, 2), contiguous, aligned to 8 bytes where it is fp32
     const void* weights;    // (B, Q, M, S, P), contiguous
     const void* dout;       // (B, Q, M, D), contiguous, of value's type
     void* out;              // the same
@@ -150,12 +150,13 @@ __device__ __forceinline__ void read_points(const Params& p, const long long (&i
 #pragma unroll
     for (int k = 0; k < N; ++k) point[k] = {-9.0f, -9.0f, 0.0f};
     if (p.location_type == kFloat32 && (p.weight_type == kFloat32 || !kWeights)) {
-        const float* locations = static_cast<const float*>(p.locations);
+        const float2* locations = static_cast<const float2*>(p.locations);
         const float* weights = static_cast<const float*>(p.weights);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             if (index[k] < 0) continue;
-            point[k] = {locations[2 * index[k]], locations[2 * index[k] + 1], kWeights ? weights[index[k]] : 0.0f};
+            const float2 location = locations[index[k]];
+            point[k] = {location.x, location.y, kWeights ? weights[index[k]] : 0.0f};
         }
     } else {
 #pragma unroll
@@ -950,6 +951,7 @@ cudaError_t run(const Params& p, bool forward, void* stream) {
         return cudaErrorInvalidValue;
     }
     const long long row_bytes = max(p.value_stride[1], static_cast<long long>(p.heads) * p.dim) * 4;
+    if (p.location_type == kFloat32 && reinterpret_cast<size_t>(p.locations) % 8 != 0) return cudaErrorInvalidValue;
     if ((static_cast<long long>(p.queries) << p.point_bits) > INT_MAX || row_bytes > UINT_MAX) return cudaErrorInvalidValue;
     switch (p.value_type) {
         case kFloat32: return choose<float>(p, forward, stream);

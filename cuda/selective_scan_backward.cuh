@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
     const int last = begin + (stop - begin - 1) / kSub * kSub;
     fetch(last, raw_u);
     after_launch_before();
-    fold(later, a, p, image, p.chunks - 1, chunk, -1, at);
+    fold<exact>(later, a, p, image, p.chunks - 1, chunk, -1, at);
 #pragma unroll
     for (int k = 0; k < K; k++) permute(a[k], order), permute(later[k], order);
     for (int first = last; first >= begin; first -= kSub) {
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
             for (int k = 0; k < K; k++) {
                 const float2 now = *reinterpret_cast<const float2*>(now_at[t % 2][k] + t0 * channels + t * channels);
 #pragma unroll
-                for (int s = 0; s < S; s++) to[k][s] = fmaf(exp2_fast(now.x * a[k][s]), from[k][s], now.y * b[s]);
+                for (int s = 0; s < S; s++) to[k][s] = fmaf(decay_of<exact>(now.x * a[k][s]), from[k][s], now.y * b[s]);
             }
         };
 #pragma unroll 1
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, kBackwardBlocks) scan_bac
                             both[s] = fmaf(g, now.y, both[s]);                       // dB
                             both[S + s] = fmaf(now.z, h[i + 1][k][s], both[S + s]);  // dC
                             gB[k] = fmaf(g, b[s], gB[k]);
-                            later[k][s] = exp2_fast(now.x * a[k][s]) * g;
+                            later[k][s] = decay_of<exact>(now.x * a[k][s]) * g;
                             const float carried = later[k][s] * h[i][k][s];
                             tile_dA[k][s] = fmaf(carried, now.x, tile_dA[k][s]);
                             dd[k] = fmaf(carried, a[k][s], dd[k]);

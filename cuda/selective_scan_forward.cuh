@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_summa
 #pragma unroll
                 for (int s = 0; s < S; s++) {
                     const bool by_hand = !exact && k * S + s < kByHand;
-                    const float x = now.x * a[k][s], decay = by_hand ? exp2_by_hand(x) : exp2_fast(x);
+                    const float x = now.x * a[k][s], decay = by_hand ? exp2_by_hand(x) : decay_of<exact>(x);
                     h[k][s] = REVERSE ? decay * fmaf(now.y, v[s], h[k][s]) : fmaf(decay, h[k][s], now.y * v[s]);
                 }
             }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
     };
     fetch(begin, raw_u);
     after_launch_before();
-    fold(h, a, p, image, 0, chunk, 1, at);
+    fold<exact>(h, a, p, image, 0, chunk, 1, at);
     for (int first = begin; first < stop; first += tile_steps) {
         copies_done();
 #pragma unroll
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks) scan_forwa
                         const float2 now = now_at[t % 2][k][t * channels];
 #pragma unroll
                         for (int s = 0; s < S; s++) {
-                            h[k][s] = fmaf(exp2_fast(now.x * a[k][s]), h[k][s], now.y * b[s]);
+                            h[k][s] = fmaf(decay_of<exact>(now.x * a[k][s]), h[k][s], now.y * b[s]);
                             sums[j][k] = s ? fmaf(h[k][s], c[s], sums[j][k]) : h[k][s] * c[s];
                         }
                     }

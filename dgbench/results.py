@@ -71,7 +71,7 @@ class Record:
     source_images: int = 0  # images trained on; 0: unknown, as in schema 1
     source_available: int = 0  # images of the complete source split; of a rendered source as many as were drawn
     source_rendered: bool = False  # trained on an export of a rendered domain
-    seconds: dict[str, float | None] = field(default_factory=dict)  # data, model, metric, total
+    seconds: dict[str, float | None] = field(default_factory=dict)  # data, model, metric, total; compile, where there was any
     seed: int = 0
     steps: int = 0
     checkpoint: str = ""  # sha256 of the weights

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mfuser.by_size import by_size
 from mfuser.ops import ms_deform_attn
 
 
@@ -63,14 +64,26 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.scales, self.points, 2)
         weights = self.attention_weights(query).view(batch, queries, self.heads, self.scales * self.points).softmax(-1)
         weights = weights.view(batch, queries, self.heads, self.scales, self.points)
-        extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=tokens.device)  # (S, 2)
+        extent = extents(tuple(shapes), device=tokens.device)
         locations = reference[:, None, None, None] + offsets.float() / extent[:, None]
         attended = ms_deform_attn(value, list(shapes), locations, weights, backend=self.backend)
         out: Tensor = self.output_proj(attended)
         return out
 
 
-def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+@by_size
+def extents(shapes: tuple[tuple[int, int], ...], *, device: torch.device | None = None) -> Tensor:
+    """Return the sides of maps (H, W) as (S, 2) of (W, H) in fp32."""
+    sides = [(float(w), float(h)) for h, w in shapes]
+    if torch.compiler.is_compiling():
+        # constants of the kernel, where a tensor of numbers would be copied from the host in every call
+        rows = [torch.stack([torch.full((), side, dtype=torch.float32, device=device) for side in row]) for row in sides]
+        return torch.stack(rows)
+    return torch.tensor(sides, dtype=torch.float32, device=device)
+
+
+@by_size
+def cell_centres(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
     """Return reference points of a map's own tokens, (H * W, 2) of (x, y) in 0..1, row by row."""
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width

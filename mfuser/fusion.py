@@ -315,7 +315,7 @@ class BiDeformAttn(Fuser):
         first, second = self.prefixes
         patches = torch.cat([vfm[:, first:], vlm[:, second:]], 1)
         # a place is the same share of both grids
-        places = cell_centres(rows, columns, patches.device).repeat(2, 1)
+        places = cell_centres(rows, columns, device=patches.device).repeat(2, 1)
         attended = self.dropout(self.attention(self.query_proj(patches), patches, places, [self.grid, self.grid]))
         dd, dv = attended.split(cells, 1)
         return F.pad(dd, (0, 0, first, 0)), F.pad(dv, (0, 0, second, 0))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mfuser.segmentor import check_images
+
+_WINDOWS = 16  # at a time
 
 
 def slide(
@@ -19,7 +22,7 @@ def slide(
     crop: tuple[int, int],
     stride: tuple[int, int],
     *,
-    windows_at_once: int = 16,
+    windows_at_once: int | None = None,
 ) -> Tensor:
     """Return scores (B, K, H, W) averaged over overlapping windows, in fp32 (fp64 for fp64 models); no graph is kept.
 
@@ -31,7 +34,7 @@ def slide(
         model: a Segmentor, or another function from windows (B, 3, *crop) to scores (B, K, *crop).
         images: (B, 3, H, W) in [0, 1], which is checked once per call.    crop, stride: (H, W) of the window and its step.
         windows_at_once: how many windows go through the model together; changes memory, not the result: to a model that
-            declares `mixes_batch` they are shown one at a time.
+            declares `mixes_batch` they are shown one at a time. By default 16; a model that has `at_once` says how many.
 
     Raises:
         TypeError: images that are not floating point.
@@ -59,7 +62,7 @@ def bands(
     stride: tuple[int, int],
     *,
     axis: int = 2,
-    windows_at_once: int = 16,
+    windows_at_once: int | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the scores of `slide` in parts along one axis, never those of the whole image at once.
@@ -72,12 +75,12 @@ def bands(
     Yields: the first row (or column) of a band, and its scores: tensors of inference mode, the bands one behind the other.
     """
     along, across = axis - 2, 3 - axis
-    windows_at_once = 1 if mixes_batch(model) else windows_at_once
     sides = (images.shape[2], images.shape[3])
     missing = [max(0, window - side) for window, side in zip(crop, sides, strict=True)]
     padded = F.pad(images, (0, missing[1], 0, missing[0])) if any(missing) else images
     starts = windows((padded.shape[2], padded.shape[3]), crop, stride)
     places = [(b, first, second) for first in starts[along] for second in starts[across] for b in range(len(images))]
+    together, whole = _together(model, len(places), windows_at_once)
     covered = [_covered(first, window, side) for first, window, side in zip(starts, crop, padded.shape[2:], strict=True)]
     total: Tensor | None = None  # over the windows that begin at `top`, and the parts of earlier ones that overlap them
     top = 0
@@ -86,13 +89,16 @@ def bands(
         assert total is not None
         here = [*covered]
         here[along] = here[along][top : top + count]
-        mean = total.narrow(axis, 0, count) / (here[0][:, None] * here[1]).to(total)
+        # their product, as large as the image, is made where the sums are: counts are exact in any order
+        mean = total.narrow(axis, 0, count) / (here[0].to(total)[:, None] * here[1].to(total))
         return mean[:, :, : sides[0], : sides[1]].narrow(axis, 0, min(count, sides[along] - top))
 
-    for begin in range(0, len(places), windows_at_once):
-        part, ready = places[begin : begin + windows_at_once], []
+    for begin in range(0, len(places), together):
+        part, ready = places[begin : begin + together], []
         with torch.inference_mode():  # not around `yield`: it would apply to the caller's code
-            scores = model(torch.stack([_window(padded, place, crop, along, device) for place in part]))
+            # a model that is prepared for a number of windows sees no other: the last one is shown again
+            seen = part + part[-1:] * (together - len(part)) if whole else part
+            scores = model(torch.stack([_window(padded, place, crop, along, device) for place in seen]))[: len(part)]
             for score, (b, first, second) in zip(scores, part, strict=True):
                 if total is None:
                     shape = list(padded.shape[2:])
@@ -105,16 +111,33 @@ def bands(
                     total.narrow(axis, 0, kept.shape[axis]).copy_(kept)
                     top = first
                 total[b].narrow(1 + across, second, crop[across]).add_(score)
-            if begin + windows_at_once >= len(places):
+            if begin + together >= len(places):
                 ready.append((top, finished(crop[along])))
         yield from ready
 
 
+def _together(model: Callable[[Tensor], Tensor], windows: int, given: int | None) -> tuple[int, bool]:
+    """Return how many of so many windows go through a model together, and whether it is to be that many every time."""
+    if mixes_batch(model):
+        return 1, False
+    if given is not None:
+        return given, False
+    asked = next((each.at_once for each in _parts(model) if hasattr(each, "at_once")), None)
+    return (_WINDOWS, False) if asked is None else (asked(windows), True)
+
+
 def mixes_batch(model: Callable[[Tensor], Tensor]) -> bool:
     """Return whether a model, or a `functools.partial` of one, declares that it mixes the images of a batch."""
+    return any(getattr(each, "mixes_batch", False) for each in _parts(model))
+
+
+def _parts(model: Any) -> Iterator[Any]:
+    """Yield a model, of a `functools.partial` its function and arguments."""
     if isinstance(model, partial):
-        return any(mixes_batch(argument) for argument in (model.func, *model.args))
-    return bool(getattr(model, "mixes_batch", False))
+        for each in (model.func, *model.args):
+            yield from _parts(each)
+    else:
+        yield model
 
 
 def _window(

@@ -126,6 +126,7 @@ class Segmentor(nn.Module):
         extras: streams of images that a training step needs besides its batch.    files: files that a training needs.
         any_size: `forward` takes every (H, W) whose sides are multiples of `size_step`; otherwise `image_size` alone.
         mixes_batch: scores of an image depend on the others of its batch: inference runs the model on one at a time.
+        no_fast: why `mfuser.fast` cannot run it, for a message; "" where it can.
         drawn: dotted names of parameters that start with random values even where the tower's published file has them.
         min_batch: images that a training step needs at least, over all processes.
         eval_parts: dotted names of submodules that `train` leaves in evaluation mode.
@@ -145,6 +146,7 @@ class Segmentor(nn.Module):
     any_size: bool = False
     size_step: int = 1
     mixes_batch: bool = False
+    no_fast: str = ""
     drawn: tuple[str, ...] = ()
     min_batch: int = 1
     eval_parts: tuple[str, ...] = ()

@@ -14,6 +14,8 @@ from dgbench.cli.options import (
     DeviceOpt,
     Format,
     FormatOpt,
+    ModeOpt,
+    NoCompileOpt,
     ProtocolOpt,
     QuietOpt,
     RootOpt,
@@ -80,7 +82,9 @@ def profile(
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="fp32, bf16 or fp16; default: bf16 on a GPU, fp32 on a CPU.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Time through torch.compile, as a whole.")] = False,
+    mode: ModeOpt = None,
+    no_compile: NoCompileOpt = False,
     slide: Annotated[
         tuple[int, int] | None, typer.Option(metavar="H W", min=1, help="Cost of an image of this size by sliding windows.")
     ] = None,
@@ -116,7 +120,7 @@ def profile(
     if published is not None:
         fixed: dict[str, object] = {"NAME": names, "--vlm": vlm, "--vfm": vfm, "--backbone": backbone, "--set": settings}
         fixed |= {"--size": size, "--batch": batch, "--slide": slide, "--compile": compiled, "--by-module": by_module}
-        fixed |= {"--fusion": fusion, "--convention": convention is not Rule.MAC}
+        fixed |= {"--fusion": fusion, "--convention": convention is not Rule.MAC, "--mode": mode, "--no-compile": no_compile}
         if given := [flag for flag, value in fixed.items() if value]:
             raise typer.BadParameter(
                 f"has its own networks, sizes and convention: give it without {', '.join(given)}", ctx=ctx, param_hint="'--table'"
@@ -134,6 +138,7 @@ def profile(
         raise typer.BadParameter("is for --table alone; other counts follow their sources", ctx=ctx, param_hint="'--anew'")
     if fusion:
         others = {"NAME": names, "--backbone": backbone, "--set": settings, "--slide": slide, "--compile": compiled}
+        others |= {"--mode": mode, "--no-compile": no_compile}
         if given := [flag for flag, value in {**others, "--by-module": by_module}.items() if value]:
             raise typer.BadParameter(
                 f"compares layers, not models: give it without {', '.join(given)}", ctx=ctx, param_hint="'--fusion'"
@@ -171,6 +176,8 @@ def profile(
         batches=batch or (),
         dtype=dtype,
         compiled=compiled,
+        mode=mode.value if mode else "exact",
+        compiles=False if no_compile else None,
         device=device,
         slide=slide,
         timed=not count_only,

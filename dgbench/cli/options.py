@@ -92,6 +92,20 @@ TargetsOpt = Annotated[
         callback=listed,
     ),
 ]
+
+
+class Mode(StrEnum):
+    """How models are run: `dgbench.engine.modes`, repeated here because options are parsed before the engine is imported."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
+ModeOpt = Annotated[
+    Mode | None,
+    typer.Option("--mode", metavar="NAME", help="exact (fp32), or fast: bf16, compiled, CUDA graphs; default: the recipe's."),
+]
+NoCompileOpt = Annotated[bool, typer.Option("--no-compile", help="With --mode fast: without torch.compile.")]
 ProtocolOpt = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="See `dgbench protocols`; default: the recipe's.", autocompletion=completion.protocols),

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dgbench.cli import completion
-from dgbench.cli.options import DeviceOpt, Format, FormatOpt, ProtocolOpt, QuietOpt, RootOpt, RunsOpt, SplitOpt, listed
+from dgbench.cli.options import (
+    DeviceOpt,
+    Format,
+    FormatOpt,
+    ModeOpt,
+    NoCompileOpt,
+    ProtocolOpt,
+    QuietOpt,
+    RootOpt,
+    RunsOpt,
+    SplitOpt,
+    listed,
+)
 from dgbench.cli.program import Command
 from dgbench.errors import ResultError
 
@@ -94,6 +106,8 @@ def predict(
     images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Of a --submission: where the test images lie.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Of a --submission: not the whole test split is all right.")] = False,
     protocol: ProtocolOpt = None,
+    mode: ModeOpt = None,
+    no_compile: NoCompileOpt = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -113,7 +127,7 @@ def predict(
     behind = [given for given in checkpoint or () if Path(given).is_file() and Path(given).suffix != ".json"]
     photos = [*(photos or ()), *map(Path, behind)]
     models = [given for given in checkpoint or () if given not in behind] or ["latest"]
-    mode = _mode(submission, grid, domain)
+    what = _mode(submission, grid, domain)
     given = {
         "PHOTO": photos,
         "--domain": domain,
@@ -131,20 +145,21 @@ def predict(
         "--out": out,
     }
     shape = tuple(dict.fromkeys(kind.value for kind in kinds or ((Kind.COLOR if grid else Kind.OVERLAY),)))
-    _refuse_misplaced(ctx, mode, [flag for flag, value in given.items() if value], shape)
-    if mode == "PHOTO" and not photos:
+    _refuse_misplaced(ctx, what, [flag for flag, value in given.items() if value], shape)
+    if what == "PHOTO" and not photos:
         ctx.fail("Missing argument 'PHOTO...'.")
-    if mode == "--grid" and not domain:
+    if what == "--grid" and not domain:
         raise _wrong(ctx, "--grid", "needs the domains whose images it shows: --domain NAME...")
     if grid is not None and grid.suffix.lower() not in _PICTURES:
         raise _wrong(ctx, "--grid", f"{grid} must end in {', '.join(_PICTURES)}")
-    if mode == "--submission" and len(models) > 1:
+    if what == "--submission" and len(models) > 1:
         raise _wrong(ctx, "--checkpoint", f"takes one run with --submission, {len(models)} were given")
-    if mode == "--submission" and out is not None and out.suffix.lower() != ".zip":
+    if what == "--submission" and out is not None and out.suffix.lower() != ".zip":
         raise _wrong(ctx, "--out", f"{out} must end in .zip")
     if titles and len(set(titles)) != len(models):
         raise _wrong(ctx, "--titles", f"takes a different title for each of {len(models)} checkpoints, got {', '.join(titles)}")
     progress = render.progress(quiet=quiet)
+    run_as: dict[str, Any] = {"mode_name": mode and mode.value, "compiles": False if no_compile else None}
     wanted = _on_disk(domain or (), split, root)
     folders = _runs(models, runs, wanted, root)
     if submission is not None:
@@ -153,35 +168,40 @@ def predict(
         files = images_of(submission.value, root, images, partial=partial)
         from dgbench.engine.tested import load
 
-        (model,) = load(folders, device=device, protocol_name=protocol, root=root, titles=titles or ())
+        (model,) = load(folders, device=device, protocol_name=protocol, root=root, titles=titles or (), **run_as)
         path = out or Path(f"{submission.value}.zip")
         render.show(submit(submission.value, files, model, path, progress=progress), form)
         return
     alpha = 0.6 if opacity is None else opacity
-    if mode == "PHOTO" and shape == ("overlay",) and len(folders) == 1 and not (side_by_side or titles):
+    if what == "PHOTO" and shape == ("overlay",) and len(folders) == 1 and not (side_by_side or titles):
         from dgbench.engine.predict import predict as segment
 
-        found = segment(photos, folders[0], out or Path(), device=device, opacity=alpha, contours=contours, progress=progress)
+        found = segment(
+            photos, folders[0], out or Path(), device=device, opacity=alpha, contours=contours, **run_as, progress=progress
+        )
         render.show(found, form)
         return
-    from dgbench.engine import pictures
+    from dgbench.engine import modes, pictures
     from dgbench.engine.scenes import scenes
     from dgbench.engine.tested import load
 
-    subjects = pictures.of_photos(photos) if mode == "PHOTO" else []
-    loaded = load(folders, device=device, protocol_name=protocol, root=root, titles=titles or ())
+    subjects = pictures.of_photos(photos) if what == "PHOTO" else []
+    compiling = modes.Compiling(modes.mode(modes.FAST if mode is None else mode.value, compiles=run_as["compiles"]))
+    loaded = load(folders, device=device, protocol_name=protocol, root=root, titles=titles or (), **run_as)
     style = pictures.Style(shape, alpha, contours)
-    if mode != "PHOTO":
-        count = limit or (1 if mode == "--grid" else None)
+    if what != "PHOTO":
+        count = limit or (1 if what == "--grid" else None)
         rows = [row for _, row, _ in wanted]
-        chosen = scenes(rows, loaded, split=split, ids=ids or (), limit=count, at_least_one=mode == "--grid", root=root)
+        chosen = scenes(rows, loaded, split=split, ids=ids or (), limit=count, at_least_one=what == "--grid", root=root)
         if grid is not None:
             render.show([pictures.draw_figure(chosen, loaded, grid, style, progress=progress)], form)
             return
         subjects = pictures.of_scenes(chosen)
     draw = pictures.draw_side_by_side if side_by_side else pictures.draw_each
-    place = out or Path("" if mode == "PHOTO" else "predictions")
-    render.show(draw(subjects, loaded, place, style, progress=progress), form)
+    place = out or Path("" if what == "PHOTO" else "predictions")
+    drawn = draw(subjects, loaded, place, style, progress=progress)
+    compiling.tell(progress)
+    render.show(drawn, form)
 
 
 # what goes with what is segmented

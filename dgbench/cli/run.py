@@ -18,6 +18,8 @@ from dgbench.cli.options import (
     Format,
     FormatOpt,
     GpusOpt,
+    ModeOpt,
+    NoCompileOpt,
     ProtocolOpt,
     QuietOpt,
     RootOpt,
@@ -222,6 +224,8 @@ def eval_(
         str | None, typer.Option(metavar="RUN", help="The same as the argument RUN.", autocompletion=completion.runs)
     ] = None,
     protocol: ProtocolOpt = None,
+    mode: ModeOpt = None,
+    no_compile: NoCompileOpt = False,
     gpus: GpusOpt = None,
     device: DeviceOpt = None,
     root: RootOpt = None,
@@ -261,10 +265,12 @@ def eval_(
     progress.note(f"scoring by {team}") if team.world > 1 else None
     records = []
     for number, (folder, domains) in enumerate(zip(folders, asked, strict=True)):
-        given = {"--targets": targets, "--protocol": [rules], "--device": [device], "--root": [root and str(root)]}
+        given = {"--targets": targets, "--protocol": [rules], "--mode": [mode.value if mode else None]}
+        given |= {"--device": [device], "--root": [str(root) if root else None]}
         words = [str(left) for left in folders[number:]]
         for option, values in given.items():
             words += [option, *(v for v in values if v)] if values and any(values) else []
+        words += ["--no-compile"] if no_compile else []
         scored = f"{number} of {len(folders)} runs are scored; " if len(folders) > 1 else ""
         advice = f"{scored}go on with: dgbench eval {shlex.join(words)}"
         if scored:
@@ -278,6 +284,8 @@ def eval_(
                 include_source=domains is None,
                 root=root,
                 protocol_name=rules,
+                mode=mode and mode.value,
+                compiles=False if no_compile else None,
                 team=team,
             )
         except (KeyboardInterrupt, Terminated) as stop:

@@ -15,12 +15,15 @@ import mfuser
 from dgbench.cost.counted import Subject, built
 from dgbench.cost.timing import Call, Times, joules, samples, times
 from dgbench.engine.device import peak_gib
+from dgbench.engine.modes import FAST, Mode, ready
 from dgbench.protocol import lookup as protocol
 from mfuser import ops
 from mfuser.segmentor import Batch, Segmentor
 
+EXACTLY = Mode()
 STEP_BATCH = 2  # images a GPU trains on at a time in the papers' recipes
 _MOST = 64  # images at a time that the search for the best batch tries
+FAST_BATCH = 8  # of mode `fast`, where every batch that a search tries would be compiled
 _GAIN = 1.02  # by which twice as many images at a time must be faster to be worth it
 
 MODEL, STEP = "model", "step"  # the calls that are timed
@@ -79,22 +82,27 @@ def visit(
     slide: tuple[int, int] | None,
     *,
     compiled: bool,
+    how: Mode = EXACTLY,
 ) -> None:
-    """Build a model, and measure it once."""
+    """Build a model, and measure it once; in mode `fast` at few batches, each of which is compiled, and without a step."""
     gpu = device.type == "cuda"
     ran = ops.tally()
     try:
         model = _on(subject, device)
         model.check_backends()
         merged = model.merge()
-        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
-        ask = _Asked(forward, subject.size, slide, device, dtype)
+        fast = how.name == FAST
+        forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else ready(model, how) if fast else model
+        if fast:
+            model = None  # type: ignore[assignment]  # the copy is what is measured
+        # a size is compiled in its first call and captured in its second, which are no samples
+        ask = _Asked(forward, subject.size, slide, device, dtype, before=2 if fast else 0)
         for size in batches or (1,):
             taken.measure((MODEL, size), ask.batch(size), device, energy=bool(batches))
         if gpu and not batches:
-            taken.best = taken.best or _best_batch(ask, device)
+            taken.best = taken.best or (FAST_BATCH if fast else _best_batch(ask, device))
             taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
-        if gpu and slide is None:
+        if gpu and slide is None and not fast:
             if merged:  # a step trains what is apart
                 forward = ask = None  # type: ignore[assignment]
                 model = _on(subject, device)
@@ -123,12 +131,15 @@ class _Asked:
         slide: tuple[int, int] | None,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        before: int = 0,
     ) -> None:
+        self.before = before
         self.model, self.crop, self.slide, self.device, self.dtype = model, crop, slide, device, dtype
         self.stride = protocol("unified").stride_of(crop)
 
     def batch(self, size: int) -> Call:
-        """Return a call with that many images."""
+        """Return a call with that many images, which was called `before` times."""
         images = torch.rand(size, 3, *(self.slide or self.crop), device=self.device)
 
         def call() -> Tensor:
@@ -138,6 +149,8 @@ class _Asked:
                     return self.model(images)
                 return mfuser.slide(self.model, images, crop=self.crop, stride=self.stride)
 
+        for _ in range(self.before):
+            call()
         return call
 
 
@@ -159,26 +172,58 @@ def _best_batch(ask: _Asked, device: torch.device) -> int:
 
 
 def training_step(model: Segmentor, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Call:
-    """Return a training step as `dgbench train` takes it, on noise: labels are of all classes, in blocks of 32 pixels."""
+    """Return a training step of `STEP_BATCH` images; see `training_steps`."""
+    return training_steps(model, size, device, dtype)(STEP_BATCH)
+
+
+def training_steps(
+    model: Segmentor,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    begins: Callable[[str], object] = lambda part: None,
+    loaded: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[[int], Call]:
+    """Return what makes training steps of any number of images, as `dgbench train` takes them, with one optimizer for all.
+
+    They are on noise: labels are of all classes, in blocks of 32 pixels.
+
+    Args:
+        begins: is told as "forward", "backward" and "optimizer" begin.
+        loaded: adds to a batch what a loader knows of it.
+    """
     model.enter_training()
     model.to(device)
-    extra: dict[str, Tensor] = {}
-    for stream in model.extras:
-        images, labels = _noise(model, size if stream.size == "crop" else stream.size, device)
-        extra |= {stream.name: images} | ({f"{stream.name}_{stream.beside}": labels} if stream.beside else {})
-    batch = Batch(*_noise(model, size, device), extra)
-    model.before_step(0, 1, _Noise(batch))  # what a method mines once
+    # what a method mines once
+    model.before_step(0, 1, _Noise(loaded(_batch(model, STEP_BATCH, size, device))))
     model.train()
     optimizer = torch.optim.AdamW(model.groups(1e-6, 0.0), fused=True)
 
-    def call() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = torch.stack(list(model.loss(batch).values())).sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def of(images: int) -> Call:
+        batch = loaded(_batch(model, images, size, device))
 
-    return call
+        def call() -> None:
+            begins("forward")
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = torch.stack(list(model.loss(batch).values())).sum()
+            begins("backward")
+            loss.backward()
+            begins("optimizer")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return call
+
+    return of
+
+
+def _batch(model: Segmentor, images: int, size: tuple[int, int], device: torch.device) -> Batch:
+    extra: dict[str, Tensor] = {}
+    for stream in model.extras:
+        pictures, labels = _noise(model, images, size if stream.size == "crop" else stream.size, device)
+        extra |= {stream.name: pictures} | ({f"{stream.name}_{stream.beside}": labels} if stream.beside else {})
+    return Batch(*_noise(model, images, size, device), extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +237,7 @@ class _Noise:
         yield self.batch
 
 
-def _noise(model: Segmentor, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    coarse = torch.randint(0, len(model.classes), (STEP_BATCH, -(-size[0] // 32), -(-size[1] // 32)), device=device)
+def _noise(model: Segmentor, images: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    coarse = torch.randint(0, len(model.classes), (images, -(-size[0] // 32), -(-size[1] // 32)), device=device)
     labels = coarse.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, : size[0], : size[1]]
-    return torch.rand(STEP_BATCH, 3, *size, device=device), labels
+    return torch.rand(images, 3, *size, device=device), labels

@@ -19,6 +19,8 @@ from dgbench.cost.counted import ITSELF, Subject, Tally, keep, known, made_now
 from dgbench.cost.model_times import MODEL, STEP, STEP_BATCH, Taken, Timing, visit
 from dgbench.cost.timing import Hardware, hardware
 from dgbench.engine.device import pick_device
+from dgbench.engine.modes import EXACT, FAST, Compiling
+from dgbench.engine.modes import mode as settled_mode
 from dgbench.environment import code_commit, describe_environment
 from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
 from dgbench.progress import Progress, Silent
@@ -76,6 +78,7 @@ class Profile:
     unit: str
     dtype: str
     compiled: bool
+    mode: str  # `exact` or `fast`
     slide: tuple[int, int] | None  # (H, W) of whole images, scored by a sliding window
     hardware: Hardware | None
     unmeasured: str  # why nothing was timed
@@ -162,6 +165,8 @@ def profile(
     batches: Sequence[int] = (),
     dtype: str | None = None,
     compiled: bool = False,
+    mode: str = EXACT,
+    compiles: bool | None = None,
     device: str | None = None,
     slide: tuple[int, int] | None = None,
     timed: bool = True,
@@ -174,14 +179,21 @@ def profile(
         convention: one of CONVENTIONS.
         batches: images at a time; by default 1 and the number at which most pass a second.
         dtype: one of DTYPES; by default bf16 on a GPU, fp32 on a CPU. Weights are fp32 under autocast.
-        compiled: through torch.compile.    device: to time on; by default a GPU, and nowhere without one.
+        compiled: through torch.compile, as a whole.
+        mode: `fast` times what `mfuser.fast` prepares, at batches 1 and 8 unless `batches` says others, and no training step.
+        compiles: whether `fast` does; by default it does.
+        device: to time on; by default a GPU, and nowhere without one.
         slide: (H, W) of whole images to be scored by a window of the models' size.    timed: False only counts.
         by_module: show the parts of each model.
         passes: how often each model is built and measured, one after the other, on a GPU; a CPU does it once.
 
-    Raises: DgbenchError for unknown names; CountError for a model that cannot be counted.
+    Raises: DgbenchError for unknown names, and for what does not go together; CountError for a model that cannot be counted.
     """
-    on, precision, unmeasured = settled(convention, dtype, device, timed=timed)
+    how = settled_mode(mode, compiles=compiles)
+    if how.name == FAST and (compiled or dtype not in (None, "bf16")):
+        raise DgbenchError("mode `fast` has its own types and compiles layer by layer", "give it without --compile and --dtype")
+    on, precision, unmeasured = settled(convention, "bf16" if how.name == FAST else dtype, device, timed=timed)
+    compiling = Compiling(how)
     progress.start("counting", len(chosen), "models")
     rows, elsewhere = [], ""
     try:
@@ -197,7 +209,8 @@ def profile(
             taken = [Taken() for _ in chosen]
             for _ in range(passes):
                 for subject, found in zip(chosen, taken, strict=True):
-                    visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled)
+                    visit(found, subject, on, DTYPES[precision], batches, slide, compiled=compiled, how=how)
+                    compiling.tell(progress)
                     progress.advance()
             rows = [_with_times(row, found, batches) for row, found in zip(rows, taken, strict=True)]
     finally:
@@ -209,7 +222,8 @@ def profile(
         convention,
         CONVENTIONS[convention].unit,
         precision,
-        compiled,
+        compiled or (how.name == FAST and how.compiles),
+        how.name,
         slide,
         gpu,
         unmeasured,

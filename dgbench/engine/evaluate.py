@@ -23,7 +23,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.domain import Domain
 from dgbench.data.resizing import as_tested
 from dgbench.data.workers import worker_init
-from dgbench.engine import checkpoints, partial
+from dgbench.engine import checkpoints, modes, partial
 from dgbench.engine.device import device_name, memory_refused, pick_device
 from dgbench.engine.scoring import predicted
 from dgbench.engine.targets import Target, chosen_targets, size_of, stored_records
@@ -36,8 +36,7 @@ from dgbench.launch import launched
 from dgbench.progress import Progress
 from dgbench.recipe import Recipe, load_recipe, recipe_hash
 from dgbench.resources import usable_cores
-from mfuser import ops
-from mfuser.segmentor import Segmentor
+from mfuser import fast, ops
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +46,24 @@ class _Item:
     index: int  # in the dataset
     views: tuple[Tensor, ...]  # (h, w, 3) uint8 at each of the protocol's scales
     label: Tensor  # (H, W) uint8 on the label grid
+
+    def pin_memory(self) -> _Item:
+        """Return it in memory that a GPU copies from beside its work; the loader asks for it."""
+        return _Item(self.index, tuple(view.pin_memory() for view in self.views), self.label.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """How images are read: by so many processes at least, into pinned memory or not. No score depends on it."""
+
+    workers: int
+    pinned: bool
+
+    @staticmethod
+    def of(how: modes.Mode, device: torch.device) -> _Loading:
+        gpu = device.type == "cuda"
+        # a fast model waits for a single process that decodes, resizes and looks after it
+        return _Loading(min(8, usable_cores() - 1) if gpu and how.name == modes.FAST else 0, gpu)
 
 
 class _TestView(Dataset[_Item]):
@@ -80,6 +97,8 @@ def evaluate(
     protocol_name: str | None = None,
     limit: int | None = None,
     reuse: bool = False,
+    mode: str | None = None,
+    compiles: bool | None = None,
     team: Team | None = None,
 ) -> list[results.Record]:
     """Score the run's newest checkpoint and write a record per domain into the run's folder.
@@ -91,6 +110,7 @@ def evaluate(
         protocol_name: score under this protocol instead of the recipe's.
         limit: score the first so many images of each domain only. Where the recipe has more, that is another kind, too.
         reuse: take a record that the run has already of the same checkpoint, images and protocol, instead of scoring again.
+        mode: `exact` or `fast` instead of the recipe's.    compiles: whether `fast` does; by default it does.
         team: the processes that score together, all of which call this; the first writes. Default: those a launcher started.
 
     Raises: DataError, RecipeError, CheckpointError, BackendError, DgbenchError for what a user can fix; PeerLost if another
@@ -110,13 +130,14 @@ def evaluate(
     if not wanted:
         raise DataError("no target domain to score", "name some: --targets streets-city streets-world")
     rules = protocol.lookup(protocol_name or recipe.eval.protocol)
+    how = modes.mode(mode or recipe.eval.mode, compiles=compiles)
     chosen = chosen_targets(recipe, rules, wanted, root, limit)
-    kept = stored_records(recipe, rules, chosen, run) if reuse else {}
+    kept = stored_records(recipe, rules, chosen, run, how) if reuse else {}
     if len(kept) == len(chosen):
         begun = [target.about(kept[target.name].checkpoint, rules) for target in chosen]
         partial.tidy(run, lambda about: dict(about) in begun)  # by an evaluation that was ended before it could
         return [kept[target.name] for target in chosen]
-    found = _checkpoint(recipe, run, on)
+    found, compiling = _checkpoint(recipe, run, on, how, progress), modes.Compiling(how)
     if len(set(team.each(int(found.sha[:15], 16)))) > 1:
         raise CheckpointError(f"{run}: processes found different checkpoints", "keep runs where all machines see the same files")
     if kept:
@@ -131,6 +152,7 @@ def evaluate(
             kept.get(target.name) or _score(recipe, rules, found, target, run, on, progress, stack, parts, together)
             for target in chosen
         ]
+        compiling.tell(progress)
         # all or none: an evaluation that is interrupted is gone on with, and leaves one record of each domain
         for part in parts:
             part.remove()
@@ -143,31 +165,33 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    model: Segmentor
+    model: modes.Ready
+    how: modes.Mode
     sha: str
     seen: checkpoints.Seen | None
     rounded: str | None = None  # type that the weights were rounded to when they were exported
 
 
-def _checkpoint(recipe: Recipe, run: Path, device: torch.device) -> _Checkpoint:
+def _checkpoint(recipe: Recipe, run: Path, device: torch.device, how: modes.Mode, progress: Progress) -> _Checkpoint:
     """Return the newest checkpoint; if a training replaces it meanwhile, the next one.
 
-    Raises: CheckpointError.
+    Raises: CheckpointError; DgbenchError as `modes.ready`.
     """
     for _ in range(_TRIES):
         folder = checkpoints.folder_of(run)
         before = _state(folder)
         try:
-            found = _Checkpoint(checkpoints.load_for(recipe, folder), checkpoints.sha256(folder), checkpoints.seen_by(folder))
+            model = checkpoints.load_for(recipe, folder)
+            sha, seen = checkpoints.sha256(folder), checkpoints.seen_by(folder)
         except (CheckpointError, OSError):
             if before is not None and _state(folder) == before:
                 raise
             continue
         if before is not None and _state(folder) == before:
-            found = replace(found, rounded=checkpoints.in_fp32(found.model))
-            found.model.to(device).check_backends()
-            found.model.merge()
-            return found
+            rounded = checkpoints.in_fp32(model)
+            model.to(device).check_backends()
+            model.merge()
+            return _Checkpoint(modes.ready(model, how, progress), how, sha, seen, rounded)
     raise CheckpointError(
         f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",
         "wait until the training ends, or train with a larger train.checkpoint_every",
@@ -201,7 +225,8 @@ def _score(
     dataset, team = target.dataset, together.team
     together.prepare(lambda: dataset.prepare(progress))
     size = size_of(recipe, dataset)
-    hashed, environment = target.protocol_hash(rules, size), describe_environment(device_name(device), torch.get_num_threads())
+    hashed = target.protocol_hash(rules, size)
+    environment = describe_environment(device_name(device), torch.get_num_threads()) | found.how.described
     about = target.about(found.sha, rules)
     ids = [dataset.name(i) for i in range(len(dataset))]
     key = partial.key_of(
@@ -224,7 +249,7 @@ def _score(
         progress.note(f"{target.name} was scored before the interruption")
         return before or results.read(part.recorded())
     together.share(part)
-    _fill(part, recipe, rules, found.model, target, size, device, progress, together)
+    _fill(part, recipe, rules, found, target, size, device, progress, together)
     counts = part.counts
     total, absent, classes = counts.sum(0), rules.absent_classes, protocol.CLASS_SETS[rules.classes]
     labelled = bool(total.any())
@@ -241,7 +266,7 @@ def _score(
         kind=target.kind,
         created=results.now_iso(),
         method=found.model.method,
-        variant=", ".join(filter(None, [recipe.variant, found.rounded and f"{found.rounded} weights"])),
+        variant=", ".join(filter(None, [recipe.variant, found.rounded and f"{found.rounded} weights", found.how.label])),
         recipe=recipe.name,
         recipe_hash=recipe_hash(recipe),
         source=recipe.data.source,
@@ -276,7 +301,7 @@ def _fill(
     part: partial.Partial,
     recipe: Recipe,
     rules: protocol.Protocol,
-    model: Segmentor,
+    found: _Checkpoint,
     target: Target,
     size: protocol.Size | None,
     device: torch.device,
@@ -302,17 +327,19 @@ def _fill(
 
     try:
         own = batches[together.team.rank :: together.team.world]
-        loaded = _batches(_TestView(target, rules, size), recipe, own)
+        loaded = _batches(_TestView(target, rules, size), recipe, own, _Loading.of(found.how, device))
         for round_ in together.rounds(batches):
             together.forget(part, round_)
             groups, waited = next(loaded, ([], 0.0))
             part.seconds["data"] += waited
             for batch in groups:
-                before = time.perf_counter()
-                prediction = _predict(model, batch, rules, device)
+                before, compiled = time.perf_counter(), fast.seconds()
+                prediction = _predict(found.model, batch, rules, device)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                part.seconds["model"] += time.perf_counter() - before
+                if compiled := fast.seconds() - compiled:
+                    part.seconds[partial.COMPILE] = part.seconds.get(partial.COMPILE, 0.0) + compiled
+                part.seconds["model"] += max(0.0, time.perf_counter() - before - compiled)
                 before = time.perf_counter()
                 for pred, item in zip(prediction, batch, strict=True):
                     part.counts[item.index] = _confusion(pred, item.label.to(device))
@@ -342,7 +369,7 @@ def _fill(
     if together.team.most(int(any(earlier.get(op, name) != name for op, name in mixed.items()))):
         # a different backend than before the interruption would round differently
         part.restart()
-        _fill(part, recipe, rules, model, target, size, device, progress, together)
+        _fill(part, recipe, rules, found, target, size, device, progress, together)
 
 
 def _files(dataset: SegDataset) -> list[tuple[str, int, int]]:
@@ -371,10 +398,19 @@ def extra_scores(source: str, total: NDArray[np.int64], rules: protocol.Protocol
     return {f"miou{n}": metrics.miou(total, classes=protocol.CLASS_SETS[n], absent=rules.absent_classes) for n in subsets}
 
 
-def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Iterator[tuple[list[list[_Item]], float]]:
+def _batches(
+    view: _TestView, recipe: Recipe, batches: list[list[int]], loading: _Loading
+) -> Iterator[tuple[list[list[_Item]], float]]:
     """Yield each batch as lists of items of one size, and the seconds spent waiting for it."""
-    workers = min(recipe.train.workers, usable_cores())
-    loader = DataLoader(view, batch_sampler=batches, num_workers=workers, collate_fn=list, worker_init_fn=worker_init)
+    workers = min(max(recipe.train.workers, loading.workers), usable_cores())
+    loader = DataLoader(
+        view,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=worker_init,
+        pin_memory=loading.pinned,
+    )
     before = time.perf_counter()
     for items in loader:
         waited = time.perf_counter() - before
@@ -386,9 +422,10 @@ def _batches(view: _TestView, recipe: Recipe, batches: list[list[int]]) -> Itera
 
 
 @torch.inference_mode()
-def _predict(model: Segmentor, batch: list[_Item], rules: protocol.Protocol, device: torch.device) -> Tensor:
+def _predict(model: modes.Ready, batch: list[_Item], rules: protocol.Protocol, device: torch.device) -> Tensor:
     """Train ids (B, H, W) on the label grid."""
-    views = [torch.stack(same) for same in zip(*(item.views for item in batch), strict=True)]
+    # of one image the pinned memory itself, of several a copy
+    views = [torch.stack(same) if len(same) > 1 else same[0][None] for same in zip(*(item.views for item in batch), strict=True)]
     height, width = batch[0].label.shape
     return predicted(model, views, (height, width), rules, device)
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dgbench.data.index import stem
 from dgbench.data.labels import IGNORE
 from dgbench.data.sheet import color_map, label_ids, overlay, save_image
 from dgbench.engine import photos
+from dgbench.engine.beside import Beside
 from dgbench.engine.predict import segment, shares, with_legend
 from dgbench.engine.scenes import Scene
 from dgbench.engine.tested import Tested
@@ -122,21 +124,25 @@ def draw_each(
     for kind in style.kinds:
         targets = [out] if single else [folder / f"{one.stem}-{kind}.png" for one in subjects for folder in folders]
         photos.refuse_replaced(kept, targets, kind)
-    written = []
     progress.start("segmenting", len(subjects) * len(models), "images")
+
+    def drawn(subject: Subject, model: Tested, folder: Path, image: Pixels, label: Pixels) -> list[Picture]:
+        pictures = []
+        for kind in style.kinds:
+            path = out if single else folder / f"{subject.stem}-{kind}.png"
+            save_image(_picture(image, label, kind, style), path)
+            pictures.append(Picture(subject.name, kind, path, (model.title,), shares(label), subject.redistributable))
+        return pictures
+
     try:
-        for subject in subjects:
-            image, _ = subject.load()
-            for model, folder in zip(models, folders, strict=True):
-                label = subject.segment(model, image)
-                for kind in style.kinds:
-                    path = out if single else folder / f"{subject.stem}-{kind}.png"
-                    save_image(_picture(image, label, kind, style), path)
-                    written.append(Picture(subject.name, kind, path, (model.title,), shares(label), subject.redistributable))
-                progress.advance()
+        with Beside[list[Picture]](progress.advance) as writing:
+            for subject in subjects:
+                image, _ = subject.load()
+                for model, folder in zip(models, folders, strict=True):
+                    writing.put(partial(drawn, subject, model, folder, image, subject.segment(model, image)))
+            return [picture for pictures in writing.results() for picture in pictures]
     finally:
         progress.stop()
-    return written
 
 
 def draw_side_by_side(

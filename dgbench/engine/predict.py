@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,15 @@ import mfuser
 from dgbench.data.dataset import read_photo
 from dgbench.data.labels import NAMES
 from dgbench.data.sheet import legend, overlay, save_image
-from dgbench.engine import checkpoints
+from dgbench.engine import checkpoints, modes
+from dgbench.engine.beside import Beside
 from dgbench.engine.device import pick_device
+from dgbench.engine.modes import Ready
 from dgbench.engine.photos import file_names, listed, refuse_replaced, refuse_unreadable
 from dgbench.engine.scoring import LARGE, first_of, first_of_bands
 from dgbench.errors import DataError
 from dgbench.progress import Progress, Silent
-from dgbench.recipe import load_recipe
-from mfuser.segmentor import Segmentor
+from dgbench.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ def predict(
     device: str | None = None,
     opacity: float = 0.6,
     contours: bool = False,
+    mode_name: str | None = None,
+    compiles: bool | None = None,
     progress: Progress | None = None,
 ) -> list[Prediction]:
     """Write an overlay with a legend for each photograph, as a viewer shows it: turned as its EXIF says.
@@ -56,6 +61,7 @@ def predict(
         run: a run folder or a saved model.
         out: the overlay's file for one photograph, or a folder. Photographs of one name are told apart by their folders.
         opacity: of the classes' colours, 0..1.    contours: borders between classes are drawn, too.
+        mode_name: `exact` or `fast`; default: the recipe's, and `exact` without one.    compiles: whether `fast` does.
 
     Raises: DataError naming every file that cannot be read, before anything is written; CheckpointError.
     """
@@ -67,23 +73,34 @@ def predict(
     refuse_replaced(files, targets, "overlay")
     refuse_unreadable(files)  # all of them first: a bad file costs no model time
     on = pick_device(device)
-    model = checkpoints.load_model(run)
-    checkpoints.in_fp32(model)
-    model.to(on)
-    model.merge()
-    height = _trained_height(run)
-    results = []
+    loaded = checkpoints.load_model(run)
+    checkpoints.in_fp32(loaded)
+    loaded.to(on)
+    loaded.merge()
+    recipe = _recipe(run)
+    how = modes.mode(mode_name or (recipe.eval.mode if recipe else modes.EXACT), compiles=compiles)
+    told = progress or Silent()
+    model, compiling = modes.ready(loaded, how, told), modes.Compiling(how)
+    height = recipe.data.size[0] if recipe and recipe.data.size else None
     progress = progress if progress and len(files) > 1 else Silent()
     progress.start("segmenting", len(files), "images")
+
+    def drawn(file: Path, target: Path, image: NDArray[np.uint8], label: NDArray[np.uint8]) -> Prediction:
+        save_image(with_legend(overlay(image, label, opacity, contours=contours), label), target)
+        return Prediction(file, target, model.method, shares(label))
+
     try:
-        for file, target in zip(files, targets, strict=True):
-            image = read_photo(file)
-            label = segment(model, image, on, height)
-            save_image(with_legend(overlay(image, label, opacity, contours=contours), label), target)
-            results.append(Prediction(file, target, model.method, shares(label)))
-            progress.advance()
+        with ThreadPoolExecutor(1) as reader, Beside[Prediction](progress.advance) as writing:
+            following = reader.submit(read_photo, files[0])
+            for i, (file, target) in enumerate(zip(files, targets, strict=True)):
+                image = following.result()
+                if i + 1 < len(files):
+                    following = reader.submit(read_photo, files[i + 1])
+                writing.put(partial(drawn, file, target, image, segment(model, image, on, height)))
+            results = writing.results()
     finally:
         progress.stop()
+    compiling.tell(told)
     return results
 
 
@@ -110,7 +127,7 @@ def _counted(label: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 @torch.inference_mode()
-def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
+def segment(model: Ready, image: NDArray[np.uint8], device: torch.device, height: int | None = None) -> NDArray[np.uint8]:
     """Return (H, W) train ids of one RGB image (H, W, 3), by sliding window.
 
     `height` is the image height that the model was trained at: the photograph is resized to it first, and in any case
@@ -130,7 +147,7 @@ def segment(model: Segmentor, image: NDArray[np.uint8], device: torch.device, he
     return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
 
 
-def _segment_large(model: Segmentor, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
+def _segment_large(model: Ready, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:
     """Segment as `segment`, in parts: the same windows, for which a score may differ in its last bit."""
     full = (image.shape[0], image.shape[1])
     pixels = torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)[None]
@@ -170,7 +187,6 @@ def window_stride(crop: tuple[int, int]) -> tuple[int, int]:
     return crop[0] * 2 // 3, crop[1] * 2 // 3
 
 
-def _trained_height(run: Path) -> int | None:
-    recipe = run / "recipe.yaml"
-    size = load_recipe(str(recipe)).data.size if recipe.is_file() else None
-    return size[0] if size else None
+def _recipe(run: Path) -> Recipe | None:
+    path = run / "recipe.yaml"
+    return load_recipe(str(path)) if path.is_file() else None

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfuser
+from dgbench.engine.modes import Ready
 from dgbench.errors import DataError
 from dgbench.protocol import Protocol
 from mfuser.decoder.mask_decoder import class_scores
 from mfuser.inference import bands
-from mfuser.segmentor import Segmentor
 
 # pixels of an image beyond which its scores (K fp32 numbers a pixel, several times) are never held as a whole: 32 Mi
 LARGE = 1 << 25
 _STRIP = 1 << 26  # scores, one number each, that are held of a large image
 
 
-def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
+def predicted(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
     """Return the train ids (B, *grid) of a batch of images of one size: the argmax of `score`.
 
     Images of more than `LARGE` pixels are scored one by one, and in parts: the same windows and weights, for which a score may
@@ -38,7 +38,7 @@ def predicted(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], 
     return torch.stack([_in_parts(model, [view[i : i + 1] for view in views], grid, rules, device) for i in range(len(views[0]))])
 
 
-def _in_parts(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
+def _in_parts(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:
     height, width = views[0].shape[1:3]
     if len(views) == 1 and not rules.flip and rules.window == "crop" and (height, width) == grid:
         images = views[0].permute(0, 3, 1, 2)
@@ -98,7 +98,7 @@ def _floats(view: Tensor, device: torch.device) -> Tensor:
     return view.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol) -> Tensor:
+def score(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol) -> Tensor:
     """Return the scores (B, K, *grid) of a batch of images of one size; argmax over K is the prediction.
 
     Args:
@@ -118,7 +118,7 @@ def score(model: Segmentor, views: Sequence[Tensor], grid: tuple[int, int], rule
     return total / len(seen)
 
 
-def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
+def _look(model: Ready, images: Tensor, rules: Protocol) -> Tensor:
     """Return scores (B, K, H, W) of images (B, 3, H, W)."""
     ask = _asked(model, rules)
     if rules.window == "crop":
@@ -137,11 +137,11 @@ def _look(model: Segmentor, images: Tensor, rules: Protocol) -> Tensor:
     return ask(images)
 
 
-def _asked(model: Segmentor, rules: Protocol) -> Callable[[Tensor], Tensor]:
+def _asked(model: Ready, rules: Protocol) -> Callable[[Tensor], Tensor]:
     return model if rules.upsampling == "method" else partial(_upsampled, model, rules.upsampling)
 
 
-def _upsampled(model: Segmentor, order: str, images: Tensor) -> Tensor:
+def _upsampled(model: Ready, order: str, images: Tensor) -> Tensor:
     """Return scores, masks upsampled before combining them (`masks`) or after (`scores`); without masks there is one way."""
     found = model.masks(images)
     if found is None:

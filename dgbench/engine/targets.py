@@ -14,6 +14,7 @@ from dgbench.data.corruptions import Corrupted, Corruption
 from dgbench.data.dataset import SegDataset
 from dgbench.data.domain import Domain
 from dgbench.engine import checkpoints
+from dgbench.engine.modes import Mode
 from dgbench.errors import ResultError
 from dgbench.recipe import Recipe, recipe_hash
 
@@ -80,8 +81,10 @@ def chosen_targets(
     return found
 
 
-def stored_records(recipe: Recipe, rules: protocol.Protocol, targets: Sequence[Target], run: Path) -> dict[str, results.Record]:
-    """Return the newest record of each target of the newest checkpoint, by name, where there is one with its matrices."""
+def stored_records(
+    recipe: Recipe, rules: protocol.Protocol, targets: Sequence[Target], run: Path, how: Mode
+) -> dict[str, results.Record]:
+    """Return the newest record of each target of the newest checkpoint, by name, if one of this mode has matrices."""
     try:
         sha = checkpoints.sha256(checkpoints.folder_of(run))
     except OSError:  # a training replaces it
@@ -97,6 +100,7 @@ def stored_records(recipe: Recipe, rules: protocol.Protocol, targets: Sequence[T
                 and record.protocol_hash == target.protocol_hash(rules, size_of(recipe, data))
                 and (record.n_images, record.n_available, record.n_extra) == (len(data), data.available, data.extra)
                 and record.rendered == data.exported
+                and how.made(record.environment)
             )
             with suppress(ResultError):
                 if same and results.read_matrices(record).ids is not None:

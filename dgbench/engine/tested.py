@@ -15,10 +15,10 @@ from dgbench.data.domain import Domain
 from dgbench.data.resizing import as_tested
 from dgbench.engine import checkpoints
 from dgbench.engine.device import pick_device
+from dgbench.engine.modes import Ready, mode, ready
 from dgbench.engine.scoring import predicted
 from dgbench.recipe import load_recipe
 from mfuser import methods
-from mfuser.segmentor import Segmentor
 
 Pixels = NDArray[np.uint8]
 
@@ -29,7 +29,7 @@ class Tested:
 
     title: str  # told from the other models by it
     run: Path
-    model: Segmentor
+    model: Ready
     device: torch.device
     rules: protocol.Protocol
     size: protocol.Size | None  # at which its recipe shows every image; None: as the files are, or as the protocol says
@@ -58,11 +58,14 @@ def load(
     protocol_name: str | None = None,
     root: Path | None = None,
     titles: Sequence[str] = (),
+    mode_name: str | None = None,
+    compiles: bool | None = None,
 ) -> list[Tested]:
     """Load runs, or saved models, for testing.
 
     Args:
         protocol_name: of all; default: each recipe's, and `unified` for models without one.
+        mode_name: `exact` or `fast`, of all; default: each recipe's, and `exact`.    compiles: whether `fast` does.
         titles: one for each; default: the methods' where they differ, else the folders' names.
 
     Raises: CheckpointError, RecipeError.
@@ -78,7 +81,8 @@ def load(
         path = run / "recipe.yaml"
         recipe = load_recipe(str(path), root=root) if path.is_file() else None
         rules = protocol.lookup(protocol_name or (recipe.eval.protocol if recipe else "unified"))
-        found.append(Tested("", run, model, on, rules, recipe.data.size if recipe else None))
+        how = mode(mode_name or (recipe.eval.mode if recipe else "exact"), compiles=compiles)
+        found.append(Tested("", run, ready(model, how), on, rules, recipe.data.size if recipe else None))
     return [replace(one, title=title) for one, title in zip(found, titles or _titles(found), strict=True)]
 
 

@@ -111,6 +111,7 @@ _LATER = {
     "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
     "train": ("init", "frozen", "compile", "checkpoint_activations", "accumulate", "ema"),
     "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "ends", "weight_decay_schedule", "groups"),
+    "eval": ("mode",),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -28,6 +28,7 @@ class EvalSpec(Spec):
 
     protocol: Annotated[str, AfterValidator(_known_protocol)] = "unified"
     batch_size: Count = 1  # windows at a time
+    mode: Literal["exact", "fast"] = "exact"  # fp32 as trained, or bf16 and compiled: see docs/profile.md
 
 
 class Expectation(Spec):

@@ -229,6 +229,7 @@ def _own_legend(group: Group, labels: Sequence[str], *, intervals: bool) -> tupl
     for weights, some in started.items():
         which = f" ({_listed(some)})" if len(some) < len(group.rows) else ""
         lines.append(f"Weights{which}: {weights}.")
+    lines += [f"{label}: {row.note}." for row, label in zip(group.rows, labels, strict=True) if row.kind == "run" and row.note]
     own = {row.recipe for row in group.rows if row.kind == "run"}
     for row in group.rows:
         if row.kind == "reference":

@@ -76,7 +76,7 @@ def _times(found: Profile) -> Table:
     legend += [f"{row.method} ({row.variant}): {row.problem}" for row in found.rows if row.problem]
     if found.hardware:
         legend.append(machine(found.hardware, found.environment, _backends(found)))
-    compiled = ", compiled" if found.compiled else ""
+    compiled = (", mode fast" if found.mode == "fast" else "") + (", compiled" if found.compiled else "")
     where = found.hardware.name if found.hardware else ""
     what = f"{_size(found.slide)} images by windows" if found.slide else "crops"
     return Table(f"Times of {what}, {found.dtype}{compiled}, on {where}", header, tuple(rows), keys=2, legend=tuple(legend))

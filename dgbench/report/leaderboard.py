@@ -20,8 +20,9 @@ from dgbench.report.columns import Order, tables
 from dgbench.report.entries import PLAIN, Detail, of_models, of_reference
 from dgbench.report.expected import SOURCE, Measured, Reference, mismatch, weights_of
 from dgbench.report.models import Model, compatible, models, not_replaced
+from dgbench.report.modes import difference
 from dgbench.report.published import load_published
-from dgbench.report.ranks import ranked
+from dgbench.report.ranks import Entry, ranked
 from dgbench.report.rows import Group, Leaderboard
 from dgbench.results import Record
 
@@ -144,7 +145,7 @@ def _group(
 ) -> Group:
     kept = list(models) if options.every else not_replaced(models, {*columns, SOURCE})
     together = [[model] for model in kept] if options.every else seeds.of_one_row(kept, set(columns))
-    entries = [of_models(members, columns, options.detail) for members in together]
+    entries = [_noted(of_models(members, columns, options.detail), models) for members in together]
     for reference in references:
         own = [model for model in kept if model.newest.recipe == reference.recipe]
         # unknown weights, as of runs without a training record, do not speak for it either
@@ -167,6 +168,11 @@ def _group(
         measured.rendered,
         measured.source_rendered,
     )
+
+
+def _noted(entry: Entry, models: Sequence[Model]) -> Entry:
+    """Return an entry whose row says how far its mode is from the exact one."""
+    return replace(entry, row=replace(entry.row, note=difference(entry.models, models)))
 
 
 def _table_order() -> Order:

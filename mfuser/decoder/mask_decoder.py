@@ -87,15 +87,29 @@ class MaskDecoder(nn.Module):
         normed = self.post_norm(queries)
         masks = self._masks(normed, mask_features)
         outputs = [] if last else [(self._classes(normed, masks, mask_features), masks)]
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)):
             scale = i % len(maps)
-            blocked = self._blocked(masks, sizes[scale])
-            queries = layer(queries, positions, memories[scale], places[scale], blocked)
-            normed = self.post_norm(queries)
-            masks = self._masks(normed, mask_features)
+            given = (queries, positions, memories[scale], places[scale], masks, sizes[scale], mask_features)
+            queries, normed, masks = self.advance(i, *given)
             if not last:
                 outputs.append((self._classes(normed, masks, mask_features), masks))
         return outputs or [(self._classes(normed, masks, mask_features), masks)]
+
+    def advance(
+        self,
+        i: int,
+        queries: Tensor,
+        positions: Tensor,
+        memory: Tensor,
+        place: Tensor,
+        masks: Tensor,
+        size: tuple[int, int],
+        mask_features: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, normed queries and masks behind the i-th layer, which reads a map of (H, W) where the masks were."""
+        queries = self.layers[i](queries, positions, memory, place, blocked_by(masks, size, self.heads))
+        normed = self.post_norm(queries)
+        return queries, normed, self._masks(normed, mask_features)
 
     def _classes(self, normed: Tensor, masks: Tensor, mask_features: Tensor) -> Tensor:
         """Return class logits (B, Q, K + 1) of queries (B, Q, D); a subclass can use their masks (B, Q, h, w) as well."""
@@ -105,13 +119,14 @@ class MaskDecoder(nn.Module):
     def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
         return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)
 
-    @torch.no_grad()
-    def _blocked(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B * M, Q, L): True where the mask says background; a query that would see nothing sees everything."""
-        resized = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False).flatten(2)
-        blocked = resized.sigmoid() < 0.5
-        blocked &= ~blocked.all(-1, keepdim=True)
-        return blocked.repeat_interleave(self.heads, 0)
+
+@torch.no_grad()
+def blocked_by(mask_logits: Tensor, size: tuple[int, int], heads: int) -> Tensor:
+    """Return (B * M, Q, L): True where a mask says background; a query that would see nothing sees everything."""
+    resized = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False).flatten(2)
+    blocked = resized.sigmoid() < 0.5
+    blocked &= ~blocked.all(-1, keepdim=True)
+    return blocked.repeat_interleave(heads, 0)
 
 
 def class_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mfuser.by_size import by_size
 from mfuser.deformable import DeformableAttention, cell_centres
 
 
+@by_size
 def sine_encoding(height: int, width: int, dim: int, *, device: torch.device | None = None) -> Tensor:
     """Sine position encoding of a map, (H * W, dim) in fp32 (Carion et al. 2020, normalised to 2 pi).
 
@@ -158,7 +160,7 @@ class PixelDecoder(nn.Module):
                 for (h, w), level in zip(shapes, self.level_encoding.weight, strict=True)
             ]
         )
-        reference = torch.cat([cell_centres(h, w, tokens.device) for h, w in shapes])
+        reference = torch.cat([cell_centres(h, w, device=tokens.device) for h, w in shapes])
         memory = None if text is None else (self.text_proj(text), self.text_pos_embed.weight)
         for layer in self.layers:
             tokens = layer(tokens, position, reference, shapes, memory)

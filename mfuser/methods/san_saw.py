@@ -115,6 +115,7 @@ class SanSaw(Segmentor):
         super().__init__()
         self.image_size, self.paper = options.image_size, options.variant == "paper"
         self.mixes_batch = self.paper  # the clusters are of all images together
+        self.no_fast = "variant `paper` finds clusters of every pass on the host" if self.paper else ""
         if self.paper and find_spec("kmeans1d") is None:
             raise ValueError("variant `paper` needs kmeans1d, which is not installed: pip install -e '.[kmeans]'")
         self.encoder = SanEncoder(options.backbone)

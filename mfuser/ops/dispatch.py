@@ -214,6 +214,11 @@ def tally() -> Counter[tuple[str, str]]:
     return _ran.copy()
 
 
+def count(runs: Counter[tuple[str, str]]) -> None:
+    """Count runs that `running` did not see: those of a CUDA graph, whose kernels are launched without Python."""
+    _ran.update(runs)
+
+
 def ran_since(before: Counter[tuple[str, str]]) -> dict[str, str]:
     """Return which backend ran each operator since `tally` returned `before`; several are joined by `+`."""
     names: dict[str, list[str]] = {}

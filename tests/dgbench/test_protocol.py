@@ -9,6 +9,7 @@ import pytest
 from dgbench.data.catalog import lookup as domain
 from dgbench.errors import RecipeError
 from dgbench.protocol import CLASS_SETS, PROTOCOLS, Protocol, label_map, lookup, presets, protocol_hash
+from mfuser.inference import windows
 
 ROW = {"name": "cityscapes", "split": "val", "revision": "official"}
 # another value of every field that enters the hash
@@ -122,6 +123,43 @@ def test_what_a_field_says_is_shown(field: str, monkeypatch: pytest.MonkeyPatch)
     [usual] = presets("unified")
     assert shown.rules != usual.rules
     assert shown.rules.keys() == usual.rules.keys()
+
+
+# what records of earlier versions hold
+DIGESTS = {
+    "unified": "c3409c4a",
+    "paper-full": "1ad7dd0e",
+    "paper-half": "4c97c25f",
+    "soma": "31886c34",
+    "vltseg-synthetic": "3c25689a",
+    "vltseg-real": "079ebd75",
+    "vltseg-tta": "d7063788",
+    "clouds": "062016ad",
+    "robustnet": "3eaf65f2",
+    "tldr": "66dbf1a5",
+    "shade-mit": "67b4abc6",
+    "san-saw": "56d7320d",
+    "unified-16": "ad8dc45e",
+    "unified-13": "2c87df7b",
+}
+
+
+def test_the_hash_of_a_preset_stays_what_records_hold() -> None:
+    assert {name: lookup(name).digest for name in DIGESTS} == DIGESTS
+
+
+def test_windows_side_by_side_are_the_unified_protocol_with_less_work() -> None:
+    tiled, unified = lookup("unified-tiled"), lookup("unified")
+    assert dataclasses.replace(tiled, name=unified.name, follows=unified.follows, stride=unified.stride) == unified
+    assert tiled.digest != unified.digest
+    size, window = (1024, 2048), (512, 512)
+    places = {rules.name: windows(size, window, rules.stride_of(window)) for rules in (tiled, unified)}
+    assert places["unified-tiled"] == ([0, 512], [0, 512, 1024, 1536])
+    counts = {name: len(rows) * len(columns) for name, (rows, columns) in places.items()}
+    assert counts["unified"] / counts["unified-tiled"] == 2.25
+    [shown] = presets("unified-tiled")
+    assert shown.rules["stride"] == "1 of it"
+    assert "2.25 times less work" in shown.follows
 
 
 def test_presets_are_listed_with_whom_they_follow() -> None:

@@ -62,7 +62,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
     out = value.new_empty(batch, queries, heads * value.shape[3])
     if weights.numel() == 0 or out.numel() == 0:
         return out.zero_()
-    value, locations, weights = _rows(value), _contiguous(locations), _contiguous(weights)
+    value, locations, weights = _rows(value), _pairs(locations), _contiguous(weights)
     params = _params(value, shapes, locations, weights)
     params.out = out.data_ptr()
     compiled.library().run("mfuser_ms_deform_attn_fwd", params, like=value)
@@ -71,7 +71,7 @@ def forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 
 def backward(dout: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value in its own type, and of locations and weights in fp32."""
-    value, locations, weights = _rows(value), _contiguous(locations), _contiguous(weights)
+    value, locations, weights = _rows(value), _pairs(locations), _contiguous(weights)
     dvalue = torch.empty_like(value)
     dlocations, dweights = (torch.empty_like(tensor, dtype=torch.float32) for tensor in (locations, weights))
     if weights.numel() == 0 or dout.numel() == 0:
@@ -137,6 +137,12 @@ def _params(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 def _contiguous(tensor: Tensor) -> Tensor:
     """Return `tensor.contiguous()`, which is slow even if there is nothing to do."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _pairs(locations: Tensor) -> Tensor:
+    """Return `locations`, contiguous and where x and y can be loaded as one."""
+    locations = _contiguous(locations)
+    return locations.clone() if locations.data_ptr() % 8 else locations
 
 
 def _rows(value: Tensor) -> Tensor:

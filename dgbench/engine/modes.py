@@ -1,0 +1,105 @@
+"""How a model is run where it is only looked at: `exact`, in fp32 and operator by operator, or `fast`, see `mfuser.fast`.
+
+The scores of both differ by rounding, so that they are never rows of one another: a record's variant names the mode, and its
+environment has mode, compilation and type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from dgbench.data.places import cache_root
+from dgbench.errors import DgbenchError, unknown
+from dgbench.progress import Progress, Silent
+from mfuser import fast
+from mfuser.fast import Prepared
+from mfuser.segmentor import Segmentor
+
+EXACT, FAST = "exact", "fast"
+MODES = (EXACT, FAST)
+_TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+Ready = Segmentor | Prepared  # what scores images
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """A mode by name, and of `fast` whether it compiles."""
+
+    name: str = EXACT
+    compiles: bool = True
+
+    @property
+    def label(self) -> str:
+        """What a record's variant says of it; "" for `exact`."""
+        return "" if self.name == EXACT else "fast bf16" if self.compiles else "fast bf16 not compiled"
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What a record's environment says of it; nothing for `exact`."""
+        if self.name == EXACT:
+            return {}
+        return {"mode": self.name, "compile": "yes" if self.compiles else "no", "dtype": _TYPES[torch.bfloat16]}
+
+    def made(self, environment: dict[str, str]) -> bool:
+        """Return whether a record with this environment was made in this mode."""
+        return {key: environment[key] for key in ("mode", "compile", "dtype") if key in environment} == self.described
+
+
+def mode(name: str, *, compiles: bool | None = None) -> Mode:
+    """Return a mode by name.
+
+    Args:
+        compiles: whether `fast` does; by default it does.
+
+    Raises: DgbenchError for an unknown name, or `exact` that should be told whether to compile.
+    """
+    if name not in MODES:
+        raise DgbenchError(*unknown("mode", name, MODES))
+    if name == EXACT and compiles is not None:
+        raise DgbenchError("mode `exact` is never compiled", "leave out --no-compile, or give --mode fast")
+    return Mode(name, compiles is not False)
+
+
+def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Ready:
+    """Return what scores images in a mode: of `exact` the model itself, whose class texts are computed once, to the same bits.
+
+    Args:
+        model: in evaluation mode, on its device.
+
+    Raises: DgbenchError for a method that has no fast inference.
+    """
+    if how.name == EXACT:
+        fast.hold_texts(model)
+        return model
+    try:
+        prepared = fast.prepare(model, compile=how.compiles, cache=cache_root() / "compiled" if how.compiles else None)
+    except ValueError as error:
+        raise DgbenchError(str(error), "leave out --mode fast, or set eval.mode=exact") from None
+    if next(model.parameters()).device.type == "cpu":
+        (progress or Silent()).note("fast mode on a CPU: bf16 without CUDA graphs, which may take longer than exact mode")
+    return prepared
+
+
+@dataclass
+class Compiling:
+    """How long the compiler has taken since this was made, or was last asked."""
+
+    how: Mode
+    _before: float = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = self._spent()
+
+    def tell(self, progress: Progress) -> None:
+        """Say how long, if it has taken any time."""
+        now = self._spent()
+        if now - self._before >= 0.05:
+            progress.note(f"compiled in {now - self._before:.1f} s; the graphs are kept in {fast.keep_in()}")
+        self._before = now
+
+    def _spent(self) -> float:
+        return fast.seconds() if self.how.name == FAST and self.how.compiles else 0.0

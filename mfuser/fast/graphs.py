@@ -1,0 +1,103 @@
+"""CUDA graphs of a function of images, one for each size; and how many windows a GPU's memory holds."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfuser.ops import dispatch
+
+_MOST_GRAPHS = 8  # each holds the memory of its pass
+_MOST_WINDOWS = 32  # a GPU is full long before
+_SHARE = 0.6  # of the free memory; the rest is for scores of whole images and for what is between a graph and its results
+
+Result = Any  # tensors, in tuples
+
+
+@dataclass
+class _Captured:
+    graph: Any  # torch.cuda.CUDAGraph
+    images: Tensor
+    result: Result
+    ran: Counter[tuple[str, str]]  # operators that a replay runs
+
+
+class Graphs:
+    """Functions of images, captured where a size comes a second time: the first pass compiles and warms up.
+
+    Results are copies: the next replay does not change them.
+    """
+
+    def __init__(self) -> None:
+        self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+        self._seen: set[tuple[Any, ...]] = set()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, name: str, function: Callable[[Tensor], Result], images: Tensor) -> Result:
+        """Return function(images); `name` says which function it is."""
+        key = (name, tuple(images.shape), images.dtype, images.device)
+        if key not in self._captured:
+            if key not in self._seen:
+                self._seen.add(key)
+                return function(images)
+            self._capture(key, function, images)
+        found = self._captured[key]
+        self._captured.move_to_end(key)
+        found.images.copy_(images)
+        found.graph.replay()
+        dispatch.count(found.ran)
+        return _copied(found.result)
+
+    def _capture(self, key: tuple[Any, ...], function: Callable[[Tensor], Result], images: Tensor) -> None:
+        while len(self._captured) >= _MOST_GRAPHS:
+            self._captured.popitem(last=False)
+        with torch.cuda.device(images.device):
+            if self._pool is None:
+                # one pool: results are copied before another graph runs
+                self._pool = torch.cuda.graph_pool_handle()
+            given = images.clone(memory_format=torch.contiguous_format)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries make their handles and workspaces for the stream that is captured
+                function(given)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            before, graph = dispatch.tally(), torch.cuda.CUDAGraph()
+            # threads that pin images for the loader may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                result = function(given)
+            self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before)
+
+
+def _copied(result: Result) -> Result:
+    return result.clone() if isinstance(result, Tensor) else tuple(map(_copied, result))
+
+
+def windows_that_fit(function: Callable[[Tensor], Result], size: tuple[int, int], device: torch.device) -> int:
+    """Return how many windows a GPU's free memory holds, by the peaks of a pass of one and of two.
+
+    Args:
+        function: of windows (B, 3, *size), not compiled, which takes more memory than compiled.
+    """
+    peaks = []
+    with torch.cuda.device(device):
+        for count in (1, 2):
+            images = torch.zeros(count, 3, *size, device=device)
+            function(images)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            function(images)
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() - held)
+        each = max(peaks[1] - peaks[0], peaks[1] // 4, 1)
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(_MOST_WINDOWS, int((_SHARE * free - (peaks[0] - each)) // each)))

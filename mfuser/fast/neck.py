@@ -1,0 +1,94 @@
+"""The neck's transposed convolutions as matrix products, and what follows them linearly as part of their weights.
+
+A transposed convolution of kernel 2 and stride 2 makes four cells of each, every one a product of its own: one product with four
+times the rows, and a shuffle. The pixel decoder begins with a 1x1 convolution of each map. Behind a transposed convolution both
+are one product: of the full model, 12288 channels for each cell of the grid become 768.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mfuser.decoder.pixel_decoder import PixelDecoder
+
+
+class Enlarge(nn.Module):
+    """A transposed convolution of kernel 2 and stride 2, (B, C, H, W) -> (B, D, 2 H, 2 W).
+
+    Args:
+        weight: (C, D, 2, 2) and bias (D,), as nn.ConvTranspose2d has them, in a precise type.    dtype: of the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.channels = weight.shape[1]
+        rows = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 D, C), the cell's place before its channels
+        self.register_buffer("weight", rows.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("bias", bias.repeat(4).to(dtype), persistent=False)
+
+    weight: Tensor
+    bias: Tensor
+
+    def cells(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., 2, 2, D): the four cells of each, by row and column."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).unflatten(-1, (2, 2, self.channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, 2 H, 2 W)."""
+        cells = self.cells(x.permute(0, 2, 3, 1))
+        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class EnlargeTwice(nn.Module):
+    """Two of them around an activation, (B, C, H, W) -> (B, E, 4 H, 4 W); only the result is put in its order."""
+
+    def __init__(self, first: Enlarge, act: nn.Module, second: Enlarge) -> None:
+        super().__init__()
+        self.first, self.act, self.second = first, act, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, E, 4 H, 4 W)."""
+        cells = self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1))))  # (B, H, W, 2, 2, 2, 2, E)
+        return cells.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
+
+
+def take(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Replace the neck of a model, in place; False for a model without one, or whose maps go elsewhere, too."""
+    fpn1, fpn2 = getattr(model, "fpn1", None), getattr(model, "fpn2", None)
+    found = [part for part in model.modules() if isinstance(part, PixelDecoder)]
+    if not isinstance(fpn1, nn.Sequential) or not isinstance(fpn2, nn.ConvTranspose2d) or len(found) != 1:
+        return False
+    pixel: Any = found[0]
+    first, norm, act, second = (part for part in fpn1)
+    finest, next_ = pixel.lateral_conv, pixel.input_convs[-1]
+    assert isinstance(first, nn.ConvTranspose2d)
+    assert isinstance(second, nn.ConvTranspose2d)
+    assert first.bias is not None
+    scale, shift = _affine(norm)
+    weight, bias = first.weight.detach().double(), first.bias.detach().double()
+    inner = Enlarge(weight * scale[:, None, None], bias * scale + shift, dtype)
+    model.fpn1 = EnlargeTwice(inner, act, Enlarge(*_followed(second, finest.conv), dtype))
+    model.fpn2 = Enlarge(*_followed(fpn2, next_.conv), dtype)
+    finest.conv = nn.Identity()
+    next_.conv = nn.Identity()
+    return True
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return scale and shift of a batch norm in evaluation mode."""
+    scale = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+
+
+def _followed(enlarge: nn.ConvTranspose2d, conv: Any) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a transposed convolution with a 1x1 convolution behind it."""
+    matrix = conv.weight.detach().double().flatten(1)  # (E, D)
+    weight = torch.einsum("cdyx,ed->ceyx", enlarge.weight.detach().double(), matrix)
+    assert enlarge.bias is not None
+    bias = matrix @ enlarge.bias.detach().double()
+    return weight, bias if conv.bias is None else bias + conv.bias.detach().double()
