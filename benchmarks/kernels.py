@@ -547,7 +547,7 @@ def check(
                 except (ValueError, RuntimeError) as error:
                     found = again = ()
                     problems.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                for name, *tensors in zip(_names(case), found, usual, expected, strict=False):
+                for name, *tensors in zip(result_names(case), found, usual, expected, strict=False):
                     if alone:
                         # the result comes in the last state's type, but most of it is rounded to the tokens' type
                         rounded = DTYPES[dtype] if name == "result" else tensors[0].dtype
@@ -585,7 +585,8 @@ def _pooled(results: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(tensors) for tensors in zip(*results, strict=True))
 
 
-def _names(case: Case) -> list[str]:
+def result_names(case: Case) -> list[str]:
+    """Return what `Case.both` returns, in words."""
     names = {
         "selective_scan": ("u", "delta", "A", "B", "C", "D", "bias", "z", "initial"),
         "ms_deform_attn": ("value", "locations", "weights"),
@@ -616,7 +617,7 @@ def _compared(found: Tensor, usual: Tensor, expected: Tensor, rounding: float) -
     if problem := _other_kind(found, usual, expected):
         return math.nan, problem
     largest = (0.0, "")
-    for measure, share in ((relative, 1.0), (_largest, 1.0), (_by_element, 0.5)):
+    for measure, share in ((relative, 1.0), (by_maximum, 1.0), (by_element, 0.5)):
         mine, theirs = measure(found, expected), measure(usual, expected)
         if math.isnan(mine):
             return math.nan, "is not a number"
@@ -645,7 +646,7 @@ def _other_kind(found: Tensor, usual: Tensor, expected: Tensor) -> str:
     return f"{found.dtype} {tuple(found.shape)}, expected {usual.dtype} {tuple(expected.shape)}"
 
 
-def _by_element(found: Tensor, expected: Tensor) -> float:
+def by_element(found: Tensor, expected: Tensor) -> float:
     """Return the 90th percentile of the elements' relative errors: a norm hides the errors of small elements.
 
     What fp32 has no digits for, such as e^-480, is left out.
@@ -655,7 +656,8 @@ def _by_element(found: Tensor, expected: Tensor) -> float:
     return float(error.kthvalue(-(-9 * len(error) // 10)).values) if len(error) else 0.0
 
 
-def _largest(found: Tensor, expected: Tensor) -> float:
+def by_maximum(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error over the largest number."""
     found, expected = found.detach().double(), expected.detach()
     return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
 
