@@ -21,7 +21,7 @@ from mfuser.towers import named
 from mfuser.towers.named import NamedTower
 
 # of a run: all that scoring, comparing and predicting read
-PARTS = ("recipe.yaml", "record-*.json", "confusion-*.npz", "log.jsonl", "curves.png")
+PARTS = ("recipe.yaml", "record-*.json", "confusion-*.npz", "log.jsonl", "speed.jsonl", "curves.png")
 CHECKPOINT = ("model.safetensors", "model.json", "manifest.json", "training.json", "source.json")
 PICTURES = ("*.png", "*.jpg")
 CARD = "README.md"
