@@ -47,6 +47,7 @@ def test_softened_scenes_make_smaller_files(script: ModuleType, tmp_path: Path) 
     assert sizes[0] < 0.75 * sizes[1]
 
 
+@pytest.mark.full
 def test_a_run_is_made_once_and_scored_by_the_command(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,6 +35,7 @@ def cells(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
+@pytest.mark.full
 def test_a_run_measures_its_rows(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
     assert script.main([*TINY, "--no-compile", "--stages", "--rows", *ROWS, "--json", str(out)]) == 0

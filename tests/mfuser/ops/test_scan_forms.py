@@ -18,6 +18,8 @@ from mfuser.ops.selective_scan import cuda_backend, reference
 
 from .emulation import ROOT, compile_on_cpu
 
+pytestmark = pytest.mark.full  # 12 s of compiling for what no user runs yet
+
 FORMS = [1, 2, 3, 4, 5]
 # batch, length, dim, state: ends within a turn, at its end, after several; channels beyond a block; states that are padded
 SHAPES = [(1, 1, 4, 4), (2, 256, 12, 16), (1, 300, 13, 5), (1, 1100, 8, 12)]
