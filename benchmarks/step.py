@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ from dgbench.engine.optim import optimizer_of
 from dgbench.engine.parallel import Loss, prepared
 from dgbench.engine.team import ALONE
 from dgbench.recipe import OptimSpec, TrainSpec
-from mfuser import blocks
+from mfuser import blocks, fast
 from mfuser.decoder.matching import present_classes
 from mfuser.segmentor import Batch, Segmentor
 
@@ -98,7 +97,7 @@ class Training:
         if option == "frozen":
             self.frozen = blocks.FrozenWeights(self.model)
         elif option == "compile":
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
+            fast.keep_in(cache_root() / "compiled")
             blocks.compile_blocks(self.model)
         else:
             blocks.recompute_blocks(self.model)

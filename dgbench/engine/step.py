@@ -6,7 +6,6 @@ docs/training.md.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from dgbench.engine.parallel import dropping_as_one
 from dgbench.engine.team import Team
 from dgbench.errors import RecipeError
 from dgbench.recipe.training import TrainSpec
-from mfuser import blocks
+from mfuser import blocks, fast
 from mfuser.processes import PartError, part_of
 from mfuser.segmentor import Batch, Segmentor
 
@@ -64,7 +63,7 @@ def prepare(model: Segmentor, spec: TrainSpec, team: Team, *, local_norms: bool 
         raise RecipeError(f"train.frozen: `{model.method}` has no frozen weights of products", "--set train.frozen=null")
     compiled = 0
     if spec.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
+        fast.keep_in(cache_root() / "compiled")
         # a dropout whose draws several share is another function at every step
         compiled = blocks.compile_blocks(model, random=team.world * spec.accumulate == 1)
         if not compiled:

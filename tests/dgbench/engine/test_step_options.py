@@ -11,7 +11,8 @@ import torch
 
 import mfuser
 from dgbench import results
-from dgbench.engine import batches, checkpoints
+from dgbench.engine import batches, checkpoints, step
+from dgbench.engine.team import ALONE
 from dgbench.engine.train import train
 from dgbench.errors import RecipeError
 from dgbench.progress import Silent
@@ -100,6 +101,16 @@ def test_so_does_one_of_compiled_blocks(tmp_path):
     goes_on_exactly(its, tmp_path)
     (record,) = [one for one in map(results.read, (tmp_path / "part").glob("record-*.json")) if one.kind == "train"]
     assert record.environment["training"].endswith("blocks compiled")
+
+
+def test_graphs_of_a_training_are_kept_apart_by_the_vector_instructions_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    model = mfuser.build("linear", vfm="tiny", image_size=(64, 64), weights="random")
+    step.prepare(model.train(), load_recipe("streets/smoke", ["train.compile=blocks"]).train, ALONE)
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == tmp_path / "compiled"
+    assert torch.backends.cpu.get_cpu_capability().lower() in folder.name
 
 
 def test_mfuser_trains_with_every_option_but_the_compiler(tmp_path):
