@@ -23,7 +23,7 @@ from dgbench.report.compare import compare
 from dgbench.report.page import gather
 from dgbench.report.sides import read
 
-HOSTILE = "<img src=x onerror=alert(1)>\"'&{{ 7*7 }}\x1b[31m\u202e$\\frac{"
+HOSTILE = "<img src=x onerror=alert(1)>\"'&{{ 7919*7907 }}\x1b[31m\u202e$\\frac{"
 
 
 class Parsed(HTMLParser):
@@ -152,7 +152,8 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert {tag for tag, _ in found.tags} & {"img", "b"} <= {"b"}  # the best value's
     assert "<b>run" in "".join(found.texts)
     assert "onerror=alert(1)>" in "".join(found.texts)
-    assert "49" not in re.findall(r"\{\{ 7\*7 \}\}|\b49\b", "".join(found.texts))
+    assert "{{ 7919*7907 }}" in "".join(found.texts)
+    assert "62615533" not in text  # the product: no date, count or score of a page has so many digits
     assert "\x1b" not in text
     assert "\u202e" not in text
 
