@@ -248,7 +248,7 @@ def test_an_unknown_recipe_is_told_methods_not_a_hundred_recipes(here: Path) -> 
         ["train", "nosuch"],
         ["train", "nosuch/nowhere"],
         ["profile", "nosuch"],
-        ["train", "--resume", "x", "nosuch.yaml"],
+        ["train", "nosuch.yaml"],
     ):
         advice = fails(*typed)
         assert "(2,200 characters)" not in advice
