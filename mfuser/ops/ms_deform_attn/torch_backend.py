@@ -8,9 +8,13 @@ so the result is the same on every run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mfuser.by_size import by_size
 
 _CHUNK = 2**20  # gathered elements at once on a CPU: 4 MB in fp32
 
@@ -60,6 +64,19 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+@by_size
+def _table(shapes: tuple[tuple[int, int], ...], *, device: torch.device | None = None) -> Tensor:
+    """Return (S, 1, 4) int32: each map's sides (W, H), its first bordered cell, and its bordered width."""
+    cells = _bordered(shapes)
+    numbers = [(w, h, sum(cells[:s]), w + 2) for s, (h, w) in enumerate(shapes)]
+    return torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]
+
+
+def _bordered(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the cells of each map with its border."""
+    return [(height + 2) * (width + 2) for height, width in shapes]
+
+
 class _Points:
     """Positions of points: the table row of the upper left neighbour, and the offset from it to the next, 0..1."""
 
@@ -67,12 +84,10 @@ class _Points:
         batch, _, self.heads = locations.shape[:3]
         device = locations.device
         self.shapes = list(zip(shapes[::2], shapes[1::2], strict=True))
-        bordered = [(height + 2) * (width + 2) for height, width in self.shapes]
-        self.cells = sum(bordered)
-        numbers = [(w, h, sum(bordered[:s]), w + 2) for s, (h, w) in enumerate(self.shapes)]
-        table = torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]  # (S, 1, 4)
+        self.cells = sum(_bordered(self.shapes))
+        table = _table(tuple(self.shapes), device=device)
         self.size = table[..., :2].to(locations.dtype)
-        self.at = torch.addcmul(locations.new_tensor(-0.5), locations, self.size)  # in cells, 0 = the first one's centre
+        self.at = torch.addcmul(locations.new_full((), -0.5), locations, self.size)  # in cells, 0 = the first one's centre
         # beyond the border all is zero; a NaN must not become a row
         clamped = torch.minimum(self.at.nan_to_num(-1.0).clamp_(min=-1.0), self.size)
         base = torch.minimum(clamped.floor(), self.size - 1)
