@@ -18,6 +18,7 @@ from dgbench.engine.device import peak_gib
 from dgbench.engine.modes import FAST, Mode, ready
 from dgbench.protocol import lookup as protocol
 from mfuser import ops
+from mfuser.fast import Prepared
 from mfuser.segmentor import Batch, Segmentor
 
 EXACTLY = Mode()
@@ -102,6 +103,8 @@ def visit(
         if gpu and not batches:
             taken.best = taken.best or (FAST_BATCH if fast else _best_batch(ask, device))
             taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
+        if isinstance(forward, Prepared) and forward.uncaptured:
+            taken.problem = "without a CUDA graph: " + "; ".join(f"{what}: {why}" for what, why in forward.uncaptured.items())
         if gpu and slide is None and not fast:
             if merged:  # a step trains what is apart
                 forward = ask = None  # type: ignore[assignment]
