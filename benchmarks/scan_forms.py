@@ -19,7 +19,7 @@ Both are kept in the cache folder, so that a second run does not compile. What i
 - forward: microseconds of every form, and of the backward behind form 0; both libraries, of which `plain` has form 0 only.
 
 Times are medians of replays of a CUDA graph, by call, with the 5 % quantile in brackets; forms take turns. A graph has two to
-eight sets of inputs, which together exceed the cache where eight are enough for that. The exit status is 1 if a check fails.
+eight sets of inputs, which together exceed the cache where eight are enough for that. The exit status is 1 if a check or a part fails.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,6 +105,14 @@ class Bench:
         self.tell(f"{part}: {text}")
         self.rows.setdefault(part, []).append(row)
         self.write()
+
+    def attempt(self, part: str, measure: Callable[..., None], *given: Any) -> None:
+        """Measure a part; an error is told and counted, and costs no other part."""
+        try:
+            measure(self, *given)
+        except RuntimeError as error:
+            self.wrong += 1
+            self.add(part, f"FAILED: {traceback.format_exc()}", error=f"{type(error).__name__}: {error}")
 
     def write(self) -> None:
         """Write the file, if there is to be one."""
@@ -400,18 +409,18 @@ def backward(bench: Bench, library: str, dtype: str, sizes: Sequence[int], input
 def measure(bench: Bench, libraries: Mapping[str, Path], parts: Sequence[str]) -> None:
     """Measure the parts; what can hang or end the process, the forms, comes last."""
     if "unit" in parts:
-        unit(bench)
+        bench.attempt("unit", unit)
     for name, path in libraries.items():
         with compiled.use(path):
             # the same kernels in both
             if name == "plain" and {"deform", "sweep", "profile"} & {*parts}:
-                deform(bench, parts)
+                bench.attempt("deform", deform, parts)
             if "block" in parts:
-                block(bench, name)
+                bench.attempt("block", block, name)
             if "check" in parts and LIBRARIES[name]:
-                check(bench)
+                bench.attempt("check", check)
             if "forward" in parts:
-                timed(bench, name)
+                bench.attempt("forward", timed, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -438,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, compiled.BuildError) as error:  # a file that cannot be written, or no nvcc
         print(f"error: {error}", file=sys.stderr)
         return 1
-    bench.tell(f"done; {bench.wrong} checks failed" if "check" in given.parts else "done")
+    bench.tell(f"done; {bench.wrong} checks or parts failed")
     return int(bench.wrong > 0)
 
 
