@@ -113,6 +113,7 @@ def scored(run: Path, root: Path, options: Sequence[str]) -> tuple[dict[str, Any
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise DgbenchError(f"{' '.join(command[2:])} failed:\n{done.stderr.strip()}", "run it by hand")
+    print(done.stderr, end="", file=sys.stderr, flush=True)  # such as a size without a CUDA graph
     (record,) = json.loads(done.stdout)
     return dict(record), seconds
 

@@ -58,6 +58,7 @@ def scored(run: Path, mode: str, options: Sequence[str]) -> dict[str, results.Re
     done = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise DgbenchError(f"{' '.join(command[2:])} failed:\n{done.stderr.strip()}", "run it by hand")
+    print(done.stderr, end="", file=sys.stderr, flush=True)  # such as a size without a CUDA graph
     new = {record["id"] for record in json.loads(done.stdout)}
     return {record.target: record for record in results.query(run) if record.id in new}
 

@@ -23,7 +23,7 @@ from dgbench.cost import products
 from dgbench.cost.counted import Subject, built
 from dgbench.cost.model_times import training_steps
 from dgbench.cost.stages import Stages
-from dgbench.cost.timing import Call
+from dgbench.cost.timing import Call, graphed
 from dgbench.engine.device import peak_gib
 from dgbench.protocol import lookup as protocol
 from mfuser.inference import windows
@@ -135,31 +135,11 @@ class Bench:
         call = products.bare(steps, self.device, self.dtype, training=row.kind == STEP)
         if self.device.type != "cuda":
             return call
-        current = torch.cuda.current_stream()
         try:
-            return graphed(call)
+            return graphed(call, before=3)
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own
             self.notes.append(f"{row.name}: products were launched one by one, and wait for that; no CUDA graph of them: {error}")
             return call
-
-
-def graphed(call: Call) -> Call:
-    """Capture a call as a CUDA graph, and return its replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay(kept: Call = call) -> None:  # with what it reads
-        graph.replay()
-
-    return replay
 
 
 # ---- the fast path, if there is one

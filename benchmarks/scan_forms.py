@@ -19,7 +19,8 @@ Both are kept in the cache folder, so that a second run does not compile. What i
 - forward: microseconds of every form, and of the backward behind form 0; both libraries, of which `plain` has form 0 only.
 
 Times are medians of replays of a CUDA graph, by call, with the 5 % quantile in brackets; forms take turns. A graph has two to
-eight sets of inputs, which together exceed the cache where eight are enough for that. The exit status is 1 if a check or a part fails.
+eight sets of inputs, which together exceed the cache where eight are enough for that. A part that fails costs no other one; the
+exit status is 1 if a check or a part fails.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import by_element, by_maximum, relative, result_names
+from kernel_check import by_element, by_maximum, relative, result_names
 from torch import Tensor
 
 from dgbench import atomic
 from dgbench.cost.cases import DTYPES, Case, block_case, deform_case
-from dgbench.cost.timing import Call, Times, hardware, interleaved
+from dgbench.cost.timing import Call, Times, graphed, hardware, interleaved
 from dgbench.environment import code_commit, describe_environment
 from mfuser.ops import compiled
 from mfuser.ops.ms_deform_attn import cuda_backend as deformable
@@ -137,25 +138,6 @@ def built(tell: Callable[[str], None]) -> dict[str, Path]:
 # ---- times
 
 
-def graphed(calls: Sequence[Call]) -> Call:
-    """Capture calls as one CUDA graph, after a run of each, and return its replay.
-
-    Raises: RuntimeError if a launch fails.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
 def microseconds(
     bench: Bench, calls: Mapping[str, Sequence[Call]], *, least: int = 25, at_most: float = 0.03
 ) -> dict[str, Times | str]:
@@ -164,7 +146,7 @@ def microseconds(
     replays: dict[str, Call] = {}
     for name, some in calls.items():
         try:
-            replays[name] = graphed(some)
+            replays[name] = graphed(*some)
         except RuntimeError as error:
             found[name] = first_line(error)
     timed = interleaved(replays, bench.device, least=least, at_most=at_most, flush=False) if replays else {}

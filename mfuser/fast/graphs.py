@@ -95,7 +95,7 @@ class Graphs:
                 ):
                     result = function(given)
             except RuntimeError as error:
-                torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own behind where ending the capture fails
+                recover(current)
                 self._refuse(key, error)
                 return False
             self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before, tables)
@@ -107,12 +107,16 @@ class Graphs:
         self.refused[what] = why
         if not self._captured:
             self._pool = None  # nothing uses it any more, and the allocator lets nobody share such a one
-        index = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError, AttributeError):
-            # a capture that fails leaves the generator in it, and every later draw would be refused
-            generator = torch.cuda.default_generators[index]
-            generator.graphsafe_set_state(generator.clone_state())
         warnings.warn(f"fast inference goes on without a CUDA graph for {what}: {why}", RuntimeWarning, stacklevel=2)
+
+
+def recover(stream: torch.cuda.Stream) -> None:
+    """Go back to a stream behind a capture that failed: `torch.cuda.graph` leaves its own where ending the capture fails, too."""
+    torch.cuda.set_stream(stream)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        # the generator stays in the capture, and every later draw would be refused
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def first_cause(error: BaseException) -> str:
