@@ -99,7 +99,9 @@ def bands(
         with torch.inference_mode():  # not around `yield`: it would apply to the caller's code
             # a model that is prepared for a number of windows sees no other: the last one is shown again
             seen = part + part[-1:] * (together - len(part)) if whole else part
-            scores = model(torch.stack([_window(padded, place, crop, along, device) for place in seen]))[: len(part)]
+            # together to another device: it would be waited for each of them
+            shown = torch.stack([_window(padded, place, crop, along) for place in seen]).to(device)
+            scores = model(shown if shown.is_floating_point() else shown.float() / 255)[: len(part)]
             for score, (b, first, second) in zip(scores, part, strict=True):
                 if total is None:
                     shape = list(padded.shape[2:])
@@ -141,13 +143,10 @@ def _parts(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _window(
-    images: Tensor, place: tuple[int, int, int], crop: tuple[int, int], along: int, device: torch.device | None
-) -> Tensor:
+def _window(images: Tensor, place: tuple[int, int, int], crop: tuple[int, int], along: int) -> Tensor:
     b, first, second = place
     y, x = (second, first) if along else (first, second)
-    window = images[b, :, y : y + crop[0], x : x + crop[1]].to(device)
-    return window if window.is_floating_point() else window.float() / 255
+    return images[b, :, y : y + crop[0], x : x + crop[1]]
 
 
 @by_size
