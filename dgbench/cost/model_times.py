@@ -5,6 +5,7 @@ Weights are random, which cost what trained ones do.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -115,6 +116,7 @@ def visit(
     finally:
         model = forward = ask = None  # type: ignore[assignment]
         if gpu:
+            gc.collect()  # a prepared copy hangs in cycles, and would count as the next model's memory
             torch.cuda.empty_cache()
     taken.backends |= ops.ran_since(ran)
 
