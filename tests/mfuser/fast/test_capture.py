@@ -78,6 +78,18 @@ def test_a_pass_of_every_method_neither_waits_nor_copies(name):
     assert copies(tiny(name), lambda ready: ready(images())) == []
 
 
+OTHERS = [
+    *(("erm", {"backbone": f"tiny_{kind}"}) for kind in ("swin", "convnext", "vmamba", "vim")),
+    ("shade", {"backbone": "tiny_mit"}),
+    ("linear", {"vfm": "dinov3_s", "weights": "meta"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHERS, ids=[f"{name}-{next(iter(o.values()))}" for name, o in OTHERS])
+def test_a_pass_of_other_trunks_neither_waits_nor_copies(name, options):
+    assert copies(tiny(name, **options), lambda ready: ready(images())) == []
+
+
 @pytest.mark.parametrize("vlm", ["eva02_b", "clip_b", "siglip_b"])
 def test_a_pass_with_each_kind_of_towers_neither_waits_nor_copies(vlm):
     ids = torch.ones(len(Segmentor.classes), 5, dtype=torch.long)

@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 
 import mfuser
 from mfuser import fast, methods
+from mfuser.fast.blocks import Block
 from mfuser.fast.compiled import keep_in
+from mfuser.pairs import paired
 
 TINY = {name: methods.module(name).BACKBONES[-1] for name in mfuser.method_names()}
 
@@ -75,6 +77,16 @@ def test_every_form_of_mfuser_is_equal(options):
     expected = exact(model, images())
     found = fast.prepare(model, dtype=torch.float32, compile=False)(images())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_was_paired_for_training_is_paired_anew():
+    model = build("mfuser")
+    assert len(paired(model)) == len(model.adapters)
+    expected = exact(model, images())
+    ready = fast.prepare(model, dtype=torch.float32, compile=False)
+    assert "pairs" in ready.rewritten
+    assert all(isinstance(pair.vfm, Block) for pair in ready._model.pairs)
+    torch.testing.assert_close(ready(images()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_stays_as_it_is():
