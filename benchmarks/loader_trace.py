@@ -74,6 +74,20 @@ def trace(loader: Iterator[batches.Samples], work: Callable[[batches.Samples, in
         mark = time.perf_counter()
 
 
+def kept(steps: Iterator[Step]) -> tuple[list[Step], str]:
+    """Return the steps, and what stopped them, "" for nothing: those before an error are worth having."""
+    found: list[Step] = []
+    try:
+        for step in steps:
+            found.append(step)
+    except Exception as error:
+        if not found:
+            raise
+        traceback.print_exc()
+        return found, f"stopped behind {len(found)} steps: {type(error).__name__}: {error}"
+    return found, ""
+
+
 def training(model: Segmentor, device: torch.device, steps: int) -> Callable[[batches.Samples, int], object]:
     """Return what trains a model by a batch as `dgbench train` does, and waits for the device."""
     model.enter_training()
@@ -167,16 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = mfuser.build(recipe.method.name, **options, image_size=recipe.data.crop, weights="random")
         work, what = training(model, device, given.steps), f"{recipe.variant} on {device_name(device)}"
     loader = batches.of_steps(recipe, dataset, (), 0, place, Silent())
-    found: list[Step] = []
-    error = ""
-    try:
-        for each in trace(iter(loader), work):
-            found.append(each)
-    except Exception as failed:  # the steps before it are worth having
-        if not found:
-            raise
-        error = f"stopped behind {len(found)} steps: {type(failed).__name__}: {failed}"
-        traceback.print_exc()
+    found, error = kept(trace(iter(loader), work))
     files = [path.stat().st_size for path in sorted((root / "gta5/images").glob("*.png"))]
     about = f"{what}, {given.batch} images of {given.side}x{given.side} a step, {given.workers} workers, "
     about += f"{len(files)} PNGs of {size[1]}x{size[0]} and {sum(files) / len(files) / 1e6:.1f} MB"
