@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mfuser.by_size import by_size
-
 _CHUNK = 2**20  # gathered elements at once on a CPU: 4 MB in fp32
 
 
@@ -64,12 +62,15 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-@by_size
-def _table(shapes: tuple[tuple[int, int], ...], *, device: torch.device | None = None) -> Tensor:
+def _table(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Return (S, 1, 4) int32: each map's sides (W, H), its first bordered cell, and its bordered width."""
     cells = _bordered(shapes)
     numbers = [(w, h, sum(cells[:s]), w + 2) for s, (h, w) in enumerate(shapes)]
-    return torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=torch.int32)[:, None]
+    # constants of kernels: a CUDA graph cannot hold numbers that are copied from the host
+    rows = [torch.stack([torch.full((), n, dtype=torch.int32, device=device) for n in row]) for row in numbers]
+    return torch.stack(rows)[:, None]
 
 
 def _bordered(shapes: Sequence[tuple[int, int]]) -> list[int]:
@@ -85,7 +86,7 @@ class _Points:
         device = locations.device
         self.shapes = list(zip(shapes[::2], shapes[1::2], strict=True))
         self.cells = sum(_bordered(self.shapes))
-        table = _table(tuple(self.shapes), device=device)
+        table = _table(self.shapes, device)
         self.size = table[..., :2].to(locations.dtype)
         self.at = torch.addcmul(locations.new_full((), -0.5), locations, self.size)  # in cells, 0 = the first one's centre
         # beyond the border all is zero; a NaN must not become a row

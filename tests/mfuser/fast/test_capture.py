@@ -21,6 +21,8 @@ from dgbench import protocol
 from dgbench.engine import scoring
 from mfuser import fast, methods
 from mfuser.fast.graphs import first_cause
+from mfuser.ops.ms_deform_attn import torch_backend as deform
+from mfuser.ops.selective_scan import torch_backend as scan
 from mfuser.segmentor import Segmentor
 
 SIDE = 64
@@ -129,6 +131,16 @@ def test_whole_images_of_another_size_neither_wait_nor_copy():
     model = tiny("erm")
     assert model.any_size
     assert copies(model, lambda ready: ready(images(1, (SIDE, 2 * SIDE)))) == []
+
+
+def test_the_operators_in_torch_neither_wait_nor_copy():
+    with FakeTensorMode(), Copies() as seen:
+        on = {"device": "cuda"}
+        points = torch.rand(1, 5, 2, 2, 3, 2, **on)
+        deform.forward(torch.rand(1, 20, 2, 4, **on), [4, 4, 2, 2], points, points[..., 0])
+        u, states = torch.rand(1, 70, 8, **on), torch.rand(1, 70, 4, **on)
+        scan.forward(u, u, torch.rand(8, 4, **on), states, states, None, None, None, None, True, False)
+    assert seen.found == []
 
 
 def test_a_copy_from_the_host_would_be_seen():
