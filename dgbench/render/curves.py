@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgbench.render.pictures import _COLOURS, _as_it_is, _figure, _written
+from dgbench.render.pictures import _COLOURS, _as_it_is, _figure, _plain_numbers, _whole_steps, _written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,23 +52,6 @@ def draw_rate(found: Curves, axis: Axes) -> None:
     _whole_steps(axis)
     axis.ticklabel_format(axis="y", scilimits=(-2, 2))
     axis.grid(alpha=0.3)
-
-
-def _plain_numbers(axis: Axes) -> None:
-    """Write 2.5, not 2.5 x 10^0, on a logarithmic axis that spans less than a decade, which has labels between the powers."""
-    from matplotlib.ticker import FuncFormatter
-
-    low, high = axis.get_ylim()
-    if high < 10 * low:
-        plain = FuncFormatter(lambda value, _: f"{value:.4g}")
-        axis.yaxis.set_major_formatter(plain)
-        axis.yaxis.set_minor_formatter(plain)
-
-
-def _whole_steps(axis: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _points(found: Curves) -> dict[str, Any]:
