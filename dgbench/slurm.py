@@ -12,16 +12,19 @@ from typing import Literal
 from dgbench.errors import DgbenchError
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
+_RUNNING = {"RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 _SECONDS = 60.0  # a controller that is busy or restarts lets its callers wait
 _AT_ONCE = 500  # jobs named in one call
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The state of a job, and why it waits or how it ended, in words; `gone` if Slurm knows nothing of it."""
+    """The state of a job, and why it waits or how it ended, in words.
 
-    state: Literal["waiting", "running", "ended", "gone"]
+    `ending`: it was cancelled or is over, but its processes may not be; `gone`: Slurm knows nothing of it.
+    """
+
+    state: Literal["waiting", "running", "ending", "ended", "gone"]
     reason: str = ""
 
 
@@ -71,6 +74,8 @@ def _read(text: str, ids: list[str]) -> dict[str, Job]:
             found[job.strip()] = Job("waiting", "" if why in ("", "None") else f"in the queue: {why}")
         elif kind in _RUNNING:
             found[job.strip()] = Job("running")
+        elif kind == "COMPLETING":
+            found[job.strip()] = Job("ending")
         else:
             how = "" if kind == "COMPLETED" else f"job {job.strip()}: {state.lower().replace('_', ' ')}"
             found[job.strip()] = Job("ended", how)

@@ -89,7 +89,7 @@ def sweep(
         found = []
         for cell in cells:
             job = jobs.get(cell.run)
-            queued = job is not None and job.state in ("waiting", "running")
+            queued = job is not None and job.state in ("waiting", "running", "ending")
             found.append((cell, queued, all_.status(cell, scored=not no_eval, job=job)))
         return found
 

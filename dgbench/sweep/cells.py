@@ -132,7 +132,7 @@ def status(cell: Cell, *, scored: bool, job: Job | None = None) -> Status:
     failed = attempt.reason if attempt is not None else ""
     if done(cell, scored=scored):
         state: State = "done"
-    elif _held(cell.run) or (job is not None and job.state == "running"):
+    elif _held(cell.run) or (job is not None and job.state in ("running", "ending")):
         state = "running"
         if attempt is not None and step > attempt.step:
             left = (time.time() - attempt.began) / (step - attempt.step) * (cell.recipe.train.steps - step)
