@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from dgbench import cli
 from dgbench.errors import DgbenchError, RecipeError, ResultError
 from dgbench.progress import Silent
+from dgbench.slurm import Job
 from dgbench.sweep import cells, cluster
 from dgbench.sweep.attempt import Training
 from dgbench.sweep.local import carry_out
@@ -94,6 +95,16 @@ def test_a_cell_that_is_told_to_stop_has_not_failed(tmp_path: Path) -> None:
     assert training.outcome() == ""
     assert (cell.run / "stopped").exists()
     assert cells.status(cell, scored=False).state == "waiting"
+
+
+def test_the_time_left_counts_from_the_checkpoint_that_a_killed_cell_went_on_from(tmp_path: Path) -> None:
+    (cell,) = made(tmp_path, "slow")
+    (cell.run / "log.jsonl").write_text('{"step": 2}\n')
+    (cell.run / "checkpoint" / "step-000001").mkdir(parents=True)
+    cells.note(cell.run, job="7", began=time.time() - 10)
+    assert cells.attempted(cell.run) == cells.Attempt(pytest.approx(time.time() - 10, abs=5), 1, "7")
+    shown = cells.status(cell, scored=False, job=Job("running"))
+    assert (shown.state, shown.seconds_left) == ("running", pytest.approx(10, abs=2))
 
 
 @pytest.mark.parametrize(

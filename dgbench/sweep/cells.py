@@ -173,7 +173,7 @@ def note(run: Path, *, job: str = "", reason: str = "", began: float | None = No
     if reason and before is not None:
         attempt = Attempt(before.began, before.step, job or before.job, reason)
     else:
-        attempt = Attempt(began if began is not None else time.time(), _step(run), job or (before.job if before else ""), reason)
+        attempt = Attempt(began if began is not None else time.time(), _saved(run), job or (before.job if before else ""), reason)
     atomic.write(run / NOTE, json.dumps(asdict(attempt)) + "\n")
 
 
@@ -191,6 +191,12 @@ def _step(run: Path) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     return 0
+
+
+def _saved(run: Path) -> int:
+    """Return the step from which a training goes on; its log may be further, as that of one that was killed."""
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoint").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _held(run: Path) -> bool:
