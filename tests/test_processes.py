@@ -153,6 +153,21 @@ def test_a_hanging_process_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_first_process_that_is_stopped_is_named_though_it_holds_the_store(tmp_path: Path) -> None:
+    def end(children: list[int]) -> bool:
+        told = tmp_path / "1.err"
+        if not told.exists() or "error" not in told.read_text():
+            return False
+        os.kill(children[0], signal.SIGKILL)  # as the launcher does some seconds later
+        return True
+
+    ended = train(tmp_path, "--quiet", then=end, PLAIN_DOES="stop 4 0", DGBENCH_HANG_MINUTES="0.1")
+    assert [e.status for e in ended] == [-9, 1]
+    (line,) = said(ended)
+    assert "run: no step for 0.1 minutes: process 0 gave no sign of life for " in line
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("part", range(4))
 def test_a_training_killed_at_any_moment_ends_with_the_same_weights(part: int, tmp_path: Path) -> None:
     """Forty kills in four parts: of either process or of both, spread over a training from its start to its end."""
