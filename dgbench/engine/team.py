@@ -123,6 +123,12 @@ class Team:
         except Exception:
             return True
 
+    def told(self) -> bool:
+        """Return whether a process has failed that says what happened; not where that cannot be asked."""
+        with suppress(Exception):
+            return self.world > 1 and bool(self.store.check([FAILED]))
+        return False
+
     def holder(self) -> str:
         """Return who holds the store, in words."""
         return "the launcher of the first machine" if _launchers_store() else "process 0"
