@@ -193,7 +193,7 @@ def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[i
     chosen: dict[str, Any] = {"frozen": "bf16" if frozen else None, "compile": "blocks" if bench.compiled else None}
     spec = TrainSpec(steps=1, batch_size=2, precision="bf16", **chosen)
     model.enter_training()
-    said = step.prepare(model.train(), spec, join(launched(), bench.device)).said
+    said = step.prepare(model.train(), spec, join(launched(), bench.device), bench.device).said
     bench.notes.append(f"fast training: {said or 'nothing of these towers is frozen, and nothing is compiled'}")
     return eager_training(bench, model, stages)
 

@@ -1,6 +1,6 @@
 """Time a full-size training step of MFuser, with the options of docs/training.md added one by one, and say where it goes.
 
-    python benchmarks/step.py                              # batches of 2 and 8 on a GPU: some 100 s, most of it compiling
+    python benchmarks/step.py                              # batches of 2 and 8 on a GPU: some 120 s, most of it compiling
     python benchmarks/step.py --batch 2 --options frozen compile
     python benchmarks/step.py --towers tiny --size 64 --device cpu --batch 2 --options frozen   # every path; means nothing
 
@@ -30,16 +30,16 @@ import mfuser
 from dgbench import atomic
 from dgbench.data.places import cache_root
 from dgbench.engine import step
-from dgbench.engine.device import accelerator_on, device_name, peak_gib, pick_device
+from dgbench.engine.device import accelerator_on, device_name, pick_device
 from dgbench.engine.optim import optimizer_of
 from dgbench.engine.parallel import Loss, prepared
 from dgbench.engine.team import ALONE
 from dgbench.recipe import OptimSpec, TrainSpec
-from mfuser import blocks, fast
+from mfuser import blocks, fast, training_graphs
 from mfuser.decoder.matching import present_classes
 from mfuser.segmentor import Batch, Segmentor
 
-OPTIONS = ("frozen", "compile", "checkpoint")
+OPTIONS = ("frozen", "compile", "graphs", "checkpoint")
 TOWERS = {"large": {"vfm": "dinov2_l", "vlm": "eva02"}, "tiny": {"vfm": "tiny", "vlm": "tiny"}}
 CLASSES = 10  # in an image, as in a crop of a street
 WAITS = (
@@ -49,6 +49,7 @@ WAITS = (
     "Memcpy DtoH",
     "Memcpy HtoD",
     "cudaLaunchKernel",
+    "cudaGraphLaunch",
 )
 
 
@@ -86,6 +87,7 @@ class Training:
 
     def __init__(self, model: Segmentor, device: torch.device, clip: float | None) -> None:
         self.model, self.device, self.clip = model, device, clip
+        self.graphs: training_graphs.TrainingGraphs | None = None
         self.spec = TrainSpec(steps=1, batch_size=1, precision="bf16")
         self.accelerator = accelerator_on(device, "bf16")
         optimizer, _ = optimizer_of(model, OptimSpec(lr=1e-6))
@@ -99,6 +101,8 @@ class Training:
         elif option == "compile":
             fast.keep_in(cache_root() / "compiled")
             blocks.compile_blocks(self.model)
+        elif option == "graphs":
+            self.graphs = training_graphs.capture(self.model)
         else:
             blocks.recompute_blocks(self.model)
 
@@ -143,7 +147,8 @@ def measured(training: Training, batch: Batch, options: str, steps: int) -> Row:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     ms, first = timed(partial(training.step, batch), device, steps)
-    return Row(len(batch.images), options, statistics.median(ms), min(ms), max(ms), peak_gib(device), first)
+    peak = step.Speed(None, 0, "", training.graphs).peak_gib(device)
+    return Row(len(batch.images), options, statistics.median(ms), min(ms), max(ms), peak, first)
 
 
 def profiled(call: Callable[[], object], device: torch.device, rows: int) -> str:
@@ -177,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
-    parser.add_argument("--options", nargs="*", choices=OPTIONS, default=["frozen", "compile"], help="added one by one")
+    parser.add_argument(
+        "--options", nargs="*", choices=OPTIONS, help="added one by one; default: frozen compile, and on a GPU graphs"
+    )
     parser.add_argument("--towers", choices=TOWERS, default="large")
     parser.add_argument("--size", type=int, default=512, help="side of the images")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a row")
@@ -186,9 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, help="a file for the rows")
     given = parser.parse_args(arguments)
-    if {"compile", "checkpoint"} <= set(given.options):
-        parser.error("--options compile and checkpoint do not go together: measure one after the other")
     device = pick_device(given.device)
+    if given.options is None:
+        given.options = ["frozen", "compile", *(["graphs"] if device.type == "cuda" else [])]
+    for option in ("compile", "graphs"):
+        if {option, "checkpoint"} <= set(given.options):
+            parser.error(f"--options {option} and checkpoint do not go together: measure one after the other")
+    if "graphs" in given.options and device.type != "cuda":
+        parser.error("--options graphs: CUDA graphs need a GPU; leave it out")
     torch.manual_seed(0)
     model = mfuser.build(
         "mfuser", **TOWERS[given.towers], image_size=(given.size, given.size), freeze_towers=True, weights="random"
@@ -209,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(measured(training, batch, options, given.steps))
             print(found[-1].line(), flush=True)
     for images, batch in batches.items():
+        training.step(batch)  # graphs are kept for the shape that came last
         where = profiled(partial(training.step, batch), device, given.rows)
         print(f"\n## Batch {images}, {options}\n\n{where}", flush=True)
     if given.json is not None:

@@ -125,7 +125,7 @@ def _nodes() -> int:
 def silent(error: BaseException) -> int | None:
     """Return the status with which this process ends without a word; None if it is the one that says what happened.
 
-    Of several processes, the first tells what was stopped on purpose, and whichever fails first tells its error.
+    Of several processes, whoever fails first tells its error; the first tells what was stopped on purpose, unless one has failed.
     """
     if not several():
         return None
@@ -133,7 +133,8 @@ def silent(error: BaseException) -> int | None:
     team = module.team() if module is not None else None
     if isinstance(error, KeyboardInterrupt | Terminated | StoppedError):
         code = 128 + error.signum if isinstance(error, Terminated) else getattr(error, "code", 130)
-        return None if first() else code
+        # torchrun stops the others when one has failed, which has said why
+        return None if first() and (team is None or not team.told()) else code
     if module is None or team is None or team.world == 1:  # they have not met yet: all fail alike
         return None if first() or (module is not None and isinstance(error, module.NotReached)) else 1
     if isinstance(error, module.PeerLost) and ASKED in os.environ:  # `--gpus` sees how it ended

@@ -2,8 +2,9 @@
 
 `.training.lock` is locked through the system, which releases it when the holder ends, however it ends. `.training.json` beside it
 has process, host and time for the error message. A note that a killed process left is replaced, with one exception:
-on a network disk, whose locks other hosts may not see, the note of another host is respected until a user
-removes it. A copied run folder is free: the note contains the lock file's inode number, which differs in a copy.
+on a network disk, whose locks other hosts may not see, the note of another host is respected until a user removes it, or
+Slurm says that the holder's job is over. A copied run folder is free: the note contains the lock file's inode number,
+which differs in a copy.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dgbench import atomic
-from dgbench.errors import ResultError
+from dgbench import atomic, slurm
+from dgbench.errors import DgbenchError, ResultError
 
 LOCK, NOTE = ".training.lock", ".training.json"
 OURS = frozenset({LOCK, NOTE})  # what a folder may hold and still be empty
@@ -40,10 +41,12 @@ def training(run: Path) -> Iterator[bool]:
         if not free:
             raise ResultError(*_in_use(run, _holder(run)))
         holder = _holder(run)
-        if holder is not None and _elsewhere(holder):
+        if holder is not None and _elsewhere(holder) and not _job_ended(holder):
             raise ResultError(*_in_use(run, holder))
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         note = {"pid": os.getpid(), "host": platform.node(), "since": now, "boot": _boot(), "lock": _number(run)}
+        job, restarts = slurm.own()
+        note |= {"job": job, "restarts": restarts} if job else {}
         atomic.write(run / NOTE, json.dumps(note) + "\n")
         try:
             yield True
@@ -104,6 +107,20 @@ def _holder(run: Path) -> dict[str, Any] | None:
 def _elsewhere(holder: dict[str, Any]) -> bool:
     # containers of one machine have different host names, but share its kernel and with it the lock
     return holder["host"] != platform.node() and (not holder.get("boot") or holder["boot"] != _boot())
+
+
+def _job_ended(holder: dict[str, Any]) -> bool:
+    """Return whether the holder ran in a job of Slurm that is over: a killed one on another host leaves its note."""
+    job, restarts = holder.get("job"), holder.get("restarts")
+    if not isinstance(job, str) or not job.isdecimal() or not isinstance(restarts, int):
+        return False
+    here, again = slurm.own()
+    if job == here:
+        return restarts < again  # this job, before it was queued again
+    try:
+        return slurm.jobs([job])[job].state in ("ended", "gone")
+    except DgbenchError:
+        return False
 
 
 def _number(run: Path) -> int:

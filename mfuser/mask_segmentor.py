@@ -33,4 +33,8 @@ class MaskSegmentor(Segmentor):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return class, mask and dice terms of every decoder output."""
         self.check_size(batch.images)
-        return self.decoder.loss(self.decode(batch.images), batch.labels, present=batch.present)
+        return self.decoder.loss(self.training_outputs(batch.images), batch.labels, present=batch.present)
+
+    def training_outputs(self, images: Tensor) -> list[Output]:
+        """Return what `decode` does, of every decoder output."""
+        return self.decode(images)

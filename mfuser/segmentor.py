@@ -175,6 +175,13 @@ class Segmentor(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__}.loss")
 
+    def training_outputs(self, images: Tensor) -> Any:
+        """Return all that `loss` needs of images (B, 3, H, W), tensors in tuples and lists, if the method has such a part.
+
+        Their shapes follow from the images' alone, and the device is asked for no value on the way: CUDA graphs can hold it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.training_outputs")
+
     def enter_training(self) -> None:
         """Make `training_only` of the model as it is built or loaded, before the first step of a training or of its rest.
 

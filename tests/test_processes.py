@@ -128,6 +128,21 @@ def test_what_ends_one_process_ends_all_with_one_line(what: str, words: str, tmp
     assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["step-000003"]
 
 
+def test_a_process_that_is_stopped_because_another_failed_is_silent(tmp_path: Path) -> None:
+    def stop(children: list[int]) -> bool:
+        told = tmp_path / "1.err"
+        if not told.exists() or "error" not in told.read_text():
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[0], signal.SIGTERM)  # as torchrun does
+        return True
+
+    ended = train(tmp_path, "--quiet", then=stop, PLAIN_DOES="raise 4 1")
+    assert [line.partition(":")[2] for line in said(ended)] == [
+        " step 5: the memory does not suffice: 0.0 GiB more were asked for"
+    ]
+
+
 def test_a_signal_to_one_process_stops_all_behind_the_same_step(one: Path, tmp_path: Path) -> None:
     log = tmp_path / "run/log.jsonl"
 
@@ -150,6 +165,21 @@ def test_a_hanging_process_is_named(tmp_path: Path) -> None:
     assert 0 not in [e.status for e in ended]
     (line,) = said(ended)
     assert line.endswith("run: no step for 0.03 minutes: process 1 is at step 5, computing")
+
+
+@pytest.mark.full
+def test_a_first_process_that_is_stopped_is_named_though_it_holds_the_store(tmp_path: Path) -> None:
+    def end(children: list[int]) -> bool:
+        told = tmp_path / "1.err"
+        if not told.exists() or "error" not in told.read_text():
+            return False
+        os.kill(children[0], signal.SIGKILL)  # as the launcher does some seconds later
+        return True
+
+    ended = train(tmp_path, "--quiet", then=end, PLAIN_DOES="stop 4 0", DGBENCH_HANG_MINUTES="0.1")
+    assert [e.status for e in ended] == [-9, 1]
+    (line,) = said(ended)
+    assert "run: no step for 0.1 minutes: process 0 gave no sign of life for " in line
 
 
 @pytest.mark.full

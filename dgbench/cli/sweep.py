@@ -11,7 +11,7 @@ import typer
 from dgbench.cli import completion
 from dgbench.cli.options import DeviceOpt, Format, FormatOpt, GpusOpt, QuietOpt, RootOpt, RunsOpt
 from dgbench.cli.program import Command
-from dgbench.errors import StoppedError, Terminated
+from dgbench.errors import DgbenchError, StoppedError, Terminated
 
 panel = typer.Typer()
 
@@ -60,6 +60,7 @@ def sweep(
     """
     from dgbench import render
     from dgbench.sweep import cells as all_
+    from dgbench.sweep import cluster
 
     if local is not None and slurm:
         raise typer.BadParameter("is given with --local: give one of them", ctx=ctx, param_hint="'--slurm'")
@@ -67,6 +68,7 @@ def sweep(
         raise typer.BadParameter("--seeds, --set and --set-grid change recipes: name them", ctx=ctx, param_hint="'RECIPE...'")
     if not names and out is None:
         raise typer.BadParameter("name recipes, or a sweep that was begun by --out", ctx=ctx, param_hint="'RECIPE...'")
+    options = cluster.settings_of(slurm or ())
     folder = out if out is not None else runs / f"sweep-{Path((names or [''])[0]).stem}"
     if names:
         cells = all_.planned(folder, names, settings=settings or (), grid=all_.grid_of(grid or ()), seeds=seeds or (), root=root)
@@ -75,17 +77,25 @@ def sweep(
     words = [] if not no_eval else ["--no-eval"]
     for option, value in (("--gpus", gpus), ("--device", device), ("--root", root)):
         words += [option, str(value)] if value is not None else []
-    from dgbench.sweep import cluster
 
-    def look() -> list[tuple[all_.Cell, bool, all_.Status]]:
+    def look(*, sure: bool = False) -> list[tuple[all_.Cell, bool, all_.Status]]:
+        try:
+            jobs = cluster.jobs_of(cells)
+        except DgbenchError as error:
+            if sure:
+                raise
+            render.warning(f"{error.message}: the table shows what the folders say")
+            jobs = {}
         found = []
         for cell in cells:
-            alive, ended = cluster.alive(cell, folder)
-            found.append((cell, bool(alive), all_.status(cell, scored=not no_eval, alive=alive, reason=ended)))
+            job = jobs.get(cell.run)
+            queued = job is not None and job.state in ("waiting", "running", "ending")
+            found.append((cell, queued, all_.status(cell, scored=not no_eval, job=job)))
         return found
 
     if local is not None or slurm:
-        left = [cell for cell, alive, now in look() if not alive and now.state in ("failed", "waiting")]
+        # sure: what may be in the queue is not submitted once more
+        left = [cell for cell, queued, now in look(sure=bool(slurm)) if not queued and now.state in ("failed", "waiting")]
         if local is not None:
             from dgbench.sweep.local import carry_out
 
@@ -95,7 +105,7 @@ def sweep(
                 code = 128 + stop.signum if isinstance(stop, Terminated) else 130
                 raise StoppedError("stopped; the same call goes on with what is not done", code=code) from None
         else:
-            cluster.submit(left, folder, _program(), words, cluster.settings_of(slurm or ()), 0 if device == "cpu" else gpus or 1)
+            cluster.submit(left, folder, _program(), words, options, 0 if device == "cpu" else gpus or 1)
             render.note(f"{len(left)} of {len(cells)} cells submitted; dgbench sweep --out {folder} shows what becomes of them")
     states = [now for _, _, now in look()]
     render.show(states, form)

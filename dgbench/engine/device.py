@@ -115,7 +115,7 @@ def memory_refused(error: BaseException) -> str | None:
     # torch's class for a GPU; OpenCV's error contains this word in its text
     if type(error).__name__ == "OutOfMemoryError":
         return None
-    words = ("DefaultCPUAllocator", "OutOfMemoryError", "killed by signal: Killed", "Cannot allocate memory")
+    words = ("DefaultCPUAllocator", "OutOfMemoryError", "Cannot allocate memory")
     if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
         return None
     asked = re.search(r"tried to allocate (\d+) bytes", str(error))

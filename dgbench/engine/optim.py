@@ -66,6 +66,8 @@ def optimizer_of(model: Segmentor, optim: OptimSpec) -> tuple[torch.optim.Optimi
     """
     rows, rates = groups(model, optim)
     if optim.optimizer == "sgd":
+        # not fused: that form fails for a parameter whose first gradient comes at a later step, and rounds otherwise; on a GPU
+        # torch takes hundreds of tensors at a time anyway
         momentum, nesterov = optim.momentum, optim.nesterov
         return torch.optim.SGD(rows, lr=optim.lr, momentum=momentum, nesterov=nesterov, weight_decay=optim.weight_decay), rates
     return torch.optim.AdamW(rows, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True), rates

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from dgbench.engine.device import peak_gib
 from dgbench.engine.team import Team
 
 
 class Pace:
-    """Seconds since the last line, and those of them in which this process waited for its batch or for the others."""
+    """Seconds since the last line, and those of them in which this process waited for its batch or for the others.
 
-    def __init__(self, run: Path, team: Team, device: torch.device) -> None:
-        self.path, self._team, self._device = run / "speed.jsonl", team, device
+    Args:
+        peak: tells this process's highest memory in GiB.
+    """
+
+    def __init__(self, run: Path, team: Team, peak: Callable[[], float]) -> None:
+        self.path, self._team, self._peak = run / "speed.jsonl", team, peak
         self._since = self._mark = time.perf_counter()
         self._images, self._loading, self._meeting = 0, 0.0, 0.0
 
@@ -41,7 +43,7 @@ class Pace:
         now = time.perf_counter()
         seconds = now - self._since
         loading, meeting = self._team.mean([self._loading / seconds, self._meeting / seconds])
-        memory = self._team.most(int(peak_gib(self._device) * 2**20)) / 2**20
+        memory = self._team.most(int(self._peak() * 2**20)) / 2**20
         if self._team.main:
             line = {
                 "step": step,

@@ -1,7 +1,7 @@
 """One step: losses and gradients of a batch, or of its parts one after the other, and what makes it fast or small.
 
-`train.frozen`, `compile`, `checkpoint_activations` and `accumulate` of a recipe are here; what each changes in numbers is said in
-docs/training.md.
+`train.frozen`, `compile`, `graphs`, `checkpoint_activations` and `accumulate` of a recipe are here; docs/training.md says what
+each changes in numbers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from dgbench.data.places import cache_root
+from dgbench.engine.device import peak_gib
 from dgbench.engine.parallel import dropping_as_one
 from dgbench.engine.team import Team
 from dgbench.errors import RecipeError
 from dgbench.recipe.training import TrainSpec
-from mfuser import blocks, fast
+from mfuser import blocks, fast, training_graphs
 from mfuser.processes import PartError, part_of
 from mfuser.segmentor import Batch, Segmentor
 
@@ -34,12 +35,13 @@ class Speed:
     """How a model was prepared.
 
     frozen: its frozen weights, where they are held in 16 bits.    compiled: number of its blocks that are.
-    said: in words, for records; "" where nothing was asked for.
+    said: in words, for records; "" where nothing was asked for.    graphs: those of its pass before the loss.
     """
 
     frozen: blocks.FrozenWeights | None
     compiled: int
     said: str
+    graphs: training_graphs.TrainingGraphs | None = None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -47,17 +49,30 @@ class Speed:
         with nullcontext() if self.frozen is None else self.frozen.whole():
             yield
 
+    def peak_gib(self, device: torch.device) -> float:
+        """Return the training's peak GiB as `engine.device.peak_gib` does, with what its graphs keep to themselves."""
+        peak = peak_gib(device)
+        if self.graphs is None:
+            return peak
+        before, idle = (size / 2**30 for size in self.graphs.memory)
+        return max(before, peak + idle)
 
-def prepare(model: Segmentor, spec: TrainSpec, team: Team, *, local_norms: bool = False) -> Speed:
+
+def prepare(
+    model: Segmentor, spec: TrainSpec, team: Team, device: torch.device | None = None, *, local_norms: bool = False
+) -> Speed:
     """Change how a model in training mode computes, in place, as its recipe asks.
 
     Args:
+        device: where it will be trained; by default a CPU.
         local_norms: BatchNorm may take the statistics of each part of a batch.
 
     Raises: RecipeError for what this model, or several processes, cannot do.
     """
     if spec.accumulate > 1:
         _check_parts(model, spec, team, local_norms)
+    if spec.graphs:
+        _check_graphs(model, team, device)
     frozen = blocks.FrozenWeights(model) if spec.frozen else None
     if frozen is not None and not len(frozen):
         raise RecipeError(f"train.frozen: `{model.method}` has no frozen weights of products", "--set train.frozen=null")
@@ -73,13 +88,16 @@ def prepare(model: Segmentor, spec: TrainSpec, team: Team, *, local_norms: bool 
             f"train.checkpoint_activations: the towers of `{model.method}` have no blocks",
             "--set train.checkpoint_activations=false",
         )
+    # when it is first called, with its blocks compiled
+    graphs = training_graphs.capture(model) if spec.graphs else None
     said = [
         f"frozen {spec.frozen}" if spec.frozen else "",
         f"{compiled} blocks compiled" if compiled else "",
+        "CUDA graphs" if spec.graphs else "",
         "activations checkpointed" if spec.checkpoint_activations else "",
         f"{spec.accumulate} parts of a batch" if spec.accumulate > 1 else "",
     ]
-    return Speed(frozen, compiled, ", ".join(filter(None, said)))
+    return Speed(frozen, compiled, ", ".join(filter(None, said)), graphs)
 
 
 def _check_parts(model: Segmentor, spec: TrainSpec, team: Team, local_norms: bool) -> None:
@@ -100,6 +118,18 @@ def _check_parts(model: Segmentor, spec: TrainSpec, team: Team, local_norms: boo
             f"train.accumulate: `{model.method}` has {len(norms)} BatchNorm layers, which take statistics of the whole batch",
             "train in several processes on GPUs; or with --local-batchnorm: they take those of each part",
         )
+
+
+def _check_graphs(model: Segmentor, team: Team, device: torch.device | None) -> None:
+    without = "--set train.graphs=false"
+    if device is None or device.type != "cuda":
+        raise RecipeError(
+            f"train.graphs: CUDA graphs need a GPU, and this is a {device or 'cpu'}", f"{without}, or --device cuda"
+        )
+    if team.world > 1:
+        raise RecipeError(f"train.graphs: {team.world} processes exchange gradients, which is not captured; one can", without)
+    if not training_graphs.captures(model):
+        raise RecipeError(f"train.graphs: the loss of `{model.method}` has no part of fixed shapes to capture", without)
 
 
 def gradients(
@@ -146,6 +176,8 @@ def _explained(model: Segmentor, spec: TrainSpec) -> Iterator[None]:
     """Raise what a user can change in place of what the loss or the compiler says."""
     try:
         yield
+    except training_graphs.CaptureError as error:
+        raise RecipeError(f"train.graphs: `{model.method}` cannot be captured: {error}", "--set train.graphs=false") from error
     except PartError as error:
         raise RecipeError(f"train.accumulate: `{model.method}` cannot: {error}", "--set train.accumulate=1") from None
     except Exception as error:

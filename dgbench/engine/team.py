@@ -123,6 +123,22 @@ class Team:
         except Exception:
             return True
 
+    def told(self) -> bool:
+        """Return whether a process has failed that says what happened; not where that cannot be asked."""
+        with suppress(Exception):
+            return self.world > 1 and bool(self.store.check([FAILED]))
+        return False
+
+    def holder(self) -> str:
+        """Return who holds the store, in words."""
+        return "the launcher of the first machine" if _launchers_store() else "process 0"
+
+    def speaks_without_store(self) -> bool:
+        """Return whether this process is the one that speaks if the store does not answer: one beside whoever holds it."""
+        if not _launchers_store():
+            return self.rank == 1
+        return self.rank == (self.world // self.nodes if self.nodes > 1 else 0)
+
     def lost(self, error: BaseException) -> PeerLost | None:
         """Return what to raise in place of an error that only says that another process is gone; None for any other error."""
         if self.world == 1 or isinstance(error, DgbenchError):
@@ -265,7 +281,7 @@ def _found(place: Launched) -> tuple[Any, Any]:
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise DgbenchError(f"MASTER_PORT is `{port[:40]}`, expected a port", "unset it, and use torchrun or --gpus N")
-    hosts = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = place.rank == 0 and not _launchers_store()
     seconds = _join_seconds()
     end, patient = time.monotonic() + seconds, time.monotonic() + _PATIENCE
     one, store, come = None, None, 0
@@ -291,6 +307,11 @@ def _found(place: Launched) -> tuple[Any, Any]:
         f"{come or 'none'} of {place.world} processes came to {host}:{port} within {seconds:g} s",
         "unset RANK and WORLD_SIZE if they are left over from another program; else see whether the others reach this address",
     )
+
+
+def _launchers_store() -> bool:
+    """Return whether the store is that of torchrun, in a process of its own on the first machine."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _prefix() -> str:

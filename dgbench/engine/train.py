@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,7 @@ from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
 from dgbench.engine import batches, checkpoints, step, tracking
 from dgbench.engine.checkpoints import Made
-from dgbench.engine.device import accelerator_on, device_name, memory_refused, peak_gib, pick_device
+from dgbench.engine.device import accelerator_on, device_name, memory_refused, pick_device
 from dgbench.engine.log import Log
 from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.pace import Pace
@@ -98,7 +99,7 @@ def train(
     extra, digests = _extras(recipe, model, root)
     _check_streams(run, digests, before, [stream.name for stream in extra])
     model, norms = with_norms(model.train(), team, accelerator.device, local=local_norms)
-    speed = step.prepare(model, spec, team, local_norms=local_norms)
+    speed = step.prepare(model, spec, team, accelerator.device, local_norms=local_norms)
     optimizer, rates = optimizer_of(model, recipe.optim)
     ran = ops.tally()
 
@@ -162,7 +163,7 @@ def train(
             began=start,
             seconds=time.perf_counter() - since,
             loss=log.loss,
-            peak_gib=peak_gib(accelerator.device),
+            peak_gib=speed.peak_gib(accelerator.device),
             backends=ops.ran_since(ran),
             processes=team.world,
             log_bytes=size,
@@ -177,7 +178,7 @@ def train(
         progress.start(f"training {recipe.name} on {recipe.data.source}", spec.steps - start, "steps")
     finished = saved = start
     agreed = False  # all processes stop behind the same step
-    pace = Pace(run, team, accelerator.device)
+    pace = Pace(run, team, partial(speed.peak_gib, accelerator.device))
     first = step.FirstStep(speed, progress.note if main else lambda _: None)
     with Stops() as stops, Watch(team, str(run)) as watch:
         # one of several processes stops where all do, not while it waits for its batch

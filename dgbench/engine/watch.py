@@ -31,10 +31,12 @@ class Watch:
         self._since = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._asking: float | None = None  # since when the store, which holds all words, is being asked
 
     def __enter__(self) -> Self:
         if self._team.world > 1:
             self._since = time.monotonic()
+            threading.Thread(target=self._guard, args=(hang_seconds(),), daemon=True).start()
             self._thread = threading.Thread(target=self._run, args=(self._team.own_store(), hang_seconds()), daemon=True)
             self._thread.start()
         return self
@@ -58,6 +60,7 @@ class Watch:
         beat, seen = 0, dict.fromkeys(range(self._team.world), ("", time.monotonic()))
         while not self._ended.wait(min(_BEAT, limit / 4)):
             beat += 1
+            self._asking = time.monotonic()
             step, phase = self._at
             if phase == "computing" and _exchanges():
                 phase = "waiting for the others"
@@ -74,19 +77,36 @@ class Watch:
                 break
             if time.monotonic() - self._since > limit and not self._ended.is_set():
                 self._end(_behind(seen, min(_SILENT, limit)), limit)
+            self._asking = None
+        self._asking = None
         # another process has ended, which this one may not notice: it may wait for it, or for something else
         if not self._ended.wait(_NOTICE):
             os._exit(LOST)
 
+    def _guard(self, limit: float) -> None:
+        """End this process if the store does not answer: whoever holds it is stopped, or its machine is gone without a word."""
+        silent = min(_SILENT, limit)
+        while not self._ended.wait(min(_BEAT, limit / 4)):
+            asking, now = self._asking, time.monotonic()
+            if asking is None or now - asking <= silent or now - self._since <= limit:
+                continue
+            if self._team.speaks_without_store():  # by whom it is said cannot be settled through the store
+                self._say(f"{self._team.holder()} gave no sign of life for {now - asking:.0f} s", limit)
+                os._exit(1)
+            os._exit(LOST)
+
     def _end(self, who: str, limit: float) -> None:
         if self._team.claim():
-            self._team.tell(
-                f"{self._what}: no step for {limit / 60:g} minutes: {who}",
-                "go on with the same eval, or with train --resume; DGBENCH_HANG_MINUTES sets the minutes",
-            )
-            sys.stderr.flush()
+            self._say(who, limit)
             os._exit(1)
         os._exit(LOST)
+
+    def _say(self, who: str, limit: float) -> None:
+        self._team.tell(
+            f"{self._what}: no step for {limit / 60:g} minutes: {who}",
+            "go on with the same eval, or with train --resume; DGBENCH_HANG_MINUTES sets the minutes",
+        )
+        sys.stderr.flush()
 
 
 def _exchanges() -> bool:

@@ -109,7 +109,7 @@ def load_method(name: str, options: Mapping[str, Any], overrides: Sequence[str] 
 # keys that are newer than recipe hashes: at their default they are left out of hashes and files
 _LATER = {
     "data": ("source_split", "source_weights", "resize", "sampling", "class_uniform", "extra"),
-    "train": ("init", "frozen", "compile", "checkpoint_activations", "accumulate", "ema"),
+    "train": ("init", "frozen", "compile", "graphs", "checkpoint_activations", "accumulate", "ema"),
     "optim": ("optimizer", "betas", "momentum", "nesterov", "schedule", "ends", "weight_decay_schedule", "groups"),
     "eval": ("mode",),
 }

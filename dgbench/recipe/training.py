@@ -23,6 +23,7 @@ class TrainSpec(Spec):
     init: Annotated[str, Field(min_length=1)] | None = None  # a run or saved model to start from; null: published towers
     frozen: Literal["bf16"] | None = None  # how frozen weights of products are held; null: as the method builds them
     compile: Literal["blocks"] | None = None  # by torch.compile
+    graphs: Flag = False  # the pass before the loss is replayed from CUDA graphs
     checkpoint_activations: Flag = False  # of the towers' blocks: computed again in the backward pass
     accumulate: Count = 1  # parts of a batch, one after the other
     ema: Annotated[Number, Field(gt=0, lt=1)] | None = None  # decay of the average of the trained weights that is scored
@@ -34,6 +35,12 @@ class TrainSpec(Spec):
         if self.compile is not None and self.checkpoint_activations:
             # what is computed again may be another graph, with other tensors, of which torch complains in the backward pass
             raise own("checkpoint_activations does not go with `compile: blocks`: leave one of the two out")
+        if self.graphs and self.checkpoint_activations:
+            # it would set generators back in the middle of a graph, which cannot be captured
+            raise own("graphs does not go with `checkpoint_activations`: leave one of the two out")
+        if self.graphs and self.accumulate > 1:
+            # the gradients of a part are where the next part writes its own
+            raise own(f"graphs goes with whole batches, got accumulate: {self.accumulate}; leave one of the two out")
         if self.batch_size % self.accumulate:
             raise own(f"accumulate: {self.accumulate} parts of equal size cannot be made of batch_size {self.batch_size}")
         return self

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dgbench.sweep.cells import LOG, note
 
-_STOPPED = (130, 143, 129)  # exit statuses of a training that was told to stop, and can go on
+# exit statuses of a training that was told to stop, and can go on; negative: before it had begun to heed signals
+_STOPPED = (130, 143, 129, -2, -15, -1)
 
 
 class Training:
@@ -42,6 +43,11 @@ class Training:
     def ended(self) -> bool:
         """Return whether it has ended."""
         return self._child.poll() is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop, by whomever, and has ended."""
+        return self._child.poll() in _STOPPED
 
     def stop(self) -> None:
         """Tell it to write a checkpoint and end."""

@@ -15,6 +15,7 @@ from dgbench import atomic, results, untrusted
 from dgbench.errors import RecipeError, ResultError
 from dgbench.recipe import Recipe, dump, load_recipe, recipe_hash
 from dgbench.runs import runs_in, seed_run
+from dgbench.slurm import Job
 
 NOTE, LOG = "cell.json", "sweep.log"  # beside a run's files: the attempt under way or the last one, and what it said
 State = Literal["waiting", "running", "done", "failed"]
@@ -49,7 +50,7 @@ class Status:
     steps: int
     seconds_left: float | None  # of the training, from the speed of this attempt
     job: str
-    reason: str
+    reason: str  # why it failed, or waits
     run: Path
 
 
@@ -119,28 +120,30 @@ def grid_of(texts: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def status(cell: Cell, *, scored: bool, alive: bool | None = None, reason: str = "") -> Status:
+def status(cell: Cell, *, scored: bool, job: Job | None = None) -> Status:
     """Return what has become of a cell.
 
     Args:
         scored: it is done only when its targets have been scored, too.
-        alive: whether a cluster has its job; None: not asked.    reason: why the cluster ended it.
+        job: what Slurm says of its job; None: it has none, or Slurm was not asked.
     """
     attempt, step = attempted(cell.run), _step(cell.run)
-    left = None
+    left, why = None, ""
+    failed = attempt.reason if attempt is not None else ""
     if done(cell, scored=scored):
         state: State = "done"
-    elif _held(cell.run):
+    elif _held(cell.run) or (job is not None and job.state in ("running", "ending")):
         state = "running"
         if attempt is not None and step > attempt.step:
             left = (time.time() - attempt.began) / (step - attempt.step) * (cell.recipe.train.steps - step)
-    elif alive:
-        state = "waiting"
-    elif (attempt is not None and attempt.reason) or reason:
-        state = "failed"
+    elif job is not None and job.state == "waiting":
+        state, why = "waiting", job.reason
+    elif failed or (job is not None and job.reason):
+        state, why = "failed", failed or (job.reason if job is not None else "")
+    elif job is not None and job.state == "gone" and attempt is not None and not done(cell, scored=False):
+        state, why = "failed", f"Slurm no longer knows job {attempt.job}"
     else:
         state = "waiting"
-    why = (attempt.reason if attempt is not None and attempt.reason else reason) if state == "failed" else ""
     return Status(cell.name, state, step, cell.recipe.train.steps, left, attempt.job if attempt else "", why, cell.run)
 
 
@@ -170,7 +173,7 @@ def note(run: Path, *, job: str = "", reason: str = "", began: float | None = No
     if reason and before is not None:
         attempt = Attempt(before.began, before.step, job or before.job, reason)
     else:
-        attempt = Attempt(began if began is not None else time.time(), _step(run), job or (before.job if before else ""), reason)
+        attempt = Attempt(began if began is not None else time.time(), _saved(run), job or (before.job if before else ""), reason)
     atomic.write(run / NOTE, json.dumps(asdict(attempt)) + "\n")
 
 
@@ -188,6 +191,12 @@ def _step(run: Path) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     return 0
+
+
+def _saved(run: Path) -> int:
+    """Return the step from which a training goes on; its log may be further, as that of one that was killed."""
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoint").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _held(run: Path) -> bool:

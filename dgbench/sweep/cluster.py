@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import io
+import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dgbench import slurm
 from dgbench.errors import DgbenchError
+from dgbench.slurm import Job
 from dgbench.sweep.attempt import Training
 from dgbench.sweep.cells import Cell, attempted, note
 
 FOLDER = "jobs"  # in a sweep's folder: submitit's files, a folder for each job
-_ALIVE = ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "STAGE_OUT")
-_UNKNOWN = 600.0  # seconds in which a job that Slurm does not know yet counts as waiting
+_CLUSTERS = ("slurm", "local", "debug")
 _POLL = 0.2
+_UNKNOWN = 60.0  # seconds in which a job that Slurm does not know counts as waiting: some sites let squeue answer from a cache
 _TIMES = 100  # how often a job may run out of time and go on
+_SHORTEST = 3  # minutes: submitit lets a job make room a minute and a half before its end
+# what a sweep or submitit says itself: one task for each cell, which is queued again, and whose logs are found
+_TAKEN = {
+    *("array", "chdir", "error", "job_name", "nodes", "no_requeue", "ntasks", "ntasks_per_node", "open_mode", "output"),
+    *("parsable", "requeue", "signal", "tasks_per_node", "test_only", "wait", "wrap"),
+}
+_GPUS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket"}
 # options of sbatch that submitit has under a name of its own
 _OWN = {
     "mem",
@@ -34,7 +46,7 @@ _OWN = {
 }
 
 
-class Job:
+class Work:
     """What a job does: train and score a cell. To make room, it lets the training write a checkpoint, and is queued again."""
 
     def __init__(self, run: Path, program: Sequence[str], words: Sequence[str]) -> None:
@@ -55,7 +67,27 @@ class Job:
             raise
         if reason := self._training.outcome():
             raise RuntimeError(reason)
+        if self._training.stopped:
+            self._make_room()
         return str(self.run)
+
+    def _make_room(self) -> None:
+        """Be queued again if the training was told to stop by Slurm, which lets the job go on: it is to make room.
+
+        A preemption with a time of grace sends SIGTERM to all processes of a job, and submitit leaves that to them. Of a job
+        that was cancelled, or queued again by somebody else, Slurm no longer says that it runs.
+
+        Raises: RuntimeError if Slurm does not answer.
+        """
+        job, _ = slurm.own()
+        if not job:
+            return
+        try:
+            runs = slurm.jobs([job])[job].state == "running"
+        except DgbenchError as error:
+            raise RuntimeError(f"told to stop; {error.message}") from None
+        if runs:
+            signal.raise_signal(getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"))  # to submitit
 
     def checkpoint(self) -> Any:
         """Return what is queued in place of this job, which submitit asks when it has to make room."""
@@ -63,7 +95,7 @@ class Job:
 
         if self._training is not None and not self._training.ended():
             self._training.stop_and_wait()
-        return DelayedSubmission(Job(self.run, self.program, self.words))
+        return DelayedSubmission(Work(self.run, self.program, self.words))
 
 
 def settings_of(texts: Sequence[str]) -> dict[str, str]:
@@ -77,6 +109,18 @@ def settings_of(texts: Sequence[str]) -> dict[str, str]:
         key = key.strip().replace("-", "_")
         if not equals or not key or not value.strip():
             raise DgbenchError(f"--slurm {text} is no option of sbatch with a value", "as in --slurm partition=gpu,time=4:00:00")
+        if key in _TAKEN | _GPUS:
+            raise DgbenchError(
+                f"--slurm {key.replace('_', '-')}={value.strip()} is said by the sweep itself, which has one task in each job",
+                "dgbench sweep --gpus N takes N GPUs for each" if key in _GPUS else "leave it out",
+            )
+        if key == "time" and _minutes(value.strip()) < _SHORTEST:
+            raise DgbenchError(
+                f"--slurm time={value.strip()} is too short: a job makes room a minute and a half before its end",
+                f"at least {_SHORTEST} minutes; the steps between must be worth a start",
+            )
+        if key == "cluster" and value.strip() not in _CLUSTERS:
+            raise DgbenchError(f"--slurm cluster={value.strip()} is unknown", "slurm, local or debug")
         found[key] = value.strip()
     return found
 
@@ -92,36 +136,33 @@ def submit(
 
     Raises: DgbenchError if submitit is missing, or Slurm refuses.
     """
+    kind = options.get("cluster", "slurm")
     executor = _executor(folder, dict(options), gpus)
     for cell in cells:
         executor.update_parameters(name=f"dgbench-{cell.name.replace('/', '-')}"[:80])
         try:
-            job = executor.submit(Job(cell.run.absolute(), program, words))
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what sbatch said
+                job = executor.submit(Work(cell.run.absolute(), program, words))
         except Exception as error:  # submitit's, and those of sbatch
-            text = str(error).strip().splitlines() or [type(error).__name__]
             raise DgbenchError(
-                f"{cell.name} was not submitted: {text[-1]}", "see what sbatch says, and call the same sweep again"
+                f"{cell.name} was not submitted: {_words(error)}",
+                "--slurm takes the long options of `man sbatch` without the dashes; correct it, and call the same sweep again",
             ) from error
-        note(cell.run, job=job.job_id)
+        note(cell.run, job=job.job_id if kind == "slurm" else f"{kind}-{job.job_id}")  # theirs are no numbers of Slurm
 
 
-def alive(cell: Cell, folder: Path) -> tuple[bool | None, str]:
-    """Return whether Slurm still has a cell's job, None if it has none; and the state in which it ended, if it did."""
-    attempt = attempted(cell.run)
-    if attempt is None or not attempt.job:
-        return None, ""
-    try:
-        import submitit
+def jobs_of(cells: Sequence[Cell]) -> dict[Path, Job]:
+    """Return what Slurm says of the last job of each cell that has one, by its run folder.
 
-        logging.getLogger("submitit").setLevel(logging.ERROR)  # warns each time that sacct cannot be asked
-        state = str(submitit.SlurmJob(folder / FOLDER, attempt.job).state).upper()
-    except Exception:  # no submitit here, or no Slurm: what the folder says counts
-        return None, ""
-    if state == "UNKNOWN":
-        return time.time() - attempt.began < _UNKNOWN, ""
-    if state.split()[0] in _ALIVE:
-        return True, ""
-    return False, "" if state.startswith("COMPLETED") else f"job {attempt.job}: {state.lower().replace('_', ' ')}"
+    Raises: DgbenchError if Slurm is not here, or does not answer.
+    """
+    last = {cell.run: attempt for cell in cells if (attempt := attempted(cell.run)) is not None and attempt.job.isdecimal()}
+    found = slurm.jobs({attempt.job for attempt in last.values()}) if last else {}
+    now = time.time()
+    return {
+        run: Job("waiting") if found[attempt.job].state == "gone" and now - attempt.began < _UNKNOWN else found[attempt.job]
+        for run, attempt in last.items()
+    }
 
 
 def _executor(folder: Path, options: dict[str, str], gpus: int) -> Any:
@@ -130,15 +171,12 @@ def _executor(folder: Path, options: dict[str, str], gpus: int) -> Any:
     except ImportError:
         raise DgbenchError("submitit is not installed", "pip install -e '.[slurm]'") from None
     cluster = options.pop("cluster", "slurm")
-    if cluster not in ("slurm", "local", "debug"):
-        raise DgbenchError(f"--slurm cluster={cluster} is unknown", "slurm, local or debug")
     minutes = _minutes(options.pop("time")) if "time" in options else None
     try:
         executor = submitit.AutoExecutor(folder / FOLDER, cluster=cluster, slurm_max_num_timeout=_TIMES)
     except Exception as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
         raise DgbenchError(
-            f"Slurm cannot be used here: {text[-1]}", "call it where sbatch and srun are, or use --local N"
+            f"Slurm cannot be used here: {_words(error)}", "call it where sbatch and srun are, or use --local N"
         ) from error
     own = {f"slurm_{key}": value for key, value in options.items() if key in _OWN}
     rest = {key.replace("_", "-"): value for key, value in options.items() if key not in _OWN}
@@ -169,5 +207,12 @@ def _minutes(text: str) -> int:
     else:
         total = (first or 0) + (1 if second else 0)
     if not total:
-        raise DgbenchError(f"--slurm time={text} is no time", "at least a minute")
+        raise DgbenchError(f"--slurm time={text} is no time", f"at least {_SHORTEST} minutes")
     return total
+
+
+def _words(error: Exception) -> str:
+    """Return what sbatch said was wrong, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    own = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in lines if line.startswith("sbatch: ")]
+    return "; ".join(own) or lines[-1]

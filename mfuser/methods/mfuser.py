@@ -286,12 +286,12 @@ class MFuser(Segmentor):
 
     def loss(self, batch: Batch, *, draw: Draw = uniform) -> dict[str, Tensor]:
         """Class, mask and dice terms of every decoder output, and the alignment of image and text."""
-        outputs, score_map = self._decode(batch.images)
+        outputs, score_map = self.training_outputs(batch.images)
         terms = self.criterion(outputs, batch.labels, draw=draw, present=batch.present)
         logits = score_map * self.logit_scale + self.logit_bias
         return terms | {"scr_map.loss_seg": alignment_loss(logits, batch.labels, count_ignored=self.count_ignored)}
 
-    def _decode(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def training_outputs(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Return decoder outputs, and the score map (B, K, g, g) of cosine similarities."""
         features, global_, visual = self.encode(images)
         text = self.texts(global_, visual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -99,6 +100,33 @@ def test_the_note_of_another_host_is_respected_until_it_is_removed(run: Path) ->
     assert (run / locks.NOTE).is_file()
     (run / locks.NOTE).unlink()
     with locks.training(run):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("state", "own", "free"),
+    [
+        ("7|NODE_FAIL|None", {}, True),
+        ("7|RUNNING|None", {}, False),
+        ("7|PENDING|Resources", {}, False),
+        ("", {}, True),
+        ("7|RUNNING|None", {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ("7|RUNNING|None", {"SLURM_JOB_ID": "7"}, False),
+    ],
+)
+def test_the_note_of_another_host_counts_no_longer_when_its_job_is_over(
+    state: str, own: dict[str, str], free: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    from_another_host(run)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '{state}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with contextlib.nullcontext() if free else pytest.raises(ResultError, match="on elsewhere"), locks.training(run):
         pass
 
 

@@ -90,7 +90,7 @@ def loaded(request):
 def stages(model, images: Tensor) -> dict[str, Tensor]:
     """Every recorded stage of a forward pass."""
     with torch.no_grad(), recorded(model) as seen:
-        outputs, score_map = model._decode(images)
+        outputs, score_map = model.training_outputs(images)
         seen["score_map"] = score_map
         for i, (classes, masks) in enumerate(outputs):
             seen |= {f"head/cls/{i}": classes, f"head/mask/{i}": masks}
@@ -200,7 +200,7 @@ def test_gradients_of_every_trained_parameter_equal_the_authors(loaded, monkeypa
     for owner, name in ((model.vfm, "block"), (model.vlm, "block"), *((fuser, "forward") for fuser in model.adapters)):
         monkeypatch.setattr(owner, name, partial(checkpoint, getattr(owner, name), use_reentrant=False))
     model.zero_grad()
-    outputs, score_map = model._decode(image(expected["input"]["name"], expected["input"]["shape"]))
+    outputs, score_map = model.training_outputs(image(expected["input"]["name"], expected["input"]["shape"]))
     logits = F.interpolate(class_scores(*outputs[-1]), model.image_size, mode="bilinear", align_corners=False)
     parts = [
         (value * torch.from_numpy(named_input(expected[probe]["name"], expected[probe]["shape"], "noise"))).sum()

@@ -115,7 +115,7 @@ def test_the_alignment_loss_is_over_labelled_pixels():
     release, sane = (mfuser.build("mfuser", **TINY, variant=v).eval() for v in ("release", "sane"))
     given = batch()
     for model in (release, sane):
-        score_map = model._decode(given.images)[1] * model.logit_scale
+        score_map = model.training_outputs(given.images)[1] * model.logit_scale
         logits = torch.nn.functional.interpolate(score_map, (64, 64), mode="bilinear", align_corners=False)
         mean = torch.nn.functional.cross_entropy(logits, given.labels, ignore_index=255)
         # half of the pixels have a label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 
@@ -69,6 +70,8 @@ def _do(what: str, step: int) -> None:
         raise MemoryError("tried to allocate 123 bytes")
     if kind == "kill":
         os.kill(os.getpid(), 9)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "sleep":
         time.sleep(600)
 

@@ -339,6 +339,8 @@ def test_exhausted_memory_is_recognized_in_the_words_of_each_library(allocate):
     assert memory_refused(caught.value)
     assert memory_refused(RuntimeError("shape mismatch")) is None
     assert memory_refused(torch.OutOfMemoryError("CUDA out of memory")) is None
+    # by whom is not known: told as a killed worker, wherever PyTorch raises it
+    assert memory_refused(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -125,6 +126,46 @@ def test_mfuser_trains_with_every_option_but_the_compiler(tmp_path):
     assert len(losses(tmp_path / "run")) == 3
 
 
+def test_graphs_are_of_one_process_and_of_methods_with_a_part_of_fixed_shapes():
+    cuda, its = torch.device("cuda"), load_recipe("streets/smoke", ["train.graphs=true"]).train
+    several = copy.copy(ALONE)
+    several.world = 2
+    for name, team, problem in (
+        ("linear", ALONE, r"train.graphs: the loss of `linear` has no part of fixed shapes"),
+        ("rein", several, r"train.graphs: 2 processes exchange gradients"),
+    ):
+        model = mfuser.build(name, vfm="tiny", image_size=(64, 64), weights="random").train()
+        with pytest.raises(RecipeError, match=problem) as caught:
+            step.prepare(model, its, team, cuda)
+        assert caught.value.hint == "--set train.graphs=false"
+    assert step.prepare(model, its, ALONE, cuda).said == "CUDA graphs"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [[], ["train.compile=blocks"]], ids=["blocks as they are", "blocks compiled"])
+def test_graphs_train_as_without_them_and_a_resumed_training_goes_on(options, tmp_path):
+    """But for the order in which some kernels add."""
+    method = "{name: mfuser, vfm: tiny, vlm: tiny, freeze_towers: true}"
+    usual = [BF16, "train.frozen=bf16", "train.ema=0.9", "train.clip_norm=1.0", *options]
+    its = recipe(*usual, "train.graphs=true", "train.workers=2", method=method, folder=tmp_path)
+    train(its, tmp_path / "graphs", progress=Silent(), device="cuda")
+    with pytest.raises(KeyboardInterrupt):
+        train(its, tmp_path / "part", progress=_Stopped(), device="cuda")
+    train(its, tmp_path / "part", progress=Silent(), device="cuda", resume=True)
+    train(recipe(*usual, method=method, folder=tmp_path), tmp_path / "plain", progress=Silent(), device="cuda")
+    expected = losses(tmp_path / "plain")
+    assert expected[0]["loss"] != expected[1]["loss"]
+    for name in ("graphs", "part"):
+        for line, wanted in zip(losses(tmp_path / name), expected, strict=True):
+            assert line == pytest.approx(wanted, rel=2e-2)
+        whole, plain = weights(tmp_path / name), weights(tmp_path / "plain")
+        assert {key: (value.dtype, value.shape) for key, value in whole.items()} == {
+            key: (value.dtype, value.shape) for key, value in plain.items()
+        }
+    (record,) = [one for one in map(results.read, (tmp_path / "part").glob("record-*.json")) if one.kind == "train"]
+    assert record.environment["training"].endswith("CUDA graphs")
+
+
 def test_frozen_weights_and_checkpointing_change_no_number(tmp_path):
     runs = {}
     for name, options in (("usual", ()), ("frozen", ("train.frozen=bf16",)), ("again", ("train.checkpoint_activations=true",))):
@@ -173,6 +214,11 @@ def test_the_average_is_what_a_run_is_scored_by_and_the_training_goes_on_from_th
             ["train.compile=blocks", "train.checkpoint_activations=true"],
             "checkpoint_activations does not go with `compile: blocks`",
         ),
+        (
+            ["train.graphs=true", "train.checkpoint_activations=true"],
+            "graphs does not go with `checkpoint_activations`: leave one of the two out",
+        ),
+        (["train.graphs=true", "train.accumulate=2"], "graphs goes with whole batches, got accumulate: 2"),
         (["train.accumulate=3"], "accumulate: 3 parts of equal size cannot be made of batch_size 4"),
         (["train.ema=1.0"], "train.ema: must be below 1, got 1.0"),
         (["train.compile=all"], "train.compile: expected 'blocks', got 'all'"),
@@ -190,6 +236,7 @@ def test_a_recipe_refuses(options, problem, tmp_path):
         (["train.compile=blocks"], "{name: erm, backbone: tiny_resnet}", "train.compile: `erm` has no blocks"),
         (["train.checkpoint_activations=true"], "{name: erm, backbone: tiny_resnet}", "the towers of `erm` have no blocks"),
         ([BF16, "train.frozen=bf16"], "{name: source-only}", "`source-only` has no frozen weights of products"),
+        (["train.graphs=true"], "{name: source-only}", "train.graphs: CUDA graphs need a GPU, and this is a cpu"),
         (["train.ema=0.9"], "{name: soma, vfm: tiny, ema_start: 0}", "`soma` keeps an average of its own"),
     ],
 )
@@ -215,11 +262,19 @@ def test_a_frozen_part_that_computes_in_32_bits_is_told(tmp_path):
 
 def test_options_at_their_defaults_are_not_in_the_hash_and_each_other_value_is(tmp_path):
     usual = recipe(BF16, folder=tmp_path)
-    given = recipe(BF16, "train.frozen=null", "train.compile=null", "train.accumulate=1", "train.ema=null", folder=tmp_path)
+    given = recipe(
+        BF16,
+        "train.frozen=null",
+        "train.compile=null",
+        "train.graphs=false",
+        "train.accumulate=1",
+        "train.ema=null",
+        folder=tmp_path,
+    )
     assert recipe_hash(given) == recipe_hash(usual)
-    others = ["frozen=bf16", "compile=blocks", "checkpoint_activations=true", "accumulate=2", "ema=0.9"]
+    others = ["frozen=bf16", "compile=blocks", "graphs=true", "checkpoint_activations=true", "accumulate=2", "ema=0.9"]
     hashes = {recipe_hash(recipe(BF16, f"train.{other}", folder=tmp_path)) for other in others}
-    assert len(hashes | {recipe_hash(usual)}) == 6
+    assert len(hashes | {recipe_hash(usual)}) == 1 + len(others)
 
 
 def test_batches_are_the_loaders_in_their_order():
