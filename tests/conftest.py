@@ -55,6 +55,25 @@ def _folder_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _programs_are_built_once() -> Iterator[None]:
+    """Typer's runner makes all commands of a program anew at every call, which takes as long as what most tests do with them."""
+    from typer import Typer, testing
+
+    make, made = testing._get_command, {}
+
+    def once(app: Typer) -> object:
+        # a test may add commands to it
+        key = (app, len(app.registered_commands), len(app.registered_groups), app.registered_callback)
+        if key not in made:
+            made[key] = make(app)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _full_size_models_go(request: pytest.FixtureRequest) -> Iterator[None]:
     """Models hang in reference cycles: the next test of several GB must not wait for the collector's turn."""
