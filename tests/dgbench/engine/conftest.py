@@ -1,3 +1,3 @@
 from __future__ import annotations
 
-from vocabularies import _vocabularies_are_read_once  # noqa: F401 - a fixture
+from towers_made_once import _towers_are_built_fast  # noqa: F401 - a fixture
