@@ -113,6 +113,7 @@ def scored(run: Path, root: Path, options: Sequence[str]) -> tuple[dict[str, Any
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise DgbenchError(f"{' '.join(command[2:])} failed:\n{done.stderr.strip()}", "run it by hand")
+    print(done.stderr, end="", file=sys.stderr, flush=True)  # such as a size without a CUDA graph
     (record,) = json.loads(done.stdout)
     return dict(record), seconds
 
@@ -202,11 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"run: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     chosen = {"--mode": given.mode, "--protocol": given.protocol, "--device": given.device}
     options = [word for name, value in chosen.items() if value for word in (name, value)]
+    about = f"{size[1]}x{size[0]}, mode {given.mode or 'of the recipe'}"
+
+    def told(count: int) -> tuple[dict[str, Any], float]:
+        """Score so many images, say how long it took, and keep what is known: the larger evaluation may fail."""
+        root = root_of(count)
+        one, whole = scored(run, root, options)
+        print(f"{count} images: {whole:.1f} s", file=sys.stderr, flush=True)
+        if given.out:
+            early = {"about": about, "images": count, "seconds": one["seconds"], "command": whole, "complete": False}
+            atomic.write(given.out, json.dumps(early | {"environment": one["environment"]}, indent=1) + "\n")
+        return one, whole
+
     before = None
     for _ in range(2 if given.start else 0):  # the second has what the first has compiled
-        before, _ = scored(run, root_of(given.start), options)
+        before, _ = told(given.start)
+    record, command = told(given.images)
     root = root_of(given.images)
-    record, command = scored(run, root, options)
     found = summed(record, before, command, given.own_ms)
     files = [path.stat().st_size for path in sorted((root / "cityscapes/leftImg8bit/val/frankfurt").iterdir())[:unique]]
     about = f"{size[1]}x{size[0]}, PNGs of {sum(files) / len(files) / 1e6:.2f} MB, mode {given.mode or 'of the recipe'}"

@@ -7,7 +7,8 @@
 The run is scored twice, and both records stay in its folder, each with its mode. The difference of mIoU is fast less exact with
 its 95 % interval over images, by their confusion matrices. Pixels are compared on the first images of each target, as
 `dgbench eval` shows them to the model, on the label's grid. Logits are compared on windows: those given, or of each target's
-first images; their error is the largest of all, and the L2 norm of the error over that of the exact logits.
+first images; their error is the largest of all, and the L2 norm of the error over that of the exact logits. What fails is named,
+costs nothing else, and makes the exit status 1; `--json` has what there is after every part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +58,7 @@ def scored(run: Path, mode: str, options: Sequence[str]) -> dict[str, results.Re
     done = subprocess.run([*command, "--json", "--quiet"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise DgbenchError(f"{' '.join(command[2:])} failed:\n{done.stderr.strip()}", "run it by hand")
+    print(done.stderr, end="", file=sys.stderr, flush=True)  # such as a size without a CUDA graph
     new = {record["id"] for record in json.loads(done.stdout)}
     return {record.target: record for record in results.query(run) if record.id in new}
 
@@ -153,20 +158,26 @@ def report(run: Path, found: dict[str, dict[str, Any]], device: str) -> Iterator
     yield f"| target | {of_scores} | pixels that agree | labelled ones |"
     yield "| --- " * 7 + "|"
     for target, each in found.items():
-        s, p = each["scores"], each["pixels"]
-        agree = [f"{p[key]:.4%}" if p[key] is not None else "–" for key in ("agree", "agree_labelled")]
-        yield (
-            f"| {target} | {100 * s['exact']:.2f} | {100 * s['fast']:.2f} | {100 * s['difference']:+.3f} "
-            f"({100 * s['low']:+.3f} to {100 * s['high']:+.3f}) | {100 * s['largest_of_a_class']:.3f} | {' | '.join(agree)} |"
-        )
+        cells = ["–"] * 6
+        if s := each.get("scores"):
+            points = [f"{100 * s[key]:+.3f}" for key in ("difference", "low", "high")]
+            cells[:3] = [f"{100 * s['exact']:.2f}", f"{100 * s['fast']:.2f}", f"{points[0]} ({points[1]} to {points[2]})"]
+            cells[3] = f"{100 * s['largest_of_a_class']:.3f}"
+        if p := each.get("pixels"):
+            cells[4:] = [f"{p[key]:.4%}" if p[key] is not None else "–" for key in ("agree", "agree_labelled")]
+        yield f"| {target} | {' | '.join(cells)} |"
     yield ""
     yield "| target | logits | largest error | of values up to | relative error (L2) |"
     yield "| --- " * 5 + "|"
     for target, each in found.items():
-        for name, error in each["logits"].items():
+        for name, error in each.get("logits", {}).items():
             yield f"| {target} | {name} | {error['largest']:.3g} | {error['of']:.3g} | {error['relative']:.3g} |"
     yield ""
-    worst = max(abs(each["scores"]["difference"]) for each in found.values())
+    differences = [abs(each["scores"]["difference"]) for each in found.values() if "scores" in each]
+    if not differences:
+        yield "There is no difference of mIoU: a mode was not scored."
+        return
+    worst = max(differences)
     yield f"The largest difference, {100 * worst:.3f} points, {'is within' if worst <= BAR else 'misses'} the bar, {100 * BAR:g}."
 
 
@@ -186,29 +197,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = recipe.data.rows(given.targets or recipe.data.targets, given.root)
     options = ["--targets", *(row.name for row in rows)]
     options += [word for name in ("root", "device") if getattr(given, name) for word in (f"--{name}", str(getattr(given, name)))]
-    (exact,) = load([given.run], device=given.device, root=given.root)
+    found: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
+    about: dict[str, Any] = {}
+    errors: list[str] = []
+
+    def tell(what: str) -> None:
+        print(f"{what}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        if given.out:
+            atomic.write(given.out, json.dumps({"targets": found, **about, "errors": errors}, indent=1) + "\n")
+
+    @contextmanager
+    def going_on(what: str) -> Iterator[None]:
+        # what else there is to compare is worth having
+        try:
+            yield
+        except Exception as error:
+            errors.append(f"{what}: {type(error).__name__}: {error}")
+            traceback.print_exc()
+        tell(what)
+
+    begun, records = time.perf_counter(), dict[str, dict[str, results.Record]]()
+    for mode, more in (("exact", []), ("fast", ["--no-compile"] if given.no_compile else [])):
+        with going_on(f"dgbench eval, {mode}"):
+            records[mode] = scored(given.run, mode, [*options, *more])
+            one = next(iter(records[mode].values()))
+            about |= {"environment": one.environment, "commit": one.commit, "checkpoint": one.checkpoint}
+    (exact,) = load([given.run], device=given.device, root=given.root, mode_name="exact")
     fast = dataclasses.replace(exact, model=prepared(exact.model, compiled=not given.no_compile))
-    records = {
-        "exact": scored(given.run, "exact", options),
-        "fast": scored(given.run, "fast", [*options, *(["--no-compile"] if given.no_compile else [])]),
-    }
-    found: dict[str, dict[str, Any]] = {}
     for target in chosen_targets(recipe, exact.rules, [(row, None) for row in rows], given.root, None):
         target.dataset.prepare(Silent())
-        windows = (
-            load_file(given.inputs)["images"].float() if given.inputs else first_windows(target, exact.model.image_size, WINDOWS)
-        )
-        found[target.name] = {
-            "scores": scores(records["exact"][target.name], records["fast"][target.name]),
-            "pixels": pixels(exact, fast, target, given.images),
-            "logits": logits(exact.model, fast.model, windows, exact.device),
-        }
-    one = next(iter(records["exact"].values()))
-    print("\n".join(report(given.run, found, one.environment.get("device", "?"))))
-    if given.out:
-        content = {"targets": found, "environment": one.environment, "commit": one.commit, "checkpoint": one.checkpoint}
-        atomic.write(given.out, json.dumps(content, indent=1) + "\n")
-    return 0
+        own = found[target.name]
+        if len(records) == 2:
+            own["scores"] = scores(*(records[mode][target.name] for mode in ("exact", "fast")))
+        with going_on(f"logits of {target.name}"):
+            size = exact.model.image_size
+            windows = load_file(given.inputs)["images"].float() if given.inputs else first_windows(target, size, WINDOWS)
+            own["logits"] = logits(exact.model, fast.model, windows, exact.device)
+        with going_on(f"pixels of {target.name}"):
+            own["pixels"] = pixels(exact, fast, target, given.images)
+    errors += [f"no CUDA graph of {what}: {why}" for what, why in getattr(fast.model, "uncaptured", {}).items()]
+    tell("all")
+    print("\n".join([*report(given.run, found, about.get("environment", {}).get("device", "?")), *(f"- {e}" for e in errors)]))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,20 @@ def trace(loader: Iterator[batches.Samples], work: Callable[[batches.Samples, in
         done = time.perf_counter()
         yield Step(1e3 * (there - mark), 1e3 * (done - there))
         mark = time.perf_counter()
+
+
+def kept(steps: Iterator[Step]) -> tuple[list[Step], str]:
+    """Return the steps, and what stopped them, "" for nothing: those before an error are worth having."""
+    found: list[Step] = []
+    try:
+        for step in steps:
+            found.append(step)
+    except Exception as error:
+        if not found:
+            raise
+        traceback.print_exc()
+        return found, f"stopped behind {len(found)} steps: {type(error).__name__}: {error}"
+    return found, ""
 
 
 def training(model: Segmentor, device: torch.device, steps: int) -> Callable[[batches.Samples, int], object]:
@@ -166,20 +181,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = mfuser.build(recipe.method.name, **options, image_size=recipe.data.crop, weights="random")
         work, what = training(model, device, given.steps), f"{recipe.variant} on {device_name(device)}"
     loader = batches.of_steps(recipe, dataset, (), 0, place, Silent())
-    found = list(trace(iter(loader), work))
+    found, error = kept(trace(iter(loader), work))
     files = [path.stat().st_size for path in sorted((root / "gta5/images").glob("*.png"))]
     about = f"{what}, {given.batch} images of {given.side}x{given.side} a step, {given.workers} workers, "
     about += f"{len(files)} PNGs of {size[1]}x{size[0]} and {sum(files) / len(files) / 1e6:.1f} MB"
-    print("\n".join(report(found, given.first, given.batch, about)))
+    print("\n".join([*report(found, given.first, given.batch, about), *([error] if error else [])]))
     if given.out:
         content = {
             "about": about,
+            "error": error,
             "share": share_waited(found, given.first),
             "waited_ms": [round(step.waited, 3) for step in found],
             "took_ms": [round(step.took, 3) for step in found],
         }
         atomic.write(given.out, json.dumps(content, indent=1) + "\n")
-    return 0
+    return int(bool(error))
 
 
 if __name__ == "__main__":

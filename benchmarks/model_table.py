@@ -55,6 +55,7 @@ class Measured:
     traces: dict[str, Trace] = field(default_factory=dict)
     flop: int = 0  # of the products
     aligned: float | None = None  # the products' milliseconds with widths padded to multiples of 8
+    errors: dict[str, str] = field(default_factory=dict)  # of columns that could not be measured
 
     @property
     def ours(self) -> str:
@@ -64,10 +65,13 @@ class Measured:
     @property
     def multiple(self) -> float | None:
         """How many times the products' time the column of the bars takes."""
-        return self.times[self.ours].median / self.times[PRODUCTS].median if PRODUCTS in self.times else None
+        there = PRODUCTS in self.times and self.ours
+        return self.times[self.ours].median / self.times[PRODUCTS].median if there else None
 
     def missed(self, row: Row) -> list[str]:
         """Return which of the row's bars are missed: "multiple", "ms", "GiB"."""
+        if not self.ours:
+            return []
         bars = {
             "multiple": (self.multiple, row.bar),
             "ms": (self.times[self.ours].median, row.ms if self.absolute else None),
@@ -81,42 +85,36 @@ def plus(times: Times | None) -> str:
     return "–" if times is None else f"{times.median:.4g} ± {(times.high - times.low) / 2:.2g}"
 
 
+HEAD = ("work", "eager, ms", "fast, ms", "products, ms", "multiple", "bar", "aim", "within the bar", "GiB, eager", "GiB, fast")
+
+
+def line(row: Row, found: Measured) -> str:
+    """Return a row's line of the table."""
+    bars = [f"{row.bar}×"] if row.bar else []
+    if found.absolute:
+        bars += [f"{row.ms:g} ms"] if row.ms else []
+        bars += [f"{row.gib:g} GiB"] if row.gib else []
+    eager = EXACT if row.exact else EAGER
+    missed = found.missed(row)
+    within = ("no: " + ", ".join(missed) if missed else "yes") if found.ours else "failed"
+    cells = [
+        f"{row.name}, {found.crops} windows" if row.kind == SLIDE else row.name,
+        *("failed" if name in found.errors else plus(found.times.get(name)) for name in (eager, FAST, PRODUCTS)),
+        f"{found.multiple:.2f}× ({found.ours})" if found.multiple else "–",
+        ", ".join(bars) or "–",
+        f"{row.aim}×" if row.aim else "–",
+        within if bars else "–",
+        *(f"{found.gib[name]:.1f}" if name in found.gib else "–" for name in (eager, FAST)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def table(rows: Sequence[Row], measured: Mapping[str, Measured]) -> Iterator[str]:
     """Yield the lines of the table of all rows."""
-    head = (
-        "work",
-        "eager, ms",
-        "fast, ms",
-        "products, ms",
-        "multiple",
-        "bar",
-        "aim",
-        "within the bar",
-        "GiB, eager",
-        "GiB, fast",
-    )
-    yield f"| {' | '.join(head)} |"
-    yield "| --- " * len(head) + "|"
+    yield f"| {' | '.join(HEAD)} |"
+    yield "| --- " * len(HEAD) + "|"
     for row in rows:
-        found = measured[row.name]
-        bars = [f"{row.bar}×"] if row.bar else []
-        if found.absolute:
-            bars += [f"{row.ms:g} ms"] if row.ms else []
-            bars += [f"{row.gib:g} GiB"] if row.gib else []
-        eager = EXACT if row.exact else EAGER
-        missed = found.missed(row)
-        cells = [
-            f"{row.name}, {found.crops} windows" if row.kind == SLIDE else row.name,
-            plus(found.times.get(eager)),
-            plus(found.times.get(FAST)),
-            plus(found.times.get(PRODUCTS)),
-            f"{found.multiple:.2f}× ({found.ours})" if found.multiple else "–",
-            ", ".join(bars) or "–",
-            f"{row.aim}×" if row.aim else "–",
-            ("no: " + ", ".join(missed) if missed else "yes") if bars else "–",
-            *(f"{found.gib[name]:.1f}" if name in found.gib else "–" for name in (eager, FAST)),
-        ]
-        yield f"| {' | '.join(cells)} |"
+        yield line(row, measured[row.name])
 
 
 def floors(rows: Sequence[Row], measured: Mapping[str, Measured], rate: float, whole: float) -> Iterator[str]:
@@ -194,6 +192,7 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, Any]:
             "stages": found.stages,
             "flop": found.flop,
             "aligned_ms": found.aligned,
+            "errors": found.errors,
             "traces": {column: {"wall_ms": t.wall_ms, "by_kind": t.by_kind()} for column, t in found.traces.items()},
         }
         for name, found in measured.items()

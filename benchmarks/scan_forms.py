@@ -19,7 +19,8 @@ Both are kept in the cache folder, so that a second run does not compile. What i
 - forward: microseconds of every form, and of the backward behind form 0; both libraries, of which `plain` has form 0 only.
 
 Times are medians of replays of a CUDA graph, by call, with the 5 % quantile in brackets; forms take turns. A graph has two to
-eight sets of inputs, which together exceed the cache where eight are enough for that. The exit status is 1 if a check fails.
+eight sets of inputs, which together exceed the cache where eight are enough for that. A part that fails costs no other one; the
+exit status is 1 if a check or a part fails.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,12 +39,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import by_element, by_maximum, relative, result_names
+from kernel_check import by_element, by_maximum, relative, result_names
 from torch import Tensor
 
 from dgbench import atomic
 from dgbench.cost.cases import DTYPES, Case, block_case, deform_case
-from dgbench.cost.timing import Call, Times, hardware, interleaved
+from dgbench.cost.timing import Call, Times, graphed, hardware, interleaved
 from dgbench.environment import code_commit, describe_environment
 from mfuser.ops import compiled
 from mfuser.ops.ms_deform_attn import cuda_backend as deformable
@@ -105,6 +107,14 @@ class Bench:
         self.rows.setdefault(part, []).append(row)
         self.write()
 
+    def attempt(self, part: str, measure: Callable[..., None], *given: Any) -> None:
+        """Measure a part; an error is told and counted, and costs no other part."""
+        try:
+            measure(self, *given)
+        except RuntimeError as error:
+            self.wrong += 1
+            self.add(part, f"FAILED: {traceback.format_exc()}", error=f"{type(error).__name__}: {error}")
+
     def write(self) -> None:
         """Write the file, if there is to be one."""
         if self.out is not None:
@@ -128,25 +138,6 @@ def built(tell: Callable[[str], None]) -> dict[str, Path]:
 # ---- times
 
 
-def graphed(calls: Sequence[Call]) -> Call:
-    """Capture calls as one CUDA graph, after a run of each, and return its replay.
-
-    Raises: RuntimeError if a launch fails.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
-
-
 def microseconds(
     bench: Bench, calls: Mapping[str, Sequence[Call]], *, least: int = 25, at_most: float = 0.03
 ) -> dict[str, Times | str]:
@@ -155,7 +146,7 @@ def microseconds(
     replays: dict[str, Call] = {}
     for name, some in calls.items():
         try:
-            replays[name] = graphed(some)
+            replays[name] = graphed(*some)
         except RuntimeError as error:
             found[name] = first_line(error)
     timed = interleaved(replays, bench.device, least=least, at_most=at_most, flush=False) if replays else {}
@@ -400,18 +391,18 @@ def backward(bench: Bench, library: str, dtype: str, sizes: Sequence[int], input
 def measure(bench: Bench, libraries: Mapping[str, Path], parts: Sequence[str]) -> None:
     """Measure the parts; what can hang or end the process, the forms, comes last."""
     if "unit" in parts:
-        unit(bench)
+        bench.attempt("unit", unit)
     for name, path in libraries.items():
         with compiled.use(path):
             # the same kernels in both
             if name == "plain" and {"deform", "sweep", "profile"} & {*parts}:
-                deform(bench, parts)
+                bench.attempt("deform", deform, parts)
             if "block" in parts:
-                block(bench, name)
+                bench.attempt("block", block, name)
             if "check" in parts and LIBRARIES[name]:
-                check(bench)
+                bench.attempt("check", check)
             if "forward" in parts:
-                timed(bench, name)
+                bench.attempt("forward", timed, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -438,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, compiled.BuildError) as error:  # a file that cannot be written, or no nvcc
         print(f"error: {error}", file=sys.stderr)
         return 1
-    bench.tell(f"done; {bench.wrong} checks failed" if "check" in given.parts else "done")
+    bench.tell(f"done; {bench.wrong} checks or parts failed")
     return int(bench.wrong > 0)
 
 

@@ -1,9 +1,9 @@
 """A training's speed and memory, by the blocks of a model: compiled, their activations recomputed, frozen weights in 16 bits.
 
 Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers; of two towers that are
-stepped together, a pair of blocks and the fuser between them are one. Nothing here changes a
-model's tensors, names or class: `compile_blocks` or `recompute_blocks` changes how a block is called, and a copy of the model is
-without that; `FrozenWeights` gives the whole weights back for saving.
+stepped together, a pair of blocks and the fuser between them are one. Nothing here changes a model's tensors, names or class:
+`compile_blocks` or `recompute_blocks` changes how a block is called, and a copy of the model is without that; `FrozenWeights`
+gives the whole weights back for saving.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from torch import Tensor
 from mfuser.ops.dispatch import watched
 
 _MOST = 64  # of each kind: sizes of one model are few, and every image of another size has its own
+_listening: list[list[Tensor]] = []
+
+
+@contextmanager
+def handed_out() -> Iterator[list[Tensor]]:
+    """Collect the kept tensors that are asked for in the block.
+
+    A CUDA graph reads them at every replay, when the sizes that have come since may have had them forgotten here.
+    """
+    found: list[Tensor] = []
+    _listening.append(found)
+    try:
+        yield found
+    finally:
+        _listening[:] = [each for each in _listening if each is not found]
 
 
 def by_size(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -32,7 +48,9 @@ def by_size(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return make(*sizes, device=device)
         key = (*sizes, device)
         found = kept.get(key)
-        if found is None:
+        if found is not None:
+            kept.move_to_end(key)
+        else:
             # an ordinary tensor, whoever asks first: one of inference mode could not be part of a training's graph
             with torch.inference_mode(False), torch.no_grad():
                 found = make(*sizes, device=device)
@@ -41,6 +59,8 @@ def by_size(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
             kept[key] = found
             while len(kept) > _MOST:
                 kept.popitem(last=False)
+        for each in _listening:
+            each.append(found)
         return found
 
     return given

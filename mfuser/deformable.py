@@ -75,8 +75,9 @@ class DeformableAttention(nn.Module):
 def extents(shapes: tuple[tuple[int, int], ...], *, device: torch.device | None = None) -> Tensor:
     """Return the sides of maps (H, W) as (S, 2) of (W, H) in fp32."""
     sides = [(float(w), float(h)) for h, w in shapes]
-    if torch.compiler.is_compiling():
-        # constants of the kernel, where a tensor of numbers would be copied from the host in every call
+    if torch.compiler.is_compiling() or (device is not None and device.type == "cuda"):
+        # constants of kernels: a tensor of numbers is copied from the host, which costs a compiled layer a wait in every call,
+        # and which a CUDA graph cannot hold
         rows = [torch.stack([torch.full((), side, dtype=torch.float32, device=device) for side in row]) for row in sides]
         return torch.stack(rows)
     return torch.tensor(sides, dtype=torch.float32, device=device)

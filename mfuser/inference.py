@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mfuser.by_size import by_size
 from mfuser.segmentor import check_images
 
 _WINDOWS = 16  # at a time
@@ -81,13 +82,13 @@ def bands(
     starts = windows((padded.shape[2], padded.shape[3]), crop, stride)
     places = [(b, first, second) for first in starts[along] for second in starts[across] for b in range(len(images))]
     together, whole = _together(model, len(places), windows_at_once)
-    covered = [_covered(first, window, side) for first, window, side in zip(starts, crop, padded.shape[2:], strict=True)]
     total: Tensor | None = None  # over the windows that begin at `top`, and the parts of earlier ones that overlap them
     top = 0
 
     def finished(count: int) -> Tensor:
         assert total is not None
-        here = [*covered]
+        axes = zip(starts, crop, padded.shape[2:], strict=True)
+        here = [_covered(tuple(first), window, side, device=total.device) for first, window, side in axes]
         here[along] = here[along][top : top + count]
         # their product, as large as the image, is made where the sums are: counts are exact in any order
         mean = total.narrow(axis, 0, count) / (here[0].to(total)[:, None] * here[1].to(total))
@@ -98,7 +99,9 @@ def bands(
         with torch.inference_mode():  # not around `yield`: it would apply to the caller's code
             # a model that is prepared for a number of windows sees no other: the last one is shown again
             seen = part + part[-1:] * (together - len(part)) if whole else part
-            scores = model(torch.stack([_window(padded, place, crop, along, device) for place in seen]))[: len(part)]
+            # together to another device: it would be waited for each of them
+            shown = torch.stack([_window(padded, place, crop, along) for place in seen]).to(device)
+            scores = model(shown if shown.is_floating_point() else shown.float() / 255)[: len(part)]
             for score, (b, first, second) in zip(scores, part, strict=True):
                 if total is None:
                     shape = list(padded.shape[2:])
@@ -140,18 +143,16 @@ def _parts(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _window(
-    images: Tensor, place: tuple[int, int, int], crop: tuple[int, int], along: int, device: torch.device | None
-) -> Tensor:
+def _window(images: Tensor, place: tuple[int, int, int], crop: tuple[int, int], along: int) -> Tensor:
     b, first, second = place
     y, x = (second, first) if along else (first, second)
-    window = images[b, :, y : y + crop[0], x : x + crop[1]].to(device)
-    return window if window.is_floating_point() else window.float() / 255
+    return images[b, :, y : y + crop[0], x : x + crop[1]]
 
 
-def _covered(starts: list[int], window: int, side: int) -> Tensor:
-    """Return the number of windows that cover each position of one axis."""
-    count = torch.zeros(side)
+@by_size
+def _covered(starts: tuple[int, ...], window: int, side: int, *, device: torch.device | None = None) -> Tensor:
+    """Return the number of windows that cover each position of one axis; on a GPU no band waits for it to be copied."""
+    count = torch.zeros(side, device=device)
     for start in starts:
         count[start : start + window] += 1
     return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,11 +13,12 @@ class Pair(nn.Module):
 
     Args:
         vfm, vlm: the towers' blocks.    fuser: the fuser alone, or with the linear layers before and behind it; () adds nothing.
+        dtype: that the fuser's inputs are rounded to at once, as its products would have them; None: they stay as they are.
     """
 
-    def __init__(self, vfm: nn.Module, vlm: nn.Module, fuser: tuple[nn.Module, ...]) -> None:
+    def __init__(self, vfm: nn.Module, vlm: nn.Module, fuser: tuple[nn.Module, ...], dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.vfm, self.vlm, self.fuser = vfm, vlm, nn.ModuleList(fuser)
+        self.vfm, self.vlm, self.fuser, self.dtype = vfm, vlm, nn.ModuleList(fuser), dtype
 
     def forward(self, d: Tensor, v: Tensor, rope_d: Tensor | None, rope_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, L1, C), (B, L2, C) -> the same."""
@@ -25,7 +27,8 @@ class Pair(nn.Module):
         if not self.fuser:
             return d, v
         fuser, *around = self.fuser
-        dd, dv = fuser(around[0](d) if around else d, v)
+        first, second = (d, v) if self.dtype is None else (d.to(self.dtype), v.to(self.dtype))
+        dd, dv = fuser(around[0](first) if around else first, second)
         return d + (around[1](dd) if around else dd), v + dv
 
 
@@ -41,8 +44,12 @@ class Pairs:
         return found
 
 
-def paired(model: nn.Module) -> list[Pair]:
-    """Have a model of two towers that has `pair` call it by `Pair`s, which are returned; [] for another model."""
+def paired(model: nn.Module, dtype: torch.dtype | None = None) -> list[Pair]:
+    """Have a model of two towers that has `pair` call it by `Pair`s, which are returned; [] for another model.
+
+    Args:
+        dtype: as that of `Pair`; of a model that has pairs already, theirs stays.
+    """
     m: Any = model
     if not hasattr(model, "pair") or getattr(model, "vfm", None) is None or getattr(model, "vlm", None) is None:
         return []
@@ -55,7 +62,7 @@ def paired(model: nn.Module) -> list[Pair]:
     for i, (vfm, vlm) in enumerate(zip(m.vfm.trunk.blocks, m.vlm.trunk.blocks, strict=True)):
         parts = [m.adapters[i]] if m.adapters else []
         parts += [m.adapter_proj1[i], m.adapter_proj2[i]] if m.adapter_proj1 else []
-        pairs.append(Pair(vfm, vlm, tuple(parts)))
+        pairs.append(Pair(vfm, vlm, tuple(parts), dtype))
         pairs[-1].training = model.training  # its parts are in the modes that the model has given them
     m.pair = Pairs(pairs)
     return pairs

@@ -122,6 +122,14 @@ def test_images_smaller_than_the_window_are_padded(script: ModuleType) -> None:
     assert torch.equal(window[:, :64], torch.from_numpy(target.dataset[0].image[:, 16:112].copy()).permute(2, 0, 1) / 255)
 
 
+def test_a_report_has_what_there_is(script: ModuleType) -> None:
+    pixels = {"images": 2, "agree": 0.5, "agree_labelled": None}
+    text = "\n".join(script.report(Path("run"), {"one": {}, "other": {"pixels": pixels}}, "cpu"))
+    assert "| one | – | – | – | – | – | – |" in text
+    assert "| other | – | – | – | – | 50.0000% | – |" in text
+    assert "There is no difference of mIoU: a mode was not scored." in text
+
+
 def test_a_run_in_both_modes(
     script: ModuleType, trained: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

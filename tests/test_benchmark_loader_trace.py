@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,18 @@ def test_waiting_and_working_are_told_apart(script: ModuleType, monkeypatch: pyt
     assert "| 2 | 80.0 | 98.0 | 2.00 | 2.00% | 3, 1 |" in text
     assert "This is within the bar, 2% of the time." in text
     assert "The first 1 steps waited 100 ms" in text
+
+
+def test_steps_before_an_error_are_kept(script: ModuleType) -> None:
+    def failing(count: int) -> Iterator[Any]:
+        for _ in range(count):
+            yield script.Step(1.0, 9.0)
+        raise RuntimeError("out of memory")
+
+    assert script.kept(failing(2)) == ([script.Step(1.0, 9.0)] * 2, "stopped behind 2 steps: RuntimeError: out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        script.kept(failing(0))
+    assert script.kept(iter([script.Step(1.0, 9.0)])) == ([script.Step(1.0, 9.0)], "")
 
 
 def test_steps_of_a_model_and_steps_that_take_a_time(

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from dgbench.cost.timing import Times
 
@@ -73,6 +74,40 @@ def test_a_run_measures_its_rows(script: ModuleType, tmp_path: Path, capsys: pyt
     text = capsys.readouterr().out
     assert list(cells(text)) == ["one crop"]
     assert re.search(r"^\d+ of \d+ medians are within the other run's central 90 %\.$", text, re.M)
+
+
+def test_what_fails_is_named_and_costs_no_other_row(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = importlib.import_module("model_calls")
+    subject = script.Subject(script.load_method("mfuser", {"vfm": "tiny", "vlm": "tiny"}, ()), (64, 64))
+    kept: list[str] = []
+    bench = calls.Bench(subject, torch.device("cpu"), torch.bfloat16, 0.01, 1, compiled=False)
+    rows = [row for row in script.ROWS if row.name in ("one crop", "8 crops")]
+    bench.measured = {row.name: script.Measured(1, absolute=False) for row in rows}
+    bench.keep = lambda: kept.append(json.dumps(script.model_table.as_json(bench.measured)))
+
+    def fails() -> None:
+        raise RuntimeError("out of memory\nof which")
+
+    script.timed(bench, rows, {"one crop": {"eager": lambda: None, "fast": fails}, "8 crops": {"fast": lambda: None}})
+    first, second = (bench.measured[row.name] for row in rows)
+    assert first.errors["fast"] == "RuntimeError: out of memory"
+    assert set(first.times) == {"eager", "products"}
+    assert set(second.times) == {"fast", "products"}
+    assert not second.errors
+    assert bench.failed
+    assert "one crop, fast: RuntimeError: out of memory" in bench.notes
+    assert [set(json.loads(text)["8 crops"]["times"]) for text in kept] == [set(), {"fast", "products"}]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("| ")]
+    assert len(lines) == len(rows)
+    assert lines[0].split(" | ")[2] == "failed"
+
+
+def test_a_row_of_which_all_failed_is_a_row(table: Any) -> None:
+    row = next(row for row in table.ROWS if row.name == "8 crops")
+    found = table.Measured(8, True, errors={"eager": "RuntimeError: no", "fast": "RuntimeError: no"})
+    assert found.missed(row) == []
+    assert table.line(row, found) == "| 8 crops | failed | failed | – | – | 1.8× | 1.5× | failed | – | – |"
+    assert table.as_json({"8 crops": found})["8 crops"]["errors"] == found.errors
 
 
 def measured(table: Any, ours: float, products: float, **other: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,15 +24,11 @@ TABLE = dispatch.TABLE
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_of_kernels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the shapes are too small to share
-    spec.loader.exec_module(module)
-    yield module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("kernels")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
@@ -174,13 +170,14 @@ def test_the_loops_are_the_scan(script: ModuleType) -> None:
 
 
 def test_the_composition_is_the_block(script: ModuleType) -> None:
+    kernel_peers = importlib.import_module("kernel_peers")
     case = kernels.block_case(torch.float32, CPU, batch=2, length=6, width=32)
 
     def scan(u, delta, A, B, C, D, *, delta_bias, delta_softplus):
         return scanned(u, delta, A, B, C, D, delta_bias)
 
     expected = case.both("torch")
-    for found, tensor in zip(script.composition(scan, script.plain_norm, case).both(), expected, strict=True):
+    for found, tensor in zip(kernel_peers.composition(scan, kernel_peers.plain_norm, case).both(), expected, strict=True):
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5)
 
 
@@ -210,8 +207,8 @@ def test_check_finds_a_wrong_gradient_and_other_bits(
     monkeypatch.setitem(
         dispatch.TABLE, "selective_scan", (dispatch.Backend("wrong", module.__name__), *dispatch.TABLE["selective_scan"])
     )
-    case = [c for c in script.checks(True) if c[0] == "selective_scan"][1]
-    monkeypatch.setattr(script, "checks", lambda tiny: [("selective_scan", ["fp64"], case[2])])
+    case = [c for c in script.kernel_check.checks(True) if c[0] == "selective_scan"][1]
+    monkeypatch.setattr(script.kernel_check, "checks", lambda tiny: [("selective_scan", ["fp64"], case[2])])
     assert main("--check") == 1
     text = capsys.readouterr().out
     assert "FAILED selective_scan wrong fp64, B 2, L 2, D 33, N 16: gradient of delta: error 1.0e-02, torch's " in text
@@ -236,8 +233,8 @@ def test_check_finds_a_wrong_element_that_a_norm_hides(
     monkeypatch.setitem(
         dispatch.TABLE, "selective_scan", (dispatch.Backend("forgets", module.__name__), *dispatch.TABLE["selective_scan"])
     )
-    steep = [c for c in script.checks(True) if getattr(c[2], "func", None) is script.steep_case]
-    monkeypatch.setattr(script, "checks", lambda tiny: steep)
+    steep = [c for c in script.kernel_check.checks(True) if getattr(c[2], "func", None) is script.kernel_check.steep_case]
+    monkeypatch.setattr(script.kernel_check, "checks", lambda tiny: steep)
     assert main("--check") == 1
     text = capsys.readouterr().out
     assert "FAILED selective_scan forgets fp32, B 2, L 21, D 3, N 16: gradient of A: error of an element 1.0e+00" in text

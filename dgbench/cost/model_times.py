@@ -5,6 +5,7 @@ Weights are random, which cost what trained ones do.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from dgbench.engine.device import peak_gib
 from dgbench.engine.modes import FAST, Mode, ready
 from dgbench.protocol import lookup as protocol
 from mfuser import ops
+from mfuser.fast import Prepared
 from mfuser.segmentor import Batch, Segmentor
 
 EXACTLY = Mode()
@@ -102,6 +104,8 @@ def visit(
         if gpu and not batches:
             taken.best = taken.best or (FAST_BATCH if fast else _best_batch(ask, device))
             taken.measure((MODEL, taken.best), ask.batch(taken.best), device, energy=True)
+        if isinstance(forward, Prepared) and forward.uncaptured:
+            taken.problem = "without a CUDA graph: " + "; ".join(f"{what}: {why}" for what, why in forward.uncaptured.items())
         if gpu and slide is None and not fast:
             if merged:  # a step trains what is apart
                 forward = ask = None  # type: ignore[assignment]
@@ -112,6 +116,7 @@ def visit(
     finally:
         model = forward = ask = None  # type: ignore[assignment]
         if gpu:
+            gc.collect()  # a prepared copy hangs in cycles, and would count as the next model's memory
             torch.cuda.empty_cache()
     taken.backends |= ops.ran_since(ran)
 

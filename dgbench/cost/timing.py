@@ -107,6 +107,39 @@ def _gpu_ms(call: Call, cache: Tensor) -> float:
     return float(begin.elapsed_time(end))
 
 
+def graphed(*calls: Call, before: int = 1) -> Call:
+    """Capture calls as one CUDA graph, and return its replay, which keeps what they read.
+
+    Args:
+        before: how often each is called before, which compiles and warms up.
+
+    Raises: RuntimeError with the first cause if one cannot run or be captured; the current stream is as it was.
+    """
+    from mfuser.fast.graphs import first_cause, recover  # with all of its models' parts
+
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    try:
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(before):
+                for call in calls:
+                    call()
+        current.wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for call in calls:
+                call()
+    except RuntimeError as error:
+        recover(current)
+        raise RuntimeError(first_cause(error)) from error
+
+    def replay(kept: tuple[Call, ...] = calls) -> None:
+        graph.replay()
+
+    return replay
+
+
 # ---- the GPU
 
 

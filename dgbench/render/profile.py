@@ -51,14 +51,14 @@ def _counts(found: Profile) -> Table:
 
 
 def _times(found: Profile) -> Table:
-    rows = []
+    rows, fast = [], found.mode == "fast"
     for row in found.rows:
         first, *more = row.timings or (None,)
         best = row.best
         cells = [*_name(row), Cell(_batch(first)), Cell(_spread(first)), Cell(_rate(first)), Cell(_gib(first))]
         if any(other.best or other.step for other in found.rows):
             cells += [Cell(_batch(best)), Cell(_spread(best)), Cell(_rate(best)), Cell(_gib(best)), Cell(_joules(best))]
-            cells += [Cell(_spread(row.step)), Cell(_gib(row.step))]
+            cells += [] if fast else [Cell(_spread(row.step)), Cell(_gib(row.step))]
         rows.append(tuple(cells))
         rows += [
             (*_name(row), Cell(_batch(timing)), Cell(_spread(timing)), Cell(_rate(timing)), Cell(_gib(timing))) for timing in more
@@ -69,14 +69,15 @@ def _times(found: Profile) -> Table:
         "GiB: peak, weights included.",
     ]
     if any(row.best or row.step for row in found.rows):
-        header += ("best batch", "ms", "images/s", "GiB", "J/image", "step ms", "step GiB")
-        legend.append(
-            "best batch: at which most images pass a second. J: by the GPU's own counter. step: of training on two images."
-        )
+        header += ("best batch", "ms", "images/s", "GiB", "J/image", *(() if fast else ("step ms", "step GiB")))
+        which = "mode fast is timed at 8 alone, as each is compiled" if fast else "at which most images pass a second"
+        legend.append(f"best batch: {which}. J: by the GPU's own counter.{'' if fast else ' step: of training on two images.'}")
+    if fast:
+        legend.append("No training step: mode fast is for inference; a recipe's train.frozen and train.compile make a step fast.")
     legend += [f"{row.method} ({row.variant}): {row.problem}" for row in found.rows if row.problem]
     if found.hardware:
         legend.append(machine(found.hardware, found.environment, _backends(found)))
-    compiled = (", mode fast" if found.mode == "fast" else "") + (", compiled" if found.compiled else "")
+    compiled = (", mode fast" if fast else "") + (", compiled" if found.compiled else "")
     where = found.hardware.name if found.hardware else ""
     what = f"{_size(found.slide)} images by windows" if found.slide else "crops"
     return Table(f"Times of {what}, {found.dtype}{compiled}, on {where}", header, tuple(rows), keys=2, legend=tuple(legend))

@@ -7,6 +7,7 @@ or by a method itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class MaskDecoder(nn.Module):
         dim, kind = mask_features.shape[1], self.level_embed.weight.dtype
         places = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
         normed = self.post_norm(queries)
-        masks = self._masks(normed, mask_features)
+        masks = masks_of(self, normed, mask_features)
         outputs = [] if last else [(self._classes(normed, masks, mask_features), masks)]
         for i in range(len(self.layers)):
             scale = i % len(maps)
@@ -107,17 +108,34 @@ class MaskDecoder(nn.Module):
         mask_features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, normed queries and masks behind the i-th layer, which reads a map of (H, W) where the masks were."""
-        queries = self.layers[i](queries, positions, memory, place, blocked_by(masks, size, self.heads))
-        normed = self.post_norm(queries)
-        return queries, normed, self._masks(normed, mask_features)
+        return advanced(self, self.layers[i], queries, positions, memory, place, masks, size, mask_features)
 
     def _classes(self, normed: Tensor, masks: Tensor, mask_features: Tensor) -> Tensor:
         """Return class logits (B, Q, K + 1) of queries (B, Q, D); a subclass can use their masks (B, Q, h, w) as well."""
         logits: Tensor = self.cls_embed(normed)
         return logits
 
-    def _masks(self, normed: Tensor, mask_features: Tensor) -> Tensor:
-        return torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)
+
+def advanced(
+    head: Any,
+    layer: nn.Module,
+    queries: Tensor,
+    positions: Tensor,
+    memory: Tensor,
+    place: Tensor,
+    masks: Tensor,
+    size: tuple[int, int],
+    mask_features: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do as `MaskDecoder.advance` by a layer; `head` is the decoder, or has its `heads`, `post_norm` and `mask_embed`."""
+    queries = layer(queries, positions, memory, place, blocked_by(masks, size, head.heads))
+    normed = head.post_norm(queries)
+    return queries, normed, masks_of(head, normed, mask_features)
+
+
+def masks_of(head: Any, normed: Tensor, mask_features: Tensor) -> Tensor:
+    """Return the mask logits (B, Q, h, w) of normed queries (B, Q, D) on features (B, D, h, w)."""
+    return torch.einsum("bqd,bdhw->bqhw", head.mask_embed(normed), mask_features)
 
 
 @torch.no_grad()

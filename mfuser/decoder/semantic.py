@@ -32,7 +32,9 @@ class SemanticNorm(nn.Module):
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         """Return the normalised map (B, C, h, w) of a map and the logits (B, K, h, w) of its classes."""
         shares = logits.softmax(1)
-        regions = [self._region(x * shares[:, [label]], shares[:, [label]], i) for i, label in enumerate(self.classes)]
+        # slices: a list of indices would be copied from the host, which a CUDA graph cannot hold
+        found = [shares[:, label : label + 1] for label in self.classes]
+        regions = [self._region(x * share, share, i) for i, share in enumerate(found)]
         return F.relu(torch.stack([self.IN(region) for region in regions]).sum(0))
 
     def target(self, x: Tensor, labels: Tensor) -> Tensor:

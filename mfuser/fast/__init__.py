@@ -5,24 +5,26 @@
 
 The model itself stays as it is. What the copy does otherwise equals the model but for rounding (tests hold it to fp32): class
 texts are computed once, blocks of transformers have fewer and larger products (`blocks`), the neck is a matrix product with what
-follows it (`neck`), MFuser's step of both towers is one layer (`pairs`). `weights` says what is in 16 bits and what is not.
+follows it (`neck`), MFuser's step of both towers is one layer (`mfuser.pairs`), and so is a step of a mask decoder (`queries`).
+`weights` says what is in 16 bits and what is not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfuser.fast import blocks, neck, pairs, queries, weights
+from mfuser.fast import blocks, neck, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
+from mfuser.pairs import paired
 from mfuser.segmentor import Segmentor
 from mfuser.towers.vit import VisionEncoder
 
@@ -30,6 +32,9 @@ __all__ = ["DTYPES", "Prepared", "hold_texts", "keep_in", "prepare", "seconds"]
 
 DTYPES = (torch.bfloat16, torch.float32)
 _USUAL_WINDOWS = 16  # at a time, where no memory is measured
+# windows that go through together: each number is compiled and captured, so that they are few; 18 are those of 2048x1024
+_TOGETHER = (1, 2, 4, 6, 8, 9, 12, 16, 18, 24, 32)
+_MOST_SIZES = 16  # that are compiled
 
 
 class Prepared:
@@ -39,6 +44,7 @@ class Prepared:
         method, classes, image_size, any_size, size_step, mixes_batch, ops, backend: the model's.
         dtype: of the products.    compiled, graphs: as asked for; graphs only on a GPU.
         rewritten: which of the model's parts run in another form, for a report.
+        uncaptured: why there is no CUDA graph of a size, by its name, where it was tried.
     """
 
     def __init__(self, model: Segmentor, dtype: torch.dtype, *, compile: bool, graphs: bool, stream: torch.dtype) -> None:
@@ -49,6 +55,9 @@ class Prepared:
         device = next(model.parameters()).device
         self.graphs = graphs and device.type == "cuda"
         self._device, self._most, self._kept = device, 0, Graphs()
+        self._sizes: set[tuple[int, ...]] = set()  # of images, that are compiled
+        self._once: set[tuple[int, ...]] = set()  # that are not, as yet
+        self.uncaptured = self._kept.refused
         with torch.inference_mode(False), torch.no_grad():
             self._model, self.rewritten = _copied(model, dtype, stream)
         if compile:
@@ -89,22 +98,43 @@ class Prepared:
         self._model.check_backends()
 
     def at_once(self, windows: int) -> int:
-        """Return how many of so many windows go through together: parts of nearly equal size that fit the GPU's memory.
+        """Return how many of so many windows go through together: one of a few numbers that fit the GPU's memory.
 
         What one and two windows take is measured once, without compiling. On a CPU at most 16 go together.
         """
         if not self._most:
             self._most = _USUAL_WINDOWS
             if self._device.type == "cuda":
-                with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                with torch.inference_mode(False), torch.no_grad(), self._conditions(eager=True):
                     self._most = windows_that_fit(self._scores, self.image_size, self._device)
-        parts = -(-windows // self._most)
-        return -(-windows // parts)
+        fitting = [size for size in _TOGETHER if size <= self._most]
+        # the fewest windows that are shown in vain; a pass more costs about one
+        return min(reversed(fitting), key=lambda size: -(-windows // size) * (size + 1))
 
     def _run(self, name: str, function: Callable[[Tensor], Any], images: Tensor) -> Any:
-        # whatever the caller has: the copy has its own types
-        with compiling() if self.compiled else nullcontext(), torch.autocast(images.device.type, enabled=False):
+        with self._conditions(eager=self._uncompiled(images)):
             return self._kept.run(name, function, images) if self.graphs else function(images)
+
+    @contextmanager
+    def _conditions(self, *, eager: bool) -> Iterator[None]:
+        """Compile or not, whatever autocast the caller has: the copy has its own types."""
+        how: Any = nullcontext()
+        if self.compiled:
+            how = torch.compiler.set_stance("force_eager") if eager else compiling()
+        with how, torch.autocast(self._device.type, enabled=False):
+            yield
+
+    def _uncompiled(self, images: Tensor) -> bool:
+        """Return whether a size is not compiled: another than the model's own that comes for the first time, and a 17th."""
+        size = tuple(images.shape)
+        if size in self._sizes:
+            return False
+        own = tuple(images.shape[-2:]) == tuple(self.image_size)
+        if len(self._sizes) < _MOST_SIZES and (own or size in self._once):
+            self._sizes.add(size)
+            return False
+        self._once.add(size)
+        return True
 
     def _scores(self, images: Tensor) -> Tensor:
         forward = self._model.forward
@@ -125,8 +155,9 @@ def prepare(
 
     Args:
         dtype: of weights and activations of products, of `DTYPES`.
-        compile: through torch.compile, layer by layer, when images of a size come first.
-        graphs: on a GPU, replay CUDA graphs for sizes that come again.
+        compile: through torch.compile, layer by layer, when images of `image_size` come first, and those of another size a second
+            time; of 16 sizes, with their numbers, at most.
+        graphs: on a GPU, replay CUDA graphs for sizes that come again. Where one cannot be captured, there is a warning.
         stream: of the tokens between the blocks of a transformer; `dtype` moves less memory, and rounds them after every block.
         cache: folder where compiled graphs are kept, see `compiled.keep_in`.
 
@@ -161,12 +192,23 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             done += [f"{name}.patches"] if blocks.take_patches(encoder, dtype) else []
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
-    done += ["pairs"] if pairs.take(copied, dtype) else []
+    done += ["pairs"] if _paired(copied, dtype) else []
     done += ["queries"] if queries.take(copied) else []
     if dtype is not torch.float32:
         weights.widen(copied)
         weights.hold(copied, dtype)
     return copied, tuple(done)
+
+
+def _paired(model: Segmentor, dtype: torch.dtype) -> bool:
+    """Have a model of two towers step their rewritten blocks and the fuser between them as one; False for another model."""
+    towers = [tower for tower in (getattr(model, name, None) for name in ("vfm", "vlm")) if isinstance(tower, VisionEncoder)]
+    if not all(isinstance(block, blocks.Block) for tower in towers for block in tower.trunk.blocks):
+        return False
+    vars(model).pop("pair", None)  # those of a training have the blocks as they were
+    if pairs := paired(model, dtype):
+        model.pairs = nn.ModuleList(pairs)  # the compiler looks among the modules
+    return bool(pairs)
 
 
 def _stream(encoder: VisionEncoder, dtype: torch.dtype) -> None:

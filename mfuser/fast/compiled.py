@@ -16,13 +16,13 @@ from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.pixel_decoder import PixelDecoderLayer
 from mfuser.fast.blocks import Block
 from mfuser.fast.neck import Enlarge, EnlargeTwice
-from mfuser.fast.pairs import Pair
 from mfuser.fast.queries import Advance
+from mfuser.pairs import Pair
 
 LAYERS = (Pair, Block, PixelDecoderLayer, Advance, MTEnhancer, ContextDecoderLayer, Enlarge, EnlargeTwice)
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # read whenever a graph is compiled; there is no other way to say it
-# graphs of one layer's code: one for each kind of it and each number of images
-_GRAPHS = 64
+# graphs of one layer's code, beyond which there is an error: one for each kind of it and number of images, of all models
+_GRAPHS = 256
 
 
 def compile_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfuser.by_size import handed_out
 from mfuser.ops import dispatch
 
 _MOST_GRAPHS = 8  # each holds the memory of its pass
@@ -25,18 +29,25 @@ class _Captured:
     images: Tensor
     result: Result
     ran: Counter[tuple[str, str]]  # operators that a replay runs
+    tables: list[Tensor]  # kept by size, which a replay reads: here they outlive other sizes
 
 
 class Graphs:
     """Functions of images, captured where a size comes a second time: the first pass compiles and warms up.
 
-    Results are copies: the next replay does not change them.
+    Results are copies: the next replay does not change them. What cannot be captured goes on without a graph, with a warning.
+
+    Attributes:
+        refused: why a function of so many images has no graph, by both as a text.
     """
 
     def __init__(self) -> None:
+        self.refused: dict[str, str] = {}
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
         self._seen: set[tuple[Any, ...]] = set()
+        self._plain: set[tuple[Any, ...]] = set()  # that cannot be captured
         self._pool: Any = None
+        self._side: Any = None  # torch.cuda.Stream
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -45,10 +56,13 @@ class Graphs:
         """Return function(images); `name` says which function it is."""
         key = (name, tuple(images.shape), images.dtype, images.device)
         if key not in self._captured:
+            if key in self._plain:
+                return function(images)
             if key not in self._seen:
                 self._seen.add(key)
                 return function(images)
-            self._capture(key, function, images)
+            if not self._capture(key, function, images):
+                return function(images)
         found = self._captured[key]
         self._captured.move_to_end(key)
         found.images.copy_(images)
@@ -56,25 +70,62 @@ class Graphs:
         dispatch.count(found.ran)
         return _copied(found.result)
 
-    def _capture(self, key: tuple[Any, ...], function: Callable[[Tensor], Result], images: Tensor) -> None:
+    def _capture(self, key: tuple[Any, ...], function: Callable[[Tensor], Result], images: Tensor) -> bool:
+        """Return whether it could be captured."""
         while len(self._captured) >= _MOST_GRAPHS:
             self._captured.popitem(last=False)
+        gc.collect()  # large models hang in cycles, and what was a graph's is not to be freed while another is captured
         with torch.cuda.device(images.device):
             if self._pool is None:
-                # one pool: results are copied before another graph runs
-                self._pool = torch.cuda.graph_pool_handle()
-            given = images.clone(memory_format=torch.contiguous_format)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries make their handles and workspaces for the stream that is captured
-                function(given)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            before, graph = dispatch.tally(), torch.cuda.CUDAGraph()
-            # threads that pin images for the loader may go on meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                result = function(given)
-            self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before)
+                # one pool: results are copied before another graph runs. It shares memory within a stream alone
+                self._pool, self._side = torch.cuda.graph_pool_handle(), self._side or torch.cuda.Stream()
+            side, current = self._side, torch.cuda.current_stream()
+            try:
+                given = images.clone(memory_format=torch.contiguous_format)
+                side.wait_stream(current)
+                with torch.cuda.stream(side):  # libraries make their handles and workspaces for the stream that is captured
+                    function(given)
+                current.wait_stream(side)
+                torch.cuda.synchronize()
+                before, graph = dispatch.tally(), torch.cuda.CUDAGraph()
+                # threads that pin images for the loader may go on meanwhile
+                with (
+                    handed_out() as tables,
+                    torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"),
+                ):
+                    result = function(given)
+            except RuntimeError as error:
+                recover(current)
+                self._refuse(key, error)
+                return False
+            self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before, tables)
+            return True
+
+    def _refuse(self, key: tuple[Any, ...], error: RuntimeError) -> None:
+        self._plain.add(key)
+        what, why = f"{key[0]} of {'x'.join(map(str, key[1]))}", first_cause(error)
+        self.refused[what] = why
+        if not self._captured:
+            self._pool = None  # nothing uses it any more, and the allocator lets nobody share such a one
+        warnings.warn(f"fast inference goes on without a CUDA graph for {what}: {why}", RuntimeWarning, stacklevel=2)
+
+
+def recover(stream: torch.cuda.Stream) -> None:
+    """Go back to a stream behind a capture that failed: `torch.cuda.graph` leaves its own where ending the capture fails, too."""
+    torch.cuda.set_stream(stream)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        # the generator stays in the capture, and every later draw would be refused
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+def first_cause(error: BaseException) -> str:
+    """Return the type and the first line of the error that came first: ending a capture raises another one about it."""
+    seen = {id(error)}
+    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
+        seen.add(id(before))
+        error = before
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _copied(result: Result) -> Result:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mfuser.decoder.mask_decoder import MaskDecoder, blocked_by
+from mfuser.decoder.mask_decoder import MaskDecoder, advanced
 
 
 class Advance(nn.Module):
@@ -17,20 +16,9 @@ class Advance(nn.Module):
         super().__init__()
         self.heads, self.layer, self.post_norm, self.mask_embed = decoder.heads, layer, decoder.post_norm, decoder.mask_embed
 
-    def forward(
-        self,
-        queries: Tensor,
-        positions: Tensor,
-        memory: Tensor,
-        place: Tensor,
-        masks: Tensor,
-        size: tuple[int, int],
-        mask_features: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, normed queries, and masks (B, Q, h, w)."""
-        queries = self.layer(queries, positions, memory, place, blocked_by(masks, size, self.heads))
-        normed = self.post_norm(queries)
-        return queries, normed, torch.einsum("bqd,bdhw->bqhw", self.mask_embed(normed), mask_features)
+    def forward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Take what `MaskDecoder.advance` takes behind the layer's number, and return what it does."""
+        return advanced(self, self.layer, *given)
 
 
 def take(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mfuser.by_size import by_size
+from mfuser.by_size import by_size, handed_out
 from mfuser.decoder.pixel_decoder import sine_encoding
 from mfuser.deformable import cell_centres, extents
 
@@ -27,6 +27,30 @@ def test_a_size_is_made_once():
     before = len(made)
     ramp(3, device=CPU)
     assert len(made) == before + 1, "old sizes are forgotten"
+
+
+def test_sizes_in_use_are_kept_the_longest():
+    made = []
+
+    @by_size
+    def ramp(length, *, device=None):
+        made.append(length)
+        return torch.arange(length, device=device)
+
+    for length in range(200):
+        ramp(length, device=CPU)
+        ramp(3, device=CPU)
+    assert made.count(3) == 1
+
+
+def test_what_is_asked_for_is_collected_once_made_or_found():
+    with handed_out() as outer:
+        first = sine_encoding(6, 7, 16, device=CPU)
+        with handed_out() as inner:
+            again = sine_encoding(6, 7, 16, device=CPU)
+    sine_encoding(6, 8, 16, device=CPU)
+    assert [id(each) for each in outer] == [id(first), id(again)]
+    assert [id(each) for each in inner] == [id(first)]
 
 
 def test_what_inference_made_can_be_trained_with():

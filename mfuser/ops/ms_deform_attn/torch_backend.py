@@ -8,6 +8,8 @@ so the result is the same on every run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,6 +62,22 @@ def _row_products(dout: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+def _table(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return (S, 1, 4) int32: each map's sides (W, H), its first bordered cell, and its bordered width."""
+    cells = _bordered(shapes)
+    numbers = [(w, h, sum(cells[:s]), w + 2) for s, (h, w) in enumerate(shapes)]
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=torch.int32)[:, None]
+    # constants of kernels: a CUDA graph cannot hold numbers that are copied from the host
+    rows = [torch.stack([torch.full((), n, dtype=torch.int32, device=device) for n in row]) for row in numbers]
+    return torch.stack(rows)[:, None]
+
+
+def _bordered(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the cells of each map with its border."""
+    return [(height + 2) * (width + 2) for height, width in shapes]
+
+
 class _Points:
     """Positions of points: the table row of the upper left neighbour, and the offset from it to the next, 0..1."""
 
@@ -67,12 +85,10 @@ class _Points:
         batch, _, self.heads = locations.shape[:3]
         device = locations.device
         self.shapes = list(zip(shapes[::2], shapes[1::2], strict=True))
-        bordered = [(height + 2) * (width + 2) for height, width in self.shapes]
-        self.cells = sum(bordered)
-        numbers = [(w, h, sum(bordered[:s]), w + 2) for s, (h, w) in enumerate(self.shapes)]
-        table = torch.tensor(numbers, dtype=torch.int32, device=device)[:, None]  # (S, 1, 4)
+        self.cells = sum(_bordered(self.shapes))
+        table = _table(self.shapes, device)
         self.size = table[..., :2].to(locations.dtype)
-        self.at = torch.addcmul(locations.new_tensor(-0.5), locations, self.size)  # in cells, 0 = the first one's centre
+        self.at = torch.addcmul(locations.new_full((), -0.5), locations, self.size)  # in cells, 0 = the first one's centre
         # beyond the border all is zero; a NaN must not become a row
         clamped = torch.minimum(self.at.nan_to_num(-1.0).clamp_(min=-1.0), self.size)
         base = torch.minimum(clamped.floor(), self.size - 1)

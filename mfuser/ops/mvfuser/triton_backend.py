@@ -508,7 +508,7 @@ def _norm_forward(y, z, weight, scale, g, tokens, half, eps, WIDTH: tl.constexpr
 
 @triton.jit
 def _norm_backward(dg, y, z, weight, scale, dy, dz, g, partial, tokens, half, eps, WIDTH: tl.constexpr):
-    # as norm_backward in cuda/mvfuser.cu; a program takes every so many-th token
+    # as norm_backward in cuda/mvfuser_norm.cu; a program takes every so many-th token
     c = tl.arange(0, WIDTH)
     inside = c < half
     w, s = tl.load(weight + c, inside, other=0.0), tl.load(scale)

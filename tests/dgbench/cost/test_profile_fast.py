@@ -21,7 +21,8 @@ def test_fast_models_are_timed_and_the_table_says_so():
     (row,) = found.rows
     assert [timing.batch for timing in row.timings] == [1, 2]
     assert row.step is None
-    assert any("bf16, mode fast, on" in table.title for table in profile_tables(found))
+    (times,) = [table for table in profile_tables(found) if "bf16, mode fast, on" in table.title]
+    assert any("No training step: mode fast is for inference" in line for line in times.legend)
 
 
 def test_exact_models_are_timed_as_before():

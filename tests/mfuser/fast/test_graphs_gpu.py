@@ -8,6 +8,8 @@ from torch import Tensor
 
 import mfuser
 from mfuser import fast, methods, ops
+from mfuser.decoder.pixel_decoder import sine_encoding
+from mfuser.deformable import extents
 from mfuser.fast import graphs
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +56,36 @@ def test_sizes_that_are_forgotten_are_captured_anew(monkeypatch):
         for count, scores in expected.items():
             torch.testing.assert_close(ready(images(count)), scores, rtol=1e-2, atol=1e-2 * float(scores.abs().max()))
     assert len(ready._kept) == 2
+
+
+def test_tables_that_a_graph_reads_outlive_other_sizes():
+    ready = fast.prepare(build("mfuser"), compile=False)
+    expected = [ready(images()) for _ in range(2)][-1]
+    for side in range(1, 200):  # each forgets an older one
+        sine_encoding(side, 1, 64, device=expected.device)
+        extents(((side, 1),), device=expected.device)
+    torch.full((1 << 24,), torch.nan, device=expected.device)  # into memory that has become free
+    assert torch.equal(ready(images()), expected)
+
+
+def test_what_cannot_be_captured_goes_on_without_a_graph():
+    kept = graphs.Graphs()
+
+    def asks(given: Tensor) -> Tensor:
+        return given * given.sum().item()
+
+    expected = kept.run("asks", asks, images())
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph for asks of 2x3x64x64: "):
+        torch.testing.assert_close(kept.run("asks", asks, images()), expected)
+    torch.testing.assert_close(kept.run("asks", asks, images()), expected)
+    assert len(kept) == 0
+    assert "asks of 2x3x64x64" in kept.refused
+    torch.rand(3, device="cuda")  # the generator is not left in the capture
+    for factor in (2.0, 3.0, 4.0):  # nor the memory
+        for _ in range(3):
+            found = kept.run(f"times {factor}", lambda given, factor=factor: given * factor, images())
+        assert torch.equal(found, images() * factor)
+    assert len(kept) == 3
 
 
 def test_a_replay_counts_its_operators():

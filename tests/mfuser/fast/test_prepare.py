@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 
 import mfuser
 from mfuser import fast, methods
+from mfuser.fast.blocks import Block
 from mfuser.fast.compiled import keep_in
+from mfuser.pairs import paired
 
 TINY = {name: methods.module(name).BACKBONES[-1] for name in mfuser.method_names()}
 
@@ -77,6 +79,16 @@ def test_every_form_of_mfuser_is_equal(options):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_was_paired_for_training_is_paired_anew():
+    model = build("mfuser")
+    assert len(paired(model)) == len(model.adapters)
+    expected = exact(model, images())
+    ready = fast.prepare(model, dtype=torch.float32, compile=False)
+    assert "pairs" in ready.rewritten
+    assert all(isinstance(pair.vfm, Block) for pair in ready._model.pairs)
+    torch.testing.assert_close(ready(images()), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_model_stays_as_it_is():
     model = build("mfuser")
     model.enter_training()
@@ -133,7 +145,8 @@ def test_class_texts_are_computed_once_and_bit_equal():
 
 def test_windows_go_through_in_parts_of_one_size():
     ready = fast.prepare(build("linear"), compile=False)
-    assert [ready.at_once(windows) for windows in (1, 16, 17, 18, 40)] == [1, 16, 9, 9, 14]
+    assert [ready.at_once(windows) for windows in (1, 7, 16, 17, 18, 40)] == [1, 8, 16, 9, 9, 8]
+    assert len({ready.at_once(windows) for windows in range(1, 500)}) < 10, "each number is compiled and captured"
     seen: list[int] = []
 
     class Watched:
@@ -187,6 +200,51 @@ def test_both_towers_and_the_fuser_of_every_step_are_one_graph():
     assert len(ready._model.pairs) > 1
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.fixture
+def graphs():
+    """Count graphs without compiling them."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["mfuser", "tqdm", "rein"])
+def test_every_layer_is_traced_whole_and_once(name, graphs):
+    ready = fast.prepare(build(name))
+    first = ready(images())
+    traced = graphs()
+    assert traced > 1
+    assert not counters["graph_break"]
+    assert torch.equal(ready(images()), first)
+    with torch.inference_mode():  # as `slide` and `dgbench eval` call it: their tensors are of another kind
+        assert torch.equal(ready(images().clone()), first)
+    assert graphs() == traced
+    expected = exact(build(name), images())
+    assert (first.argmax(1) == expected.argmax(1)).float().mean() > 0.97
+
+
+def test_the_first_16_numbers_of_windows_are_compiled(graphs):
+    model = build("linear")
+    ready = fast.prepare(model)
+    for count in range(1, 17):
+        ready(images(count))
+        assert graphs() == count
+    last = ready(images(17))
+    assert graphs() == 16
+    assert (last.argmax(1) == exact(model, images(17)).argmax(1)).float().mean() > 0.97
+
+
+def test_images_of_other_sizes_are_compiled_when_they_come_again(graphs):
+    model = build("ibaformer")
+    assert model.any_size
+    ready = fast.prepare(model)
+    for side in (64, 96, 128, 96):
+        ready(images(1, (64, side)))
+    assert ready._sizes == {(1, 3, 64, 64), (1, 3, 64, 96)}
 
 
 def test_graphs_are_kept_apart_by_the_vector_instructions_of_the_cpu(tmp_path, monkeypatch):

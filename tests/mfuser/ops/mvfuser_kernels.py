@@ -1,4 +1,4 @@
-"""The launchers of cuda/mvfuser.cu one by one, which the block's own launcher calls in their order.
+"""The launchers of cuda/mvfuser_*.cu one by one, which the block's own launcher calls in their order.
 
 h is half the width, M = B L. All tensors are contiguous, but for the rows of xz.
 """
