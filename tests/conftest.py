@@ -36,14 +36,27 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+_OF_THE_USER = ("DGBENCH_DEBUG", "DGBENCH_DATA", "DGBENCH_DOMAINS", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+
+
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fix the seeds; forget variables that change what is printed or where files go."""
     random.seed(0)
     np.random.seed(0)  # libraries under test may use the global generator
     torch.manual_seed(0)
-    for name in ("DGBENCH_DEBUG", "DGBENCH_DATA", "DGBENCH_DOMAINS", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    for name in _OF_THE_USER:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _outside_the_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of modules come before those of tests: they, too, see neither the user's variables nor what is in the clone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _OF_THE_USER:
+            patch.delenv(name, raising=False)
+        patch.chdir(tmp_path_factory.mktemp("before"))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +66,25 @@ def _folder_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.chdir(folder)
     yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _programs_are_built_once() -> Iterator[None]:
+    """Typer's runner makes all commands of a program anew at every call, which takes as long as what most tests do with them."""
+    from typer import Typer, testing
+
+    make, made = testing._get_command, {}
+
+    def once(app: Typer) -> object:
+        # a test may add commands to it
+        key = (app, len(app.registered_commands), len(app.registered_groups), app.registered_callback)
+        if key not in made:
+            made[key] = make(app)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "_get_command", once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ A crash test has two lines to write: what to do, and what must hold when it is d
 The action runs in a fork of the test's process, so that nothing is imported twice; there it ends by `os._exit` at the k-th
 change: no `finally`, no `atexit`, no buffer is flushed. Changes are the openings for writing, renames, removals and new or
 removed folders below `folder`, as Python's audit events tell them, whoever asks for them (`pathlib`, `shutil`, `zipfile`,
-NumPy ...). A stop is
+NumPy ...). `kill_at` stops at the first change of what has a given name. A stop is
 
     before  the change has not happened. After a change is before the next one, or the end: nothing is in between.
     empty   a file has been opened for writing, and holds nothing yet.
@@ -112,6 +112,19 @@ class _Watch:
             self.seen.append(change)
 
 
+class _Named(_Watch):
+    """An audit hook that ends the fork before the first change of what has this name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder, None)
+        self.name = name
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        # of every thread: to look changes nothing, so nothing is to be kept out meanwhile
+        if event in _EVENTS and (change := self._change(event, arguments)) and Path(change.path).name == self.name:
+            os._exit(KILLED)
+
+
 def stops(action: Callable[[], object], folder: Path) -> list[Stop]:
     """Run `action` to its end in a fork, and return every moment at which it can be stopped, in their order.
 
@@ -160,6 +173,21 @@ def kill(action: Callable[[], object], folder: Path, stop: Stop) -> bool:
     status = _ended(_fork(watched))
     assert status in (0, KILLED), f"the action ended with {status}, to be stopped {stop}"
     return status == KILLED
+
+
+def kill_at(action: Callable[[], object], folder: Path, name: str) -> None:
+    """Run `action` in a fork that ends at its first change of a file or folder of this name, in whatever thread.
+
+    Raises: AssertionError if it ends before, or fails.
+    """
+
+    def watched() -> int:
+        sys.addaudithook(_Named(folder, name))
+        action()
+        return 0
+
+    status = _ended(_fork(watched))
+    assert status == KILLED, f"the action ended with {status}, to be stopped at a change of {name}"
 
 
 def kill_after(action: Callable[[], object], seconds: float, how: signal.Signals = signal.SIGKILL) -> int:

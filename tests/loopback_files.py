@@ -11,7 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -32,10 +32,12 @@ class Server:
     ranges: bool = True
     validators: bool = True  # ETag and Last-Modified
     bytes_per_second: float | None = None
+    bytes_until: int | None = None  # of a file, after which nothing comes any more
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
     logins: list[str | None] = field(default_factory=list)  # Authorization, of the same requests
     onward: dict[str, str] = field(default_factory=dict)  # path -> where it has moved to, with a body that never ends
     lengths: bool = True  # Content-Length; without it the end of the connection is the end of the file
+    together: threading.Barrier | None = None  # bodies begin when so many were asked for
     release: threading.Event = field(default_factory=threading.Event)  # ends a stall
 
     def bodies(self, path: str | None = None) -> list[tuple[str, str | None]]:
@@ -111,10 +113,13 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]], tls: ssl.SSLContext |
             else:
                 self.close_connection = True
             self.end_headers()
+            if body and server.together is not None:
+                with suppress(threading.BrokenBarrierError):
+                    server.together.wait(20)
             if body:
-                self.send(content[start:], fault)
+                self.send(content[start:], fault, start)
 
-        def send(self, content: bytes, fault: Fault | None) -> None:
+        def send(self, content: bytes, fault: Fault | None, start: int) -> None:
             if fault is not None:
                 self.write(content[: len(content) // 2])
                 self.wfile.flush()
@@ -125,7 +130,12 @@ def serving(files: Mapping[str, bytes | os.PathLike[str]], tls: ssl.SSLContext |
                 self.connection.close()
             if fault == "stall":
                 server.release.wait(20)
-            if fault is None:
+            if fault is None and server.bytes_until is not None:
+                self.write(content[: max(0, server.bytes_until - start)])
+                self.wfile.flush()
+                self.close_connection = True
+                server.release.wait()
+            elif fault is None:
                 self.write(content)
 
         def write(self, content: bytes) -> None:

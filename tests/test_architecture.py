@@ -7,6 +7,7 @@ are how a light room reaches a heavy one.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -22,6 +23,17 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "accelerate", "datasets", "huggingface_hub", "mfuser")
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def types_only(node: ast.If) -> bool:
+    """Whether only a type checker reads it."""
+    return "TYPE_CHECKING" in ast.unparse(node.test)
+
+
 def head_imports(path: Path) -> set[str]:
     """Return the absolute names of the modules that a file imports when it is imported."""
 
@@ -29,7 +41,7 @@ def head_imports(path: Path) -> set[str]:
         for node in body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            if isinstance(node, ast.If) and types_only(node):
                 yield from statements(node.orelse)
                 continue
             yield node
@@ -40,7 +52,7 @@ def head_imports(path: Path) -> set[str]:
 
     package = path.parent.relative_to(ROOT).parts
     found = set()
-    for node in statements(ast.parse(path.read_text()).body):
+    for node in statements(parsed(path).body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -186,7 +198,7 @@ def anywhere(*packages: str) -> set[str]:
 
     def statements(body: list[ast.stmt]) -> Iterator[ast.AST]:
         for node in body:
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            if isinstance(node, ast.If) and types_only(node):
                 continue
             yield node
             for part in ("body", "orelse", "finalbody"):
@@ -196,7 +208,7 @@ def anywhere(*packages: str) -> set[str]:
 
     found = set()
     for module, path in MODULES.items():
-        for node in statements(ast.parse(path.read_text()).body):
+        for node in statements(parsed(path).body):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {module for name in names if within(name, *packages)}
@@ -207,10 +219,10 @@ def every_import(path: Path) -> set[str]:
     """The modules of ours that a file imports at any time, in its functions too; what only a type checker reads is left out."""
     package = path.parent.relative_to(ROOT).parts
     found = set()
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    pending: list[ast.AST] = [parsed(path)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and types_only(node):
             pending += node.orelse
             continue
         pending += ast.iter_child_nodes(node)
@@ -290,7 +302,7 @@ def test_sockets_are_opened_in_named_places() -> None:
     named = {
         module
         for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Import | ast.ImportFrom) and callers & {alias.name for alias in node.names}
     }
     assert named == {
@@ -337,7 +349,7 @@ def test_no_file_but_a_kernels_is_longer_than_450_lines() -> None:
 
 
 def test_every_file_says_what_it_is_for() -> None:
-    silent = [str(path.relative_to(ROOT)) for path in FILES if not ast.get_docstring(ast.parse(path.read_text()))]
+    silent = [str(path.relative_to(ROOT)) for path in FILES if not ast.get_docstring(parsed(path))]
     assert not silent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import kills
@@ -69,3 +70,16 @@ def test_an_action_that_fails_or_ends_early_is_told(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the action ended with 70"):
         kills.stops(lambda: 1 // 0, tmp_path)
     assert not kills.kill(lambda: None, tmp_path, kills.Stop(3, "before", "nothing"))
+
+
+def test_an_action_is_stopped_at_a_name_in_whatever_thread(tmp_path: Path) -> None:
+    def action() -> None:
+        (tmp_path / "a").write_bytes(b"1")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit((tmp_path / "b").write_bytes, b"1").result()
+        (tmp_path / "c").write_bytes(b"1")
+
+    kills.kill_at(action, tmp_path, "b")
+    assert states(tmp_path) == {"a": 1}
+    with pytest.raises(AssertionError, match="ended with 0, to be stopped at a change of d"):
+        kills.kill_at(action, tmp_path, "d")

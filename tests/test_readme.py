@@ -1,10 +1,16 @@
-"""The README's commands, run as they stand: in the README's order, in one folder, with trainings cut to seconds."""
+"""The README's commands, run as they stand: in the README's order, in one folder, with trainings cut to seconds.
+
+The first line of each command is typed into a shell; further lines of the same command run in forks of the test's process, which
+has imported PyTorch already.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
+import torch
 from loopback_hub import serving
 from PIL import Image
 
@@ -34,6 +42,9 @@ SMALL = (
     " --set data.size=[64,128] data.crop=[64,64] data.train_images=6 data.val_images=3 train.steps=2"
     " train.batch_size=2 train.log_every=1"
 )
+# what commands of models import: a fork has it already
+PRELOADED = ["matplotlib.pyplot", "timm.layers", "dgbench.report.curves", "dgbench.cost.profile"]
+PRELOADED += [f"dgbench.engine.{name}" for name in ("train", "evaluate", "predict")]
 # commands that must end with 1 on a machine without weights and GPU, and what they say then
 FAILS = {
     "dgbench train --vlm eva02": ("timm/eva02_large_patch14_clip_336", "dgbench download dinov2_l eva02"),
@@ -50,9 +61,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a line as its user would: the installed program, an own home, no network, nothing cached."""
-    environment = {
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """An own home, no network, nothing cached."""
+    return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(folder),
@@ -63,9 +74,34 @@ def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[s
         "CUDA_VISIBLE_DEVICES": "",
         **more,
     }
+
+
+def shell(line: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a line as its user would, by the installed program."""
     # the shell stays, as a user's does: of one command alone it would become that command
     stays = f"{line}\nexit $?"
-    return subprocess.run(["bash", "-c", stays], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    words = ["bash", "-c", stays]
+    return subprocess.run(words, cwd=folder, env=environment(folder, **more), capture_output=True, text=True, check=False)
+
+
+def again(command: str) -> bool:
+    """Whether an earlier line has typed this command into a shell, and this one has nothing that only a shell understands."""
+    before = [line.split()[1] for line in COMMANDS[: COMMANDS.index(command)] if line not in FAILS]
+    light = command.split()[1] not in ("train", "eval", "predict", "profile")  # and the others are typed
+    return not (light or command in FAILS or re.search(r"[|&><;*$~`]", command)) and command.split()[1] in before
+
+
+def forked(line: str, folder: Path, streams: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line in a fork of this process."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+    def action() -> None:
+        os.chdir(folder)
+        processes.command(*shlex.split(line)[1:])
+
+    (ended,) = processes.wait([processes._fork(action, streams / "0", environment(folder))], streams, seconds=600)
+    return subprocess.CompletedProcess(line, ended.status, ended.out, ended.err)
 
 
 def test_two_commands_do_all_the_set_up() -> None:
@@ -73,8 +109,9 @@ def test_two_commands_do_all_the_set_up() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
+def test_a_command_of_the_readme_runs(command: str, here: Path, tmp_path: Path) -> None:
     starts_training = command.startswith("dgbench train") and command not in FAILS and "--resume" not in command
+    line = command + SMALL if starts_training else command
     if "--dry-run" in command:
         done = shell(command, here, DGBENCH_OFFLINE="1")  # else the sites are asked for sizes
     elif command.startswith("dgbench download"):
@@ -84,8 +121,10 @@ def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
             own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(here / "small")}
             done = shell(command, here, **own)
         assert done.stdout.count(" downloaded ") == len(rows)
+    elif again(command) and not torch.cuda.is_available():  # a fork cannot have a GPU that its parent has used
+        done = forked(line, here, tmp_path)
     else:
-        done = shell(command + SMALL if starts_training else command, here)
+        done = shell(line, here)
     assert done.returncode == int(command in FAILS), done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout if not done.returncode else done.stderr.startswith("error: ")
@@ -96,8 +135,6 @@ def test_a_command_of_the_readme_runs(command: str, here: Path) -> None:
 
 
 def test_the_python_of_the_readme_runs() -> None:
-    import torch
-
     for text in [text for language, text in BLOCKS if language == "python"]:
         scope = {"images": torch.rand(1, 3, 256, 512)}
         exec(text, scope)

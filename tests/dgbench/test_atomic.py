@@ -6,31 +6,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import kills
 import pytest
 
 from dgbench import atomic, temporaries
 
-WRITER = """
-import sys
-from pathlib import Path
-from dgbench import atomic
-size = 200_000
-for i in range(10**9):
-    atomic.write(Path(sys.argv[1]) / "record-x.json", bytes([65 + i % 26]) * size)
-"""
 
-
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_writer_leaves_the_old_bytes_or_the_new(tmp_path: Path) -> None:
-    for _ in range(8):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
-        while not (tmp_path / "record-x.json").exists():
-            time.sleep(0.01)
-        time.sleep(0.03)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+    def writes() -> None:
+        for i in range(10**9):
+            atomic.write(tmp_path / "record-x.json", bytes([65 + i % 26]) * 200_000)
+
+    atomic.write(tmp_path / "record-x.json", b"0" * 200_000)
+    for number in range(8):
+        assert kills.kill_after(writes, 0.03 + 0.003 * number) == -signal.SIGKILL
         content = (tmp_path / "record-x.json").read_bytes()
         assert len(content) == 200_000
         assert len(set(content)) == 1

@@ -106,8 +106,8 @@ def test_a_log_has_a_line_when_a_file_begins_and_ends(mirror: Server, data: Path
     lines = run(data, "dark-zurich", "--mirror", mirror.url, "--yes").stderr.splitlines()
     assert lines[0].split() == ["name", "state", "files", "size", "licence"]
     assert f"Dark_Zurich_val_anon.zip: {size} B" in lines
-    assert f"Dark_Zurich_val_anon.zip: {size} B in 0s" in lines
-    assert any(line.startswith("unpacking Dark_Zurich_val_anon.zip: ") and line.endswith(" in 0s") for line in lines)
+    assert any(re.fullmatch(rf"Dark_Zurich_val_anon\.zip: {size} B in \d+s", line) for line in lines)
+    assert any(re.fullmatch(r"unpacking Dark_Zurich_val_anon\.zip: .* in \d+s", line) for line in lines)
     assert run(data, "gta5", "--mirror", mirror.url, "--yes", "--quiet").stderr == ""
 
 

@@ -55,11 +55,13 @@ def test_a_rendering_killed_at_any_change_of_the_disk_is_completed_to_the_same_b
         assert content(cache) == expected, stop
 
 
-def test_an_export_killed_at_any_change_of_the_disk_is_made_anew_and_leaves_nothing_else(tmp_path: Path) -> None:
+# every fourth moment, before, within and after writes; at night all
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.full)])
+def test_an_export_killed_at_any_change_of_the_disk_is_made_anew_and_leaves_nothing_else(stride: int, tmp_path: Path) -> None:
     exported(tmp_path / "whole")
     expected = content(tmp_path / "whole")
     found = kills.stops(lambda: exported(tmp_path / "counted"), tmp_path / "counted")
-    for number, stop in enumerate(found):
+    for number, stop in enumerate(found[::stride]):
         out = tmp_path / str(number)
         assert kills.kill(lambda out=out: exported(out), out, stop), stop
         # a part never looks like the whole
@@ -98,7 +100,7 @@ def test_a_rendering_by_several_processes_killed_at_random_moments_leaves_none_a
             killed += 1
         else:
             long = min(long, time.monotonic() - begun)
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while left := _marked(mark):
             assert time.monotonic() < end, (number, left, time.monotonic() - begun)
             time.sleep(0.05)

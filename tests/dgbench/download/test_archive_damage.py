@@ -116,11 +116,11 @@ def hostile(kind: str, path: Path) -> None:
     block = tarfile.TarInfo("x.png")
     with gzip.open(path, "wb", compresslevel=1) as file:
         if kind in ("pax", "gnu name", "global"):
-            # a header of 100 MB packs to less than half a megabyte
+            # a header of 40 MB packs to less than a fifth of a megabyte
             block.type = {"pax": tarfile.XHDTYPE, "gnu name": tarfile.GNUTYPE_LONGNAME, "global": tarfile.XGLTYPE}[kind]
-            block.size = 100 << 20
+            block.size = 40 << 20
             file.write(block.tobuf())
-            for _ in range(100):
+            for _ in range(40):
                 file.write(b"x" * (1 << 20))
         elif kind == "nested":
             block.type, block.size = tarfile.XHDTYPE, 512

@@ -6,14 +6,13 @@ import hashlib
 import io
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 from loopback_hub import COMMIT, Hub, serving
@@ -186,16 +185,11 @@ def test_a_cut_transfer_goes_on_at_the_commit_it_began_at(hub: Hub, data: Path) 
     assert len(rows(data / "streets", "train")) == 5
 
 
-def test_a_kill_in_the_middle_is_taken_up(hub: Hub, data: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DGBENCH_"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "dgbench", "download", "--hub", "someone/Streets", *COLUMNS, "--yes", "--root", str(data)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not list(data.rglob("*.parquet")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("at", [".rows", "val"], ids=["before the rows are read", "between the splits"])
+def test_a_kill_in_the_middle_is_taken_up(at: str, hub: Hub, data: Path) -> None:
+    kills.kill_at(lambda: run(data, "--hub", "someone/Streets", *COLUMNS, "--yes"), data, at)
+    assert list(data.rglob("*.parquet"))
     assert not (data / "streets").exists()
     done(run(data, "--hub", "someone/Streets", *COLUMNS, "--yes"))
     assert [len(rows(data / "streets", split)) for split in ("train", "val")] == [5, 3]

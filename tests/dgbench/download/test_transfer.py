@@ -5,29 +5,28 @@ from __future__ import annotations
 import base64
 import email.utils
 import hashlib
-import os
 import random
 import resource
 import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import kills
 import pytest
 from loopback_files import Server, serving
 
 from dgbench.download.transfer import FullDiskError, InterruptedTransfer, Patience, Transfer
 from dgbench.errors import DataError
 
-ROOT = Path(__file__).parents[3]
 CONTENT = random.Random(0).randbytes(1_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
-HURRIED = Patience(tries=3, first=0.01, longest=0.02, longest_asked=2, connect=2, read=0.3)
+HURRIED = Patience(tries=3, first=0.01, longest=0.02, longest_asked=2, connect=20, read=20)
 
 
 @pytest.fixture
@@ -59,6 +58,7 @@ def test_a_file_arrives_whole_and_is_not_asked_for_again(server: Server, transfe
 @pytest.mark.parametrize("fault", ["cut", "reset", "stall"])
 def test_a_broken_line_is_taken_up_where_it_broke(fault: str, server: Server, transfer: Transfer, tmp_path: Path) -> None:
     server.faults = [fault, fault]  # type: ignore[list-item]
+    transfer.patience = replace(HURRIED, read=1) if fault == "stall" else HURRIED
     told: list[str] = []
     transfer.tell = told.append
     assert fetch(transfer, server, tmp_path) == CONTENT
@@ -90,9 +90,10 @@ def test_the_wait_that_a_busy_server_asks_for_is_kept(
     # a date has whole seconds: between one and two from now
     after = "1" if form == "seconds" else email.utils.formatdate(int(time.time()) + 2, usegmt=True)
     server.faults = [(status, {"Retry-After": after})]
-    begun = time.monotonic()
+    due = time.time() + 1 if form == "seconds" else email.utils.parsedate_to_datetime(after).timestamp()
     assert fetch(transfer, server, tmp_path) == CONTENT
-    assert 0.9 < time.monotonic() - begun < 3
+    # on a machine that is busy it may take longer; without the header it is asked for again after 0.01 s
+    assert time.time() > due - 0.01
 
 
 def test_a_server_that_asks_to_wait_for_long_is_told(server: Server, transfer: Transfer, tmp_path: Path) -> None:
@@ -221,18 +222,15 @@ def test_a_disk_that_fills_up_keeps_what_came_and_goes_on_later(server: Server, 
 
 
 def test_a_kill_in_the_middle_is_taken_up(server: Server, transfer: Transfer, tmp_path: Path) -> None:
-    server.bytes_per_second = 1e6
-    code = "import sys, pathlib, dgbench.download.transfer as t; t.Transfer().fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
-    command = [sys.executable, "-c", code, f"{server.url}/set.zip", str(tmp_path / "set.zip")]
     part = tmp_path / "set.zip.part"
     for least in (1, 300_000):
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        while not (part.is_file() and part.stat().st_size > least):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    server.bytes_per_second = None
+        server.bytes_until = least + 100_000  # and no more: the kill may take its time
+        come = kills.kill_when(
+            lambda: Transfer().fetch(f"{server.url}/set.zip", tmp_path / "set.zip"),
+            lambda least=least: part.is_file() and part.stat().st_size > least,  # type: ignore[misc]
+        )
+        assert come == -signal.SIGKILL
+    server.bytes_until = None
     kept = part.stat().st_size
     assert kept < len(CONTENT)
     assert fetch(transfer, server, tmp_path, MD5) == CONTENT
@@ -242,14 +240,13 @@ def test_a_kill_in_the_middle_is_taken_up(server: Server, transfer: Transfer, tm
 def test_several_files_come_at_once(tmp_path: Path, transfer: Transfer) -> None:
     files = {f"{n}.zip": random.Random(n).randbytes(100_000) for n in range(4)}
     with serving(files) as server:
-        server.bytes_per_second = 200_000
+        server.together = threading.Barrier(len(files))
         threads = [threading.Thread(target=transfer.fetch, args=(f"{server.url}/{name}", tmp_path / name)) for name in files]
-        begun = time.monotonic()
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert time.monotonic() - begun < 1.5  # one after the other it takes two seconds
+        assert not server.together.broken  # nobody's body begins before all were asked for
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 

@@ -137,7 +137,8 @@ def test_the_clean_sentences_fit_into_the_text_tower(vlm, length):
     sentences = [PROMPT.format(name) for name in CITYSCAPES]
     ids, whole = tokenize(vlm, sentences, length), tokenize(vlm, sentences, 77)
     assert [line + [0] * (77 - length) for line in ids] == whole
-    read = [SimpleTokenizer().decode([i for i in line if i]) for line in ids]
+    tokenizer = SimpleTokenizer()
+    read = [tokenizer.decode([i for i in line if i]) for line in ids]
     assert read == [f"<start_of_text>a clean origami of a {name} <end_of_text>" for name in CITYSCAPES]
 
 

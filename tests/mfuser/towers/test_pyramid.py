@@ -19,18 +19,14 @@ from mfuser.towers.vmamba import CrossScan, VMamba
 TINY = ("tiny_swin", "tiny_convnext", "tiny_vmamba", "tiny_vim")
 
 
-def maps_of(name: str, size: tuple[int, int]) -> list[Tensor]:
-    with torch.device("meta"):
-        return list(trunk(name, size).eval()(torch.empty(1, 3, *size)))
-
-
 @pytest.mark.parametrize("name", [name for name in TRUNKS if not name.endswith(("_s", "_b", "101_deep"))])
 def test_maps_have_strides_4_to_32_and_the_stated_channels(name: str) -> None:
     with torch.device("meta"):
-        channels = trunk(name, (224, 448)).channels
-    assert [tuple(x.shape) for x in maps_of(name, (224, 448))] == [
+        model = trunk(name, (224, 448)).eval()
+        maps = list(model(torch.empty(1, 3, 224, 448)))
+    assert [tuple(x.shape) for x in maps] == [
         (1, c, 224 // s, 448 // s)
-        for c, s in zip(channels, (4, 8, 16, 32), strict=True)  # type: ignore[arg-type]
+        for c, s in zip(model.channels, (4, 8, 16, 32), strict=True)  # type: ignore[arg-type]
     ]
 
 
