@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -36,6 +37,7 @@ def doctor(root: Path | None = None) -> list[Check]:
         root: the data root; by default DGBENCH_DATA or ./data.
     """
     parts: dict[str, Callable[[], Check | Iterable[Check]]] = {
+        "dgbench": _dgbench,
         "python": _python,
         "torch": _torch,
         "packages": _packages,
@@ -64,6 +66,15 @@ def _looked(name: str, look: Callable[[], Check | Iterable[Check]]) -> list[Chec
         return [Check(name, "fail", f"cannot be checked: {reason}")]
 
 
+def _dgbench() -> Check:
+    from dgbench import __version__
+    from dgbench.environment import code_commit
+
+    commit, dirty = code_commit()
+    where = f"commit {commit[:12]}{', changed' if dirty else ''}" if commit else "not in a git checkout"
+    return Check("dgbench", "ok", f"{__version__}, {where} ({Path(__file__).parent})")
+
+
 def _python() -> Check:
     return Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
@@ -79,7 +90,7 @@ def _torch() -> list[Check]:
     if not torch.cuda.is_available():
         reason = "the torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver"
         gpu = [Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")]
-        return [Check("torch", "ok", f"{version}, {build}, {torch.get_num_threads()} threads"), *gpu]
+        return [Check("torch", "ok", f"{version}, {build}, {_counted(torch.get_num_threads(), 'thread')}"), *gpu]
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -87,6 +98,10 @@ def _torch() -> list[Check]:
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         found.append(Check(f"gpu {index}", "ok", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory}"))
     return [Check("torch", "ok", f"{version}, {build}"), *found]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _packages() -> list[Check]:
@@ -210,7 +225,23 @@ def _data(name: str, root: Path | None) -> Check:
 def _cache(name: str) -> Check:
     from dgbench.data.places import cache_root
 
-    return _disk(name, cache_root())
+    folder = cache_root()
+    found = _disk(name, folder)
+    size = _size(folder)
+    if not size or found.state != "ok":
+        return found
+    detail = f"{size / 2**30:.1f} GiB used, {found.detail}"
+    return Check(name, "ok", detail, "all in it is made again where it is needed: remove the folder to free its space")
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of a folder's files; those that vanish meanwhile are not counted."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
 
 
 def _recipes() -> Check:

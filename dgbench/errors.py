@@ -89,3 +89,18 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> tuple[str, str]:
     if not names:
         return f"unknown {kind} `{name}`", f"there is no {kind} here yet"
     return f"unknown {kind} `{name}`", "choose from " + ", ".join(names)
+
+
+def unknown_recipe(name: str, methods: Iterable[str], recipes: Iterable[str]) -> tuple[str, str]:
+    """Return the (message, hint) of a name that is no method and no recipe: there are too many recipes to list them."""
+    methods, recipes = sorted(methods), list(recipes)
+    message, hint = unknown("recipe" if "/" in name else "method or recipe", name, [*methods, *recipes])
+    if hint.startswith("choose"):
+        hint = f"methods are {', '.join(methods)}; `dgbench methods METHOD` lists the recipes of one"
+    return message, hint
+
+
+def no_recipe_file(path: object) -> tuple[str, str]:
+    """Return the (message, hint) of a recipe's file that is not there."""
+    hint = "recipes of dgbench need no path or ending, as streets/mfuser; `dgbench methods METHOD` lists those of a method"
+    return f"no recipe file {path}", hint

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dgbench.errors import DgbenchError, RecipeError, unknown
+from dgbench.errors import DgbenchError, RecipeError, no_recipe_file, unknown, unknown_recipe
 
 _MODELS = Path(__file__).parents[1] / "mfuser"
 _TIMM = "timm:"  # prefix of a timm model's name, which only timm can check
@@ -79,8 +79,8 @@ def check_models(names: Sequence[str], vlm: str | None = None, vfm: str | None =
         if name.casefold() in (*methods(), *recipes) or Path(name).is_file():
             continue
         if name.endswith((".yaml", ".yml")):
-            raise RecipeError(f"no recipe file {name}", f"shipped recipes need no path or suffix: {', '.join(recipes)}")
-        raise RecipeError(*unknown("recipe" if "/" in name else "method or recipe", name, {*methods(), *recipes}))
+            raise RecipeError(*no_recipe_file(name))
+        raise RecipeError(*unknown_recipe(name, methods(), recipes))
     plain, its_own = towers("vfm", "vlm"), sorted({name for method in methods() for name in backbone_names(method)})
     for kind, tower, known in (
         ("vlm", vlm, towers("vlm")),

@@ -50,6 +50,17 @@ def claim_run(folder: Path, *, locked: bool = False) -> Path:
     return folder
 
 
+def belongs_to_run(path: Path) -> bool:
+    """Whether a file is one that a run consists of: its recipe, log, records, matrices or checkpoint."""
+    whole = Path(path).absolute()
+    if whole.match("checkpoint/step-*/*"):
+        return True
+    own = whole.name in ("recipe.yaml", "log.jsonl", "speed.jsonl") or re.fullmatch(r"(record|confusion)-.+\..+", whole.name)
+    # a recipe of the user's own has none of these beside it
+    begun = any(path for name in ("checkpoint", "log.jsonl", "record-*.json") for path in whole.parent.glob(name))
+    return bool(own) and begun and (whole.parent / "recipe.yaml").is_file()
+
+
 def seed_run(folder: Path, seed: int) -> Path:
     """Return the run of this seed in a folder of runs that differ in their seeds."""
     return folder / f"{_OF_SEED}{seed}"

@@ -124,6 +124,8 @@ def problem_of(details: ErrorDetails, model: Any = None, prefix: tuple[str | int
         text = f"expected {_how_many(kind, context)}, got {given}"
     elif kind in _EXPECTED:
         text = f"expected {_EXPECTED[kind]}, got {given}"
+        if _EXPECTED[kind] == "a list" and isinstance(details["input"], str | int | float):
+            text += f": write [{details['input']}]" if len(str(details["input"])) <= 40 else ": write it in [ ]"
     elif kind == _OWN:
         text = details["msg"]
     return Problem((*prefix, *loc), text)

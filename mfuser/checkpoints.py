@@ -20,9 +20,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mfuser import manifest, methods
+from mfuser import manifest, methods, tensor_files
 from mfuser.methods import build
 from mfuser.segmentor import Segmentor
 from mfuser.towers import named
@@ -68,7 +68,9 @@ def save(
     (folder / manifest.NAME).unlink(missing_ok=True)
     weights = folder / ".model.safetensors.tmp"
     try:
-        save_file(state, weights, {named.KEY: named.text_of(left_out)} if left_out else None)
+        tensor_files.write(state, weights, {named.KEY: named.text_of(left_out)} if left_out else None)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder / _WEIGHTS)) from error
     except SafetensorError as error:
         # it wraps the system's error in a text
         number = re.search(r"os error (\d+)", str(error))

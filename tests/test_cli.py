@@ -221,7 +221,7 @@ def test_doctor() -> None:
     [
         ("train mfusr", "error: unknown method `mfusr`", "did you mean `mfuser`?"),
         ("train streets/mfusr", "error: unknown recipe `streets/mfusr`", "did you mean `streets/mfuser`?"),
-        ("train nothing.yaml", "error: no recipe file nothing.yaml", "shipped recipes need no path"),
+        ("train nothing.yaml", "error: no recipe file nothing.yaml", "recipes of dgbench need no path"),
         ("train --source streets-gme", "error: unknown domain `streets-gme`", "did you mean `streets-game`?"),
         ("eval --targets strets-city", "error: unknown domain `strets-city`", "did you mean `streets-city`?"),
         ("eval --targets streets-fog@2", "error: severity `2`", "streets-fog@0.6"),
@@ -241,6 +241,27 @@ def test_a_mistake_is_one_message_and_a_hint(typed: str, message: str, hint: str
     assert error.startswith(message)
     assert hint in advice
     assert not (here / "runs").exists()
+
+
+def test_an_unknown_recipe_is_told_methods_not_a_hundred_recipes(here: Path) -> None:
+    for typed in (
+        ["train", "nosuch"],
+        ["train", "nosuch/nowhere"],
+        ["profile", "nosuch"],
+        ["train", "nosuch.yaml"],
+    ):
+        advice = fails(*typed)
+        assert "(2,200 characters)" not in advice
+        assert len(advice) < 400
+    hint = "methods are clouds, erm, famix, ibaformer, linear, mask2former, mfuser, rein, "
+    assert hint in fails("train", "nosuch")
+    assert "`dgbench methods METHOD` lists the recipes of one" in fails("train", "nosuch")
+
+
+def test_a_value_where_a_list_belongs_is_told_how_a_list_is_written(here: Path) -> None:
+    error = fails("train", "streets/smoke", "--set", "data.targets=streets-city", "data.crop=64")
+    assert "data.targets: expected a list, got 'streets-city': write [streets-city]" in error
+    assert "data.crop: expected a list, got 64: write [64]" in error
 
 
 def test_towers_that_do_not_fit_are_one_message_and_a_hint(here: Path) -> None:

@@ -110,6 +110,11 @@ def _take_format_of(table: Path, ctx: Context) -> None:
         ctx.params["form"] = ENDINGS[table.suffix.lower()]
     if table.is_dir():
         raise typer.BadParameter(f"{table} is a folder", ctx=ctx, param_hint="'--out'")
+    if table.is_file():
+        from dgbench.runs import belongs_to_run
+
+        if belongs_to_run(table):
+            raise typer.BadParameter(f"{table} is a file of a run, which the result would replace", ctx=ctx, param_hint="'--out'")
 
 
 def _refuse_empty(args: Sequence[str], ctx: Context) -> None:

@@ -22,7 +22,7 @@ from dgbench.engine.device import pick_device
 from dgbench.engine.modes import EXACT, FAST, Compiling
 from dgbench.engine.modes import mode as settled_mode
 from dgbench.environment import code_commit, describe_environment
-from dgbench.errors import DgbenchError, RecipeError, spelled, unknown
+from dgbench.errors import DgbenchError, RecipeError, spelled, unknown, unknown_recipe
 from dgbench.progress import Progress, Silent
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import MethodSpec, load_method, load_recipe, recipe_names
@@ -118,7 +118,7 @@ def subjects(
             found += [Subject(method, size or SIZE) for method in _backbones(name, own, settings)]
             continue
         if "/" not in name and not name.endswith((".yaml", ".yml")):
-            raise RecipeError(*unknown("method or recipe", name, {*mfuser.method_names(), *recipe_names()}))
+            raise RecipeError(*unknown_recipe(name, mfuser.method_names(), recipe_names()))
         recipe = load_recipe(name, settings, flags=[f"method.{key}={value}" for key, value in towers.items()])
         found.append(Subject(recipe.method, size or recipe.data.crop, recipe.name))
     return found

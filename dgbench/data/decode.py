@@ -50,9 +50,9 @@ def read_label(path: Path, label_map: LabelMap, encoding: str = "ids", data: byt
         raise DataError(
             f"{path} holds label {'values' if len(strange) > 1 else 'value'} {', '.join(map(str, strange[:8]))}"
             f"{', ...' if len(strange) > 8 else ''}, which the label map `{label_map.name}` does not know "
-            f"({_span(label_map)} and 255)",
-            "the labels are in another encoding than this domain's official files, or damaged: unpack the official "
-            "label archive again",
+            f"({_spans(label_map)})",
+            "the labels are in another encoding than this map's, or damaged: unpack the official label archive again; "
+            "of a domain that you declared, add the values to its `label_map`, or to `ignored`",
         )
     train_ids: NDArray[np.uint8] = label_map.table[stored]
     return train_ids
@@ -78,9 +78,16 @@ def present(stored: Stored) -> list[int]:
     return [int(value) for value in np.flatnonzero(np.bincount(stored.ravel()))]
 
 
-def _span(label_map: LabelMap) -> str:
-    allowed = sorted(label_map.classes)
-    return f"{allowed[0]}..{allowed[-1]}" if allowed else "none"
+def _spans(label_map: LabelMap) -> str:
+    """Return the values that a map allows, neighbours together: `0..2, 7, 255`."""
+    spans: list[tuple[int, int]] = []
+    for value in np.flatnonzero(label_map.known).tolist():
+        if spans and spans[-1][1] == value - 1:
+            spans[-1] = (spans[-1][0], value)
+        else:
+            spans.append((value, value))
+    shown = [str(low) if low == high else f"{low}..{high}" for low, high in spans]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:11], f"... {shown[-1]}"])
 
 
 def _rgb16(content: bytes, path: Path, _: LabelMap) -> Stored:

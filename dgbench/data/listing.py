@@ -156,8 +156,9 @@ def sheet(
     Raises: DataError for an unknown domain or split, missing or damaged files.
     """
     from dgbench.data.dataset import SegDataset
-    from dgbench.data.sheet import contact_sheet, save_image
+    from dgbench.data.sheet import check_ending, contact_sheet, save_image
 
+    check_ending(out)
     split = split or usual_split(name, root)
     dataset = SegDataset(catalog.lookup(name, root), split, root=root, label_map=label_map)
     count = min(images, len(dataset))

@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dgbench import atomic
 from dgbench.data.dataset import Sample
+from dgbench.data.images import SUFFIXES
 from dgbench.data.labels import CLASSES, IGNORE, palette
+from dgbench.errors import DataError
 
 _AT_ONCE = 1 << 22  # pixels
 _GAP = 6
@@ -105,8 +107,22 @@ def legend(train_ids: Sequence[int], width: int, font_size: int = 12) -> Image.I
     return image
 
 
+def check_ending(path: Path) -> None:
+    """Refuse a picture's file whose ending is not that of a picture: it would be written as PNG whatever it is called.
+
+    Raises: DataError naming the endings that are allowed.
+    """
+    if path.suffix and path.suffix.lower() not in SUFFIXES:
+        hint = "choose one of them, or an existing folder, where several pictures are made"
+        raise DataError(f"{path} is to be a picture and must end in {', '.join(SUFFIXES)}", hint)
+
+
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture atomically; the suffix gives the format, PNG if there is none."""
+    """Write a picture atomically; the suffix gives the format, PNG if there is none.
+
+    Raises: DataError for the ending of something else.
+    """
+    check_ending(path)
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     atomic.write(path, buffer.getvalue())

@@ -29,10 +29,18 @@ def listed(given: Sequence[Path]) -> list[Path]:
             made = {f"{stem}-{kind}" for stem in photographs for kind in KINDS}  # written beside their photographs
             files = [p for p in files if p.stem not in made]
             if not files:
-                raise DataError(f"no image in {path}", f"images end in {', '.join(SUFFIXES)}")
+                raise DataError(f"no image in {path}", _elsewhere(path))
         for file in files:
             found.setdefault(place(file), file)
     return list(found.values())
+
+
+def _elsewhere(folder: Path) -> str:
+    """Return what to do where a folder itself holds no image."""
+    below = next((p.parent for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()), None)
+    if below is not None:
+        return f"subfolders are not searched: give those that hold images, as {below}"
+    return f"images end in {', '.join(SUFFIXES)}"
 
 
 def place(path: Path) -> Path:

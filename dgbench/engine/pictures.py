@@ -16,7 +16,7 @@ from PIL import Image
 from dgbench.data.dataset import read_photo
 from dgbench.data.index import stem
 from dgbench.data.labels import IGNORE
-from dgbench.data.sheet import color_map, label_ids, overlay, save_image
+from dgbench.data.sheet import check_ending, color_map, label_ids, overlay, save_image
 from dgbench.engine import photos
 from dgbench.engine.beside import Beside
 from dgbench.engine.predict import segment, shares, with_legend
@@ -234,6 +234,7 @@ def _single(out: Path, pictures: int) -> bool:
         return False
     if pictures > 1:
         raise DataError(f"{pictures} pictures cannot all be written to {out}", "give a folder with --out")
+    check_ending(out)
     return True
 
 

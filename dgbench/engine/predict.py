@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import mfuser
 from dgbench.data.dataset import read_photo
 from dgbench.data.labels import NAMES
-from dgbench.data.sheet import legend, overlay, save_image
+from dgbench.data.sheet import check_ending, legend, overlay, save_image
 from dgbench.engine import checkpoints, modes
 from dgbench.engine.beside import Beside
 from dgbench.engine.device import pick_device
@@ -69,6 +69,8 @@ def predict(
     to_folder = out.is_dir() or not out.suffix
     if not to_folder and (len(files) > 1 or len(photos) > 1):
         raise DataError(f"{len(files)} photographs cannot all be written to {out}", "give a folder with --out")
+    if not to_folder:
+        check_ending(out)
     targets = [out / f"{name}-overlay.png" for name in file_names(files)] if to_folder else [out]
     refuse_replaced(files, targets, "overlay")
     refuse_unreadable(files)  # all of them first: a bad file costs no model time

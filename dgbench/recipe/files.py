@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgbench.errors import RecipeError, spelled, unknown
+from dgbench.errors import RecipeError, no_recipe_file, spelled, unknown, unknown_recipe
 from dgbench.recipe.method import TOWER_OPTIONS
 from dgbench.resources import recipes_dir
 from dgbench.spec import Problem
@@ -154,7 +154,7 @@ def _of_method(method: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     if known is None:
         message, hint = unknown("method", method, methods)
         if hint.startswith("choose"):
-            message, hint = unknown("method or recipe", method, [*methods, *recipe_names()])
+            message, hint = unknown_recipe(method, methods, recipe_names())
         raise RecipeError(message, hint)
     return known, [(name, row) for name, row in rows if row["method"] == known]
 
@@ -294,9 +294,11 @@ def locate(name_or_path: str | Path) -> Path:
     path = Path(text)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}", f"shipped recipes need no path or suffix: {', '.join(recipe_names())}")
+            raise RecipeError(*no_recipe_file(path))
         return path
-    raise RecipeError(*unknown("recipe", text, recipe_names()))
+    raise RecipeError(
+        *unknown_recipe(text, {row["method"] for row in map(_peek, recipe_names()) if row["method"]}, recipe_names())
+    )
 
 
 def name_of(path: Path) -> str:

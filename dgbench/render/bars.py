@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dgbench.progress import Bars, Progress, Silent
-from dgbench.render.numbers import byte_size, duration
+from dgbench.render.numbers import byte_size, counted, duration
 from dgbench.render.outside import visible, visible_lines
 from dgbench.render.terminal import note, open_console
 
@@ -213,7 +213,7 @@ class _Lines:
         self._what, self._unit, self._total, self._done, self._told_done = what, unit, total, 0, 0
         self._fields = {}
         self._begun = self._told_at = time.monotonic()
-        note(f"{what}: {total} {unit}")
+        note(f"{what}: {counted(total, unit)}")
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
         self._fields.update(fields)
@@ -234,7 +234,7 @@ class _Lines:
     def _tell(self, now: float) -> None:
         elapsed = now - self._begun
         left = self._total - self._done
-        parts = [f"{self._done}/{self._total} {self._unit}"]
+        parts = [f"{self._done}/{counted(self._total, self._unit)}"]
         if self._fields:
             parts.append(_fields(self._fields))
         parts.append(f"{duration(elapsed * left / self._done)} left" if left and self._done else f"{duration(elapsed)} in all")

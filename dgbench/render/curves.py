@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgbench.render.pictures import _COLOURS, _as_it_is, _figure, _written
+from dgbench.render.pictures import _COLOURS, _as_it_is, _figure, _plain_numbers, _whole_steps, _written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +37,11 @@ def draw_losses(found: Curves, axis: Axes) -> None:
         axis.plot(found.steps, values, label=_as_it_is(name), **_points(found), **_line(number))
     if all(value > 0 for values in found.losses.values() for value in values):
         axis.set_yscale("log")
+        _plain_numbers(axis)
     if len(found.losses) > 1:
         axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15), handlelength=3)
     axis.set(title="losses", xlabel="step")
+    _whole_steps(axis)
     axis.grid(alpha=0.3)
 
 
@@ -47,6 +49,7 @@ def draw_rate(found: Curves, axis: Axes) -> None:
     """Draw the learning rate."""
     axis.plot(found.steps, found.rate, color=_COLOURS[0], **_points(found))
     axis.set(title="learning rate", xlabel="step")
+    _whole_steps(axis)
     axis.ticklabel_format(axis="y", scilimits=(-2, 2))
     axis.grid(alpha=0.3)
 
@@ -56,7 +59,7 @@ def _points(found: Curves) -> dict[str, Any]:
 
 
 def _line(number: int) -> dict[str, Any]:
-    """Return the sum is black; of its terms no two look alike, as far as colours and dashes go."""
+    """Return the style of a line: the sum is black, and no two of its terms look alike, as far as colours and dashes go."""
     if number == 0:
         return {"color": "black", "zorder": 3}
     dashes, colour = divmod(number - 1, len(_COLOURS))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from dgbench.render.flat import FlatRow, flat_row, flatten
+from dgbench.render.numbers import counted
 from dgbench.render.table import ABSENT, Cell, Table
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _verdict(report: Report) -> Table:
     facts += [(problem.kind, Cell(f"{problem.file}: {problem.detail}", "bad")) for problem in shown]
     if rest := len(report.problems) - len(shown):
         facts.append(("", Cell(f"and {rest} more problems: --json lists all", "bad")))
-    state = "no problems" if report.ok else f"{len(report.problems)} problems" if report.n_pairs else "no pairs"
+    state = "no problems" if report.ok else counted(len(report.problems), "problems") if report.n_pairs else "no pairs"
     rows = tuple((Cell(name), cell) for name, cell in facts)
     return Table(f"{report.domain} {report.split}: {state}{missing}", ("", "found"), rows, left=True)
 
@@ -107,13 +108,13 @@ def _found_values(report: Report) -> Table:
 def class_tables(shares: Sequence[ClassShare]) -> list[Table]:
     rows = tuple((Cell(s.name), Cell(f"{100 * s.pixels:.2f}"), Cell(f"{100 * s.images:.0f}")) for s in shares)
     first = shares[0]
-    title = f"{first.domain} {first.split}: classes over {first.n_images} images"
+    title = f"{first.domain} {first.split}: classes over {counted(first.n_images, 'images')}"
     legend = ("pixels: % of labelled pixels. images: % of images in which the class occurs.",)
     return [Table(title, ("class", "pixels", "images"), rows, legend=legend)]
 
 
 def sheet_tables(sheet: Sheet) -> list[Table]:
-    return [Table(f"{sheet.path}: {sheet.n_images} images of {sheet.domain} {sheet.split}", (), ())]
+    return [Table(f"{sheet.path}: {counted(sheet.n_images, 'images')} of {sheet.domain} {sheet.split}", (), ())]
 
 
 def exported_tables(splits: Sequence[Exported]) -> list[Table]:

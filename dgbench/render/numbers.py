@@ -37,3 +37,8 @@ def byte_size(n: int | None) -> str:
         if n >= scale:
             return f"{n / scale:,.1f} {unit}"
     return f"{n} B"
+
+
+def counted(count: int, units: str) -> str:
+    """Return a number with its unit, given in the plural: `1 image`, `2 images`."""
+    return f"{count} {units.removesuffix('s') if count == 1 else units}"

@@ -239,6 +239,23 @@ def _figure(panels: int, columns: int = 2, width: float = 6, height: float = 4.2
     return figure, list(figure.subplots(down, across, squeeze=False).flat)
 
 
+def _plain_numbers(axis: Axes) -> None:
+    """Write 2.5, not 2.5 x 10^0, on a logarithmic axis that spans less than a decade, which has labels between the powers."""
+    from matplotlib.ticker import FuncFormatter
+
+    low, high = axis.get_ylim()
+    if high < 10 * low:
+        plain = FuncFormatter(lambda value, _: f"{value:.4g}")
+        axis.yaxis.set_major_formatter(plain)
+        axis.yaxis.set_minor_formatter(plain)
+
+
+def _whole_steps(axis: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _written(figure: Figure, path: Path) -> Path:
     from matplotlib import rc_context
 

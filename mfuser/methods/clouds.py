@@ -62,7 +62,7 @@ _SIZES: dict[str, dict[str, int | bool]] = {
 class Options:
     """Options of the model. Sizes at None are the release's, or smaller ones with the tower `tiny_cnn`."""
 
-    backbone: str = "convnext_l_clip"  # a row of mfuser.towers.table.TOWERS that is a convolutional network with a text tower
+    backbone: str = "convnext_l_clip"  # a tower of `dgbench models` that is a convolutional network with a text tower
     variant: str = "release"  # the second stage, with generated images; or "stage 1 only", trained on the source alone
     segments: bool = False  # SAM's masks are stored beside the generated images; else the teacher's labels are used unchanged
     image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window; every size is scored

@@ -49,7 +49,7 @@ _NOT_DECAYED = ("norm", "A_log", ".D", "dt_proj.bias", "pos_embed", "relative_po
 class Options:
     """What a model is built from."""
 
-    backbone: str = "resnet101"  # a ResNet among mfuser.towers.table.TOWERS, or a trunk of BACKBONES
+    backbone: str = "resnet101"  # a ResNet of `dgbench models`, or a trunk of docs/backbones.md
     decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head; None: 256, with tiny trunks 64
     image_size: tuple[int, int] = (768, 768)  # (H, W) of training crop and test window
 

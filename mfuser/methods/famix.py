@@ -46,7 +46,7 @@ SHARE = 0.1  # both parameters of the Beta distribution that mixes styles
 class Options:
     """What a model is built from."""
 
-    backbone: str = "clip_rn101"  # a ResNet of CLIP's among mfuser.towers.table.TOWERS
+    backbone: str = "clip_rn101"  # one of CLIP's ResNets of `dgbench models`
     trained_from: str | None = None  # stage or block from which on the trunk is trained, or none; None: layer4.2, tiny: layer2
     mining_steps: int | None = None  # of SGD for each batch of styles; None: 100, with tiny_clip_rn 10
     templates: int | None = None  # of the prompts, the first of CLIP's 80; None: all, with tiny_clip_rn 1

@@ -37,7 +37,7 @@ _HEADS = {"daformer": (DAFormerHead, 256), "segformer": (SegFormerHead, 768)}
 class Options:
     """What a model is built from."""
 
-    backbone: str = "mit_b5"  # a MiT among mfuser.towers.table.TOWERS
+    backbone: str = "mit_b5"  # a MiT of `dgbench models`
     attention: str = "element"  # element: to each other image; mean: to the means of the others' keys and values
     combine: str = "mean"  # of attention to itself and to the others: mean, sum, or learned, a factor a head that begins at 0
     head: str = "daformer"  # or segformer; which of them the authors have is not public

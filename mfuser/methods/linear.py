@@ -36,7 +36,7 @@ TOWERS = {"vfm": {"trunk": "vfm.trunk"}}
 class Options:
     """What a model is built from."""
 
-    vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "dinov2_l"  # a tower of `dgbench models`, or `timm:<model>`
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
 

@@ -39,7 +39,7 @@ _ADAPTERS = ("full", "none")
 class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "dinov2_l"  # a tower of `dgbench models`, or `timm:<model>`
     adapter: str = "full"  # the whole tower is trained; none: it is frozen
     patch: int = 16  # pixels of a token's side; the tower's patch kernel is resampled to it
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window

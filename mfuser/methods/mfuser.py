@@ -109,9 +109,9 @@ _BUGS = {variant: Bugs(**{field.name: variant == "release" for field in fields(B
 class Options:
     """What a model is built from. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # vision foundation tower, a row of mfuser.towers.table.TOWERS or `timm:<model>`
+    vfm: str = "dinov2_l"  # vision foundation tower, one of `dgbench models` or `timm:<model>`
     vlm: str = "eva02"  # vision-language tower: a row of the table that has a text tower
-    fuser: str = "mvfuser"  # a row of mfuser.fusion.FUSERS; none: nothing is added to the towers' tokens
+    fuser: str = "mvfuser"  # one of the fusers of docs/mfuser.md; none: nothing is added to the towers' tokens
     enhancer: str = "mtenhancer"  # single_copy: without the copy of the texts before the image; none: texts do not see the image
     image_tower: str = "both"  # vfm or vlm: that one alone, with the texts of the vision-language tower
     variant: str = "release"  # or "sane", without the known bugs of the official code; see the module's head

@@ -37,7 +37,7 @@ _ADAPTERS = ("lora", "full")
 class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "dinov2_l"  # a tower of `dgbench models`, or `timm:<model>`
     adapter: str = "lora"  # the tokens are products of low-rank factors; full: they are whole
     rank: int = 16  # of the factors
     tokens: int = 100  # of every block; as many object queries

@@ -42,7 +42,7 @@ _MEANS = (122.679, 116.669, 104.007)  # of red, green, blue in 0..255, as in Caf
 class Options:
     """What a model is built from."""
 
-    backbone: str = "resnet101"  # a ResNet among mfuser.towers.table.TOWERS
+    backbone: str = "resnet101"  # a ResNet of `dgbench models`
     variant: str = "release"  # the authors' code: without whitening, regions not cut out; or "paper", with both
     image_size: tuple[int, int] = (640, 640)  # (H, W) of training crop and test window
 

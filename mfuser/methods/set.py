@@ -38,7 +38,7 @@ _VARIANTS = ("release", "sane")
 class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "dinov2_l"  # a tower of `dgbench models`, or `timm:<model>`
     variant: str = "release"  # transforms over batch and channel; sane: over the image plane
     rank: int = 16  # of the factors of the phase's tokens
     tokens: int = 100  # of every block; as many object queries

@@ -50,7 +50,7 @@ _TINY = ("tiny_resnet", "tiny_mit")
 class Options:
     """What a model is built from."""
 
-    backbone: str = "resnet101"  # a ResNet or a MiT among mfuser.towers.table.TOWERS
+    backbone: str = "resnet101"  # a ResNet or a MiT of `dgbench models`
     decoder_dim: int | None = None  # width of the decoder, half that of a ResNet's auxiliary head; None: 256, of tiny ones 64
     concentration: float = 0.0156  # of the Dirichlet distribution that weighs the basis styles
     style_epochs: int = 3  # the basis is chosen anew after so many epochs

@@ -52,7 +52,7 @@ _VARIANTS = ("release", "sane")
 class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "dinov2_l"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "dinov2_l"  # a tower of `dgbench models`, or `timm:<model>`
     variant: str = "release"  # the terms are parts of random weights; sane: of the published ones, and subtracted from them
     rank: int = 16  # of every term
     alpha: float = 16.0  # the terms are scaled by alpha / rank

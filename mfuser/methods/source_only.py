@@ -37,7 +37,7 @@ TOWERS = {"backbone": {"trunk": "encoder.trunk"}}
 class Options:
     """What a model is built from."""
 
-    backbone: str = "tiny"  # a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    backbone: str = "tiny"  # a tower of `dgbench models`, or `timm:<model>`
     patch: int | None = None  # pixels of a token's side; None: the tower's own
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
 

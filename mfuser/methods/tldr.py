@@ -47,7 +47,7 @@ GENERALISATION = (5e-3, 5e-4)  # of the two finest
 class Options:
     """What a model is built from."""
 
-    backbone: str = "resnet101_v1c"  # a ResNet among mfuser.towers.table.TOWERS
+    backbone: str = "resnet101_v1c"  # a ResNet of `dgbench models`
     variant: str = "release"  # stm=pixel: colours of pixels are transferred, without PhotoWCT's file; not the paper's method
     original_weight: float | None = (
         None  # of the source's cross entropy, the rest is the stylised one's; None: 0.1 with resnet101_v1c, else 0.5

@@ -97,7 +97,7 @@ def _clips() -> list[str]:
 class Options:
     """What a model is built from. Sizes at None are the release's, or smaller ones with the towers `tiny` and `small`."""
 
-    vlm: str = "eva02"  # vision-language tower of CLIP's kind: a row of mfuser.towers.table.TOWERS
+    vlm: str = "eva02"  # vision-language tower of CLIP's kind, one of `dgbench models`
     variant: str = "release"  # or "sane", without the known bugs of the release; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the tower's own

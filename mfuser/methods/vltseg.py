@@ -52,7 +52,7 @@ _VARIANTS = ("release", "sane")
 class Options:
     """What a model is built from. Sizes at None are the published ones, or smaller ones with the towers `tiny` and `small`."""
 
-    vfm: str = "eva02_l_224"  # image tower: a row of mfuser.towers.table.TOWERS, or `timm:<model>`
+    vfm: str = "eva02_l_224"  # image tower, one of `dgbench models` or `timm:<model>`
     variant: str = "release"  # as re-implemented; or "sane", without its known bugs; see the module's head
     image_size: tuple[int, int] = (512, 512)  # (H, W) of training crop and test window
     patch: int | None = None  # pixels of a token's side; None: the tower's own

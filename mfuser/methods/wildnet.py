@@ -45,7 +45,7 @@ _SIZES = {
 class Options:
     """What a model is built from. Sizes at None are the release's, or smaller ones with `tiny_resnet`."""
 
-    backbone: str = "resnet101"  # a ResNet among mfuser.towers.table.TOWERS
+    backbone: str = "resnet101"  # a ResNet of `dgbench models`
     decoder_dim: int | None = None  # width of the decoder, half that of the auxiliary head
     points: int | None = None  # side of the grid of features of an image of the source that are contrasted
     wild_points: int | None = None  # side of the grid of a wild image's features that enter the dictionary

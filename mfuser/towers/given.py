@@ -103,9 +103,9 @@ def _put(file: HubFile, path: Path, commit: str | None) -> Path:
     partial = blobs / f".{os.getpid()}.partial"
     try:
         if path.suffix in TORCH:
-            from safetensors.torch import save_file
+            from mfuser import tensor_files
 
-            save_file({key: value.contiguous().clone() for key, value in _read(path, "cpu").items()}, partial)
+            tensor_files.write({key: value.contiguous().clone() for key, value in _read(path, "cpu").items()}, partial)
         else:
             shutil.copyfile(path, partial)
         with partial.open("rb") as opened:

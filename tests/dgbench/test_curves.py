@@ -6,10 +6,12 @@ import json
 import math
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 from records import model
 
 from dgbench.render import draw_curves
+from dgbench.render.curves import draw_losses
 from dgbench.report.curves import curves
 
 
@@ -68,3 +70,14 @@ def test_a_picture_is_wider_with_scores_and_the_same_bytes_each_time(tmp_path: P
     second = draw_curves(with_scores, tmp_path / "b.png")
     assert Image.open(first).width < Image.open(second).width
     assert draw_curves(with_scores, tmp_path / "c.png").read_bytes() == second.read_bytes()
+
+
+def test_numbers_at_the_axes_are_plain_and_steps_are_whole(tmp_path: Path) -> None:
+    found = curves(logged(tmp_path, *({"step": step, "loss": 3 - step / 20, "lr": 0.1} for step in (2, 4, 6))))
+    assert found is not None
+    axis = Figure().subplots()
+    draw_losses(found, axis)
+    axis.figure.draw_without_rendering()
+    labels = [label.get_text() for label in (*axis.get_yticklabels(), *axis.get_yticklabels(minor=True))]
+    assert {float(label) for label in labels if label}
+    assert all(float(label.get_text().replace("\N{MINUS SIGN}", "-")).is_integer() for label in axis.get_xticklabels())

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgbench import __version__
 from dgbench.doctor import Check, doctor
+from dgbench.environment import code_commit
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,22 @@ def test_a_check_that_cannot_be_made_is_a_finding_and_the_others_are_made(
     assert checks["disk (here)"].state == "fail"
     assert checks["disk (here)"].detail == "cannot be checked: [Errno 2] No such file or directory"
     assert {"python", "torch", "cores", "memory", "recipes"} <= set(checks)
+
+
+def test_a_report_of_a_fault_begins_with_version_and_commit(checks: dict[str, Check]) -> None:
+    assert next(iter(checks)) == "dgbench"
+    sha, dirty = code_commit()
+    assert checks["dgbench"].detail.startswith(f"{__version__}, ")
+    assert (sha is None) == ("commit" not in checks["dgbench"].detail.replace("git checkout", ""))
+    assert sha is None or f"commit {sha[:12]}{', changed' if dirty else ''} " in checks["dgbench"].detail
+
+
+def test_the_cache_says_how_much_it_holds_and_that_it_may_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path / "cache"))
+    assert {check.name: check for check in doctor()}["cache folder"].hint is None
+    (tmp_path / "cache/streets").mkdir(parents=True)
+    with (tmp_path / "cache/streets/a.png").open("wb") as file:
+        file.truncate(3 * 2**29)  # takes no room on the disk
+    check = {check.name: check for check in doctor()}["cache folder"]
+    assert check.detail.startswith("1.5 GiB used, ")
+    assert "remove the folder" in (check.hint or "")

@@ -99,7 +99,7 @@ def test_progress_in_a_log_is_visible(capsys: pytest.CaptureFixture[str]) -> Non
         bars.end("a\x1b]8;;http://e\x07.zip")
     said = capsys.readouterr().err
     assert all(character.isprintable() or character == "\n" for character in said)
-    assert said.startswith("train \\x1b[2J: 1 steps\n\\x9b1A\na\\x1b]8;;http://e\\x07.zip: 10 B\nretry: \\u202e\n")
+    assert said.startswith("train \\x1b[2J: 1 step\n\\x9b1A\na\\x1b]8;;http://e\\x07.zip: 10 B\nretry: \\u202e\n")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

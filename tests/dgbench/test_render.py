@@ -246,3 +246,11 @@ def test_a_narrow_terminal_gets_fewer_columns_and_says_so() -> None:
 
 def test_no_color_holds() -> None:
     assert not re.search("\x1b\\[[0-9;]*3[0-9]", on_a_terminal(100, NO_COLOR="1"))
+
+
+def test_one_is_told_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = render.progress()
+    progress.start("segmenting", 1, "images")
+    progress.advance()
+    progress.stop()
+    assert capsys.readouterr().err == "segmenting: 1 image\nsegmenting: 1/1 image, 0s in all\n"

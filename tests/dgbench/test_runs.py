@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from records import record
+from typer.testing import CliRunner
 
-from dgbench import results
+from dgbench import cli, results, runs
 from dgbench.errors import ResultError
 from dgbench.runs import claim_run, find_run, find_runs, new_run, seed_run
 
@@ -97,3 +98,20 @@ def test_latest_counts_the_time_of_a_folder_of_seeds_for_its_runs(tmp_path: Path
     newer = started_run(tmp_path, "20260301T000000Z-c")
     assert find_runs("latest", tmp_path) == [newer]
     assert older != newer
+
+
+def test_a_result_does_not_replace_a_file_of_a_run(tmp_path: Path) -> None:
+    run = started_run(tmp_path, "a", checkpoint=True)
+    own = [run / "recipe.yaml", run / "record-1-eval.json", run / "confusion-1.npz", run / "checkpoint/step-000001/model.json"]
+    others = [run / "board.json", tmp_path / "recipe.yaml", tmp_path / "notes/record-of-mine.json"]
+    for path in (*own[1:], *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert [runs.belongs_to_run(path) for path in (*own, *others)] == [True] * 4 + [False] * 3
+    for path in own:
+        before = path.read_bytes()
+        done = CliRunner().invoke(cli.app, ["methods", "--out", str(path), "--format", "json"], prog_name="dgbench")
+        assert done.exit_code == 2
+        assert f"{path} is a file of a run, which the result would replace" in done.stderr
+        assert path.read_bytes() == before
+    assert CliRunner().invoke(cli.app, ["methods", "--out", str(others[0])], prog_name="dgbench").exit_code == 0

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -361,3 +363,13 @@ def test_a_round_trip_through_the_authors_names_keeps_every_value(full_size):
         written = source.write(value)
         assert set(written) == set(source.keys), name
         assert torch.equal(source.read(written), value), name
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_can_be_read_by_whom_the_umask_lets_read(saved, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = mfuser.save(saved[0], tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {mode}

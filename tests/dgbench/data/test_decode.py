@@ -245,5 +245,23 @@ def test_bytes_are_read_like_the_file(path: Path):
 def test_values_outside_the_map_are_named_with_what_is_known(path: Path):
     buffer = io.BytesIO()
     Image.fromarray(np.array([[7, 40, 41]], np.uint8)).save(buffer, "PNG")
-    with pytest.raises(DataError, match=r"holds label values 40, 41, which the label map `cityscapes-ids` .*\(7..33 and 255\)"):
+    with pytest.raises(DataError, match=r"holds label values 40, 41, which the label map `cityscapes-ids` .*\(0..33, 255\)"):
         read_label(path, IDS, data=buffer.getvalue())
+
+
+def test_a_value_outside_the_map_is_named_with_all_that_the_map_allows(path: Path):
+    own = LabelMap("mine", {1: 0, 2: 13, 7: 11}, frozenset({0, 255}))
+    saved(path, Image.fromarray(blocks([0, 1, 2, 7, 9, 255], 0)))
+    with pytest.raises(
+        DataError, match=r"holds label value 9, which the label map `mine` does not know \(0\.\.2, 7, 255\)"
+    ) as error:
+        read_label(path, own)
+    assert "add the values to its `label_map`, or to `ignored`" in (error.value.hint or "")
+    assert "(0..18, 255)" in str(refused(path, LABEL_MAPS["train-ids"]))
+
+
+def refused(path: Path, label_map: LabelMap) -> DataError:
+    saved(path, Image.fromarray(np.full(SIZE, 77, np.uint8)))
+    with pytest.raises(DataError) as error:
+        read_label(path, label_map)
+    return error.value

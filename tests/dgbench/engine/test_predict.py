@@ -107,3 +107,22 @@ def test_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.jpg is one of the photographs: its overlay would replace it"):
         predict([a], model, a, device="cpu")
     assert a.read_bytes() == content
+
+
+def test_a_file_that_is_no_picture_is_not_replaced_by_one(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: mine")
+    for options in ((), ("--as", "color"), ("--side-by-side",)):
+        done = run(photo(tmp_path / "a.png"), "--checkpoint", model, "--out", recipe, *options)
+        assert done.exit_code == 1
+        assert done.stderr.startswith(f"error: {recipe} is to be a picture and must end in .png, .jpg")
+    assert recipe.read_text() == "name: mine"
+    with pytest.raises(DataError, match="must end in .png"):  # a lossy format that is not among those of photographs
+        predict([tmp_path / "a.png"], model, tmp_path / "a.avif", device="cpu")
+
+
+def test_a_folder_of_folders_is_told_which_of_them_hold_images(model: Path, tmp_path: Path) -> None:
+    file = photo(tmp_path / "all/july/a.jpg")
+    with pytest.raises(DataError, match="no image in .*all") as error:
+        predict([tmp_path / "all"], model, tmp_path / "out", device="cpu")
+    assert error.value.hint == f"subfolders are not searched: give those that hold images, as {file.parent}"
