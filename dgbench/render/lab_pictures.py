@@ -20,6 +20,7 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "hyena": {"color": _COLOURS[4], "linestyle": ":"},
     "s6": {"color": _COLOURS[2], "linestyle": "-"},
 }
+_WRITTEN = {"s4": "S4", "hyena": "Hyena", "s6": "S6", "h3": "H3", "mamba": "Mamba"}  # as their papers do
 
 
 def draw_memory(found: Hippo, path: Path) -> Path:
@@ -111,12 +112,14 @@ def draw_copying(found: Copying, path: Path) -> Path:
             if one.architecture != block:
                 continue
             style = _LAYERS.get(one.layer, {"color": "black"})
-            label = None if one.layer in named else _as_it_is(one.layer)
+            label = None if one.layer in named else _as_it_is(_WRITTEN.get(one.layer, one.layer))
             named.add(one.layer)
             steps, shares = [point.step for point in one.curve], [100 * point.token_accuracy for point in one.curve]
             axis.plot(steps, shares, label=label, **style)
         axis.axhline(100 * found.chance, color="0.6", linewidth=1)
-        axis.set(title=_as_it_is(block), xlabel="step", ylabel="right tokens in %, fresh sequences", ylim=(0, 102))
+        axis.set(
+            title=_as_it_is(_WRITTEN.get(block, block)), xlabel="step", ylabel="right tokens in %, fresh sequences", ylim=(0, 102)
+        )
         _finish(axis)
     settings = found.settings
     about = f"length {settings.length}, vocabulary {settings.vocab}, {settings.memorize} tokens; grey: guessing"
