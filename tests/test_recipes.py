@@ -89,7 +89,7 @@ def test_all_problems_come_at_once_with_their_key_paths(tmp_path: Path) -> None:
         [
             "steps: expected key.path=value, as in train.steps=200",
             "data.source: unknown domain `gta6`, did you mean `gta`?",
-            "data.targets: expected a list, got 'streets-city'",
+            "data.targets: expected a list, got 'streets-city': write [streets-city]",
             "data.crop: expected more than 1 values",
             "data.flip: must be at most 1, got 2",
             "train.steps: expected an integer, got 'abc'",
@@ -223,7 +223,7 @@ def test_unknown_recipes_and_files(tmp_path: Path) -> None:
     assert caught.value.hint == "did you mean `streets/mfuser`?"
     with pytest.raises(RecipeError, match="no recipe file"):
         load_recipe(tmp_path / "nothing.yaml")
-    with pytest.raises(RecipeError, match="unknown recipe"):
+    with pytest.raises(RecipeError, match="unknown method or recipe"):
         load_recipe("_train-20k")
 
 
