@@ -94,7 +94,7 @@ def together(action: Callable[[], object], count: int, folder: Path, *, then: Th
     return wait(children, folder, then)
 
 
-def wait(children: list[int], folder: Path, then: Then | None = None, seconds: float = 60) -> list[Ended]:
+def wait(children: list[int], folder: Path, then: Then | None = None, seconds: float = 180) -> list[Ended]:
     """Wait for the end of processes, and return how each ended.
 
     Raises: AssertionError if one is still running after so many seconds.

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -455,10 +454,8 @@ def test_a_signal_ends_a_command_with_one_line(here: Path, sent: list[signal.Sig
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    begun = time.monotonic()
     for number in sent:
         child.send_signal(number)
-    _, error = child.communicate(timeout=20)
+    _, error = child.communicate(timeout=120)  # without a signal it would end after a minute, with 0
     assert child.returncode == code
     assert error == said
-    assert time.monotonic() - begun < 15
