@@ -97,6 +97,22 @@ def test_a_cell_that_is_told_to_stop_has_not_failed(tmp_path: Path) -> None:
     assert cells.status(cell, scored=False).state == "waiting"
 
 
+def test_a_cell_that_is_scored_is_running_and_is_not_begun_again(tmp_path: Path) -> None:
+    (cell,) = made(tmp_path, "slow")
+    scoring = Training(cell.run, [sys.executable, "-c", PROGRAM], [])  # it does not hold the folder as a training does
+    appears(cell.run / "begun")
+    try:
+        assert cells.status(cell, scored=True).state == "running"
+        with pytest.raises(ResultError, match="trained or scored by another sweep"):
+            Training(cell.run, [sys.executable, "-c", PROGRAM], [])
+        carry_out([cell], 1, [sys.executable, "-c", PROGRAM], [], Silent(), cpu=True)
+        assert not scoring.ended()
+    finally:
+        scoring.stop_and_wait()
+    assert scoring.outcome() == ""
+    assert cells.status(cell, scored=True).state == "waiting"
+
+
 def test_the_time_left_counts_from_the_checkpoint_that_a_killed_cell_went_on_from(tmp_path: Path) -> None:
     (cell,) = made(tmp_path, "slow")
     (cell.run / "log.jsonl").write_text('{"step": 2}\n')

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from dgbench.sweep.cells import LOG, note
+from dgbench import locks
+from dgbench.errors import ResultError
+from dgbench.sweep.cells import ATTEMPT_LOCK, LOG, note
 
 # exit statuses of a training that was told to stop, and can go on; negative: before it had begun to heed signals
 _STOPPED = (130, 143, 129, -2, -15, -1)
@@ -25,7 +28,13 @@ class Training:
 
         Args:
             program: the words that start dgbench.    words: further words of `train`.    env: further variables.
+
+        Raises: ResultError if another process trains or scores it.
         """
+        # a training holds its folder until it scores, this attempt until both have ended
+        self._lock = ExitStack()
+        if not self._lock.enter_context(locks.held(run / ATTEMPT_LOCK)):
+            raise ResultError(f"{run} is being trained or scored by another sweep", "wait until it ends, or stop that one")
         note(run, job=job)
         self.run = run
         command = [*program, "train", "--resume", str(run), "--quiet", *words]
@@ -67,6 +76,7 @@ class Training:
     def outcome(self) -> str:
         """Return why it failed, which is noted; nothing if it did not, or was told to stop."""
         code = self._child.wait()
+        self._lock.close()
         if code == 0 or code in _STOPPED:
             return ""
         name = signal.Signals(-code).name if code < 0 else ""

@@ -18,6 +18,7 @@ from dgbench.runs import runs_in, seed_run
 from dgbench.slurm import Job
 
 NOTE, LOG = "cell.json", "sweep.log"  # beside a run's files: the attempt under way or the last one, and what it said
+ATTEMPT_LOCK = ".attempt.lock"  # held while a sweep has the cell trained and scored
 State = Literal["waiting", "running", "done", "failed"]
 
 
@@ -206,7 +207,10 @@ def _held(run: Path) -> bool:
         locks.check_free(run)
     except ResultError:
         return True
-    return False
+    if not (run / ATTEMPT_LOCK).exists():
+        return False
+    with locks.held(run / ATTEMPT_LOCK) as free:
+        return not free
 
 
 def _name(recipe: str, keys: Sequence[str], values: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from dgbench.errors import DgbenchError
+from dgbench.errors import DgbenchError, ResultError
 from dgbench.progress import Progress
 from dgbench.sweep.attempt import Training
 from dgbench.sweep.cells import Cell
@@ -39,8 +39,13 @@ def carry_out(
             for place in range(at_once):
                 if left and place not in running:
                     cell = left.pop(0)
-                    progress.note(f"{cell.name} begins")
-                    running[place] = cell, Training(cell.run, program, words, env=places[place])
+                    try:
+                        running[place] = cell, Training(cell.run, program, words, env=places[place])
+                    except ResultError as error:  # begun by another sweep since this one looked
+                        progress.note(error.message)
+                        progress.advance()
+                    else:
+                        progress.note(f"{cell.name} begins")
             for place, (cell, training) in list(running.items()):
                 if training.ended():
                     del running[place]
