@@ -40,6 +40,7 @@ from dgbench.protocol import CLASS_SETS
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import load_recipe
 from dgbench.report.statistics import difference
+from mfuser.fast import prepare
 from mfuser.segmentor import Segmentor
 
 BAR = 0.001  # of mIoU: 0.1 points
@@ -135,18 +136,6 @@ def _asked(model: Segmentor) -> dict[str, Callable[[Any, Tensor], Tensor]]:
     return named
 
 
-def prepared(model: Any, *, compiled: bool) -> Any:
-    """Return a model in fast mode.
-
-    Raises: DgbenchError where this version has none.
-    """
-    try:
-        from mfuser import fast  # type: ignore[attr-defined]
-    except ImportError:
-        raise DgbenchError("this version has no fast mode", "install one that has `dgbench eval --mode`") from None
-    return fast.prepare(model, compile=compiled)
-
-
 # ---- the report
 
 
@@ -223,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             one = next(iter(records[mode].values()))
             about |= {"environment": one.environment, "commit": one.commit, "checkpoint": one.checkpoint}
     (exact,) = load([given.run], device=given.device, root=given.root, mode_name="exact")
-    fast = dataclasses.replace(exact, model=prepared(exact.model, compiled=not given.no_compile))
+    fast = dataclasses.replace(exact, model=prepare(exact.model, compile=not given.no_compile))
     for target in chosen_targets(recipe, exact.rules, [(row, None) for row in rows], given.root, None):
         target.dataset.prepare(Silent())
         own = found[target.name]

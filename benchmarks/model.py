@@ -10,7 +10,8 @@ printed to standard error as they come, and `--json FILE` has them from then on.
 exit status is 1 then.
 
 - eager: fp32 weights under bf16 autocast.    exact: fp32, as `dgbench eval` scores by default.
-- fast: as `dgbench eval --mode fast` and a training with all speed options run it, if this version has that.
+- fast: as `dgbench eval --mode fast` runs it, and a training with `train.frozen` and `train.compile`; `step.py` has
+  `train.graphs`, too.
 - products: the matrix products and attentions of both image towers alone (`dgbench.cost.products`), of exactly their shapes, in
   bf16, one after the other, replayed as one CUDA graph. Of a training step they are the forward pass's, and those of the
   gradients with regard to inputs from the second block on: the first fuser stands behind the first block, and towers are frozen.
@@ -86,9 +87,10 @@ def infer(bench: Bench, rows: Sequence[Row], *, staged: bool) -> None:
         first(EXACT, slow, as_scored(model), None, between)
         between = bench.held()
     with bench.going_on("the fast model"):
-        if quick and (ready := fast_inference(bench, model)) is not None:
+        if quick:
+            ready = fast_inference(bench, model)
             first(FAST, quick, ready, None, between)
-            bench.notes += [f"no CUDA graph of {what}: {why}" for what, why in getattr(ready, "uncaptured", {}).items()]
+            bench.notes += [f"no CUDA graph of {what}: {why}" for what, why in ready.uncaptured.items()]
     timed(bench, rows, calls)
     if staged:
         stages = Stages(bench.device)
@@ -114,7 +116,7 @@ def train(bench: Bench, rows: Sequence[Row], *, staged: bool) -> None:
         with bench.going_on(f"{name} training"):
             model = bench.model()
             steps = eager_training(bench, model, stages) if name == EAGER else fast_training(bench, model, stages)
-            for row in rows if steps is not None else ():
+            for row in rows:
                 with bench.going_on(name, row, name):
                     call = steps(row.images)
                     bench.measured[row.name].gib[name] = bench.peak(call, before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import importlib.util
 import sys
 import time
 import traceback
@@ -24,8 +23,13 @@ from dgbench.cost.counted import Subject, built
 from dgbench.cost.model_times import training_steps
 from dgbench.cost.stages import Stages
 from dgbench.cost.timing import Call, graphed
+from dgbench.engine import step
 from dgbench.engine.device import peak_gib
+from dgbench.engine.team import join
+from dgbench.launch import launched
 from dgbench.protocol import lookup as protocol
+from dgbench.recipe import TrainSpec
+from mfuser import fast
 from mfuser.inference import windows
 from mfuser.segmentor import Batch, Segmentor
 
@@ -146,12 +150,7 @@ class Bench:
 
 
 def fast_inference(bench: Bench, model: Segmentor, **chosen: Any) -> Any:
-    """Prepare a model as `dgbench eval --mode fast` does; None where this version has no such mode."""
-    if importlib.util.find_spec("mfuser.fast") is None:
-        bench.notes.append("this version has no fast inference: its column is missing")
-        return None
-    from mfuser import fast
-
+    """Prepare a model as `dgbench eval --mode fast` does."""
     return fast.prepare(model, dtype=bench.dtype, compile=bench.compiled, **chosen)
 
 
@@ -178,16 +177,8 @@ def eager_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[
     return training_steps(model, bench.subject.size, bench.device, bench.dtype, begins=stages.begin, loaded=as_loaded)
 
 
-def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call] | None:
-    """Return the training steps with `train.frozen` and `train.compile`; None where this version has no such options."""
-    if importlib.util.find_spec("dgbench.engine.step") is None:
-        bench.notes.append("this version has no fast training: its column is missing")
-        return None
-    from dgbench.engine import step
-    from dgbench.engine.team import join
-    from dgbench.launch import launched
-    from dgbench.recipe import TrainSpec
-
+def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call]:
+    """Return the training steps with `train.frozen` and `train.compile`."""
     towers: Any = (model.vfm, model.vlm)
     frozen = not any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
     chosen: dict[str, Any] = {"frozen": "bf16" if frozen else None, "compile": "blocks" if bench.compiled else None}
@@ -199,13 +190,9 @@ def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[i
 
 
 def as_scored(model: Segmentor) -> Segmentor:
-    """Return what `dgbench eval` scores with in exact mode: in versions that do so, class texts are computed once."""
-    if importlib.util.find_spec("mfuser.fast") is None:
-        return model
-    from mfuser.fast import hold_texts
-
+    """Return what `dgbench eval` scores with in exact mode: class texts are computed once."""
     held = copy.deepcopy(model)
-    hold_texts(held)
+    fast.hold_texts(held)
     return held
 
 

@@ -90,7 +90,8 @@ def _torch() -> list[Check]:
     if not torch.cuda.is_available():
         reason = "the torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver"
         gpu = [Check("gpu", "info", f"none: {reason}", "the streets recipes run on the CPU; full-size recipes need a GPU")]
-        return [Check("torch", "ok", f"{version}, {build}, {_counted(torch.get_num_threads(), 'thread')}"), *gpu]
+        threads = torch.get_num_threads()
+        return [Check("torch", "ok", f"{version}, {build}, {threads} thread{'s' * (threads != 1)}"), *gpu]
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -98,10 +99,6 @@ def _torch() -> list[Check]:
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         found.append(Check(f"gpu {index}", "ok", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {memory}"))
     return [Check("torch", "ok", f"{version}, {build}"), *found]
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _packages() -> list[Check]:

@@ -133,7 +133,6 @@ def test_a_report_has_what_there_is(script: ModuleType) -> None:
 def test_a_run_in_both_modes(
     script: ModuleType, trained: tuple[Path, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("mfuser.fast")
     run = Path(shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("record-*", "confusion-*")))
     inputs, out = tmp_path / "windows.safetensors", tmp_path / "out.json"
     save_file({"images": torch.rand(1, 3, 64, 64)}, inputs)
