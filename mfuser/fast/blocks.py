@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mfuser.padded import norm_of_padded
 from mfuser.towers.vit import VisionEncoder
 
 _WHOLE = 64  # of which the width of a padded product is a multiple
@@ -35,6 +36,22 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         return F.layer_norm(x.to(self.wide), x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
+
+
+class PaddedNorm(Norm):
+    """The same of rows with `more` zeros behind their channels."""
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype, more: int) -> None:
+        super().__init__(norm, dtype)
+        self.width = norm.normalized_shape[-1]
+        weight = torch.ones(self.width, dtype=self.wide) if self.weight is None else self.weight
+        self.weight = F.pad(weight, (0, more))
+        self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C + more) -> the same."""
+        assert self.weight is not None
+        return norm_of_padded(x.to(self.wide), self.width, self.weight, self.bias, self.eps).to(self.dtype)
 
 
 class Product(nn.Module):
@@ -94,12 +111,11 @@ class Block(nn.Module):
         )
         self.proj = Product([attention.proj], dtype, first)
         self.gated = hasattr(mlp, "fc1_g")
-        self.hidden = mlp.fc2.in_features
         # EVA02-L's 2730 are rows of no multiple of 16 bytes, for which products have slow kernels
-        self.more = -self.hidden % _WHOLE if self.gated else 0
-        self.fc1 = Product([mlp.fc1_g, mlp.fc1_x] if self.gated else [mlp.fc1], dtype, more_rows=self.more)
-        self.act, self.mlp_norm = mlp.act, _norm(mlp.norm, dtype)
-        self.fc2 = Product([mlp.fc2], dtype, second, more_columns=self.more)
+        more = -mlp.fc2.in_features % _WHOLE if self.gated else 0
+        self.fc1 = Product([mlp.fc1_g, mlp.fc1_x] if self.gated else [mlp.fc1], dtype, more_rows=more)
+        self.act, self.mlp_norm = mlp.act, _norm(mlp.norm, dtype, more)
+        self.fc2 = Product([mlp.fc2], dtype, second, more_columns=more)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C) in x's type; rope (2, L, D) of `table`."""
@@ -107,11 +123,11 @@ class Block(nn.Module):
             x = x + self._attended(self.norm1(x), rope)
             hidden = self.fc1(self.norm2(x))
             if self.gated:
-                gate, hidden = (half[..., : self.hidden] for half in hidden.chunk(2, -1))
-                hidden = F.pad(self.mlp_norm(self.act(gate) * hidden), (0, self.more))
+                gate, hidden = hidden.chunk(2, -1)  # a padded one is zeros in both, and their product
+                hidden = self.act(gate) * hidden
             else:
-                hidden = self.mlp_norm(self.act(hidden))
-            return x + self.fc2(hidden)
+                hidden = self.act(hidden)
+            return x + self.fc2(self.mlp_norm(hidden))
 
     def _attended(self, x: Tensor, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -232,5 +248,7 @@ def _scales(block: Any) -> tuple[Tensor | None, Tensor | None]:
     return block.gamma_1, block.gamma_2
 
 
-def _norm(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return Norm(norm, dtype) if isinstance(norm, nn.LayerNorm) else nn.Identity()
+def _norm(norm: nn.Module, dtype: torch.dtype, more: int = 0) -> nn.Module:
+    if not isinstance(norm, nn.LayerNorm):
+        return nn.Identity()
+    return PaddedNorm(norm, dtype, more) if more else Norm(norm, dtype)

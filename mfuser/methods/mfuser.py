@@ -318,7 +318,8 @@ class MFuser(Segmentor):
         tapped = []
         for i in range(self.vfm.depth):
             d, v = self.pair(i, d, v, rope_d, rope_v)
-            tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
+            if i in self.taps:
+                tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
         return four_scales(tapped, self.fpn1, self.fpn2), d, v
 
     def pair(self, i: int, d: Tensor, v: Tensor, rope_d: Tensor | None, rope_v: Tensor | None) -> tuple[Tensor, Tensor]:
