@@ -265,7 +265,7 @@ def test_two_processes_on_one_gpu_train_as_one(norm: str, options: list[str], tm
     assert scores[0].keys() == scores[1].keys()
 
 
-MFUSER = RECIPE.replace("{name: plain}", "{name: mfuser, vfm: tiny, vlm: tiny, freeze_towers: true}")
+MFUSER = RECIPE.replace("{name: plain}", "{name: mfuser, vfm: tiny, vlm: tiny, freeze_towers: true, dropout: 0.1}")
 
 
 @pytest.mark.gpu
