@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from model_table import FAST, SLIDE, STEP, Measured, Row
+from model_table import EAGER, FAST, SLIDE, STEP, Measured, Row
 from torch import Tensor
 
 import mfuser
@@ -29,10 +29,11 @@ from dgbench.engine.team import join
 from dgbench.launch import launched
 from dgbench.protocol import lookup as protocol
 from dgbench.recipe import TrainSpec
-from mfuser import fast
+from mfuser import fast as fast_mode
 from mfuser.inference import windows
 from mfuser.segmentor import Batch, Segmentor
 
+Peak = Callable[[torch.device], float]
 TOGETHER = ("towers", "fusers")  # which are compiled as one
 
 
@@ -87,14 +88,14 @@ class Bench:
 
         return call
 
-    def peak(self, call: Call, before: float) -> float:
+    def peak(self, call: Call, before: float, of: Peak = peak_gib) -> float:
         """Run a call twice, and return the peak GiB of the second above what was there before its model was."""
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         call()
-        return peak_gib(self.device) - before
+        return of(self.device) - before
 
     def tell(self, what: str) -> None:
         """Say how long something took, and keep what has been found."""
@@ -151,7 +152,7 @@ class Bench:
 
 def fast_inference(bench: Bench, model: Segmentor, **chosen: Any) -> Any:
     """Prepare a model as `dgbench eval --mode fast` does."""
-    return fast.prepare(model, dtype=bench.dtype, compile=bench.compiled, **chosen)
+    return fast_mode.prepare(model, dtype=bench.dtype, compile=bench.compiled, **chosen)
 
 
 def fast_stages(bench: Bench, model: Segmentor, rows: Sequence[Row]) -> None:
@@ -172,27 +173,48 @@ def fast_stages(bench: Bench, model: Segmentor, rows: Sequence[Row]) -> None:
                 bench.measured[row.name].stages[f"{FAST}, no graph"] = found
 
 
-def eager_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call]:
-    """Return the training steps of a recipe without speed options, under autocast."""
-    return training_steps(model, bench.subject.size, bench.device, bench.dtype, begins=stages.begin, loaded=as_loaded)
+def training(
+    bench: Bench, model: Segmentor, stages: Stages, *, fast: bool, graphs: bool = True
+) -> tuple[Callable[[int], Call], Peak]:
+    """Return the training steps of a recipe under autocast, with all options for speed or with none, and what their peak is."""
+    peak: Peak = peak_gib
+    if fast:
+        model.enter_training()
+        spec = TrainSpec(steps=1, batch_size=2, precision="bf16", **options(bench, model, graphs))
+        ready = step.prepare(model.train(), spec, join(launched(), bench.device), bench.device)
+        said = ready.said or "nothing of these towers is frozen, and nothing is compiled"
+        bench.notes.append(f"fast training{'' if graphs else ', stages'}: {said}")
+        peak = ready.peak_gib
+    return training_steps(model, bench.subject.size, bench.device, bench.dtype, begins=stages.begin, loaded=as_loaded), peak
 
 
-def fast_training(bench: Bench, model: Segmentor, stages: Stages) -> Callable[[int], Call]:
-    """Return the training steps with `train.frozen` and `train.compile`."""
-    towers: Any = (model.vfm, model.vlm)
-    frozen = not any(parameter.requires_grad for tower in towers for parameter in tower.parameters())
-    chosen: dict[str, Any] = {"frozen": "bf16" if frozen else None, "compile": "blocks" if bench.compiled else None}
-    spec = TrainSpec(steps=1, batch_size=2, precision="bf16", **chosen)
-    model.enter_training()
-    said = step.prepare(model.train(), spec, join(launched(), bench.device), bench.device).said
-    bench.notes.append(f"fast training: {said or 'nothing of these towers is frozen, and nothing is compiled'}")
-    return eager_training(bench, model, stages)
+def options(bench: Bench, model: Any, graphs: bool) -> dict[str, Any]:
+    """Return the options for speed that a model and a device take."""
+    frozen = not any(parameter.requires_grad for tower in (model.vfm, model.vlm) for parameter in tower.parameters())
+    on = {"graphs": True} if graphs and bench.device.type == "cuda" else {}
+    return {"frozen": "bf16" if frozen else None, "compile": "blocks" if bench.compiled else None, **on}
+
+
+def training_stages(bench: Bench, rows: Sequence[Row], *, fast: bool) -> None:
+    """Time training steps part by part, without CUDA graphs."""
+    stages, model = Stages(bench.device), bench.model()
+    steps, _ = training(bench, model, stages, fast=fast, graphs=False)
+    calls = {row.name: steps(row.images) for row in rows}
+    for call in calls.values():
+        call()  # compiles
+    parts = outside(model, TOGETHER) if fast else parts_of(model)
+    with stages.watching(parts, then={"mask decoder": "score map"}, backward=True):
+        for row in rows:
+            column = f"{FAST}, no graph" if fast else EAGER
+            with bench.going_on("stages", row, f"stages, {column}"):
+                found = stages.times(calls[row.name], first="forward", repeats=bench.rounds)
+                bench.measured[row.name].stages[column] = renamed(found) if fast else found
 
 
 def as_scored(model: Segmentor) -> Segmentor:
     """Return what `dgbench eval` scores with in exact mode: class texts are computed once."""
     held = copy.deepcopy(model)
-    fast.hold_texts(held)
+    fast_mode.hold_texts(held)
     return held
 
 

@@ -54,7 +54,7 @@ class Measured:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     traces: dict[str, Trace] = field(default_factory=dict)
     flop: int = 0  # of the products
-    aligned: float | None = None  # the products' milliseconds with widths padded to multiples of 8
+    as_they_are: float | None = None  # the products' milliseconds with widths that are no multiples of 8
     errors: dict[str, str] = field(default_factory=dict)  # of columns that could not be measured
 
     @property
@@ -125,7 +125,7 @@ def floors(rows: Sequence[Row], measured: Mapping[str, Measured], rate: float, w
     """
     yield f"Lower bounds, at the {rate / 1e12:.4g} TFLOP/s of one large bf16 product here:"
     yield ""
-    of_products = ("products, TFLOP", "ms at that rate", "ms measured", "ms with widths padded to multiples of 8")
+    of_products = ("products, TFLOP", "ms at that rate", "ms measured", "ms with widths as the towers have them")
     yield f"| work | {' | '.join(of_products)} | whole model, TFLOP | ms at that rate |"
     yield "| --- " * 7 + "|"
     for row in rows:
@@ -134,7 +134,7 @@ def floors(rows: Sequence[Row], measured: Mapping[str, Measured], rate: float, w
             continue
         cells = [
             *(row.name, f"{found.flop / 1e12:.3g}", f"{1e3 * found.flop / rate:.3g}", f"{found.times[PRODUCTS].median:.4g}"),
-            f"{found.aligned:.4g}" if found.aligned else "–",
+            f"{found.as_they_are:.4g}" if found.as_they_are else "the same",
         ]
         model = whole * found.crops
         cells += ["–", "–"] if row.kind == STEP else [f"{model / 1e12:.3g}", f"{1e3 * model / rate:.3g}"]
@@ -191,7 +191,7 @@ def as_json(measured: Mapping[str, Measured]) -> dict[str, Any]:
             "gib": found.gib,
             "stages": found.stages,
             "flop": found.flop,
-            "aligned_ms": found.aligned,
+            "as_they_are_ms": found.as_they_are,
             "errors": found.errors,
             "traces": {column: {"wall_ms": t.wall_ms, "by_kind": t.by_kind()} for column, t in found.traces.items()},
         }

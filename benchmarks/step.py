@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                              # batches of 2 and 8 on a GPU: some 120 s, most of it compiling
     python benchmarks/step.py --batch 2 --options frozen compile
+    python benchmarks/step.py --batch 2 --options frozen compile --align 0   # the same with MLPs as wide as they are
     python benchmarks/step.py --towers tiny --size 64 --device cpu --batch 2 --options frozen   # every path; means nothing
 
 A step is that of `dgbench train` (the same functions) under bf16 autocast, on noise with ten classes in each image; towers have
@@ -85,8 +86,8 @@ def noise(model: Segmentor, images: int, device: torch.device) -> Batch:
 class Training:
     """A model in training and what a step of it needs; options are added to it in place."""
 
-    def __init__(self, model: Segmentor, device: torch.device, clip: float | None) -> None:
-        self.model, self.device, self.clip = model, device, clip
+    def __init__(self, model: Segmentor, device: torch.device, clip: float | None, align: int | None = None) -> None:
+        self.model, self.device, self.clip, self.align = model, device, clip, align
         self.graphs: training_graphs.TrainingGraphs | None = None
         self.spec = TrainSpec(steps=1, batch_size=1, precision="bf16")
         self.accelerator = accelerator_on(device, "bf16")
@@ -97,7 +98,7 @@ class Training:
     def add(self, option: str) -> None:
         """Add an option of OPTIONS."""
         if option == "frozen":
-            self.frozen = blocks.FrozenWeights(self.model)
+            self.frozen = blocks.FrozenWeights(self.model, align=self.align)
         elif option == "compile":
             fast.keep_in(cache_root() / "compiled")
             blocks.compile_blocks(self.model)
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=512, help="side of the images")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a row")
     parser.add_argument("--clip", type=float, help="as train.clip_norm")
+    parser.add_argument("--align", type=int, help="frozen MLPs are padded to its multiples; 0: none; default: as in a training")
     parser.add_argument("--rows", type=int, default=15, help="of the profile")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, help="a file for the rows")
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mfuser", **TOWERS[given.towers], image_size=(given.size, given.size), freeze_towers=True, weights="random"
     )
     model.enter_training()
-    training = Training(model.train(), device, given.clip)
+    training = Training(model.train(), device, given.clip, given.align)
     batches = {images: noise(model, images, device) for images in given.batch}
     print(
         f"{device_name(device)}, torch {torch.__version__}, MFuser with {given.towers} towers, {given.size}x{given.size}, bf16\n"

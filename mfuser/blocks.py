@@ -3,7 +3,7 @@
 Blocks are the layers of towers (what a module calls `blocks` or `resblocks`) and of decoders, and fusers; of two towers that are
 stepped together, a pair of blocks and the fuser between them are one. Nothing here changes a model's tensors, names or class:
 `compile_blocks` or `recompute_blocks` changes how a block is called, and a copy of the model is without that; `FrozenWeights`
-gives the whole weights back for saving.
+gives the whole weights back for saving, and a copy of the model has them in 16 bits, without what was padded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mfuser.decoder.mtenhancer import MTEnhancerLayer
 from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
 from mfuser.fusion import Fuser
 from mfuser.lowrank import LowRankLinear
+from mfuser.padded import pad_mlp, paddable
 from mfuser.pairs import paired
 
 _LISTS = ("blocks", "resblocks")
@@ -32,6 +33,7 @@ _PRODUCTS = (
     *(nn.Linear, LowRankLinear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.MultiheadAttention),
     *(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d),
 )
+_WHOLE = 64  # of which the width of a padded product is a multiple
 # graphs of one block's code: one for each kind of block, of input and of gradient
 _GRAPHS = 64
 
@@ -109,10 +111,23 @@ class FrozenWeights:
 
     Under autocast to bf16, results are the same as with the whole weights, bit for bit: it rounds them at every call. Norms,
     scales, embeddings and positions stay as they are, as does what the training alone needs (`training_only`).
+
+    On a GPU, products of some widths are slow. Frozen MLPs of such a width (EVA02-L's) are held with zeros behind their hidden
+    channels (`mfuser.padded`): the same but for rounding. The model's state shows them so, unless asked within `whole`.
+
+    Attributes:
+        padded: how many MLPs have zeros.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Convert a model in place."""
+    def __init__(self, model: nn.Module, *, device: torch.device | None = None, align: int | None = None) -> None:
+        """Convert a model in place.
+
+        Args:
+            device: where it will be trained; None: where it is.
+            align: of which hidden widths of MLPs are made a multiple; 0: they stay as they are; None: 64 on a GPU, 0 elsewhere.
+
+        Raises: ValueError for an `align` that is no multiple of 8.
+        """
         self._held: list[tuple[nn.Parameter, Tensor]] = []
         for name, module in model.named_modules():
             if type(module) not in _PRODUCTS or _apart(f"{name}."):
@@ -121,6 +136,22 @@ class FrozenWeights:
                 if not parameter.requires_grad and parameter.dtype is torch.float32:
                     self._held.append((parameter, parameter.data.cpu()))
                     parameter.data = parameter.data.to(torch.bfloat16)
+        if align is None:
+            kind = device.type if device is not None else next((own.device.type for own, _ in self._held), "cpu")
+            align = _WHOLE if kind == "cuda" else 0
+        self.padded = self._pad(model, align) if align else 0
+
+    def _pad(self, model: nn.Module, align: int) -> int:
+        converted = {id(parameter) for parameter, _ in self._held}
+        found = 0
+        for name, module in model.named_modules():
+            if _apart(f"{name}.") or not paddable(module):
+                continue
+            layers = (module.fc1_g, module.fc1_x, module.fc2)
+            if all(id(parameter) in converted for layer in layers for parameter in layer.parameters()):
+                pad_mlp(module, align)
+                found += 1
+        return found
 
     def __len__(self) -> int:
         return len(self._held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ class Stages:
             then: label -> what runs outside of all parts once such a part is left.
             backward: watch the backward pass, too: from where it reaches a part's outputs until it reaches another's.
         """
-        handles = []
+        handles, compiled = [], list[tuple[Any, Any]]()
         for label, modules in parts.items():
             after, turned = (then or {}).get(label), f"backward of {label}" if backward else None
 
@@ -63,12 +63,18 @@ class Stages:
                         each.register_hook(lambda _, turned=turned: self.begin(turned))
 
             for module in modules:
-                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+                if module._compiled_call_impl is None:
+                    handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+                else:  # whose hooks would be compiled with it, and run once
+                    compiled.append((module, module._compiled_call_impl))
+                    module._compiled_call_impl = _between(module._compiled_call_impl, enter, leave)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for each, call in compiled:
+                each._compiled_call_impl = call
 
     def times(self, call: Call, *, first: str, repeats: int = 10) -> dict[str, float]:
         """Return the median milliseconds of each label over some calls, in the order in which they first run.
@@ -114,6 +120,19 @@ class Stages:
             self._inside.pop()
         self._base = after or self._base
         self._mark()
+
+
+def _between(call: Callable[..., Any], enter: Callable[..., None], leave: Callable[..., None]) -> Callable[..., Any]:
+    def watched(*given: Any, **named: Any) -> Any:
+        enter()
+        out = None
+        try:
+            out = call(*given, **named)
+        finally:
+            leave(None, None, out)
+        return out
+
+    return watched
 
 
 # ---- by kernels

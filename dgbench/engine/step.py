@@ -78,7 +78,7 @@ def prepare(
         _check_parts(model, spec, team, local_norms)
     if spec.graphs:
         _check_graphs(model, team, device)
-    frozen = blocks.FrozenWeights(model) if spec.frozen else None
+    frozen = blocks.FrozenWeights(model, device=device or torch.device("cpu")) if spec.frozen else None
     if frozen is not None and not len(frozen):
         raise RecipeError(f"train.frozen: `{model.method}` has no frozen weights of products", "--set train.frozen=null")
     compiled = 0
@@ -97,6 +97,7 @@ def prepare(
     graphs = training_graphs.capture(model) if spec.graphs else None
     said = [
         f"frozen {spec.frozen}" if spec.frozen else "",
+        f"{frozen.padded} MLPs padded" if frozen is not None and frozen.padded else "",
         f"{compiled} blocks compiled" if compiled else "",
         "CUDA graphs" if spec.graphs else "",
         "activations checkpointed" if spec.checkpoint_activations else "",

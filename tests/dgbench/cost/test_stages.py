@@ -60,6 +60,26 @@ def test_the_backward_pass_counts_for_the_part_it_is_in() -> None:
     assert list(found) == ["forward", "first", "second", "backward", "backward of second", "backward of first", "optimizer"]
 
 
+def test_a_compiled_part_is_watched_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # hooks on it would be compiled: they run once, and later calls count for what ran before it
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    first.compile(backend="eager")
+    whole = first._compiled_call_impl
+    stages = Stages(CPU)
+
+    def call() -> None:
+        second(first(torch.ones(2, 4)))
+
+    first.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 1))
+    call()
+    with stages.watching({"first": [first], "second": [second]}):
+        found = stages.times(call, first="the beginning", repeats=2)
+    assert found == {"the beginning": 0, "first": 1000, "second": 0}
+    assert first._compiled_call_impl is whole
+
+
 def test_nothing_is_watched_afterwards_and_gradients_stay_the_same() -> None:
     layer, x = nn.Linear(3, 3), torch.ones(1, 3)
     layer(x).sum().backward()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import LayerNorm, SwiGLU
 
 import mfuser
 from dgbench import results
@@ -161,6 +162,15 @@ def test_graphs_train_as_without_them_and_a_resumed_training_goes_on(options, tm
         }
     (record,) = [one for one in map(results.read, (tmp_path / "part").glob("record-*.json")) if one.kind == "train"]
     assert record.environment["training"].endswith("CUDA graphs")
+
+
+def test_frozen_mlps_are_padded_for_a_gpu_and_the_record_says_so():
+    its = load_recipe("streets/smoke", [BF16, "train.frozen=bf16"]).train
+    for device, said in (("cpu", "frozen bf16"), ("cuda", "frozen bf16, 2 MLPs padded")):
+        model = mfuser.build("rein", vfm="tiny", image_size=(64, 64), weights="random", freeze_towers=True)
+        for block in model.vfm.trunk.blocks[:2]:
+            block.mlp = SwiGLU(block.mlp.fc1.in_features, 85, norm_layer=LayerNorm).requires_grad_(False)
+        assert step.prepare(model.train(), its, ALONE, torch.device(device)).said == said
 
 
 def test_frozen_weights_and_checkpointing_change_no_number(tmp_path):
