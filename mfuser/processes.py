@@ -49,6 +49,7 @@ class _Part:
 
 
 _part: _Part | None = None
+_by_hosts: dist.ProcessGroup | None = None
 
 
 @contextmanager
@@ -66,6 +67,15 @@ def part_of(every: tuple[Tensor, ...], index: int) -> Iterator[None]:
         yield
     finally:
         _part = before
+
+
+def exchange_by_hosts(group: dist.ProcessGroup | None) -> None:
+    """Let `rows` exchange its numbers through a group of all processes on CPUs (gloo), so that no GPU is waited for.
+
+    None, as at first: through the default group, on the device of the rows.
+    """
+    global _by_hosts
+    _by_hosts = group
 
 
 def number_of_processes() -> int:
@@ -94,9 +104,10 @@ def rows(own: int, device: torch.device, *, labels: Tensor | None = None, of: Ca
         return Rows(sum(numbers[: _part.index]), own, sum(numbers))
     if (processes := number_of_processes()) == 1:
         return Rows(0, own, own)
-    numbers_of = torch.zeros(processes, dtype=torch.long, device=device)
+    # a GPU would give its answer behind all that it was asked before: the pass whose loss this is
+    numbers_of = torch.zeros(processes, dtype=torch.long, device=device if _by_hosts is None else "cpu")
     numbers_of[dist.get_rank()] = own
-    dist.all_reduce(numbers_of)
+    dist.all_reduce(numbers_of, group=_by_hosts)
     every = numbers_of.tolist()
     return Rows(sum(every[: dist.get_rank()]), own, sum(every))
 

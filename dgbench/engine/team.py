@@ -164,12 +164,15 @@ class Team:
             self._pulse.end()
         import torch.distributed as dist
 
+        from mfuser.processes import exchange_by_hosts
+
         end = time.monotonic() + _GOODBYE
         with suppress(Exception):
             self.store.add("left", 1)
             while self.main and self.store.add("left", 0) < self.world and not self.failed() and time.monotonic() < end:
                 time.sleep(_POLL)
         if dist.is_initialized():
+            exchange_by_hosts(None)
             dist.destroy_process_group()
 
     def _reduced(self, numbers: NDArray[Any], how: str) -> NDArray[Any]:
@@ -231,6 +234,8 @@ def join(place: Launched, device: torch.device) -> Team:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
+    from mfuser.processes import exchange_by_hosts
+
     shared = False
     if device.type == "cuda":
         there = torch.cuda.device_count()
@@ -252,6 +257,7 @@ def join(place: Launched, device: torch.device) -> Team:
     limit = timedelta(seconds=4 * hang_seconds())
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=place.rank, world_size=place.world, timeout=limit)
     group = dist.new_group(backend="gloo", timeout=limit)
+    exchange_by_hosts(group)
     _team = Team(place, (connection, store), group, backend)
     atexit.register(_team.leave)
     return _team
