@@ -2,9 +2,11 @@
 
     python benchmarks/two_gpus.py OUT                                # all parts, about eight minutes
     python benchmarks/two_gpus.py OUT --parts ends                   # one; the table is that of all parts measured so far
+    python benchmarks/two_gpus.py OUT --parts train --batches 8 16   # global batches; --options without a word: eager
     python benchmarks/two_gpus.py OUT --device cpu --tiny            # every path in minutes; means nothing
 
-- train: MFuser from random towers on `streets-game`, by global batch; images a second behind the first ten steps, and the losses.
+- train: MFuser from random towers on `streets-game`, by global batch; images a second behind the first ten steps, in which
+  blocks are compiled and graphs captured, and the losses. One GPU and two have the same options, by default all.
 - eval: images of 2048x1024 of two domains, scored once by one process, once by two; the matrices must be equal to the last bit.
 - ends: a process is killed, or the launcher is told to end; how long until no process and no GPU memory of theirs is left, and
   how far the resumed run's weights lie from those of a run that nothing ended, and how far two such runs lie from each other.
@@ -26,6 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
 from typing import Any
 
@@ -41,6 +44,7 @@ from dgbench.recipe import load_recipe
 
 RECIPE = "mfuser/eva02-gta"
 DOMAINS = ("streets-city", "streets-world")
+OPTIONS = {"frozen": "train.frozen=bf16", "compile": "train.compile=blocks", "graphs": "train.graphs=true"}
 BARS = {"train": 1.85, "eval": 1.9, "seconds": 30.0}
 
 
@@ -52,6 +56,7 @@ class Bench:
         self.work: Path = given.work or given.out / "work"
         self.tiny: bool = given.tiny
         self.cuda = given.device == "cuda"
+        self.options: list[str] = list(OPTIONS if self.cuda else ()) if given.options is None else given.options
 
     def towers(self, large: tuple[str, str]) -> tuple[str, str]:
         return ("tiny", "tiny") if self.tiny else large
@@ -92,7 +97,11 @@ def train(bench: Bench) -> list[dict[str, Any]]:
     steps = 6 if bench.tiny else bench.given.steps
     towers = bench.towers(("dinov2_l", "eva02"))
     init = bench.begin(towers, side)
-    batches = (2, 4) if bench.tiny else (8, 16)
+    batches = bench.given.batches or ((2, 4) if bench.tiny else (8, 16))
+    precision = "bf16" if bench.cuda or "frozen" in bench.options else "no"
+    free: SimpleQueue[int] = SimpleQueue()  # GPUs
+    for at in range(2):
+        free.put(at)
 
     def one(batch: int, gpus: int, at: int) -> Path:
         folder = bench.work / f"train-{batch}-{gpus}"
@@ -100,6 +109,7 @@ def train(bench: Bench) -> list[dict[str, Any]]:
         recipe = {
             "method.vfm": towers[0],
             "method.vlm": towers[1],
+            "method.freeze_towers": "true",
             "data.size": f"[{side},{2 * side}]",
             "data.crop": f"[{side},{side}]",
             "data.train_images": 400 if not bench.tiny else 8,
@@ -109,17 +119,25 @@ def train(bench: Bench) -> list[dict[str, Any]]:
             "train.workers": 0 if bench.tiny else 12 // gpus,
             "train.log_every": every,
             "train.checkpoint_every": steps,
-            "train.precision": "bf16" if bench.cuda else "no",
+            "train.precision": precision,
         }
-        told = [word for key, value in recipe.items() for word in ("--set", f"{key}={value}")]
+        items = [*(f"{key}={value}" for key, value in recipe.items()), *(OPTIONS[option] for option in bench.options)]
+        told = [word for item in items for word in ("--set", item)]
         words = ("train", RECIPE, "--source", "streets-game", "--targets", "streets-city", "--no-eval")
         run(bench.command(*words, "--out", str(folder), *told, gpus=gpus, at=at))
         for old in (folder / "checkpoint").iterdir():  # gigabytes that nobody asks for again
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         return folder
 
+    def alone_on_one(batch: int) -> Path:
+        at = free.get()
+        try:
+            return one(batch, 1, at)
+        finally:
+            free.put(at)
+
     with ThreadPoolExecutor(2) as pool:
-        alone = list(pool.map(lambda pair: one(pair[1], 1, pair[0]), enumerate(batches)))
+        alone = list(pool.map(alone_on_one, batches))
     found = []
     for batch, single in zip(batches, alone, strict=True):
         both = one(batch, 2, 0)
@@ -129,6 +147,8 @@ def train(bench: Bench) -> list[dict[str, Any]]:
         found.append(
             {
                 "batch": batch,
+                "precision": precision,
+                "options": bench.options,
                 "images_per_second": rate,
                 "factor": rate[1] / rate[0],
                 "peak_gib": [max(line["peak_gib"] for line in of) for of in speed],
@@ -271,18 +291,18 @@ def markdown(found: dict[str, Any]) -> str:
     if of := found.get("train"):
         told += [
             "",
-            f"## Training: {found['train_towers']}, random towers, `streets-game`, crops of 512x512, bf16",
+            f"## Training: {found['train_towers']}, random towers, `streets-game`, crops of 512x512",
             "",
-            "| global batch | images/s, one GPU | two | factor | peak GiB, one | two, each | waiting for data, one | two |"
-            " largest difference of a logged loss |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| global batch | options | images/s, one GPU | two | factor | peak GiB, one | two, each | waiting for data, one "
+            "| two | largest difference of a logged loss |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in of:
             rate, peak, wait = row["images_per_second"], row["peak_gib"], row["waiting_for_data"]
             told.append(
-                f"| {row['batch']} | {rate[0]:.1f} | {rate[1]:.1f} | {row['factor']:.2f} (asked: {BARS['train']}) "
-                f"| {peak[0]:.1f} | {peak[1]:.1f} | {100 * wait[0]:.1f} % | {100 * wait[1]:.1f} % "
-                f"| {100 * row['furthest']:.2g} % |"
+                f"| {row['batch']} | {' + '.join([row['precision'], *row['options']])} | {rate[0]:.1f} | {rate[1]:.1f} "
+                f"| {row['factor']:.2f} (asked: {BARS['train']}) | {peak[0]:.1f} | {peak[1]:.1f} "
+                f"| {100 * wait[0]:.1f} % | {100 * wait[1]:.1f} % | {100 * row['furthest']:.2g} % |"
             )
     if of := found.get("eval"):
         rate = of["images_per_second"]
@@ -320,10 +340,18 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("train", "eval", "ends"), default=("ends", "eval", "train"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--work", type=Path, help="where runs and random towers are kept; default: OUT/work")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batches", type=int, nargs="+", metavar="N", help="global batches of trainings; default: 8 and 16")
+    parser.add_argument("--options", nargs="*", choices=tuple(OPTIONS), help="of trainings; default: all on GPUs")
+    parser.add_argument("--steps", type=int, default=50, help="of trainings, the first ten of which are not timed")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--tiny", action="store_true", help="tiny models on small images: a trial of this script")
     given = parser.parse_args()
+    if given.device == "cpu" and "graphs" in (given.options or ()):
+        parser.error("--options graphs: CUDA graphs need a GPU; leave it out")
+    if odd := [batch for batch in given.batches or () if batch < 2 or batch % 2]:
+        parser.error(f"--batches {odd[0]}: two GPUs have equal parts, so even numbers from 2 on")
+    if not given.tiny and given.steps <= 10:
+        parser.error("--steps: the first ten are not timed, so more than those")
     bench = Bench(given)
     bench.work.mkdir(parents=True, exist_ok=True)
     path = given.out / "scale.json"

@@ -1,8 +1,9 @@
 """One batch over several processes: divisors of losses and random draws, as one process would have them.
 
-Each process has an equal, contiguous part of a batch's images, and `DistributedDataParallel` averages gradients over the
-processes. A sum over images divided by `divisor` therefore has the gradient of one process's mean. All processes' generators are
-seeded alike; what is drawn for each image is drawn for the whole batch, of which `Rows.of` returns this process's part.
+Each process has an equal, contiguous part of a batch's images, and `DistributedDataParallel` (or `average`) averages gradients
+over the processes. A sum over images divided by `divisor` therefore has the gradient of one process's mean. All processes'
+generators are seeded alike; what is drawn for each image is drawn for the whole batch, of which `Rows.of` returns this process's
+part.
 Both are for `Segmentor.loss`, which all processes call together. In one process nothing is exchanged and nothing changes.
 
 One process may also work on the parts of a batch one after the other and average their gradients (`part_of`). A divisor of the
@@ -120,6 +121,15 @@ def divisor(
     total = own.detach().to(torch.float32, copy=True)
     dist.all_reduce(total)
     return total.clamp(min=least) / processes
+
+
+def average(tensor: Tensor) -> None:
+    """Replace a tensor by its mean over the processes, in place. All processes call it, with one shape and type.
+
+    As `DistributedDataParallel` does with gradients: each is divided by the number of processes, then they are added.
+    """
+    if (processes := number_of_processes()) > 1:
+        dist.all_reduce(tensor.mul_(1 / processes))
 
 
 def _of(each: Tensor, labels: Tensor | None, of: Callable[[Tensor], Tensor] | None) -> Tensor:

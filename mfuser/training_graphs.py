@@ -6,6 +6,10 @@ results are the parameters' gradients themselves: they must be used, and set to 
 
 Graphs read fixed addresses: an optimizer must update weights in place, and no tensor of the model may be replaced. Draws of
 torch's generators differ from replay to replay, and follow from the seed as without graphs.
+
+Of several processes, each captures its own pass, all at the same step, and the backward pass averages the gradients over them:
+the model is not to be wrapped in `DistributedDataParallel`, whose hooks see no replay. Exchanges within the pass, such as
+SyncBatchNorm's, are captured with it, which NCCL allows and gloo does not.
 """
 
 from __future__ import annotations
@@ -20,12 +24,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mfuser.by_size import handed_out
-from mfuser.cuda_graphs import captured, rehearsed
+from mfuser.cuda_graphs import CaptureError, captured, rehearsed
 from mfuser.ops import dispatch
+from mfuser.processes import average, number_of_processes
 from mfuser.segmentor import Segmentor
 
 # passes before the capture, in which blocks are compiled, kernels loaded and chosen, and libraries make their workspaces
 _WARM_UP = 3
+# elements between whose multiples gradients that share memory begin, so that kernels read them as they do those that do not
+_ALIGNED = 64
 
 Call = Callable[[], Sequence[Tensor | None]]
 
@@ -55,12 +62,17 @@ class Recorder(Protocol):
         """Return the memory of what was recorded, after the last record."""
         ...
 
+    def forget(self) -> None:
+        """Free what was recorded, which cannot be done again from then on."""
+        ...
+
 
 class CudaRecorder:
     """CUDA graphs of one stream, whose memory is shared: they are replayed in the order in which they were recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         with torch.cuda.device(device):
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
@@ -71,6 +83,7 @@ class CudaRecorder:
     def record(self, call: Call) -> tuple[list[Tensor | None], Callable[[], object]]:
         """Capture."""
         found, graph = captured(call, self._stream, self._pool)
+        self._graphs.append(graph)
         return list(found), graph.replay
 
     def memory(self) -> Memory:
@@ -83,6 +96,12 @@ class CudaRecorder:
             if tuple(segment.get("segment_pool_id", ())) == tuple(self._pool)
         )
         return Memory(before, idle)
+
+    def forget(self) -> None:
+        """Free the graphs, whoever still refers to them."""
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
 
 class TrainingGraphs:
@@ -104,7 +123,9 @@ class TrainingGraphs:
     def __call__(self, images: Tensor) -> Any:
         """Return what the method returns; its tensors are overwritten by the next call.
 
-        Their backward pass sets the gradients of the trained parameters, and raises a RuntimeError unless those are None.
+        Their backward pass sets the gradients of the trained parameters, and raises a RuntimeError unless those are None. Several
+        processes call it together, with images of one shape, and get the means of their gradients; the backward pass raises a
+        CaptureError if the loss has trained parameters elsewhere, of whose gradients there would be no means.
 
         Raises: CaptureError if it cannot be captured; RuntimeError if a tensor of the model has been replaced since.
         """
@@ -114,9 +135,15 @@ class TrainingGraphs:
         precision = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         key = (images.shape, images.stride(), images.dtype, images.device, *precision)
         if self._recorded is None or self._key != key:
-            self._recorded = None  # its memory first
+            self.release()  # its memory first
             self._recorded, self._key = _Recorded(self._model, images, precision, self._recorder(images.device)), key
         return self._recorded(images)
+
+    def release(self) -> None:
+        """Free the graphs; the next call captures anew. NCCL's communicators cannot end before the graphs that use them."""
+        if self._recorded is not None:
+            self._recorded.release()
+        self._recorded = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the method of the model's copy, which has no graphs."""
@@ -152,6 +179,8 @@ class _Recorded:
         kind = images.device.type
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.images = images.detach().clone()
+        self._joined = _Joined(self.trained) if number_of_processes() > 1 else None
+        self._recorder = recorder
         live: list[Tensor] = []  # with their autograd graph, which is dropped behind the backward pass
 
         def forward() -> list[Tensor]:
@@ -166,7 +195,7 @@ class _Recorded:
             ends = [output for output in live if output.requires_grad]
             found = torch.autograd.grad(ends, self.trained, [g for g in self.incoming if g is not None], allow_unused=True)
             live.clear()
-            return _own(found, self.trained, self.incoming)
+            return _own(found, self.trained, self.incoming) if self._joined is None else self._joined.hold(found)
 
         def both() -> None:
             forward()
@@ -192,6 +221,8 @@ class _Recorded:
         self._anchor = torch.zeros((), device=images.device, requires_grad=True)  # has the results take part in a backward pass
         self._held = [*model.parameters(), *model.buffers()]
         self._addresses = [tensor.data_ptr() for tensor in self._held]
+        outside = self.trained if self._joined is not None else []
+        self._hooks = [parameter.register_post_accumulate_grad_hook(_refuse) for parameter in outside]
 
     def __call__(self, images: Tensor) -> Any:
         if [tensor.data_ptr() for tensor in self._held] != self._addresses:
@@ -214,8 +245,54 @@ class _Recorded:
             if own is not None and given is not None:
                 own.copy_(given)
         self._backward()
+        if self._joined is not None:
+            for flat in self._joined.flats:
+                average(flat)
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
+
+    def release(self) -> None:
+        """Free both graphs; nothing can be computed by them from then on."""
+        self._recorder.forget()
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Joined:
+    """Memory of the gradients of parameters, one behind the other in their layouts, so that processes exchange all at once.
+
+    flats: one tensor for each type of numbers; zeros between gradients, and where a parameter has none.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        begins: list[int] = []
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in parameters:
+            begins.append(sizes.get(parameter.dtype, 0))
+            sizes[parameter.dtype] = begins[-1] + -(-parameter.numel() // _ALIGNED) * _ALIGNED
+        device = parameters[0].device if parameters else None
+        flats = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self.flats = list(flats.values())
+        self._views = [
+            flats[parameter.dtype].as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride(), begin)
+            for parameter, begin in zip(parameters, begins, strict=True)
+        ]
+
+    def hold(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Copy gradients there, and return them where they are now."""
+        pairs = [(view, own) for view, own in zip(self._views, gradients, strict=True) if own is not None]
+        alike = [(view, own) for view, own in pairs if view.stride() == own.stride()]  # which one kernel copies hundreds of
+        if alike:
+            torch._foreach_copy_([view for view, _ in alike], [own for _, own in alike])
+        for view, own in pairs:
+            if view.stride() != own.stride():
+                view.copy_(own)
+        return [None if own is None else view for view, own in zip(self._views, gradients, strict=True)]
+
+
+def _refuse(_: Tensor) -> None:
+    """Refuse a parameter's gradient that comes from torch's engine, not from the graph."""
+    raise CaptureError("its loss has trained weights outside of what is captured, whose gradients processes would not average")
 
 
 def _own(gradients: Sequence[Tensor | None], trained: Sequence[Tensor], others: Sequence[Tensor | None]) -> list[Tensor | None]:

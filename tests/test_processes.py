@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+import torch
 from processes import RECIPE, Ended, Then, command
 
 from dgbench import results
@@ -239,20 +240,54 @@ def test_the_option_starts_the_processes_and_says_which_was_killed(tmp_path: Pat
     assert done.stderr.splitlines()[0] == "error: process 0 of 2 was killed (SIGKILL), most often because memory was used up"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_two_processes_on_one_gpu_train_as_one(norm: str, tmp_path: Path) -> None:
-    """In processes of their own: CUDA does not survive a fork."""
-    recipe = tmp_path / "plain.yaml"
-    recipe.write_text(RECIPE)
+def on_gpus(folder: Path, recipe: str, count: int, *words: str, **env: str) -> Path:
+    """A run by so many processes; in processes of their own: CUDA does not survive a fork."""
+    folder.mkdir()
+    (folder / "plain.yaml").write_text(recipe)
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "DGBENCH_SHARE_GPU": "1"}
-    for count in (1, 2):
-        program = [sys.executable, str(Path(__file__).parent / "plain_program.py"), "train", str(recipe)]
-        words = [*program, "--out", str(tmp_path / f"{count}"), "--gpus", str(count), "--quiet", "--set", f"method.norm={norm}"]
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-    for step, alone in zip(losses(tmp_path / "2"), losses(tmp_path / "1"), strict=True):
+    program = [sys.executable, str(Path(__file__).parent / "plain_program.py"), "train", str(folder / "plain.yaml")]
+    given = ["--out", str(folder / "run"), "--gpus", str(count), "--quiet", *words]
+    done = subprocess.run(
+        [*program, *given], env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("norm", "options"), [("group", []), ("batch", []), ("group", ["train.graphs=true"])])
+def test_two_processes_on_one_gpu_train_as_one(norm: str, options: list[str], tmp_path: Path) -> None:
+    told = ["--set", f"method.norm={norm}", *options]
+    one, two = (on_gpus(tmp_path / f"{count}", RECIPE, count, *told, DGBENCH_SHARE_GPU="1") for count in (1, 2))
+    for step, alone in zip(losses(two), losses(one), strict=True):
         assert step == pytest.approx(alone, rel=1e-3)
-    scores = [{r.target: r.miou for r in results.query(tmp_path / f"{count}") if r.kind == "eval"} for count in (1, 2)]
+    scores = [{r.target: r.miou for r in results.query(run) if r.kind == "eval"} for run in (one, two)]
     assert scores[0].keys() == scores[1].keys()
+
+
+MFUSER = RECIPE.replace("{name: plain}", "{name: mfuser, vfm: tiny, vlm: tiny, freeze_towers: true, dropout: 0.1}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (RECIPE, ["method.norm=group"]),
+        (RECIPE, ["method.norm=batch"]),
+        (MFUSER, ["train.precision=bf16", "train.frozen=bf16", "train.clip_norm=1.0"]),
+        (MFUSER, ["train.precision=bf16", "train.frozen=bf16", "train.compile=blocks"]),
+    ],
+    ids=["without BatchNorm", "with BatchNorm", "mfuser", "mfuser, compiled"],
+)
+def test_two_gpus_train_with_graphs_as_without_them(recipe: str, options: list[str], tmp_path: Path) -> None:
+    """Statistics of BatchNorm are exchanged within the graphs, gradients behind them; the processes part by themselves."""
+    near = 2e-2 if recipe is MFUSER else 1e-3
+    runs = [
+        on_gpus(tmp_path / graphs, recipe, 2, "--no-eval", "--set", *options, f"train.graphs={graphs}")
+        for graphs in ("false", "true")
+    ]
+    plain, captured = map(losses, runs)
+    assert plain[0]["loss"] != plain[1]["loss"]
+    for step, expected in zip(captured, plain, strict=True):
+        assert step == pytest.approx(expected, rel=near)

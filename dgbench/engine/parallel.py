@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from dgbench.engine.team import Team
 from dgbench.errors import RecipeError
-from mfuser.processes import even_rows
+from mfuser.processes import even_rows, number_of_processes
 from mfuser.segmentor import Batch, Segmentor
 
 if TYPE_CHECKING:
@@ -43,13 +44,33 @@ def settings() -> list[KwargsHandler]:
     return [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)]
 
 
-def prepared(accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Return both as accelerate prepares them for the device, the precision and the processes."""
+def prepared(
+    accelerator: Accelerator, loss: Loss, optimizer: torch.optim.Optimizer, *, averaged: bool = False
+) -> tuple[nn.Module, Any]:
+    """Return both as accelerate prepares them for the device, the precision and the processes.
+
+    Args:
+        averaged: the backward pass averages gradients over the processes by itself, as CUDA graphs do; all processes begin with
+            the weights of the first.
+    """
+    if averaged and number_of_processes() > 1:
+        placed = accelerator.prepare_model(loss, evaluation_mode=True)  # which leaves DistributedDataParallel out
+        _from_first(placed)
+        return placed, accelerator.prepare_optimizer(optimizer)
     with warnings.catch_warnings():
         # renamed in PyTorch 2.13; accelerate and PyTorch 2.11 know the old name
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         found: tuple[nn.Module, Any] = accelerator.prepare(loss, optimizer)
     return found
+
+
+@torch.no_grad()
+def _from_first(model: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers, in place, as `DistributedDataParallel` begins."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # bytes: not every exchange knows every type
+        tensor.copy_(value)
 
 
 def with_norms(model: Segmentor, team: Team, device: torch.device, *, local: bool) -> tuple[Segmentor, str | None]:

@@ -58,6 +58,11 @@ class Speed:
         before, idle = (size / 2**30 for size in self.graphs.memory)
         return max(before, peak + idle)
 
+    def release(self) -> None:
+        """Free the graphs after the last step: processes that exchange by NCCL cannot part while those live."""
+        if self.graphs is not None:
+            self.graphs.release()
+
 
 def prepare(
     model: Segmentor, spec: TrainSpec, team: Team, device: torch.device | None = None, *, local_norms: bool = False
@@ -128,10 +133,15 @@ def _check_graphs(model: Segmentor, team: Team, device: torch.device | None) -> 
         raise RecipeError(
             f"train.graphs: CUDA graphs need a GPU, and this is a {device or 'cpu'}", f"{without}, or --device cuda"
         )
-    if team.world > 1:
-        raise RecipeError(f"train.graphs: {team.world} processes exchange gradients, which is not captured; one can", without)
     if not training_graphs.captures(model):
         raise RecipeError(f"train.graphs: the loss of `{model.method}` has no part of fixed shapes to capture", without)
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
+    if norms and team.backend == "gloo":
+        raise RecipeError(
+            f"train.graphs: {team.world} processes exchange the statistics of {len(norms)} BatchNorm layers by gloo, "
+            "which no CUDA graph can hold",
+            f"{without}, or a GPU for each process",
+        )
 
 
 def gradients(

@@ -144,7 +144,7 @@ def train(
         progress.note(norms) if norms else None
     # faster convolutions: a step takes a tenth less on a CPU; checkpoints are still written in the usual order
     model.to(memory_format=torch.channels_last)
-    loss_of, optimizer = prepared(accelerator, Loss(model), optimizer)
+    loss_of, optimizer = prepared(accelerator, Loss(model), optimizer, averaged=speed.graphs is not None)
     if found:
         # after prepare(): the moments must land on the parameters' device
         checkpoints.load_optimizer(optimizer, found[0])
@@ -269,6 +269,7 @@ def train(
         finally:
             if main:
                 progress.stop()
+    speed.release()
     team.meet()
     total = time.perf_counter() - begun
     told = made or before

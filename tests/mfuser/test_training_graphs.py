@@ -6,44 +6,16 @@ On a CPU, a recorder does the calls again in place of CUDA graphs; those are tes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from recorders import Again
 from torch import Tensor, nn
 
 import mfuser
 from mfuser import blocks, training_graphs
 from mfuser.segmentor import Batch, Segmentor
-from mfuser.training_graphs import CudaRecorder, Memory, TrainingGraphs
-
-
-class Again:
-    """Does calls again, and writes what they return where the first results are: as a CUDA graph does without Python."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.rehearsed = 0
-
-    def rehearse(self, call: Callable[[], object]) -> None:
-        self.rehearsed += 1
-        call()
-
-    def record(self, call: Callable[[], Sequence[Tensor | None]]) -> tuple[list[Tensor | None], Callable[[], object]]:
-        found = list(call())
-
-        def replay() -> None:
-            with torch.enable_grad():  # a node's forward pass is without
-                anew = call()
-            for own, new in zip(found, anew, strict=True):
-                assert (own is None) == (new is None)
-                if own is not None:
-                    assert (own.stride(), own.storage_offset()) == (new.stride(), new.storage_offset())
-                    own.untyped_storage().copy_(new.untyped_storage())
-
-        return found, replay
-
-    def memory(self) -> Memory:
-        return Memory()
+from mfuser.training_graphs import CudaRecorder, TrainingGraphs
 
 
 def model(name: str = "mfuser", device: str = "cpu", **options: object) -> Segmentor:
@@ -154,6 +126,17 @@ def test_images_of_another_shape_are_captured_anew():
         expected = plain.training_outputs(batch(0, images=images).images)
         for found, wanted in zip(graphs(batch(0, images=images).images), expected, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_graphs_that_were_freed_are_captured_anew():
+    trained = captured(model("rein"))
+    graphs = trained.training_outputs
+    expected = steps(trained, 1, lr=0.0)
+    recorded = graphs._recorded
+    graphs.release()
+    with pytest.raises(AssertionError):
+        recorded(batch(0).images)
+    assert_equal(steps(trained, 1, lr=0.0), expected)
 
 
 def test_without_gradients_and_in_evaluation_nothing_is_captured():

@@ -50,12 +50,16 @@ class Plain(Segmentor):
         self.check_size(images)
         return F.interpolate(self.head(self.body(images)), images.shape[-2:], mode="bilinear", align_corners=False)
 
+    def training_outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores of pixels, and of queries their classes and masks."""
+        x = self.body(images)
+        scores = F.interpolate(self.head(x), images.shape[-2:], mode="bilinear", align_corners=False)
+        return scores, self.classes_of(x.mean((2, 3))).unflatten(1, (24, -1)), self.masks_of(x)
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         _do(os.environ.get("PLAIN_DOES", ""), batch.step)
-        x = self.body(batch.images)
-        scores = F.interpolate(self.head(x), batch.images.shape[-2:], mode="bilinear", align_corners=False)
-        logits = self.classes_of(x.mean((2, 3))).unflatten(1, (24, -1))
-        terms = self.criterion([(logits, self.masks_of(x))], batch.labels)
+        scores, logits, masks = self.training_outputs(batch.images)
+        terms = self.criterion([(logits, masks)], batch.labels)
         if os.environ.get("PLAIN_DOES") == f"nan {batch.step} {os.environ.get('RANK', '0')}":
             scores = scores * torch.nan
         return terms | {"loss_seg": pixel_loss(scores, batch.labels)}
