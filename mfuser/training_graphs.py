@@ -14,7 +14,6 @@ SyncBatchNorm's, are captured with it, which NCCL allows and gloo does not.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mfuser.by_size import handed_out
-from mfuser.fast.graphs import first_cause, recover
+from mfuser.cuda_graphs import CaptureError, captured, rehearsed
 from mfuser.ops import dispatch
 from mfuser.processes import average, number_of_processes
 from mfuser.segmentor import Segmentor
@@ -36,10 +35,6 @@ _WARM_UP = 3
 _ALIGNED = 64
 
 Call = Callable[[], Sequence[Tensor | None]]
-
-
-class CaptureError(RuntimeError):
-    """A pass that no CUDA graph can hold; the message has the error that came first."""
 
 
 class Memory(NamedTuple):
@@ -83,26 +78,13 @@ class CudaRecorder:
 
     def rehearse(self, call: Callable[[], object]) -> None:
         """Do it on the graphs' stream."""
-        now = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
-            call()
-        now.wait_stream(self._stream)
-        torch.cuda.synchronize(self._device)
+        rehearsed(call, self._stream)
 
     def record(self, call: Call) -> tuple[list[Tensor | None], Callable[[], object]]:
         """Capture."""
-        gc.collect()  # large models hang in cycles, and what was a graph's is not to be freed while another is captured
-        now, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
-        try:
-            # threads that pin images for the loader may go on meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                found = list(call())
-        except RuntimeError as error:
-            recover(now)
-            raise CaptureError(first_cause(error)) from error
+        found, graph = captured(call, self._stream, self._pool)
         self._graphs.append(graph)
-        return found, graph.replay
+        return list(found), graph.replay
 
     def memory(self) -> Memory:
         """Return the graphs' memory, and let torch find its peak anew, which is from now on without theirs."""

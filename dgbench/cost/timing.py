@@ -115,24 +115,16 @@ def graphed(*calls: Call, before: int = 1) -> Call:
 
     Raises: RuntimeError with the first cause if one cannot run or be captured; the current stream is as it was.
     """
-    from mfuser.fast.graphs import first_cause, recover  # with all of its models' parts
+    from mfuser.cuda_graphs import captured, rehearsed  # with all of its models' parts
 
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    try:
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(before):
-                for call in calls:
-                    call()
-        current.wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            for call in calls:
-                call()
-    except RuntimeError as error:
-        recover(current)
-        raise RuntimeError(first_cause(error)) from error
+    def all_of_them() -> None:
+        for call in calls:
+            call()
+
+    side = torch.cuda.Stream()
+    for _ in range(before):
+        rehearsed(all_of_them, side)
+    _, graph = captured(all_of_them, side)
 
     def replay(kept: tuple[Call, ...] = calls) -> None:
         graph.replay()

@@ -23,6 +23,7 @@ from dgbench.engine.team import Team
 from dgbench.errors import RecipeError
 from dgbench.recipe.training import TrainSpec
 from mfuser import blocks, fast, training_graphs
+from mfuser.cuda_graphs import CaptureError
 from mfuser.processes import PartError, part_of
 from mfuser.segmentor import Batch, Segmentor
 
@@ -187,7 +188,7 @@ def _explained(model: Segmentor, spec: TrainSpec) -> Iterator[None]:
     """Raise what a user can change in place of what the loss or the compiler says."""
     try:
         yield
-    except training_graphs.CaptureError as error:
+    except CaptureError as error:
         raise RecipeError(f"train.graphs: `{model.method}` cannot be captured: {error}", "--set train.graphs=false") from error
     except PartError as error:
         raise RecipeError(f"train.accumulate: `{model.method}` cannot: {error}", "--set train.accumulate=1") from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mfuser.by_size import handed_out
+from mfuser.cuda_graphs import captured, first_cause, rehearsed
 from mfuser.ops import dispatch
 
 _MOST_GRAPHS = 8  # each holds the memory of its pass
@@ -74,28 +73,17 @@ class Graphs:
         """Return whether it could be captured."""
         while len(self._captured) >= _MOST_GRAPHS:
             self._captured.popitem(last=False)
-        gc.collect()  # large models hang in cycles, and what was a graph's is not to be freed while another is captured
         with torch.cuda.device(images.device):
             if self._pool is None:
                 # one pool: results are copied before another graph runs. It shares memory within a stream alone
                 self._pool, self._side = torch.cuda.graph_pool_handle(), self._side or torch.cuda.Stream()
-            side, current = self._side, torch.cuda.current_stream()
             try:
                 given = images.clone(memory_format=torch.contiguous_format)
-                side.wait_stream(current)
-                with torch.cuda.stream(side):  # libraries make their handles and workspaces for the stream that is captured
-                    function(given)
-                current.wait_stream(side)
-                torch.cuda.synchronize()
-                before, graph = dispatch.tally(), torch.cuda.CUDAGraph()
-                # threads that pin images for the loader may go on meanwhile
-                with (
-                    handed_out() as tables,
-                    torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"),
-                ):
-                    result = function(given)
+                rehearsed(lambda: function(given), self._side)
+                before = dispatch.tally()
+                with handed_out() as tables:
+                    result, graph = captured(lambda: function(given), self._side, self._pool)
             except RuntimeError as error:
-                recover(current)
                 self._refuse(key, error)
                 return False
             self._captured[key] = _Captured(graph, given, result, dispatch.tally() - before, tables)
@@ -108,24 +96,6 @@ class Graphs:
         if not self._captured:
             self._pool = None  # nothing uses it any more, and the allocator lets nobody share such a one
         warnings.warn(f"fast inference goes on without a CUDA graph for {what}: {why}", RuntimeWarning, stacklevel=2)
-
-
-def recover(stream: torch.cuda.Stream) -> None:
-    """Go back to a stream behind a capture that failed: `torch.cuda.graph` leaves its own where ending the capture fails, too."""
-    torch.cuda.set_stream(stream)
-    with contextlib.suppress(RuntimeError, AttributeError):
-        # the generator stays in the capture, and every later draw would be refused
-        generator = torch.cuda.default_generators[stream.device_index]
-        generator.graphsafe_set_state(generator.clone_state())
-
-
-def first_cause(error: BaseException) -> str:
-    """Return the type and the first line of the error that came first: ending a capture raises another one about it."""
-    seen = {id(error)}
-    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
-        seen.add(id(before))
-        error = before
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _copied(result: Result) -> Result:

@@ -20,7 +20,7 @@ import mfuser
 from dgbench import protocol
 from dgbench.engine import scoring
 from mfuser import fast, methods
-from mfuser.fast.graphs import first_cause
+from mfuser.cuda_graphs import first_cause
 from mfuser.ops.ms_deform_attn import torch_backend as deform
 from mfuser.ops.selective_scan import torch_backend as scan
 from mfuser.segmentor import Segmentor
