@@ -1,6 +1,6 @@
 """Measure training and evaluation on one and on two GPUs by `dgbench` itself, and how two end; writes scale.md and scale.json.
 
-    python benchmarks/two_gpus.py OUT                                # all parts, about eight minutes
+    python benchmarks/two_gpus.py OUT                                # all parts, about twelve minutes
     python benchmarks/two_gpus.py OUT --parts ends                   # one; the table is that of all parts measured so far
     python benchmarks/two_gpus.py OUT --parts train --batches 8 16   # global batches; --options without a word: eager
     python benchmarks/two_gpus.py OUT --device cpu --tiny            # every path in minutes; means nothing
