@@ -36,6 +36,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# Autograd starts a thread for each GPU that torch knows at a process's first backward pass, and no fork of the process can train
+# from then on. Fake tensors on "cuda" register 255 GPUs where there is none: so the first pass is before them.
+if not torch.cuda.is_available():
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 _OF_THE_USER = ("DGBENCH_DEBUG", "DGBENCH_DATA", "DGBENCH_DOMAINS", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
 
 
