@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mfuser.fast.activated import activated, joins
+from mfuser.fast.gated import fuses, gated_norm
 from mfuser.padded import norm_of_padded
 from mfuser.towers.vit import VisionEncoder
 
@@ -118,22 +119,27 @@ class Block(nn.Module):
         self.act, self.mlp_norm = mlp.act, _norm(mlp.norm, dtype, more)
         self.fc2 = Product([mlp.fc2], dtype, second, more_columns=more)
         self.joined = not self.gated and joins(self.act, self.fc1.bias, self.fc1.weight)
+        self.fused = self.gated and fuses(self.act, self.mlp_norm, self.fc1.weight)
+        self.hidden = mlp.fc2.in_features
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C) in x's type; rope (2, L, D) of `table`."""
         with torch.autocast(x.device.type, enabled=False):
             x = x + self._attended(self.norm1(x), rope)
-            return x + self.fc2(self.mlp_norm(self._hidden(self.norm2(x))))
+            return x + self.fc2(self._hidden(self.norm2(x)))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self.joined:
             assert self.fc1.bias is not None
-            return activated(x, self.fc1.weight, self.fc1.bias, self.act)
+            return self.mlp_norm(activated(x, self.fc1.weight, self.fc1.bias, self.act))
         hidden: Tensor = self.fc1(x)
+        if self.fused:
+            norm: Any = self.mlp_norm
+            return gated_norm(hidden, norm.weight, norm.bias, self.hidden, norm.eps)
         if self.gated:
             gate, hidden = hidden.chunk(2, -1)  # a padded one is zeros in both, and their product
-            return self.act(gate) * hidden
-        return self.act(hidden)
+            return self.mlp_norm(self.act(gate) * hidden)
+        return self.mlp_norm(self.act(hidden))
 
     def _attended(self, x: Tensor, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
