@@ -35,7 +35,7 @@ def gated_norm(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: 
     rows = x.reshape(-1, 2 * channels)
     out = x.new_empty(len(rows), channels)
     if len(rows):
-        from mfuser.fast.gated_kernel import launch  # Triton is not everywhere
+        from mfuser.fast.gated_triton_backend import launch  # Triton is not everywhere
 
         launch(rows, weight, bias, out, width, eps)
     return out.view(*x.shape[:-1], channels)
