@@ -23,9 +23,9 @@ def published_table(group: Group) -> Table:
         texts = ["pub", row.method + (NOTED if row.note else ""), row.variant]
         texts += [percent(score, row.digits) for score in row.scores.values()]
         texts += [_mean(row)] if averaged else []
-        texts += [row.test_size, row.hand, *([read_in[row.origin]] if read_in else [])]
+        texts += [row.test_size, row.reported_by, *([read_in[row.origin]] if read_in else [])]
         rows.append(tuple(Cell(text, "dim") for text in texts))
-    header = ("", "method", "backbone", *group.targets, *(["mean"] if averaged else []), "tested", "hand")
+    header = ("", "method", "backbone", *group.targets, *(["mean"] if averaged else []), "tested", "by")
     header = (*header, "from") if read_in else header
     apart = f", {group.title}" if group.title else ""
     title = f"Published{apart}, trained on {group.source}: mIoU in %, protocols differ by row, not ranked"
@@ -42,7 +42,7 @@ def _legend(group: Group, read_in: dict[str, str]) -> tuple[str, ...]:
     if any(row.mean is not None for row in group.rows):
         brackets = "; in brackets: computed here" if any(row.mean and not row.printed_mean for row in group.rows) else ""
         lines.append(f"mean: over the targets, unweighted, as printed{brackets}. {ABSENT}: not printed.")
-    lines.append("hand: own, read in the method's own paper or repository; 2nd, in another work.")
+    lines.append("by: reported by the method's own paper or repository (own) or by another work (other).")
     lines.append("tested: as the method's repository does, which may not be how these numbers were taken.")
     lines += [f"tested {name}: {meaning}." for name, meaning in sorted(group.test_sizes.items())]
     lines += [f"{NOTED} {row.method}, {row.variant}: {row.note}." for row in group.rows if row.note]

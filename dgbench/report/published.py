@@ -53,7 +53,7 @@ def _row(row: Mapping[str, Any]) -> Row:
         mean,
         note=row.get("note", ""),
         test_size=row["tested"],
-        hand=row["hand"],
+        reported_by=row["reported_by"],
         printed_mean="mean" in row,
         digits=row.get("digits", 2),
     )

@@ -62,7 +62,7 @@ class Row:
     weights: tuple[str, ...] = ()  # published ones that its training started from: tower, file and sha256
     untested: str = ""  # why its rank rests on the order of the means, and on no paired comparison; "": it has none, or it does
     test_size: str = ""  # of a published row: the image size that it was tested at, as far as is known
-    hand: Literal["", "own", "2nd"] = ""  # of a published row: read in the method's own paper or repository, or in another work
+    reported_by: Literal["", "own", "other"] = ""  # of a published row: the method's own paper or repository, or another work
     printed_mean: bool = True  # of a published row: its mean was read, too, and not computed of the others
     digits: int = 2  # of a published row, in percent after the point
 

@@ -59,7 +59,7 @@ def test_printed_means_follow_from_their_columns_with_named_exceptions() -> None
     assert wrong == {("CLOUDS", "ConvNeXt-L", 61.5), ("Rein", "EVA02-L", 63.6), ("SBGen", "EVA02-L", 68.74)}
 
 
-def test_each_row_says_where_it_was_read_in_whose_hand_and_at_which_size() -> None:
+def test_each_row_says_where_it_was_read_who_reported_it_and_at_which_size() -> None:
     for group in load_published():
         assert group.protocol == "as published"
         assert not group.protocol_hashes
@@ -68,18 +68,18 @@ def test_each_row_says_where_it_was_read_in_whose_hand_and_at_which_size() -> No
         for row in group.rows:
             assert (row.kind, row.rank) == ("published", None)
             assert re.search(r"\(read 2026-\d\d-\d\d\)$", row.origin)
-            assert row.hand in ("own", "2nd")
+            assert row.reported_by in ("own", "other")
             assert row.test_size in group.test_sizes
             assert tuple(row.scores) == group.targets
             assert all(score is None or 0.2 < score.miou < 0.9 for score in row.scores.values())
             assert row.mean is not None or any(score is not None for score in row.scores.values())
 
 
-def test_what_mfuser_quotes_of_others_is_second_hand() -> None:
+def test_what_mfuser_quotes_of_others_is_reported_by_another_work() -> None:
     first, second, *_ = load_published()
-    assert {(row.method == "MFuser", row.hand) for group in (first, second) for row in group.rows} == {
+    assert {(row.method == "MFuser", row.reported_by) for group in (first, second) for row in group.rows} == {
         (True, "own"),
-        (False, "2nd"),
+        (False, "other"),
     }
 
 
