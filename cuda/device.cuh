@@ -6,9 +6,6 @@
 //   exp2_fast(x), rcp_fast(x)      one instruction on the GPU, about 2 and 1 units in the last place; denormals become 0
 //   copy_async<BYTES>(to, from)    starts a copy of 4, 8 or 16 bytes from global to shared memory; after copies_done() this
 //                                  thread sees all that it started
-//   team_barrier(id, threads)      __syncthreads of `threads` of a block's threads, whole warps; 0 < id < 16 is theirs alone
-//   hand_on(to, value, number)     leaves a value, and by a number that it is there, in shared memory of 8 bytes (`Handed`)
-//   take(from, number)             waits for the value of that number, which another warp hands on
 //   MFUSER_SHARED(name)            declares `unsigned char* name`: the block's dynamic shared memory, aligned to 16 bytes
 //   MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //                                  launches and returns a cudaError_t; `(kernel<...>)` in parentheses; more than 48 KB of
@@ -46,12 +43,6 @@ __host__ __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __fl
 template <>
 __host__ __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half_rn(x); }
 
-using Handed = unsigned long long;  // a float, and its number above it
-
-__device__ __forceinline__ Handed handed(float value, int number) {
-    return static_cast<Handed>(static_cast<unsigned>(number)) << 32 | __float_as_uint(value);
-}
-
 #ifdef MFUSER_ON_CPU
 
 #ifndef MFUSER_CPU_EXP2  // a test's model of the GPU's unit
@@ -67,15 +58,6 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 __device__ __forceinline__ void copies_done() {}
 __device__ __forceinline__ void after_launch_before() {}
 __device__ __forceinline__ void next_may_start() {}
-
-__device__ __forceinline__ void team_barrier(int id, int threads) { on_cpu::barrier_of(id, threads); }
-__device__ __forceinline__ void hand_on(Handed* to, float value, int number) {
-    *static_cast<volatile Handed*>(to) = handed(value, number);
-}
-__device__ __forceinline__ float take(const Handed* from, int number) {
-    while (static_cast<int>(*static_cast<const volatile Handed*>(from) >> 32) != number) on_cpu::step_aside();
-    return __uint_as_float(static_cast<unsigned>(*from));
-}
 
 #define MFUSER_SHARED(name) unsigned char* const name = on_cpu::dynamic_shared()
 #define MFUSER_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -112,21 +94,6 @@ __device__ __forceinline__ void next_may_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-}
-
-__device__ __forceinline__ void team_barrier(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// One access of 64 bits each: who sees the number sees the value.
-__device__ __forceinline__ void hand_on(Handed* to, float value, int number) {
-    *static_cast<volatile Handed*>(to) = handed(value, number);
-}
-__device__ __forceinline__ float take(const Handed* from, int number) {
-    Handed found;
-    do found = *static_cast<const volatile Handed*>(from);
-    while (static_cast<int>(found >> 32) != number);
-    return __uint_as_float(static_cast<unsigned>(found));
 }
 
 namespace mfuser {

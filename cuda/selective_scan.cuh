@@ -15,11 +15,9 @@
 // states in registers, then walks them back. Sums over channels (dB, dC) go by shuffles over the warp's channels, by
 // shared memory over the block's, and by `scan_finish` over the blocks, always in the same order.
 //
-// The kernels are in selective_scan_forward.cuh and selective_scan_backward.cuh, a forward in one pass for comparison in
-// selective_scan_along.cuh; here they are launched.
+// The kernels are in selective_scan_forward.cuh and selective_scan_backward.cuh; here they are launched.
 #pragma once
 
-#include "selective_scan_along.cuh"
 #include "selective_scan_backward.cuh"
 #include "selective_scan_forward.cuh"
 
@@ -106,54 +104,9 @@ inline bool well_formed(const ScanParams& p) {
     return p.sub == kSub && p.chunk % kSub == 0 && p.dim % 4 == 0 && p.state_size % 4 == 0 && p.state_size <= 64;
 }
 
-#ifdef MFUSER_SCAN_FORMS  // not in a library for users before they are measured
-// The forward in one pass: STEPS of a lane, TEAMS at most, BUFFERS for tokens of a team, states that are computed ABREAST.
-template <typename T, int STEPS, int TEAMS, int BUFFERS, int ABREAST, bool GATED, bool KEEP>
-cudaError_t launch_along(const ScanParams& p, void* stream) {
-    constexpr size_t bytes = AlongMemory<T, STEPS, TEAMS, BUFFERS, GATED, KEEP>::kBytes;
-    static_assert(bytes <= 227 * 1024);
-    const dim3 grid((p.dim + 2 * kPairs - 1) / (2 * kPairs), p.batch);
-    return MFUSER_LAUNCH((scan_along<T, STEPS, TEAMS, BUFFERS, ABREAST, true, GATED, KEEP>), grid, kTeamThreads * TEAMS, bytes,
-                         stream, p);
-}
-
-// as many teams of one pass as memory has room for
-template <typename T, int STEPS, int TEAMS, int BUFFERS, bool GATED, bool KEEP>
-constexpr int teams_of() {
-    if constexpr (TEAMS == 1 || AlongMemory<T, STEPS, TEAMS, BUFFERS, GATED, KEEP>::kBytes <= 227 * 1024) return TEAMS;
-    else return teams_of<T, STEPS, TEAMS - 1, BUFFERS, GATED, KEEP>();
-}
-
-template <typename T, int STEPS, int TEAMS, int BUFFERS, int ABREAST>
-cudaError_t forward_along(const ScanParams& p, void* stream) {
-    if (p.state_size > kAlongStates || !p.softplus) return cudaErrorInvalidValue;
-#define MFUSER_ALONG(GATED, KEEP) \
-    launch_along<T, STEPS, teams_of<T, STEPS, TEAMS, BUFFERS, GATED, KEEP>(), BUFFERS, ABREAST, GATED, KEEP>(p, stream)
-    if (p.z) return p.saved ? MFUSER_ALONG(true, true) : MFUSER_ALONG(true, false);
-    return p.saved ? MFUSER_ALONG(false, true) : MFUSER_ALONG(false, false);
-#undef MFUSER_ALONG
-}
-
-// null: in two passes
-template <typename T>
-auto form_of(const ScanParams& p) -> cudaError_t (*)(const ScanParams&, void*) {
-    switch (p.form) {
-        case 1: return forward_along<T, 8, 4, 1, 1>;
-        case 2: return forward_along<T, 8, 4, 2, 1>;
-        case 3: return forward_along<T, 8, 3, 2, 2>;
-        case 4: return forward_along<T, 12, 3, 1, 1>;
-        case 5: return forward_along<T, 16, 2, 2, 1>;
-    }
-    return nullptr;
-}
-#endif
-
 template <typename T>
 cudaError_t forward_any(const ScanParams& p, void* stream) {
     if (!well_formed(p)) return cudaErrorInvalidValue;
-#ifdef MFUSER_SCAN_FORMS
-    if (const auto form = form_of<T>(p)) return form(p, stream);
-#endif
     if (p.state_size <= 8) return forward_as<T, Two>(p, stream);
     if (p.state_size <= 16) return forward_as<T, FourLanes>(p, stream);
     return forward_as<T, Sixteen>(p, stream);

@@ -24,5 +24,4 @@ struct ScanParams {
     int chunks, chunk;  // chunk: steps in one, a multiple of sub
     int sub;            // steps between kept states, as the caller believes
     int softplus;
-    int form;           // of the forward: 0 in two passes; else in one, see `forward_along`
 };

@@ -229,7 +229,6 @@ def build(
     architectures: Sequence[str] | None = None,
     *,
     sources: Path | None = None,
-    macros: Sequence[str] = (),
     on_line: Callable[[str], None] | None = None,
 ) -> Path:
     """Compile all kernels into one library, unless it is there already, and return its path.
@@ -239,7 +238,6 @@ def build(
     Args:
         architectures: such as ["sm_80", "sm_90"]; by default those of the GPUs present.
         sources: the folder of the .cu files; by default the shipped one.
-        macros: to define, for measurements (cuda/README.md); such a library is another one, which only `use` takes.
         on_line: takes each line of progress and of the compiler's output.
 
     Raises:
@@ -256,7 +254,7 @@ def build(
         raise BuildError("nvcc is missing: install the CUDA toolkit, or set CUDA_HOME to its folder")
     names = sorted(set(architectures or _present()), key=_parsed)
     try:
-        target = _folder(sources, macros) / f"{'+'.join(names)}-cuda{_version(nvcc)}.so"
+        target = _folder(sources) / f"{'+'.join(names)}-cuda{_version(nvcc)}.so"
     except PlaceError as error:
         raise BuildError(str(error)) from error
     if not target.exists():
@@ -264,7 +262,7 @@ def build(
         kernel_files.clear_builds(target.parent)
         # in the same folder, so that the finished library can be renamed into place
         with tempfile.TemporaryDirectory(prefix=kernel_files.build_prefix(), dir=target.parent) as temporary:
-            built = _compile([nvcc, *_flags(macros)], kernels, names, Path(temporary), tell)
+            built = _compile(nvcc, kernels, names, Path(temporary), tell)
             built.chmod(0o755)  # not writable by others, whatever the umask
             os.replace(built, target)
     forget()
@@ -350,12 +348,8 @@ def _kernels(sources: Path) -> list[Path]:
     return sorted(sources.glob("*.cu"))
 
 
-def _flags(macros: Sequence[str]) -> tuple[str, ...]:
-    return *_FLAGS, *(f"-D{name}" for name in macros)
-
-
-def _folder(sources: Path, macros: Sequence[str] = ()) -> Path:
-    digest = hashlib.sha256(repr(_flags(macros)).encode())
+def _folder(sources: Path) -> Path:
+    digest = hashlib.sha256(repr(_FLAGS).encode())
     for path in sorted((*_kernels(sources), *sources.glob("*.cuh"), *sources.glob("*.h"))):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
@@ -385,13 +379,11 @@ def _version(nvcc: str) -> str:
     return found[1] if found else "unknown"
 
 
-def _compile(
-    compiler: list[str], kernels: list[Path], architectures: list[str], folder: Path, tell: Callable[[str], None]
-) -> Path:
+def _compile(nvcc: str, kernels: list[Path], architectures: list[str], folder: Path, tell: Callable[[str], None]) -> Path:
     targets = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
     objects = [folder / f"{path.stem}.o" for path in kernels]
     commands = {
-        path.name: [*compiler, *targets, "-c", str(path), "-o", str(obj)] for path, obj in zip(kernels, objects, strict=True)
+        path.name: [nvcc, *_FLAGS, *targets, "-c", str(path), "-o", str(obj)] for path, obj in zip(kernels, objects, strict=True)
     }
     library = folder / "library.so"
     with _tether() as (line, cut), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -401,7 +393,7 @@ def _compile(
             for done in as_completed(running):
                 for text in [*done.result().splitlines(), f"compiled {running[done]}"]:
                     tell(text)
-            link = [compiler[0], *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
+            link = [nvcc, *targets, "-shared", "-cudart=static", *map(str, objects), "-o", str(library)]
             # in a thread as well: an interrupted `run` would only kill the command that it has started itself
             for text in pool.submit(_output, link, line).result().splitlines():
                 tell(text)

@@ -112,7 +112,6 @@ inline constexpr size_t kMaxShared = 227 * 1024;  // of sm_90
 inline constexpr size_t kFence = 4096;            // bytes on either side of the dynamic shared memory
 inline constexpr uint16_t kFenceMark = 0xFFA5;    // NaN as bf16, fp16 and fp32, so that reading it shows up, too
 inline constexpr size_t kStack = 128 * 1024;
-inline constexpr int kMaxSweeps = 1000000;        // over warps of which one waits for another
 
 enum class Op : int { sync, shuffle, ballot, any, all, add, match };
 inline const char* const kOpNames[] = {"__syncwarp",  "a shuffle",  "__ballot_sync",
@@ -143,7 +142,7 @@ struct Slot {
 
 // bit masks over lanes; lanes beyond the block's end count as exited
 struct Warp {
-    uint32_t ready, pending, barrier, aside, exited, present;
+    uint32_t ready, pending, barrier, exited, present;
     Slot slots[32];
 };
 
@@ -151,7 +150,6 @@ struct Machine {
     std::mutex busy;
     Fiber main, fibers[kMaxThreads];
     Warp warps[kMaxWarps];
-    int arrived[16] = {}, rounds[16] = {};  // at barriers of a part of the block
     bool prepared = false;
     const char* name = "";
     void (*call)(const void*) = nullptr;
@@ -297,21 +295,6 @@ inline void barrier(Place place) {
     suspend();
 }
 
-// let the other warps go on: for a thread that waits for what one of them writes
-inline void step_aside() {
-    Warp& warp = machine.warps[machine.warp];
-    warp.ready &= ~(1u << machine.lane);
-    warp.aside |= 1u << machine.lane;
-    suspend();
-}
-
-// the barrier `id` of a part of the block
-inline void barrier_of(int id, int threads) {
-    const int round = machine.rounds[id];
-    if (++machine.arrived[id] == threads) machine.arrived[id] = 0, ++machine.rounds[id];
-    while (machine.rounds[id] == round) step_aside();
-}
-
 // a fiber's whole life: one kernel call per block
 inline void live() {
     for (;;) {
@@ -435,10 +418,9 @@ inline void run_block() {
         const int count = std::min(32, machine.threads - 32 * w);
         Warp& warp = machine.warps[w];
         warp.present = count == 32 ? ~0u : (1u << count) - 1;
-        warp.ready = warp.present, warp.exited = ~warp.present, warp.pending = warp.barrier = warp.aside = 0;
+        warp.ready = warp.present, warp.exited = ~warp.present, warp.pending = warp.barrier = 0;
         order[w] = w;
     }
-    for (int i = 0; i < 16; ++i) machine.arrived[i] = machine.rounds[i] = 0;
     poison_shared();
     do {
         for (int w = warps - 1; w > 0; --w) std::swap(order[w], order[draw() % (w + 1)]);
@@ -447,18 +429,6 @@ inline void run_block() {
             if (warp.barrier) warp.ready = warp.barrier, warp.barrier = 0;
             machine.spin = draw();
             if (warp.ready) run(machine.main, order[w], next_lane(warp.ready));
-        }
-        for (int sweeps = 0, waiting = 1; waiting; ++sweeps) {
-            waiting = 0;
-            for (int w = 0; w < warps; ++w) {
-                Warp& warp = machine.warps[order[w]];
-                if (!warp.aside) continue;
-                waiting = 1;
-                if (sweeps > kMaxSweeps) fail("waits for what no other thread does", 32 * order[w] + std::countr_zero(warp.aside), {});
-                warp.ready |= warp.aside, warp.aside = 0;
-                machine.spin = draw();
-                run(machine.main, order[w], next_lane(warp.ready));
-            }
         }
     } while (next_phase(warps));
     check_fences();

@@ -32,7 +32,6 @@ _CHANNELS = {8: (128, 64), 16: (64, 64), 64: (32, 16)}
 _SIXTEEN = ((0.0, 1.4, 1.95, 2.75, 3.45), (0.0, 4.4, 6.1))
 _FIRST_PASS = (0.0, 1.05, 1.4, 2.1, 2.65)
 _START = 3.5
-_FORM = 0  # of the forward's kernels, see `forward_any` in the source
 _BEFORE = 1.0
 
 
@@ -49,10 +48,7 @@ class Params(ctypes.Structure):
             for name in ("dy", "dstate", "du", "ddelta", "dz", "dB", "dC", "dA", "dD", "dbias", "dinitial")
         ]
         + [(name, ctypes.c_void_p) for name in ("part_B", "part_C", "part_A", "part_D", "part_bias")]
-        + [
-            (name, ctypes.c_int)
-            for name in ("batch", "length", "dim", "state_size", "chunks", "chunk", "sub", "softplus", "form")
-        ]
+        + [(name, ctypes.c_int) for name in ("batch", "length", "dim", "state_size", "chunks", "chunk", "sub", "softplus")]
     )
 
 
@@ -276,7 +272,7 @@ class _Call:
 
     def run(self, direction: str, softplus: bool) -> None:
         """Launch the kernels."""
-        self.params.softplus, self.params.form = softplus, _FORM
+        self.params.softplus = softplus
         compiled.library().run(_LAUNCHERS[direction, self.dtype], self.params, like=self.u)
 
 

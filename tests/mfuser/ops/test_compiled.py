@@ -337,17 +337,6 @@ def test_processes_that_build_at_once_leave_one_whole_library(tmp_path):
     assert compiled.Library(path).device == "cuda"
 
 
-@needs_nvcc
-def test_a_library_with_macros_is_another_one(tmp_path):
-    sources = probe_sources(tmp_path)
-    (sources / "macro.cu").write_text(
-        '#ifdef MORE\nextern "C" __attribute__((visibility("default"))) int more() { return 1; }\n#endif\n'
-    )
-    plain, more = (compiled.build(["sm_90"], sources=sources, macros=macros) for macros in ((), ("MORE",)))
-    assert plain.parent != more.parent
-    assert [hasattr(ctypes.CDLL(str(path)), "more") for path in (plain, more)] == [False, True]
-
-
 def test_a_build_needs_sources_a_compiler_and_an_architecture(tmp_path, monkeypatch):
     with pytest.raises(compiled.BuildError, match="there are no kernel sources in"):
         compiled.build(sources=tmp_path)
