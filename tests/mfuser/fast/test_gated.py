@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,3 +65,27 @@ def test_only_silu_in_16_bits_on_a_gpu_is_fused():
         assert gated.fuses(nn.SiLU(), nn.LayerNorm(4), weight.cuda())
         assert not gated.fuses(nn.SiLU(), nn.Identity(), weight.cuda())
         assert not gated.fuses(nn.GELU(), nn.LayerNorm(4), weight.cuda())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_of_eva02_l_are_as_near_as_a_rounding():
+    x = torch.cat([padded(300, width=2730), padded(300, width=2730)], -1).to("cuda", torch.bfloat16)
+    weight, bias = (F.pad(torch.rand(2730), (0, shape_more(2730))).cuda() for _ in range(2))
+    given = (x, weight, bias, 2730, 1e-6)
+    found, true = gated.gated_norm(*given).double(), expected(*given)
+    assert ((found - true).abs() <= 2**-8 * true.abs() + 1e-6).all()
+
+
+@pytest.mark.full
+def test_triton_compiles_it_for_a_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "ops" / "triton_compile.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "gated", "bfloat16"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(", ")[2].partition(",")[0] for line in done.stdout.splitlines()] == ["0 bytes of stack"] * 3

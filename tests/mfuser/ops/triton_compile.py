@@ -85,7 +85,16 @@ def selective_scan(module: ModuleType, dtype: torch.dtype) -> None:
             module.backward(tokens, initial, *given, saved)
 
 
+def gated(module: ModuleType, dtype: torch.dtype) -> None:
+    # EVA02-L's and EVA02-B's MLPs, and the widest rows
+    for rows, channels, width, biased in ((10376, 2752, 2730, True), (1297, 2048, 2048, True), (3, 16384, 16384, False)):
+        x, out = (torch.empty(rows, n, dtype=dtype, device="meta") for n in (2 * channels, channels))
+        weight = torch.empty(channels, device="meta")
+        module.launch(x, weight, weight if biased else None, out, width, 1e-6)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGPU())
     triton.JITFunction.__getitem__ = lambda kernel, grid: partial(compile_only, kernel, grid)
-    globals()[sys.argv[1]](import_module(f"mfuser.ops.{sys.argv[1]}.triton_backend"), getattr(torch, sys.argv[2]))
+    name = "mfuser.fast.gated_triton_backend" if sys.argv[1] == "gated" else f"mfuser.ops.{sys.argv[1]}.triton_backend"
+    globals()[sys.argv[1]](import_module(name), getattr(torch, sys.argv[2]))
