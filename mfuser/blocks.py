@@ -23,7 +23,7 @@ from mfuser.decoder.mtenhancer import MTEnhancerLayer
 from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
 from mfuser.fusion import Fuser
 from mfuser.lowrank import LowRankLinear
-from mfuser.padded import pad_mlp, paddable
+from mfuser.padded import ALIGN, pad_mlp, paddable
 from mfuser.pairs import paired
 
 _LISTS = ("blocks", "resblocks")
@@ -33,7 +33,6 @@ _PRODUCTS = (
     *(nn.Linear, LowRankLinear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.MultiheadAttention),
     *(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d),
 )
-_WHOLE = 64  # of which the width of a padded product is a multiple
 # graphs of one block's code: one for each kind of block, of input and of gradient
 _GRAPHS = 64
 
@@ -138,7 +137,7 @@ class FrozenWeights:
                     parameter.data = parameter.data.to(torch.bfloat16)
         if align is None:
             kind = device.type if device is not None else next((own.device.type for own, _ in self._held), "cpu")
-            align = _WHOLE if kind == "cuda" else 0
+            align = ALIGN if kind == "cuda" else 0
         self.padded = self._pad(model, align) if align else 0
 
     def _pad(self, model: nn.Module, align: int) -> int:

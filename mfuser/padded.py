@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ALIGN = 64  # of which a padded width is a multiple
+
 
 def norm_of_padded(x: Tensor, width: int, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Return the layer norm of the first `width` channels, with zeros behind them as in x, in x's type.

@@ -15,10 +15,8 @@ from torch.nn import functional as F
 
 from mfuser.fast.activated import activated, joins
 from mfuser.fast.gated import fuses, gated_norm
-from mfuser.padded import norm_of_padded
+from mfuser.padded import ALIGN, norm_of_padded
 from mfuser.towers.vit import VisionEncoder
-
-_WHOLE = 64  # of which the width of a padded product is a multiple
 
 
 class Norm(nn.Module):
@@ -114,7 +112,7 @@ class Block(nn.Module):
         self.proj = Product([attention.proj], dtype, first)
         self.gated = hasattr(mlp, "fc1_g")
         # EVA02-L's 2730 are rows of no multiple of 16 bytes, for which products have slow kernels
-        more = -mlp.fc2.in_features % _WHOLE if self.gated else 0
+        more = -mlp.fc2.in_features % ALIGN if self.gated else 0
         self.fc1 = Product([mlp.fc1_g, mlp.fc1_x] if self.gated else [mlp.fc1], dtype, more_rows=more)
         self.act, self.mlp_norm = mlp.act, _norm(mlp.norm, dtype, more)
         self.fc2 = Product([mlp.fc2], dtype, second, more_columns=more)
