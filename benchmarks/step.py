@@ -198,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = pick_device(given.device)
     if given.options is None:
         given.options = ["frozen", "compile", *(["graphs"] if device.type == "cuda" else [])]
+    if given.align is not None and (given.align < 0 or given.align % 8):
+        parser.error(f"--align {given.align}: products are slow at widths that are no multiples of 8; use 64, or 0 for none")
     for option in ("compile", "graphs"):
         if {option, "checkpoint"} <= set(given.options):
             parser.error(f"--options {option} and checkpoint do not go together: measure one after the other")
