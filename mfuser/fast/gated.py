@@ -6,6 +6,8 @@ the registers of a block.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,14 @@ _WIDEST = 16384  # channels of a row that a block's registers hold
 
 
 def fuses(act: nn.Module, norm: nn.Module, weight: Tensor) -> bool:
-    """Return whether a gate and a norm (of `blocks.Norm`'s kind) can be one kernel: SiLU, on a GPU, in 16 bits."""
+    """Return whether a gate and a norm (of `blocks.Norm`'s kind) can be one kernel: SiLU, on a GPU with Triton, in 16 bits."""
     return (
         type(act) is nn.SiLU
         and isinstance(getattr(norm, "weight", None), Tensor)
         and weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16)
         and len(weight) // 2 <= _WIDEST
+        and find_spec("triton") is not None
     )
 
 
@@ -35,7 +38,7 @@ def gated_norm(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, eps: 
     rows = x.reshape(-1, 2 * channels)
     out = x.new_empty(len(rows), channels)
     if len(rows):
-        from mfuser.fast.gated_triton_backend import launch  # Triton is not everywhere
+        from mfuser.fast.gated_triton_backend import launch  # where it is: see `fuses`
 
         launch(rows, weight, bias, out, width, eps)
     return out.view(*x.shape[:-1], channels)
