@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mfuser import keyed_dropout
 from mfuser.decoder.context_decoder import ContextDecoderLayer
 from mfuser.decoder.mask_decoder import MaskDecoderLayer
 from mfuser.decoder.mtenhancer import MTEnhancerLayer
@@ -37,24 +38,24 @@ _PRODUCTS = (
 _GRAPHS = 64
 
 
-def compile_blocks(model: nn.Module, *, random: bool = True) -> int:
+def compile_blocks(model: nn.Module) -> int:
     """Have blocks compiled when they are first called, forward and backward; equal blocks share a graph. Returns: how many.
 
-    A block that cannot be compiled as a whole raises an error of `torch._dynamo.exc`.
-
-    Args:
-        random: those with a dropout, too, whose draws are then the compiler's: others, but as well given by torch's seed.
+    A block that cannot be compiled as a whole raises an error of `torch._dynamo.exc`. Dropouts in blocks draw as
+    `mfuser.keyed_dropout` says: other numbers than without, but as well given by torch's seed, and the same for any number of
+    processes and parts of a batch.
     """
     import torch._dynamo.config as dynamo
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * _GRAPHS)
-    alone = not random and any(_draws(block) for block in (*tower_blocks(model), *_layers(model)))
-    pairs: list[nn.Module] = [] if alone else list(paired(model))
+    pairs = paired(model)
     inside = {id(module) for pair in pairs for module in pair.modules()}
     layers = [block for block in (*tower_blocks(model), *_layers(model)) if id(block) not in inside]
-    found = [block for block in (*pairs, *layers) if random or not _draws(block)]
+    found = [*pairs, *layers]
+    place = keyed_dropout.place_of(model) or keyed_dropout.Place()
     for block in found:
+        keyed_dropout.key(block, place)
         block.compile(dynamic=False, fullgraph=True)
     return len(found)
 
@@ -94,15 +95,6 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def _apart(name: str) -> bool:
     return name.startswith("training_only.")
-
-
-def _draws(block: nn.Module) -> bool:
-    """Return whether a block in training mode draws random numbers."""
-    from timm.layers import DropPath
-
-    kinds = (nn.modules.dropout._DropoutNd, DropPath)
-    drawing = [module for module in block.modules() if isinstance(module, kinds)]
-    return any(getattr(module, "p", None) or getattr(module, "drop_prob", None) for module in drawing)
 
 
 class FrozenWeights:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from dgbench.engine.team import Team
 from dgbench.errors import RecipeError
+from mfuser.keyed_dropout import is_keyed, place_of
 from mfuser.processes import even_rows, number_of_processes
 from mfuser.segmentor import Batch, Segmentor
 
@@ -102,16 +103,20 @@ def with_norms(model: Segmentor, team: Team, device: torch.device, *, local: boo
 def dropping_as_one(model: nn.Module, images: int) -> Iterator[None]:
     """Let dropout draw for the whole batch within the block, and use the part of these images.
 
-    The block holds the backward pass, too: activations that are computed again there are dropped as the first time.
+    The block holds the backward pass, too: activations that are computed again there are dropped as the first time. In compiled
+    blocks, dropout is told of which images its part is (`mfuser.keyed_dropout`). Of a part, it is within `part_of`.
     """
     from timm.layers import DropPath
 
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath)
-    changed = [module for module in model.modules() if type(module) in kinds and module.training]
+    changed = [module for module in model.modules() if type(module) in kinds and module.training and not is_keyed(module)]
+    place = place_of(model)
+    here = nullcontext() if place is None else place.of(even_rows(images), next(model.parameters()).device)
     try:
         for module in changed:
             module.forward = _drawn_together(type(module).forward.__get__(module), images)
-        yield
+        with here:
+            yield
     finally:
         for module in changed:
             del module.forward

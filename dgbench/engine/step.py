@@ -85,8 +85,7 @@ def prepare(
     compiled = 0
     if spec.compile:
         fast.keep_in(cache_root() / "compiled")
-        # a dropout whose draws several share is another function at every step
-        compiled = blocks.compile_blocks(model, random=team.world * spec.accumulate == 1)
+        compiled = blocks.compile_blocks(model)
         if not compiled:
             raise RecipeError(f"train.compile: `{model.method}` has no blocks", "--set train.compile=null")
     if spec.checkpoint_activations and not blocks.recompute_blocks(model):
@@ -170,8 +169,8 @@ def gradients(
         set_seed(seed)  # alike on every process, which takes its part of what is drawn
         shared = team.world * len(parts) > 1
         with (
-            dropping_as_one(model, len(part.images)) if shared else nullcontext(),
             part_of(every, index) if len(parts) > 1 else nullcontext(),
+            dropping_as_one(model, len(part.images)) if shared else nullcontext(),
             _explained(model, spec),
         ):
             terms = loss_of(part)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import mfuser
 from dgbench.engine.parallel import dropping_as_one
-from mfuser import training_graphs
+from mfuser import keyed_dropout, training_graphs
 from mfuser.methods.mfuser import MFuser, Options
 from mfuser.processes import part_of
 
@@ -108,15 +108,22 @@ def test_a_pass_of_each_method_can_be_captured(name):
     assert min(result.forward, result.backward) > 500
 
 
+@pytest.mark.parametrize("keyed", [False, True], ids=["drawn", "keyed"])
 @pytest.mark.parametrize("name", ["mfuser", "rein"])
-def test_so_can_that_of_a_process_that_drops_its_part_of_what_the_batch_draws(name):
+def test_so_can_that_of_a_process_that_drops_its_part_of_what_the_batch_draws(name, keyed):
     options = {"dropout": 0.3} if name == "mfuser" else {}
     model = mfuser.build(name, **MODELS[name], **options, image_size=(64, 64), weights="random")
     model.enter_training()
     model.train()
+    if keyed:  # as in compiled blocks
+        keyed_dropout.key(model, keyed_dropout.Place())
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
-    with part_of((labels, labels), 1), dropping_as_one(model, 2):
-        result = found_in(model, model.training_outputs, (2, 3, 64, 64), bf16=True)
+
+    def run(images: Tensor) -> Any:
+        with part_of((labels, labels), 1), dropping_as_one(model, 2):  # on the device that the model is on by now
+            return model.training_outputs(images)
+
+    result = found_in(model, run, (2, 3, 64, 64), bf16=True)
     assert result.problems == []
     assert result.unused == []
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import mfuser
-from mfuser import blocks
+from mfuser import blocks, keyed_dropout
 from mfuser.pairs import paired
 from mfuser.segmentor import Batch, Segmentor
 from mfuser.towers.vit import VisionEncoder
@@ -152,14 +152,16 @@ def test_equal_blocks_share_one_graph_and_compute_the_same():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_blocks_that_draw_can_be_left_out():
+def test_dropouts_in_blocks_are_keyed_in_one_place_and_those_of_a_copy_are_not():
     changed = model(dropout=0.1)
-    everything, depth = blocks.compile_blocks(changed), len(changed.adapters)
-    changed = model(dropout=0.1)
-    # blocks of both towers and fusers are pairs; by themselves, fusers and MTEnhancer's layer are left out
-    assert blocks.compile_blocks(changed, random=False) == everything + depth - 1
-    changed = model(dropout=0.0)
-    assert blocks.compile_blocks(changed, random=False) == everything
+    blocks.compile_blocks(changed)
+    drops = {name: module for name, module in changed.named_modules() if isinstance(module, nn.Dropout)}
+    inside = {name for name, drop in drops.items() if keyed_dropout.is_keyed(drop)}
+    assert {f"adapters.{i}.dropout" for i in range(len(changed.adapters))} < inside
+    assert {id(drops[name].forward.args[1]) for name in inside} == {id(keyed_dropout.place_of(changed))}
+    copied = copy.deepcopy(changed)
+    assert not any(keyed_dropout.is_keyed(module) for module in copied.modules())
+    assert copied.adapters[0].dropout.forward.__self__ is copied.adapters[0].dropout
 
 
 def test_a_pair_does_what_the_model_does_and_is_no_part_of_it():
