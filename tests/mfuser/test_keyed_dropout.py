@@ -194,3 +194,11 @@ def test_compiled_it_is_the_same_in_one_graph_that_keeps_no_draws():
         for actual, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # one more for a part's size
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_does_compiled_or_not():
+    shape, part = torch.Size((2, 301, 257)), torch.tensor(3)
+    expected = factors(shape, SEEDS[0], 0.9, part)
+    for draw in (factors, torch.compile(factors, dynamic=False, fullgraph=True)):
+        assert torch.equal(draw(shape, SEEDS[0].cuda(), 0.9, part.cuda()).cpu(), expected)

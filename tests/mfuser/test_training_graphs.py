@@ -196,10 +196,17 @@ def test_on_a_gpu_steps_are_those_without_graphs(name, options, compiled):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_dropout_draws_what_the_seed_says():
-    found = [steps(each, lr=0.0) for each in (model(device="cuda", dropout=0.5), captured(model(device="cuda", dropout=0.5)))]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_dropout_draws_what_the_seed_says(compiled):
+    def dropping() -> Segmentor:
+        made = model(device="cuda", dropout=0.5)
+        if compiled:
+            blocks.compile_blocks(made)
+        return made
+
+    found = [steps(each, lr=0.0) for each in (dropping(), captured(dropping()))]
     assert_near(found[1], found[0], within=0.02)
-    trained = captured(model(device="cuda", dropout=0.5))
+    trained = captured(dropping())
     outputs = []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)

@@ -105,6 +105,12 @@ def test_so_does_one_of_compiled_blocks(tmp_path):
     assert record.environment["training"].endswith("blocks compiled")
 
 
+@pytest.mark.full
+def test_so_does_one_of_compiled_blocks_with_dropout(tmp_path):
+    method = "{name: mfuser, vfm: tiny, vlm: tiny, freeze_towers: true, dropout: 0.3}"
+    goes_on_exactly(recipe("train.compile=blocks", method=method, folder=tmp_path), tmp_path)
+
+
 def test_graphs_of_a_training_are_kept_apart_by_the_vector_instructions_too(tmp_path, monkeypatch):
     monkeypatch.setenv("DGBENCH_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
