@@ -22,6 +22,7 @@ from mfuser.decoder.context_decoder import ContextDecoderLayer
 from mfuser.decoder.mask_decoder import MaskDecoderLayer
 from mfuser.decoder.mtenhancer import MTEnhancerLayer
 from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
+from mfuser.folded_neck import fold
 from mfuser.fusion import Fuser
 from mfuser.lowrank import LowRankLinear
 from mfuser.padded import ALIGN, pad_mlp, paddable
@@ -41,9 +42,10 @@ _GRAPHS = 64
 def compile_blocks(model: nn.Module) -> int:
     """Have blocks compiled when they are first called, forward and backward; equal blocks share a graph. Returns: how many.
 
-    A block that cannot be compiled as a whole raises an error of `torch._dynamo.exc`. Dropouts in blocks draw as
-    `mfuser.keyed_dropout` says: other numbers than without, but as well given by torch's seed, and the same for any number of
-    processes and parts of a batch.
+    A neck of transposed convolutions becomes matrix products (`mfuser.folded_neck`): the same but for rounding. A block that
+    cannot be compiled as a whole raises an error of `torch._dynamo.exc`. Dropouts in blocks draw as `mfuser.keyed_dropout`
+    says: other numbers than without, but as well given by torch's seed, and the same for any number of processes and parts of
+    a batch.
     """
     import torch._dynamo.config as dynamo
 
@@ -53,6 +55,7 @@ def compile_blocks(model: nn.Module) -> int:
     inside = {id(module) for pair in pairs for module in pair.modules()}
     layers = [block for block in (*tower_blocks(model), *_layers(model)) if id(block) not in inside]
     found = [*pairs, *layers]
+    fold(model)
     place = keyed_dropout.place_of(model) or keyed_dropout.Place()
     for block in found:
         keyed_dropout.key(block, place)

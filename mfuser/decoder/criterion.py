@@ -16,6 +16,7 @@ from mfuser.decoder.matching import Matcher, Targets, fixed, present_classes
 from mfuser.decoder.points import Draw, sample, uniform
 from mfuser.labels import IGNORE, train_ids
 from mfuser.processes import divisor, even_rows, rows
+from mfuser.resize import bilinear
 
 _AT_ONCE = 2**25  # candidates, of 8 bytes, that are sampled together on a GPU
 
@@ -203,6 +204,6 @@ def alignment_loss(logits: Tensor, labels: Tensor, *, count_ignored: bool = True
     Raises: TypeError or ValueError for labels that are no train ids, as `train_ids` does.
     """
     ids = train_ids(labels, logits.shape[1])
-    logits = F.interpolate(logits.float(), ids.shape[-2:], mode="bilinear", align_corners=False)
+    logits = bilinear(logits.float(), ids.shape[-2:])
     count = max(1, ids.numel()) if count_ignored else divisor(labelled(ids), labels=labels, of=labelled)
     return F.cross_entropy(logits, ids, reduction="sum", ignore_index=IGNORE) / count

@@ -29,6 +29,25 @@ def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> lis
     return [fpn1(first), fpn2(second), third, F.max_pool2d(fourth, 2)]
 
 
+def rows_of(weight: Tensor) -> Tensor:
+    """Return a transposed convolution's weight of kernel and stride 2, (C, D, 2, 2), as a product's, (4 D, C), place by place."""
+    return weight.permute(2, 3, 1, 0).flatten(0, 2)
+
+
+def cells(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the four cells of each, by row and column, (..., C) -> (..., 2, 2, D).
+
+    Args:
+        weight: (4 D, C), as `rows_of` has it.    bias: (4 D,).
+    """
+    return F.linear(x, weight, bias).unflatten(-1, (2, 2, len(bias) // 4))
+
+
+def cells_of_cells(x: Tensor) -> Tensor:
+    """Put the cells of cells, (B, H, W, 2, 2, 2, 2, D), where they belong: (B, D, 4 H, 4 W), in memory channels last."""
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4, 6).flatten(1, 3).permute(0, 3, 1, 2)
+
+
 def bilinear_scales(maps: Sequence[Tensor]) -> list[Tensor]:
     """Resize four maps (B, C, H, W) of one grid to 4, 2, 1 and 1/2 times the grid; Rein's neck, which has no parameters."""
     factors = (4.0, 2.0, 1.0, 0.5)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from mfuser.decoder.neck import cells, rows_of
 from mfuser.decoder.pixel_decoder import PixelDecoder
 
 
@@ -25,9 +25,7 @@ class Enlarge(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.channels = weight.shape[1]
-        rows = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 D, C), the cell's place before its channels
-        self.register_buffer("weight", rows.to(dtype).contiguous(), persistent=False)
+        self.register_buffer("weight", rows_of(weight).to(dtype).contiguous(), persistent=False)
         self.register_buffer("bias", bias.repeat(4).to(dtype), persistent=False)
 
     weight: Tensor
@@ -36,12 +34,12 @@ class Enlarge(nn.Module):
     def cells(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 2, 2, D): the four cells of each, by row and column."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).unflatten(-1, (2, 2, self.channels))
+            return cells(x.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, 2 H, 2 W)."""
-        cells = self.cells(x.permute(0, 2, 3, 1))
-        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        found = self.cells(x.permute(0, 2, 3, 1))
+        return found.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class EnlargeTwice(nn.Module):
@@ -53,8 +51,8 @@ class EnlargeTwice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, E, 4 H, 4 W)."""
-        cells = self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1))))  # (B, H, W, 2, 2, 2, 2, E)
-        return cells.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
+        found = self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1))))  # (B, H, W, 2, 2, 2, 2, E)
+        return found.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
 
 
 def take(model: nn.Module, dtype: torch.dtype) -> bool:
