@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mfuser import keyed_dropout
+from mfuser import batch_first, keyed_dropout
 from mfuser.decoder.context_decoder import ContextDecoderLayer
 from mfuser.decoder.mask_decoder import MaskDecoderLayer
 from mfuser.decoder.mtenhancer import MTEnhancerLayer
@@ -56,6 +56,7 @@ def compile_blocks(model: nn.Module) -> int:
     layers = [block for block in (*tower_blocks(model), *_layers(model)) if id(block) not in inside]
     found = [*pairs, *layers]
     fold(model)
+    batch_first.take(model)
     place = keyed_dropout.place_of(model) or keyed_dropout.Place()
     for block in found:
         keyed_dropout.key(block, place)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfuser import batch_first
 from mfuser.fast import activated, blocks, neck, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
@@ -193,6 +194,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
+    done += ["attention"] if batch_first.take(copied) else []
     done += ["queries"] if queries.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:

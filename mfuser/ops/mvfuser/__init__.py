@@ -92,7 +92,8 @@ def mvfuser(
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (joint, *weights))
     options = (eps, double_bias, double_gate, dtype, *backends)
     if watched():
-        return _mvfuser(joint, weights, *options, keep)[0]
+        # as autocast does for a linear layer: the compiler makes it part of what comes before, and no wide one is kept
+        return _mvfuser(joint.to(dtype), weights, *options, keep)[0]
     if not keep:
         return _forward(joint, weights, *options, keep)[0]
     out: Tensor = _Eager.apply(options, joint, *weights)

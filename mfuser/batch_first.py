@@ -1,0 +1,71 @@
+"""Attention over tokens that come image by image, without turning them round.
+
+`nn.MultiheadAttention` puts tokens before images, whatever it is given. The compiler then makes a product of every token's few
+rows, one for each image, each of which reads the weight: 6,804 tokens of 8 images take some 140 us on an H200, as one product 18.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def take(model: nn.Module) -> int:
+    """Have the attentions of a model computed so, in place: the same but for rounding. Returns: how many.
+
+    Those with a dropout, or with tokens first, stay as they are, and a copy of the model is without that.
+    """
+    found: list[Any] = [module for module in model.modules() if type(module) is nn.MultiheadAttention and _can(module)]
+    for attention in found:
+        attention.forward = _Forward(_attend, attention)
+    return len(found)
+
+
+def _can(attention: nn.MultiheadAttention) -> bool:
+    more = attention.bias_k is not None or attention.add_zero_attn
+    return attention.batch_first and not attention.dropout and not more
+
+
+class _Forward(partial[Any]):
+    """An attention's `forward`. The compiler sees a `partial`, and equal layers share a graph."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self.args[0])]
+        return type(copied).forward.__get__(copied)
+
+
+def _attend(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    need_weights: bool = True,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(B, L, E), (B, S, E), (B, S, E) -> (B, L, E); attn_mask (B * heads, L, S) or (L, S), True where nobody looks."""
+    if need_weights or rest or query.dim() != 3:
+        found: tuple[Tensor, Tensor | None] = nn.MultiheadAttention.forward(
+            attention, query, key, value, attn_mask=attn_mask, need_weights=need_weights, **rest
+        )
+        return found
+    if attention.in_proj_weight is None:
+        weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    else:
+        weights = attention.in_proj_weight.chunk(3)
+    biases = (None, None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(given, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for given, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    mask = attn_mask
+    if mask is not None:
+        mask = mask.logical_not() if mask.dtype is torch.bool else mask.to(q.dtype)
+        mask = mask.unflatten(0, (len(query), -1)) if mask.dim() == 3 else mask
+    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    return attention.out_proj(out), None
