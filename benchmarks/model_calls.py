@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from dgbench.cost.stages import Stages
 from dgbench.cost.timing import Call, graphed
 from dgbench.engine import step
 from dgbench.engine.device import peak_gib
+from dgbench.engine.modes import in_fp32
 from dgbench.engine.team import join
 from dgbench.launch import launched
 from dgbench.protocol import lookup as protocol
@@ -80,7 +81,8 @@ class Bench:
         stride = protocol("unified").stride_of(self.subject.size)
 
         def call() -> None:
-            with torch.no_grad(), torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            exact = in_fp32(model) if isinstance(model, Segmentor) and dtype is None else nullcontext()
+            with exact, torch.no_grad(), torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 if row.kind == SLIDE:
                     mfuser.slide(model, images, crop=self.subject.size, stride=stride)
                 else:

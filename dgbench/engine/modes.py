@@ -7,7 +7,10 @@ environment has mode, compilation and type.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,6 +85,27 @@ def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Read
     if next(model.parameters()).device.type == "cpu":
         (progress or Silent()).note("fast mode on a CPU: bf16 without CUDA graphs, which may take longer than exact mode")
     return prepared
+
+
+@contextmanager
+def in_fp32(model: Ready) -> Iterator[None]:
+    """Within the block a model in exact mode computes in fp32 as its name says; a fast one is left alone.
+
+    On a GPU torch's convolutions round their inputs to TF32, 10 bits of a fraction, unless told otherwise, and so do matrix
+    products where a container or a program has allowed it.
+    """
+    if isinstance(model, Prepared):
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        cudnn.allow_tf32 = convolutions
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfuser
-from dgbench.engine.modes import Ready
+from dgbench.engine.modes import Ready, in_fp32
 from dgbench.errors import DataError
 from dgbench.protocol import Protocol
 from mfuser.decoder.mask_decoder import class_scores
@@ -33,9 +33,11 @@ def predicted(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rule
     Raises: DataError as `score`.
     """
     largest = max(height * width for height, width in (*(view.shape[1:3] for view in views), grid))
-    if largest <= LARGE:
-        return score(model, [_floats(view, device) for view in views], grid, rules).argmax(1)
-    return torch.stack([_in_parts(model, [view[i : i + 1] for view in views], grid, rules, device) for i in range(len(views[0]))])
+    with in_fp32(model):
+        if largest <= LARGE:
+            return score(model, [_floats(view, device) for view in views], grid, rules).argmax(1)
+        parts = ([view[i : i + 1] for view in views] for i in range(len(views[0])))
+        return torch.stack([_in_parts(model, part, grid, rules, device) for part in parts])
 
 
 def _in_parts(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rules: Protocol, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from dgbench.cli import app
 from dgbench.engine import checkpoints, modes
 from dgbench.engine.evaluate import evaluate
 from dgbench.engine.predict import predict
+from dgbench.engine.scoring import predicted
 from dgbench.engine.tested import load
 from dgbench.engine.train import train
 from dgbench.errors import DgbenchError, RecipeError
@@ -194,3 +195,58 @@ def test_photographs_are_drawn_in_their_order_in_either_mode(run, tmp_path):
         for one, other in zip(exact, quick, strict=True)
     ]
     assert max(differences) < 0.05
+
+
+def rounding() -> tuple[bool, str]:
+    """Whether convolutions and how precisely products of fp32 are rounded on a GPU."""
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.fixture
+def allowed():
+    """What torch and some containers allow: TF32 in convolutions and in products."""
+    before = rounding()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    yield (True, "high")
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.mark.parametrize("mode", modes.MODES)
+def test_an_exact_score_is_computed_in_fp32_whatever_is_allowed(trained, allowed, mode):
+    (tested,) = load([trained], device="cpu", mode_name=mode, compiles=False if mode == modes.FAST else None)
+    seen = []
+    model = tested.model
+    inner = model if mode == modes.EXACT else model._model
+    inner.register_forward_pre_hook(lambda *_: seen.append(rounding()))
+    if mode == modes.FAST:
+        scores = model._scores
+        model._scores = lambda images: (seen.append(rounding()), scores(images))[1]
+    views = [torch.zeros(1, 64, 128, 3, dtype=torch.uint8)]
+    predicted(model, views, (64, 128), tested.rules, torch.device("cpu"))
+    assert seen
+    assert set(seen) == {(False, "highest") if mode == modes.EXACT else allowed}
+    assert rounding() == allowed
+
+
+def test_what_is_allowed_is_so_again_behind_an_error(trained, allowed):
+    (tested,) = load([trained], device="cpu")
+    tested.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predicted(tested.model, [torch.zeros(1, 64, 128, 3, dtype=torch.uint8)], (64, 128), tested.rules, torch.device("cpu"))
+    assert rounding() == allowed
+
+
+@pytest.mark.gpu
+def test_exact_convolutions_and_products_on_a_gpu_are_fp32s(allowed):
+    torch.manual_seed(0)
+    images, model = torch.rand(2, 64, 32, 32), torch.nn.Conv2d(64, 64, 3)
+    linear = torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        expected = linear.double()(model.double()(images.double()).mT.contiguous().flatten(2)[..., :64])
+        model.float().cuda()
+        linear.float().cuda()
+        with modes.in_fp32(model):
+            found = linear(model(images.cuda()).mT.contiguous().flatten(2)[..., :64])
+    assert (found.cpu().double() - expected).abs().max() < 1e-5 * expected.abs().max()
