@@ -31,7 +31,7 @@ def hippo_tables(found: Hippo) -> list[Table]:
     ]
     legend = [
         f"{found.signs[:1].upper()}{found.signs[1:]}",
-        "in x' = A x + B u: its eigenvalues are negative, so that the state forgets and does not explode.",
+        "in the place of A, x' = -A x + B u: its eigenvalues are negative, so that the state forgets and does not explode.",
     ]
     if shown < found.states:
         legend.insert(0, f"The first {shown} of {found.states} states.")
@@ -47,15 +47,20 @@ def hippo_tables(found: Hippo) -> list[Table]:
             ("", "of -A", "imaginary part of -A + P P^T"),
             tuple(spectrum),
             legend=(
-                "-A is not normal: no rotation makes it diagonal. -A + P P^T with P[n] = sqrt(n + 1/2) is normal, and all real",
-                "parts are -1/2.",
+                *(
+                    (f"{shown} of {found.states}: those next to 0, and the largest imaginary parts.",)
+                    if shown < found.states
+                    else ()
+                ),
+                *(("-A is not normal: no unitary matrix makes it diagonal.",) if found.states > 1 else ()),
+                "-A + P P^T with P[n] = sqrt(n + 1/2) is normal, and the real part of each of its eigenvalues is -1/2.",
             ),
         ),
         Table(
             "What N numbers remember of a signal of 2000 samples",
             ("N", "relative error"),
             tuple(memory),
-            legend=("Root mean square of what is reconstructed from the last state minus the signal.",),
+            legend=("Root mean square of what is reconstructed from the last state minus the signal, over that of the signal.",),
         ),
     ]
 
@@ -68,7 +73,8 @@ def discretized_tables(found: Discretized) -> list[Table]:
             (Cell(f"n = {n}"), *(_number(value, 4) for value in row[:shown]), _number(b, 4))
             for n, (row, b) in enumerate(zip(rule.A[:shown], rule.B, strict=False))
         ]
-        title = f"{rule.name}, step {found.step:g}: the largest eigenvalue of A_bar is {rule.radius:.4f} in absolute value"
+        size = f"the largest eigenvalue of A_bar is {rule.radius:.4f} in absolute value"
+        title = f"{rule.name}, step {found.step:g}: {size}{', it explodes' if rule.radius > 1 else ''}"
         tables.append(Table(title, ("A_bar", *(f"k = {k}" for k in range(shown)), "B_bar"), tuple(rows)))
     names = list(found.errors[0].errors)
     errors = [(Cell(f"{one.step:g}"), *(Cell(f"{one.errors[name]:.1e}") for name in names)) for one in found.errors]
@@ -143,6 +149,11 @@ def fused_tables(found: Fused) -> list[Table]:
         f"bytes: read and written at least. The states (B, L, D, N) are {byte_size(4 * batch * length * dim * states)}:",
         "materialised, they go to memory and back several times. A fused kernel keeps them in registers and shared",
         "memory (SRAM) and writes y alone.",
+        *(
+            ("In blocks: plain PyTorch, whose blocks of states stay in the CPU's cache.",)
+            if any(one.name == "in blocks, torch" and one.peak_mib is None for one in found.forms)
+            else ()
+        ),
         "peak: memory above the inputs, on a GPU. error: largest difference from the first row over the largest output.",
     )
     return [Table(title, ("form", "bytes", "ms", "peak", "error"), tuple(rows), legend=legend)]
@@ -160,7 +171,7 @@ def copying_tables(found: Copying) -> list[Table]:
         mine = [one for one in found.trained if (one.architecture, one.layer) == (row.architecture, row.layer)]
         if mine:
             beside = (Cell(_published(row)),) if found.as_published else ()
-            rows.append((Cell(row.architecture), Cell(row.layer), *_accuracies(mine), *beside))
+            rows.append((*_named(row), *_accuracies(mine), *beside))
     header = ["block", "layer", "tokens %", "sequences %", "steps", "seeds", "time", "tokens/s"]
     legend = [
         f"Accuracy on {settings.sequences} sequences that were not trained on; several seeds: mean ± standard deviation. "
@@ -183,7 +194,7 @@ def copying_tables(found: Copying) -> list[Table]:
             Table(
                 "Published for length 4096, vocabulary 16, 16 tokens, 2 blocks, 400,000 steps: not comparable with ours",
                 ("block", "layer", "accuracy %"),
-                tuple((Cell(row.architecture), Cell(row.layer), Cell(_published(row))) for row in found.published),
+                tuple((*_named(row), Cell(_published(row))) for row in found.published),
                 keys=2,
                 legend=("Gu & Dao 2023 (arXiv 2312.00752), table 1.", _MARK),
             )
@@ -191,7 +202,12 @@ def copying_tables(found: Copying) -> list[Table]:
     return tables
 
 
+WRITTEN = {"s4": "S4", "hyena": "Hyena", "s6": "S6", "h3": "H3", "mamba": "Mamba"}  # as their papers do
 _MARK = "?: not confirmed, the figure was not read in the paper's table itself."
+
+
+def _named(row: Row) -> tuple[Cell, Cell]:
+    return Cell(WRITTEN.get(row.architecture, row.architecture)), Cell(WRITTEN.get(row.layer, row.layer))
 
 
 def _published(row: Row) -> str:
@@ -200,13 +216,14 @@ def _published(row: Row) -> str:
 
 def _accuracies(mine: Sequence[Trained]) -> tuple[Cell, ...]:
     steps = sorted({one.steps for one in mine})
+    rates = [one.tokens_per_second for one in mine if one.tokens_per_second]  # none of a part that took no step
     return (
         Cell(_mean([100 * one.token_accuracy for one in mine])),
         Cell(_mean([100 * one.sequence_accuracy for one in mine])),
         Cell(str(steps[0]) if len(steps) == 1 else f"{steps[0]}..{steps[-1]}"),
         Cell(", ".join(str(one.seed) for one in mine)),
         Cell(duration(sum(one.seconds for one in mine))),
-        Cell(f"{statistics.mean(one.tokens_per_second for one in mine):,.0f}"),
+        Cell(f"{statistics.mean(rates):,.0f}" if rates else ABSENT),
     )
 
 
@@ -220,8 +237,7 @@ def speed_tables(found: Speeds) -> list[Table]:
     lengths = list(dict.fromkeys(one.length for one in found.training))
     taken = {(one.layer, one.length): one.tokens_per_second for one in found.training}
     rows = [(Cell(layer), *(_rate(taken.get((layer, length))) for length in lengths)) for layer in layers]
-    versions = ", ".join(f"{name} {found.environment[name]}" for name in ("torch", "cuda", "cudnn") if name in found.environment)
-    about = f"{found.hardware.name}, {found.dtype}, width {found.dim}, {versions}"
+    about = speed_conditions(found)
     training = Table(
         f"Training, thousands of tokens a second: one layer, forward and backward; {about}",
         ("layer", *(f"L {length}" for length in lengths)),
@@ -253,13 +269,21 @@ def speed_tables(found: Speeds) -> list[Table]:
     return [training, generation]
 
 
+def speed_conditions(found: Speeds) -> str:
+    """Return what the times depend on: device, type, width and versions."""
+    versions = ", ".join(f"{name} {found.environment[name]}" for name in ("torch", "cuda", "cudnn") if name in found.environment)
+    return f"{found.hardware.name}, {found.dtype}, width {found.dim}, {versions}"
+
+
 def _rate(tokens: float | None) -> Cell:
     return Cell(ABSENT) if tokens is None else Cell(f"{tokens / 1e3:,.0f}")
 
 
 def _number(value: float, digits: int = 3) -> Cell:
     text = f"{value:.{digits}f}"
-    return Cell("0") if float(text) == 0 and value == 0 else Cell(text)
+    if float(text) == 0:
+        return Cell("0" if value == 0 else text.removeprefix("-"))
+    return Cell(text)
 
 
 # ---- rows for other programs

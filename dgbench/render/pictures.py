@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dgbench import atomic
 from dgbench.render.outside import visible
@@ -250,10 +250,10 @@ def _plain_numbers(axis: Axes) -> None:
         axis.yaxis.set_minor_formatter(plain)
 
 
-def _whole_steps(axis: Axes) -> None:
+def _whole_steps(axis: Axes, along: Literal["x", "y"] = "x") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    getattr(axis, f"{along}axis").set_major_locator(MaxNLocator(integer=True))
 
 
 def _written(figure: Figure, path: Path) -> Path:

@@ -37,6 +37,16 @@ def test_hippo_explains_both_signs() -> None:
     assert "takes -A" in text
 
 
+def test_a_single_state_is_normal() -> None:
+    assert "is not normal" in run("hippo", "--n", "2").stdout
+    assert "is not normal" not in run("hippo", "--n", "1").stdout
+
+
+def test_a_step_at_which_a_rule_explodes_is_told() -> None:
+    titles = [line for line in run("discretize", "--n", "3", "--step", "1").stdout.splitlines() if ", step 1:" in line]
+    assert [line.split(",")[0] for line in titles if "explodes" in line] == ["euler"]
+
+
 def test_more_states_remember_more() -> None:
     errors = [one.error for one in hippo_view(3).memories]
     assert errors == sorted(errors, reverse=True)
@@ -78,6 +88,17 @@ def test_the_fused_scan_moves_less_and_computes_the_same() -> None:
     assert max(chunks.error, fused.error) < 1e-5
 
 
+def test_a_scan_that_is_no_fused_kernel_is_not_called_one() -> None:
+    assert [one.name for one in fusion_view((1, 8, 2, 2), device=CPU, backend="torch").forms][-1] == "in blocks, torch"
+
+
+def test_what_exceeds_the_memory_is_told_with_what_makes_less() -> None:
+    done = run("fusion", "--shape", "1000", "1000000", "1000", "1", "--device", "cpu")
+    assert done.exit_code == 1
+    assert "out of memory" in done.stderr
+    assert "give a smaller --shape" in done.stderr
+
+
 def test_the_memory_of_mamba_is_constant_and_a_cache_grows_with_the_length() -> None:
     size = Size(lengths=(8,), generated=(4, 8), dim=64, depth=2, tokens=8, batch=1, dtype="fp32")
     found = speeds(size, device=CPU, progress=Silent(), seconds=1e-3)
@@ -108,8 +129,10 @@ def test_sizes_that_cannot_be_timed_are_refused(given: dict[str, Any], said: str
     "command",
     [
         "hippo --n 2",
+        "hippo --n 20",
         "discretize --n 2",
         "conv --length 4",
+        "conv --length 100",
         "scan --length 4 8",
         "speed --length 8 --behind 4 --dim 64 --depth 2 --tokens 8 --batch 1 --seconds 0.001 --device cpu --quiet",
     ],
