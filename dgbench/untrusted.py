@@ -77,6 +77,8 @@ def in_words(details: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in details["loc"])
     if details["type"] == "missing":
         return f"{where}: is missing"
+    if details["type"] == "json_invalid":
+        return "it is not valid JSON"
     wanted = _WANTED.get(details["type"]) or str(details.get("ctx", {}).get("expected", "what belongs here"))
     return f"{where}: {shortened(details['input'])} is not {wanted}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +13,9 @@ import typer
 
 from dgbench.cli.options import DeviceOpt, Format, FormatOpt, QuietOpt, RunsOpt, TableOpt, listed
 from dgbench.cli.program import Command, Program
+from dgbench.cli.refusals import refusal
 from dgbench.cli.trainings import stopped
-from dgbench.errors import Terminated
+from dgbench.errors import DgbenchError, Terminated
 
 group = typer.Typer(cls=Program, help="Show and measure the state-space models that Mamba rests on.", no_args_is_help=True)
 _PICTURES = (".png", ".svg", ".pdf")
@@ -112,7 +115,8 @@ def scan(
     from dgbench.engine.device import pick_device
     from dgbench.lab.scanning import scans_view
 
-    found = scans_view(lengths or (64, 256, 1024), elements=elements, chunk=chunk, device=pick_device(device))
+    with _fitting("give a smaller --length"):
+        found = scans_view(lengths or (64, 256, 1024), elements=elements, chunk=chunk, device=pick_device(device))
     render.show(found, form, table)
     if plot is not None:
         render.note(f"plot: {render.draw_scans(found, plot)}")
@@ -136,7 +140,9 @@ def fusion(
     from dgbench.engine.device import pick_device
     from dgbench.lab.fusing import fusion_view
 
-    render.show(fusion_view(shape, device=pick_device(device), backend=backend), form, table)
+    with _fitting("give a smaller --shape"):
+        found = fusion_view(shape, device=pick_device(device), backend=backend)
+    render.show(found, form, table)
 
 
 @group.command(cls=Command, epilog="Example: dgbench lab copying --preset cpu")
@@ -191,7 +197,7 @@ def copying(
         "lr": lr,
         "s4": None if s4 is None else s4.value,
         "glu": False if no_glu else None,
-        "rows": tuple(rows) if rows else None,
+        "rows": tuple(dict.fromkeys(rows)) if rows else None,
         "seeds": tuple(dict.fromkeys(seeds)) if seeds else None,
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -207,10 +213,11 @@ def copying(
         preset = Preset.GPU if pick_device(device).type == "cuda" else Preset.CPU
     settings, limit = (None, minutes) if preset is None else chosen(preset.value, given, minutes)
     from dgbench.engine.device import pick_device
-    from dgbench.lab.copying import begin, carry_out, run_named
+    from dgbench.lab.copying import begin, carry_out, check_scan, run_named
     from dgbench.runs import new_run
 
     where = pick_device(device)
+    check_scan(backend)  # before there is a run, and before rows that have no scan are trained
     progress = render.progress(quiet=quiet)
     if settings is None:
         run = run_named(resume or "latest", runs)
@@ -218,7 +225,8 @@ def copying(
         run = new_run(runs, "lab-copying")
         begin(settings, run)
     try:
-        found = carry_out(run, device=where, progress=progress, minutes=limit, backend=backend, graphs=graphs)
+        with _fitting("give a smaller --length or --batch"):
+            found = carry_out(run, device=where, progress=progress, minutes=limit, backend=backend, graphs=graphs)
     except (KeyboardInterrupt, Terminated) as stop:
         raise stopped(stop, f"go on with: dgbench lab copying --resume {shlex.quote(str(run))}") from None
     render.show(found, form, table)
@@ -268,10 +276,23 @@ def speed(
         "dtype": dtype,
     }
     size = sized(where, {name: value for name, value in asked.items() if value is not None})
-    found = speeds(size, device=where, progress=render.progress(quiet=quiet), seconds=seconds)
+    with _fitting("give a smaller --length, --behind, --dim or --batch"):
+        found = speeds(size, device=where, progress=render.progress(quiet=quiet), seconds=seconds)
     render.show(found, form, table)
     if plot is not None:
         render.note(f"plot: {render.draw_speeds(found, plot)}")
+
+
+@contextlib.contextmanager
+def _fitting(advice: str) -> Iterator[None]:
+    """Say what makes less when the memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = refusal(error)
+        if told is None or not told[0].startswith("out of memory"):
+            raise
+        raise DgbenchError(told[0], advice) from error
 
 
 def _check_picture(path: Path | None, ctx: typer.Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -15,8 +16,10 @@ from dgbench.errors import ResultError
 from dgbench.lab.settings import ROWS, Row, Settings, row_of
 from dgbench.lab.training import Trained, result_in, train
 from dgbench.progress import Progress
+from mfuser import ops
 
 SETTINGS = "copying.json"  # by which a folder is known as a run of this kind
+_COMMON = ("s4", "glu", "length", "total", "vocab", "memorize", "depth", "batch", "lr", "sequences")  # of settings and results
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,10 @@ def settings_in(run: Path) -> Settings:
     """
     path = run / SETTINGS
     try:
-        found = TypeAdapter(Settings).validate_json(untrusted.read_bytes(path, 100_000))
+        content = untrusted.read_bytes(path, 100_000)
+        found = TypeAdapter(Settings).validate_json(content)
+        # a setting that was lost would get the default, and the training go on as another one
+        lost = {one.name for one in dataclasses.fields(Settings)} - (untrusted.read_object(content) or {}).keys()
     except FileNotFoundError:
         raise ResultError(
             f"{run} is no run of selective copying: it has no {SETTINGS}", "begin one: dgbench lab copying"
@@ -66,8 +72,18 @@ def settings_in(run: Path) -> Settings:
         raise ResultError(f"{path} has no settings of selective copying: {problem}", "begin a new run") from None
     except ValueError as error:
         raise ResultError(f"{path} {error}", "begin a new run") from None
+    if lost:
+        raise ResultError(f"{path} has no settings of selective copying: {', '.join(sorted(lost))} missing", "begin a new run")
     found.check()
     return found
+
+
+def check_scan(backend: str) -> None:
+    """Refuse a backend of the selective scan that does not exist, or that cannot run here.
+
+    Raises: BackendError.
+    """
+    ops.resolve("selective_scan", backend)
 
 
 def carry_out(
@@ -90,7 +106,7 @@ def carry_out(
     with locks.training(run):
         # by seeds: a run that ends early has one of every row first
         pending = [(row_of(name), seed) for seed in settings.seeds for name in settings.rows]
-        pending = [one for one in pending if not _complete(_folder(run, *one))]
+        pending = [one for one in pending if not _complete(_result(run, *one, settings))]
         for number, (row, seed) in enumerate(pending):
             share = None
             if minutes is not None:
@@ -115,7 +131,7 @@ def found(run: Path) -> Copying:
     Raises: ResultError if a file in it is damaged.
     """
     settings = settings_in(run)
-    results = [result_in(_folder(run, row, seed)) for row in ROWS if row.name in settings.rows for seed in settings.seeds]
+    results = [_result(run, row, seed, settings) for row in ROWS if row.name in settings.rows for seed in settings.seeds]
     trained = tuple(one for one in results if one is not None)
     full = settings.as_published and bool(trained) and all(one.complete for one in trained)
     return Copying(str(run), settings, full, settings.chance, trained, ROWS)
@@ -125,6 +141,20 @@ def _folder(run: Path, row: Row, seed: int) -> Path:
     return run / f"{row.name}-seed-{seed}"
 
 
-def _complete(folder: Path) -> bool:
-    done = result_in(folder)
+def _result(run: Path, row: Row, seed: int, settings: Settings) -> Trained | None:
+    """Return the result of a training, None if it has none yet; ResultError if it is that of another training."""
+    done = result_in(folder := _folder(run, row, seed))
+    if done is not None:
+        asked = {name: getattr(settings, name) for name in _COMMON}
+        asked |= {"architecture": row.architecture, "layer": row.layer, "seed": seed, "planned": settings.steps}
+        for name, wanted in asked.items():
+            if (given := getattr(done, name)) != wanted:
+                raise ResultError(
+                    f"{folder} was trained with {name} {given}, but the run has {wanted}",
+                    f"a run keeps its settings: begin a new one, or undo the change of {run / SETTINGS}",
+                )
+    return done
+
+
+def _complete(done: Trained | None) -> bool:
     return done is not None and done.complete

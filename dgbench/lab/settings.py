@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dgbench.errors import DgbenchError
 
@@ -54,6 +54,8 @@ def row_of(name: str) -> Row:
 class Settings:
     """What decides the numbers of a training, beside its row and seed. The defaults are the paper's."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "allow_inf_nan": False, "extra": "forbid"}
+
     length: int = _LENGTH  # symbols among which the tokens are hidden, without them
     total: bool = False  # `length` is that of the whole sequence, with tokens and markers
     vocab: int = _VOCAB  # with noise and marker
@@ -90,6 +92,9 @@ class Settings:
             )
         if not self.rows or not self.seeds:
             raise DgbenchError("no row or no seed is given")
+        for given in (self.rows, self.seeds):
+            if len(set(given)) < len(given):
+                raise DgbenchError(f"{', '.join(map(str, given))}: one is given twice", "name each row and each seed once")
         for name in self.rows:
             row_of(name)
 

@@ -7,12 +7,12 @@ that was killed and goes on repeats the uninterrupted one; on a CPU with the sam
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
 import pickle
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +73,7 @@ class Trained:
     token_accuracy: float
     sequence_accuracy: float
     sequences: int
-    loss: float
+    loss: float | None  # the last one in the log; None: the training ended before the first
     parameters: int
     seconds: float  # of all parts of the training, without evaluation
     steps_per_second: float  # of the last part
@@ -138,8 +138,11 @@ def train(
     start, earlier = 0, 0.0
     if before is not None:
         start, earlier = before.step, before.seconds or 0.0
-        step_of.restore(state["network"], state["optimizer"])
-        step_of.sums.copy_(state["sums"])
+        try:
+            step_of.restore(state["network"], state["optimizer"])
+            step_of.sums.copy_(state["sums"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise _unusable(folder, f"it is of another network: {_first_line(error)}") from error
     log = Log(folder / _LOG, start, before)
     commit, dirty = code_commit()
     environment = describe_environment(device_name(device), torch.get_num_threads())
@@ -214,7 +217,7 @@ def train(
         token_accuracy=token_accuracy,
         sequence_accuracy=sequence_accuracy,
         sequences=settings.sequences,
-        loss=curve[-1].loss if curve else math.log(settings.vocab),
+        loss=log.loss,
         parameters=sum(p.numel() for p in network.parameters()),
         seconds=earlier + took,
         steps_per_second=rate,
@@ -279,12 +282,24 @@ def _read(folder: Path, device: torch.device) -> tuple[Made | None, dict[str, An
     if not path.is_file():
         return None, {}
     try:
+        # torch.load reads over a changed byte of a tensor; the archive has a checksum of each
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise _unusable(folder, f"{damaged} in it is damaged")
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         made = TypeAdapter(Made).validate_json(state["made"])
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or ["it is empty"])[0]
-        raise CheckpointError(f"{path} cannot be resumed from: {reason}", f"remove {folder} to train it again") from error
-    return dataclasses.replace(made), state
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise _unusable(folder, _first_line(error)) from error
+    return made, state
+
+
+def _unusable(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{folder / _CHECKPOINT} cannot be resumed from: {reason}", f"remove {folder} to train it again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["it is empty"])[0]
 
 
 def _curve(path: Path) -> list[CurvePoint]:

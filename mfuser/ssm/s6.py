@@ -27,7 +27,8 @@ class S6(nn.Module):
     """A selective state space over D channels with a skip connection; parameters have the names of mamba_ssm's `Mamba`.
 
     Args:
-        channels: D.    states: N.    rank: of the step's projection.
+        channels: D.    states: N.
+        rank: of the step's projection; default: D / 16. mamba_ssm's has a sixteenth of the block's width, half of that.
         backend: of the scan, "auto" or a name.
     """
 

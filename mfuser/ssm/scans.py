@@ -53,7 +53,8 @@ def sequential(a: Tensor, b: Tensor, tally: Tally | None = None) -> Tensor:
 def blelloch(a: Tensor, b: Tensor, tally: Tally | None = None) -> Tensor:
     """Return h (L, ...) as a tree (Blelloch 1990): a sweep up that combines, and a sweep down that hands out what came before.
 
-    Work about 2 L and depth 2 log2 L. A length that is no power of two is filled up with steps that change nothing.
+    Work about 3 L and depth 2 log2 L + 1, with the last round, which adds each step to what came before it. A length that is no
+    power of two is filled up with steps that change nothing.
     """
     length = len(b)
     size = 1 << (length - 1).bit_length() if length > 1 else 1
@@ -84,7 +85,7 @@ def blelloch(a: Tensor, b: Tensor, tally: Tally | None = None) -> Tensor:
 def chunked(a: Tensor, b: Tensor, chunk: int, tally: Tally | None = None) -> Tensor:
     """Return h (L, ...) in chunks that run side by side, then over their last states in order, which are added to all steps.
 
-    Work about 3 L and depth chunk + L / chunk: what kernels do, with a chunk for each block of threads.
+    Work about 2 L and depth chunk + L / chunk: what kernels do, with a chunk for each block of threads.
     """
     length, rest = len(b), b.shape[1:]
     chunk = min(chunk, length)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
         ({"total": True, "length": 3}, "3 symbols in all do not hold 2 tokens"),
         ({"rows": ("mamba-s7",)}, "no row `mamba-s7`"),
         ({"lr": 0.0}, "lr is 0"),
+        ({"rows": ("h3-s6", "h3-s6")}, "h3-s6, h3-s6: one is given twice"),
     ],
 )
 def test_settings_without_a_task_are_refused(change: dict[str, Any], said: str) -> None:
@@ -141,6 +143,62 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         result_in(tmp_path)
 
 
+def test_a_changed_byte_of_a_weight_is_seen(tmp_path: Path) -> None:
+    trained(SMALL, tmp_path)
+    path, weight = tmp_path / "checkpoint.pt", weights(tmp_path)["head.weight"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(weight) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        trained(SMALL, tmp_path)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    trained(SMALL, tmp_path)
+    with pytest.raises(CheckpointError, match="it is of another network"):
+        trained(dataclasses.replace(SMALL, depth=2), tmp_path)
+
+
+def test_a_training_whose_log_was_lost_still_has_its_last_loss(tmp_path: Path) -> None:
+    whole = trained(SMALL, tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    again = trained(SMALL, tmp_path)
+    assert again.curve == ()
+    assert again.loss == whole.loss == whole.curve[-1].loss
+
+
+def test_a_training_that_ends_before_its_first_line_has_no_loss(tmp_path: Path) -> None:
+    short = trained(dataclasses.replace(SMALL, log_every=100, steps=100), tmp_path, seconds=1e-6)
+    assert (short.steps, short.loss, short.curve) == (10, None, ())
+    assert result_in(tmp_path) == short
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.pop("lr"), "lr missing"),
+        (lambda content: content.update(speed=3), "speed"),
+        (lambda content: content.update(lr="0.1"), "lr"),
+        (lambda content: content.update(depth=2), "was trained with depth 1, but the run has 2"),
+        (lambda content: content.update(steps=40), "was trained with planned 12, but the run has 40"),
+    ],
+)
+def test_a_run_whose_settings_were_changed_is_refused(change: Callable[[dict[str, Any]], Any], said: str, tmp_path: Path) -> None:
+    begin(dataclasses.replace(SMALL, rows=("h3-s6",)), tmp_path)
+    carry_out(tmp_path, device=CPU, progress=Silent())
+    content = json.loads((tmp_path / "copying.json").read_text())
+    change(content)
+    (tmp_path / "copying.json").write_text(json.dumps(content))
+    with pytest.raises(ResultError, match=said):
+        carry_out(tmp_path, device=CPU, progress=Silent())
+
+
+def test_a_result_that_is_no_json_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"steps": ')
+    with pytest.raises(ResultError, match="result of selective copying: it is not valid JSON"):
+        result_in(tmp_path)
+
+
 def test_s4_without_a_gate_can_do_without_its_gated_linear_unit(tmp_path: Path) -> None:
     with_unit = trained(SMALL, tmp_path / "with", "nogate-s4")
     without = trained(dataclasses.replace(SMALL, glu=False), tmp_path / "without", "nogate-s4")
@@ -173,7 +231,8 @@ def test_on_a_cpu_mamba_with_selection_leaves_mamba_without_behind(tmp_path: Pat
 def made(settings: Settings, tmp_path: Path, **change: Any) -> Copying:
     """The results of a run, as if it had been trained with these settings."""
     one = trained(SMALL, tmp_path / "one", "mamba-s4")
-    one = dataclasses.replace(one, steps=settings.steps, planned=settings.steps, **change)
+    same = {name: getattr(settings, name) for name in ("length", "vocab", "memorize", "depth", "batch", "lr", "sequences")}
+    one = dataclasses.replace(one, steps=settings.steps, planned=settings.steps, **same, **change)
     begin(dataclasses.replace(settings, rows=("mamba-s4",), seeds=(0,)), tmp_path)
     (tmp_path / "mamba-s4-seed-0").mkdir()
     (tmp_path / "mamba-s4-seed-0" / "result.json").write_text(json.dumps(dataclasses.asdict(one)))
@@ -184,6 +243,7 @@ def test_figures_of_a_shortened_run_stand_apart_from_the_published_ones(tmp_path
     ours, published = copying_tables(made(SMALL, tmp_path))
     assert "published" not in ours.header
     assert "not comparable" in published.title
+    assert [cell.text for cell in ours.rows[0]][:2] == ["Mamba", "S4"]
     assert [row[-1].text for row in published.rows] == ["18.3", "97.0", "57.0?", "30.1?", "99.7?", "56.4", "28.4", "99.8"]
 
 
@@ -235,3 +295,19 @@ def test_a_row_that_does_not_exist_is_refused_before_a_run_is_made(tmp_path: Pat
     assert "no row `mamba-s5`" in done.stderr
     assert "mamba-s6" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scan_that_cannot_run_is_refused_before_a_run_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("--preset", "cpu", "--rows", "nogate-s4", "mamba-s6", "--device", "cpu", "--backend", "fastest")
+    assert done.exit_code == 1
+    assert "no backend `fastest`" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_named_twice_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--length", "8", "--steps", "1", "--batch", "64", "--device", "cpu", "--quiet", "--json"]
+    done = run("--preset", "cpu", "--rows", "h3-s6", "h3-s6", *small)
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["trained"]) == 1
