@@ -239,16 +239,27 @@ def speed(
     ctx: typer.Context,
     lengths: Annotated[
         list[int] | None,
-        typer.Option("--length", metavar="COUNT...", min=1, help="Of training; default: 512 to 32768, 64 to 512 on a CPU."),
+        typer.Option("--length", metavar="COUNT...", min=1, help="Of training; default: 512 to 32768, 64 to 1024 on a CPU."),
     ] = None,
     generated: Annotated[
         list[int] | None,
-        typer.Option("--behind", metavar="COUNT...", min=1, help="Tokens behind which one is generated; default: 1024 to 65536."),
+        typer.Option(
+            "--behind",
+            metavar="COUNT...",
+            min=1,
+            help="Tokens behind which one is generated; default: 1024 to 65536, 64 to 1024 on a CPU.",
+        ),
     ] = None,
     dim: Annotated[int | None, typer.Option(metavar="COUNT", help="Width, a multiple of 64; default: 1024, 64 on a CPU.")] = None,
-    depth: Annotated[int | None, typer.Option(metavar="COUNT", help="Mamba blocks that generate, an even number.")] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Of a training step.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="COUNT", min=1, help="Sequences that generate side by side.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(metavar="COUNT", help="Mamba blocks that generate, even; default: 24, 4 on a CPU.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Of a training step; default: 65536, 1024 on a CPU.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Sequences that generate at once; default: 16, 2 on a CPU.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="fp32 or bf16; default: bf16 on a GPU, fp32 on a CPU.")
     ] = None,

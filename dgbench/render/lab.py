@@ -30,8 +30,8 @@ def hippo_tables(found: Hippo) -> list[Table]:
         for n, (row, b) in enumerate(zip(found.matrix[:shown], found.B, strict=False))
     ]
     legend = [
-        f"{found.signs[:1].upper()}{found.signs[1:]}",
-        "in the place of A, x' = -A x + B u: its eigenvalues are negative, so that the state forgets and does not explode.",
+        f"{found.signs[:1].upper()}{found.signs[1:]}.",
+        "x' = -A x + B u: all eigenvalues of -A are negative, so that the state forgets and does not explode.",
     ]
     if shown < found.states:
         legend.insert(0, f"The first {shown} of {found.states} states.")
@@ -79,8 +79,9 @@ def discretized_tables(found: Discretized) -> list[Table]:
     names = list(found.errors[0].errors)
     errors = [(Cell(f"{one.step:g}"), *(Cell(f"{one.errors[name]:.1e}") for name in names)) for one in found.errors]
     legend = (
-        "Relative error of the state at time 1 for an input of 1. zoh: zero-order hold, exact for such an input; bilinear: error",
-        "by the square of the step; euler and mamba (A_bar of zoh, B_bar = step B): by the step.",
+        "Relative error of the state at time 1 for an input of 1. zoh: zero-order hold, exact for such an input.",
+        "With small steps, bilinear's error falls by the square of the step, those of euler and mamba by the step.",
+        "mamba: A_bar of zoh, B_bar = step B.",
     )
     return [*tables, Table("Error over the step", ("step", *names), tuple(errors), legend=legend)]
 
@@ -111,8 +112,9 @@ def scan_tables(found: Scans) -> list[Table]:
         keys=2,
         left=True,
         legend=(
-            "(a1, b1) then (a2, b2) = (a2 a1, a2 b1 + b2). i..j: the element stands for steps i to j. down: each half of a node",
-            "learns what came before it; the left one what came before the node, the right one this and the left half.",
+            "(a1, b1) then (a2, b2) = (a2 a1, a2 b1 + b2). i..j: the element stands for steps i to j.",
+            "down: each half of a node learns what came before it: the left one what came before the node, the right one also "
+            "the left half.",
         ),
     )
     rows = [
@@ -146,9 +148,9 @@ def fused_tables(found: Fused) -> list[Table]:
     ]
     title = f"Selective scan, B {batch}, L {length}, D {dim}, N {states}, fp32, forward, on {found.device}"
     legend = (
-        f"bytes: read and written at least. The states (B, L, D, N) are {byte_size(4 * batch * length * dim * states)}:",
-        "materialised, they go to memory and back several times. A fused kernel keeps them in registers and shared",
-        "memory (SRAM) and writes y alone.",
+        f"bytes: read and written at least. The states (B, L, D, N) are {byte_size(4 * batch * length * dim * states)}.",
+        "Materialised, they go to memory and back several times.",
+        "A fused kernel keeps them in registers and shared memory (SRAM) and writes y alone.",
         *(
             ("In blocks: plain PyTorch, whose blocks of states stay in the CPU's cache.",)
             if any(one.name == "in blocks, torch" and one.peak_mib is None for one in found.forms)

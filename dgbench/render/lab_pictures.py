@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgbench.render.lab import WRITTEN, speed_conditions
-from dgbench.render.pictures import _COLOURS, _MARKERS, _as_it_is, _figure, _whole_steps, _written
+from dgbench.render.pictures import _COLOURS, _MARKERS, _as_it_is, _figure, _plain_rates, _whole_steps, _written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -202,16 +202,6 @@ def _ticks_at(axis: Axes, places: Sequence[float]) -> None:
     if len(places) <= 8:
         axis.set_xticks(places, [f"{place:,}" if place >= 1 else f"{place:g}" for place in places])
         axis.minorticks_off()
-
-
-def _plain_rates(axis: Axes) -> None:
-    """Write 20,000, not 2 x 10^4; between the powers of ten only where there are few of these."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(axis: Axes) -> None:

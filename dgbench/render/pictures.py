@@ -250,6 +250,16 @@ def _plain_numbers(axis: Axes) -> None:
         axis.yaxis.set_minor_formatter(plain)
 
 
+def _plain_rates(axis: Axes) -> None:
+    """Write 20,000, not 2 x 10^4; between the powers of ten only where there are few of these."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _whole_steps(axis: Axes, along: Literal["x", "y"] = "x") -> None:
     from matplotlib.ticker import MaxNLocator
 
