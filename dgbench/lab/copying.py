@@ -133,7 +133,7 @@ def found(run: Path) -> Copying:
     settings = settings_in(run)
     results = [_result(run, row, seed, settings) for row in ROWS if row.name in settings.rows for seed in settings.seeds]
     trained = tuple(one for one in results if one is not None)
-    full = settings.as_published and bool(trained) and all(one.complete for one in trained)
+    full = settings.as_published and all(one is not None and one.complete for one in results)
     return Copying(str(run), settings, full, settings.chance, trained, ROWS)
 
 

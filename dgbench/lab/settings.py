@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from dgbench.errors import DgbenchError
 
-_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH = 4096, 16, 16, 400_000, 2  # of the published figures
+_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH, _BATCH, _LR = 4096, 16, 16, 400_000, 2, 64, 1e-4  # of the published figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Settings:
     memorize: int = _MEMORIZE
     steps: int = _STEPS
     depth: int = _DEPTH  # blocks
-    batch: int = 64
-    lr: float = 1e-4
+    batch: int = _BATCH
+    lr: float = _LR
     s4: str = "s4d"  # s4d: diagonal; s4: diagonal plus low rank
     glu: bool = True  # behind S4 without a gate, project by a gated linear unit
     rows: tuple[str, ...] = field(default_factory=lambda: tuple(row.name for row in ROWS))
@@ -110,9 +110,9 @@ class Settings:
 
     @property
     def as_published(self) -> bool:
-        """Whether task and length of the training are those of the published figures."""
-        asked = (self.noise, self.vocab, self.memorize, self.steps, self.depth)
-        return asked == (_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH)
+        """Whether task, network and training are those of the published figures."""
+        asked = (self.noise, self.vocab, self.memorize, self.steps, self.depth, self.batch, self.lr)
+        return asked == (_LENGTH, _VOCAB, _MEMORIZE, _STEPS, _DEPTH, _BATCH, _LR)
 
     @property
     def chance(self) -> float:

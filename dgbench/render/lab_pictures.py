@@ -36,11 +36,10 @@ def draw_memory(found: Hippo, path: Path) -> Path:
     Raises: OSError if it cannot be written.
     """
     figure, (matrix, memory) = _figure(2)
-    drawn = matrix.imshow(found.matrix, cmap="Blues")
+    drawn = matrix.imshow(found.matrix, cmap="Blues", vmin=0)
     matrix.set(title=f"HiPPO-LegS, N = {found.states}: A in x' = -A x + B u", xlabel="k", ylabel="n")
-    _whole_steps(matrix)
-    _whole_steps(matrix, "y")
     if found.states <= _WRITTEN_OUT:
+        matrix.set(xticks=range(found.states), yticks=range(found.states))
         dark = 0.6 * max(map(max, found.matrix))
         for n, row in enumerate(found.matrix):
             for k, value in enumerate(row[: n + 1]):
@@ -94,12 +93,14 @@ def draw_convolution(found: Convolved, path: Path) -> Path:
     outputs.plot(places, found.u, color="0.7", label="input u", linewidth=1.5 if few else 0.8)
     broad: dict[str, Any] = {"color": _COLOURS[1], "linewidth": 4 if few else 2, "solid_capstyle": "round"}
     outputs.plot(places, found.by_recurrence, label="y by recurrence", **broad)
-    outputs.plot(
-        places, found.by_convolution, label="y by convolution", color="black", linestyle="--", linewidth=1.2 if few else 0.8
-    )
+    thin: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.2 if few else 0.8}
+    outputs.plot(places, found.by_convolution, label="y by convolution", marker="." if len(places) == 1 else "", **thin)
     outputs.set(title=f"output; largest difference {found.error:.0e} (fp64)", xlabel="t")
     for axis in (kernel, outputs):
-        _whole_steps(axis)
+        if len(places) > 1:
+            _whole_steps(axis)
+        else:
+            axis.set_xticks([0])
     kernel.grid(alpha=0.3)
     _finish(outputs)
     return _written(figure, path)
@@ -144,8 +145,10 @@ def draw_copying(found: Copying, path: Path) -> Path:
             style = _LAYERS.get(one.layer, {"color": "black"})
             label = None if one.layer in named else _as_it_is(WRITTEN.get(one.layer, one.layer))
             named.add(one.layer)
-            steps, shares = [point.step for point in one.curve], [100 * point.token_accuracy for point in one.curve]
-            axis.plot(steps, shares, label=label, **style)
+            # a training that ended before its first line has a point: the accuracy on held-out sequences
+            points = [(point.step, point.token_accuracy) for point in one.curve] or [(one.steps, one.token_accuracy)]
+            dot: dict[str, Any] = {"marker": "o", "markersize": 4} if len(points) == 1 else {}
+            axis.plot([step for step, _ in points], [100 * share for _, share in points], label=label, **style, **dot)
         axis.axhline(100 * found.chance, color="0.6", linewidth=1)
         axis.set(
             title=_as_it_is(WRITTEN.get(block, block)), xlabel="step", ylabel="right tokens in %, fresh sequences", ylim=(0, 102)

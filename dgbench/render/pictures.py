@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dgbench import atomic
 from dgbench.render.outside import visible
@@ -260,10 +260,10 @@ def _plain_rates(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _whole_steps(axis: Axes, along: Literal["x", "y"] = "x") -> None:
+def _whole_steps(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    getattr(axis, f"{along}axis").set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _written(figure: Figure, path: Path) -> Path:

@@ -117,6 +117,28 @@ def test_a_training_that_was_stopped_and_goes_on_is_the_uninterrupted_one(tmp_pa
     assert (parts.token_accuracy, parts.curve, parts.steps) == (whole.token_accuracy, whole.curve, 12)
 
 
+class _Dying(Silent):
+    """Ends the training without any farewell after so many steps, as a kill does."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, n: int = 1, **_: Any) -> None:
+        self.left -= n
+        if n and not self.left:
+            raise RuntimeError("killed")
+
+
+def test_a_training_that_died_behind_its_checkpoint_repeats_what_was_lost(tmp_path: Path) -> None:
+    whole = trained(SMALL, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        trained(SMALL, tmp_path / "parts", progress=_Dying(7))  # the checkpoint is of step 4, the log of step 6
+    parts = trained(SMALL, tmp_path / "parts")
+    assert (parts.token_accuracy, parts.curve, parts.loss) == (whole.token_accuracy, whole.curve, whole.loss)
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_training_out_of_time_says_how_far_it_came_and_goes_on(tmp_path: Path) -> None:
     settings = dataclasses.replace(SMALL, steps=20, rows=("nogate-s4", "mamba-hyena"))
     begin(settings, tmp_path)
@@ -251,6 +273,17 @@ def test_figures_of_the_papers_task_stand_beside_the_published_ones(tmp_path: Pa
     (both,) = copying_tables(made(PAPER, tmp_path))
     assert both.header[-1] == "published"
     assert [cell.text for cell in both.rows[0]][-1] == "56.4"
+
+
+@pytest.mark.parametrize("change", [{"batch": 32}, {"lr": 1e-3}, {"steps": 399_999}, {"depth": 1}, {"length": 4095}])
+def test_figures_of_another_training_stand_apart_too(change: dict[str, Any], tmp_path: Path) -> None:
+    assert len(copying_tables(made(dataclasses.replace(PAPER, **change), tmp_path))) == 2
+
+
+def test_a_run_of_which_a_seed_is_missing_is_no_run_of_the_papers(tmp_path: Path) -> None:
+    made(PAPER, tmp_path)
+    begin(dataclasses.replace(PAPER, rows=("mamba-s4",), seeds=(0, 1)), tmp_path)
+    assert len(copying_tables(found(tmp_path))) == 2
 
 
 def test_a_long_run_that_is_not_complete_is_no_run_of_the_papers(tmp_path: Path) -> None:
