@@ -11,7 +11,7 @@ from torch import Tensor
 from mfuser.fusion import BidirectionalMVFuser, MVFuser
 from mfuser.ops import BackendError, ms_deform_attn, mvfuser, ran_since, selective_scan, tally
 
-from .test_mvfuser import weights_of
+from .mvfuser_block import weights_of
 
 BACKENDS = ["auto", "torch", "reference"]
 WEIGHTS = ("in_proj", "conv_x", "conv_z", "x_proj", "dt_proj", "dt_bias", "A_log", "D", "norm", "out_proj", "scale")

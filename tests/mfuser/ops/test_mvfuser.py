@@ -1,33 +1,36 @@
-"""MVFuser's kernels against the modules that it composes: the CUDA sources emulated, Triton's under its interpreter."""
+"""MVFuser's block against the modules that it composes: the CUDA sources emulated, Triton's under its interpreter."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from golden_files import fill_by_name, noise, numbers, relative_error
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.fusion import BidirectionalMVFuser, MVFuser
-from mfuser.ops import BackendError, available, compiled, dispatch, explain, mvfuser
-from mfuser.ops.mvfuser import plan
+from mfuser.ops import mvfuser
 
-from . import mvfuser_kernels
-from .emulation import fenced
+from .mvfuser_block import (
+    SCANS,
+    as_precise,
+    autocast,
+    errors,
+    kernels,
+    make,
+    of_the_operator,
+    run,
+    tokens,
+    truth,
+    weights_of,
+)
 
-module = import_module("mfuser.ops.mvfuser")
-SCANS = {"cuda": "cuda", "triton": "torch"}  # torch's saves the interpreter's time; cuda's block has its own
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
+__all__ = ["kernels"]  # a fixture
+
 # width, state, batch, length, double bias, double gate: h = 24 and rank 3; rank 4; h = 6, which no vector fits and cuda refuses
 CASES = [
     (48, 16, 1, 65, True, True),
@@ -40,93 +43,8 @@ CASES = [
 WIDE_CASES = [(256, 16, 2, 5, True, True), (520, 4, 1, 3, True, True), (136, 12, 1, 3, False, False)]
 
 
-@pytest.fixture(params=["emulated", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernels(request, monkeypatch) -> Iterator[tuple[str, str]]:
-    """The name of a backend with kernels and the device of its tensors; MVFuser runs it, with its scan."""
-    name = "cuda" if request.param == "emulated" else request.param
-    monkeypatch.setattr("mfuser.fusion.plan", lambda *_: (name, SCANS[name]))
-    if request.param == "emulated":
-        with compiled.use(request.getfixturevalue("emulated")):
-            yield name, "cpu"
-        return
-    if name == "triton" and GPU == "cpu":
-        interpreter = pytest.importorskip("triton.runtime.interpreter")
-        monkeypatch.setattr(interpreter, "_convert_float", nearest(interpreter._convert_float))
-    yield name, GPU
-
-
-# what is the operator's doing is the same whatever kernels it calls; the interpreter would take long
-of_the_operator = pytest.mark.parametrize("kernels", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
-
-
-def nearest(convert: Callable) -> Callable:
-    """The interpreter cuts fp32 to bf16; a GPU rounds."""
-
-    def converted(value, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(value, source, target, mode)
-        bits = np.ascontiguousarray(value).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-    return converted
-
-
 def named(case: tuple) -> str:
     return "x".join(map(str, case[:4])) + case[4] * "-bias" + case[5] * "-gate"
-
-
-def make(width: int, state: int, *, double_bias: bool = True, double_gate: bool = True, device: str = "cpu") -> MVFuser:
-    fuser = MVFuser(width, state=state, double_bias=double_bias, double_gate=double_gate, backend="torch").eval()
-    with torch.no_grad():
-        for parameter in fuser.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        fuser.scale.fill_(0.7)
-    return fuser.to(device)
-
-
-def tokens(*shape: int, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
-
-
-def run(fuser: MVFuser, function: Callable[[Tensor], Tensor], joint: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient, in fp64."""
-    joint = joint.detach().requires_grad_()
-    out = function(joint)
-    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(out)
-    names, leaves = zip(("joint", joint), *fuser.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out, leaves, probe)
-    assert all(grad.dtype == leaf.dtype for grad, leaf in zip(grads, leaves, strict=True))
-    return {"out": out.detach().double()} | {name: grad.double() for name, grad in zip(names, grads, strict=True)}
-
-
-def autocast(function: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """`function` under autocast, whose backward is not."""
-
-    def under(joint: Tensor) -> Tensor:
-        with torch.autocast(joint.device.type, dtype):
-            return function(joint)
-
-    return under
-
-
-def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative, of the whole tensor; absolute where nothing is expected (a state before the first step)."""
-    sizes = {name: float(tensor.norm()) or 1.0 for name, tensor in expected.items()}
-    # one number, whose terms cancel: their size is that of out
-    sizes["scale"] = max(sizes.get("scale", 0.0), sizes.get("out", 1.0))
-    return {name: float((actual[name] - tensor).norm()) / sizes[name] for name, tensor in expected.items()}
-
-
-def as_precise(actual: dict[str, float], composed: dict[str, float]) -> None:
-    # the scale's gradient is one number, which may come out right by chance
-    slack = {"scale": 1e-2}
-    worse = {n: (actual[n], e) for n, e in composed.items() if actual[n] > 2 * e + slack.get(n, 1e-3)}
-    assert not worse
-
-
-def truth(fuser: MVFuser, joint: Tensor) -> dict[str, Tensor]:
-    wide = copy.deepcopy(fuser).double()
-    return run(wide, wide.composed, joint.double())
 
 
 def equal_composition(device: str, width: int, state: int, batch: int, length: int, double_bias: bool, double_gate: bool) -> None:
@@ -382,195 +300,6 @@ def run_backward(fuser: MVFuser, function: Callable[[Tensor], Tensor], joint: Te
     fuser.zero_grad()
     function(joint.detach().requires_grad_()).square().sum().backward()
     return {name: p.grad.clone() for name, p in fuser.named_parameters()}
-
-
-def weights_of(fuser: MVFuser) -> list[Tensor]:
-    return [
-        fuser.in_proj.weight,
-        fuser.conv1d_x.weight,
-        fuser.conv1d_z.weight,
-        fuser.x_proj.weight,
-        fuser.dt_proj.weight,
-        fuser.dt_proj.bias,
-        fuser.A_log,
-        fuser.D,
-        fuser.norm.weight,
-        fuser.out_proj.weight,
-        fuser.scale,
-    ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("half", "batch", "length"), [(24, 2, 9), (7, 3, 5), (264, 1, 67)])
-def test_kernels_touch_no_memory_beyond_their_tensors(emulated, half, batch, length, dtype):
-    for before in (False, True):
-
-        def draw(*shape: int, kind: torch.dtype = dtype, before: bool = before) -> Tensor:
-            return fenced(torch.randn(shape).to(kind), before=before)
-
-        wx, wz = (draw(half, 1, 3, kind=torch.float32) for _ in range(2))
-        weight, scale = draw(half, kind=torch.float32), draw(1, kind=torch.float32)[0]
-        xz, y, z, d, more = draw(batch, length, 2 * half), *(draw(batch, length, half) for _ in range(4))
-        with compiled.use(emulated):
-            results = [
-                *mvfuser_kernels.conv_forward(xz, wx, wz, True),
-                *(conv := mvfuser_kernels.conv_backward(xz, wx, wz, d, more, z, True)),
-                mvfuser_kernels.norm_forward(y, z, weight, scale, 1e-5),
-                *(norm := mvfuser_kernels.norm_backward(d.view(-1, half), y, z, weight, scale, 1e-5)),
-            ]
-            A, dA = draw(half, 3, kind=torch.float32), draw(half, 3, kind=torch.float32)
-            results += mvfuser_kernels.finish(fenced(conv[1]), fenced(norm[3]), dA, A, draw(half, kind=torch.float32), 2.0)
-            out = fenced(torch.full((batch * length, 11), 7.0, dtype=dtype))
-            mvfuser_kernels.join(
-                draw(batch, length, 5, kind=torch.float32), draw(batch, length, 5, kind=torch.float32), out[:, 1:]
-            )
-            assert (out[:, 0] == 7).all()
-            assert (out[:, 1:] != 7).all()
-            results += mvfuser_kernels.prepare(y, [wx, weight], A, weight, 2.0, torch.bfloat16)[1]
-        assert all(torch.isfinite(result).all() for result in results)
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize("shape", [(24, 4, 2, 9), (160, 16, 1, 67)], ids=str)
-def test_the_block_touches_no_memory_beyond_its_buffers(emulated, monkeypatch, shape, before):
-    width, state, batch, length = shape
-    backend, empty = import_module("mfuser.ops.mvfuser.cuda_backend"), torch.empty
-    monkeypatch.setattr(backend, "_ALIGNED", 16)
-    monkeypatch.setattr(backend, "_plan", backend._plan.__wrapped__)
-    buffers = []
-
-    def guarded(*size, **options) -> Tensor:
-        made = empty(*size, **options)
-        if made.dtype != torch.uint8:
-            return made
-        buffers.append(fenced(made, before=before))
-        return buffers[-1]
-
-    fuser, joint = make(width, state), tokens(batch, length, width)
-    with compiled.use(emulated):
-        monkeypatch.setattr("mfuser.fusion.plan", lambda *_: ("cuda", "cuda"))
-        expected = run(fuser, autocast(fuser.mix), joint)
-        monkeypatch.setattr(torch, "empty", guarded)
-        actual = run(fuser, autocast(fuser.mix), joint)
-        with torch.no_grad():
-            alone = fuser.mix(joint)
-    assert len(buffers) == 4
-    assert torch.isfinite(alone).all()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-
-
-def one_by_one(name: str) -> ModuleType:
-    """The kernels of a backend as functions."""
-    return mvfuser_kernels if name == "cuda" else import_module(f"mfuser.ops.mvfuser.{name}_backend")
-
-
-@pytest.mark.parametrize("half", [7, 24, 130])
-@pytest.mark.parametrize("gate", [False, True])
-def test_kernels_of_any_width_equal_their_equations(kernels, half, gate):
-    backend, device, eps = one_by_one(kernels[0]), kernels[1], 1e-5
-    xz, wx, wz = tokens(2, 9, 2 * half, device=device), *(tokens(half, 1, 3, device=device) + i for i in range(2))
-    y, d, weight, scale = *tokens(2, 2, 9, half, device=device), tokens(half, device=device), tokens(1, device=device)[0]
-    leaves = [t.double().requires_grad_() for t in (xz, wx, wz, y, weight, scale)]
-    wide, conv_x, conv_z, scanned, factor, times = leaves
-    before = wide.mT.split(half, 1)
-    x, z = (F.conv1d(part, w, padding=1, groups=half).mT for part, w in zip(before, (conv_x, conv_z), strict=True))
-    x, z = F.silu(x), F.silu(z) if gate else z
-    g = times * scanned * (scanned.square().mean(-1, keepdim=True) + eps).rsqrt() * factor * F.silu(z)
-    grads = torch.autograd.grad([g, x], leaves, [d.double(), d.double()])
-
-    mine_x, mine_z = backend.conv_forward(xz, wx, wz, gate)
-    mine_g = backend.norm_forward(y, mine_z, weight, scale, eps)
-    # what comes in lacks the scale
-    dy, dz, again, norm = backend.norm_backward(d.view(-1, half), y, mine_z, weight, scale, eps)
-    dxz, conv = backend.conv_backward(xz, wx, wz, torch.zeros_like(d), d, dz, gate)
-    A = tokens(half, 3, device=device)
-    dwx, dwz, dweight, dscale, dA_log, dbias = backend.finish(conv, norm, 2 * A, A, weight, 3.0)
-    expected = (x, z, g, g, grads[3], grads[0], grads[1], grads[2], grads[4], grads[5], 2 * A * A, 3 * weight)
-    actual = (mine_x, mine_z, mine_g, again, dy, dxz, dwx, dwz, dweight, dscale, dA_log, dbias)
-    for mine, right in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine.double(), right.detach().double().view(mine.shape), rtol=1e-4, atol=1e-4)
-
-
-def test_rows_of_xz_may_be_part_of_longer_ones(kernels):
-    backend = one_by_one(kernels[0])
-    wide = tokens(2, 9, 64, device=kernels[1])
-    wx, wz = (tokens(24, 1, 3, device=kernels[1]) for _ in range(2))
-    d = [tokens(2, 9, 24, device=kernels[1]) for _ in range(3)]
-    for xz in (wide[..., :48], wide[..., 5:53], wide.transpose(0, 1).contiguous().transpose(0, 1)[..., 8:56]):
-        for name, rest in (("conv_forward", (True,)), ("conv_backward", (*d, True))):
-            function = getattr(backend, name)
-            for actual, expected in zip(function(xz, wx, wz, *rest), function(xz.contiguous(), wx, wz, *rest), strict=True):
-                assert torch.equal(actual, expected)
-
-
-def test_many_tokens_and_blocks(kernels, monkeypatch):
-    """What large batches choose: longer walks, and several tokens for each of the norm's programs."""
-    backend = import_module(f"mfuser.ops.mvfuser.{kernels[0]}_backend")
-    monkeypatch.setattr(backend, "_NORM_BLOCKS", 3)
-    if kernels[0] == "cuda":
-        monkeypatch.setattr(backend, "_MANY", 0)
-        monkeypatch.setattr(backend, "_plan", backend._plan.__wrapped__)
-    fuser, joint = make(24, 4, device=kernels[1]), tokens(2, 70, 24, device=kernels[1])
-    expected = run(fuser, fuser.composed, joint)
-    assert max(errors(run(fuser, fuser.mix, joint), expected).values()) < 1e-5
-
-
-def test_torch_has_no_kernels_and_composes(monkeypatch):
-    fuser, joint = make(24, 3), tokens(1, 5, 24)
-    monkeypatch.setattr("mfuser.fusion.mvfuser", None)
-    for backend in ("torch", "reference"):
-        assert plan(backend, fuser.in_proj.weight, fuser.A_log) is None
-        fuser.backend = backend
-        assert torch.equal(fuser.mix(joint), fuser.composed(joint))
-    assert "torch" in available("mvfuser", fuser.in_proj.weight)
-
-
-def test_a_named_backend_runs_or_raises(monkeypatch):
-    fuser, joint = make(24, 3), tokens(1, 5, 24)
-    fuser.backend = "nonsense"
-    with pytest.raises(BackendError, match="mvfuser has no backend `nonsense`; there are: cuda, triton, torch, reference"):
-        fuser.mix(joint)
-    fuser.backend = "cuda"
-    if GPU == "cpu":
-        with pytest.raises(BackendError, match="no backend for mvfuser: cuda: torch finds no usable CUDA GPU"):
-            fuser.mix(joint)
-    # the scan's kernels of that name are part of it
-    accepting = dispatch.Backend("triton", "mfuser.ops.dispatch")
-    refusing = dispatch.Backend("triton", "mfuser.ops.dispatch", refuse=lambda *_: "is tired")
-    monkeypatch.setitem(dispatch.TABLE, "mvfuser", (accepting,))
-    monkeypatch.setitem(dispatch.TABLE, "selective_scan", (refusing,))
-    fuser.backend = "triton"
-    with pytest.raises(BackendError, match="no backend for selective_scan: triton: is tired"):
-        fuser.mix(joint)
-
-
-def test_the_scan_of_cudas_block_is_its_own(emulated, monkeypatch):
-    fuser = make(24, 4)
-    rows = tuple(dataclasses.replace(row, auto=True, gpu=False) for row in dispatch.TABLE["mvfuser"])
-    monkeypatch.setitem(dispatch.TABLE, "mvfuser", rows)
-    with compiled.use(emulated):
-        for requested in ("cuda", "auto", "mvfuser=cuda", "mvfuser=cuda,selective_scan=cuda"):
-            assert plan(requested, fuser.in_proj.weight, fuser.A_log) == ("cuda", "cuda")
-        # a scan that was named runs, in the composition, but not under a block that was named
-        assert plan("selective_scan=torch", fuser.in_proj.weight, fuser.A_log) is None
-        with pytest.raises(BackendError, match="no backend for mvfuser: cuda: its scan is cuda, too, not torch"):
-            plan("mvfuser=cuda,selective_scan=torch", fuser.in_proj.weight, fuser.A_log)
-
-
-def test_kernels_refuse_what_they_cannot_take(emulated):
-    fuser = make(24, 3)
-    with compiled.use(emulated):
-        assert explain("mvfuser", fuser.in_proj.weight)["cuda"] is None
-        assert explain("mvfuser", fuser.in_proj.weight.double())["cuda"] == "takes fp32, bf16 and fp16, not torch.float64"
-        assert explain("mvfuser", fuser.in_proj.weight.to("meta"))["cuda"] == "takes cpu tensors, not meta"
-        for width, state, reason in (
-            (24, 3, "takes 4, 8, ... 64 states, not 3"),
-            (24, 68, "takes 4, 8, ... 64 states, not 68"),
-            (12, 4, "takes a multiple of 4 scanned channels, not 6"),
-            (24, 4, None),
-        ):
-            fuser = make(width, state)
-            assert explain("mvfuser", fuser.in_proj.weight, fuser.A_log)["cuda"] == reason
 
 
 def test_both_directions_and_the_enhancer(kernels):
