@@ -1,5 +1,5 @@
 // What the emulation promises, case by case. The cases before `kUndefined` give the same bytes on a GPU; the others are
-// mistakes, which the emulation has to notice. `tests/mfuser/ops/test_compiled.py` says what each must give.
+// mistakes, which the emulation has to notice. `tests/mfuser/ops/test_emulation.py` says what each must give.
 #include "device.cuh"
 
 enum Case {
