@@ -1,10 +1,11 @@
-"""What tests of counts share: functions and modules as models on the meta device."""
+"""What tests of counts share: functions and modules as models on the meta device, and a machine without weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +34,15 @@ def counted(function: Callable[..., Any], *inputs: Tensor, parts: tuple[nn.Modul
 
 def only(module: nn.Module, *shape: int) -> Cost:
     return counted(lambda x, m: m(x), meta(*shape), parts=(module,))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A machine with no weights, no tokenizers and no network."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("DGBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+    patch.setenv("HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    yield
+    patch.undo()
