@@ -190,7 +190,6 @@ def _checkpoint(recipe: Recipe, run: Path, device: torch.device, how: modes.Mode
         if before is not None and _state(folder) == before:
             rounded = checkpoints.in_fp32(model)
             model.to(device).check_backends()
-            model.merge()
             return _Checkpoint(modes.ready(model, how, progress), how, sha, seen, rounded)
     raise CheckpointError(
         f"{run}: its newest checkpoint was replaced {_TRIES} times while it was read",

@@ -70,13 +70,17 @@ def mode(name: str, *, compiles: bool | None = None) -> Mode:
 def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Ready:
     """Return what scores images in a mode: of `exact` the model itself, whose class texts are computed once, to the same bits.
 
+    Adapters are added to the weights that they adapt, where the method can.
+
     Args:
         model: in evaluation mode, on its device.
 
     Raises: DgbenchError for a method that has no fast inference.
     """
     if how.name == EXACT:
-        fast.hold_texts(model)
+        with in_fp32(model):  # these products enter every score, too
+            model.merge()
+            fast.hold_texts(model)
         return model
     try:
         prepared = fast.prepare(model, compile=how.compiles, cache=cache_root() / "compiled" if how.compiles else None)
@@ -97,15 +101,30 @@ def in_fp32(model: Ready) -> Iterator[None]:
     if isinstance(model, Prepared):
         yield
         return
-    cudnn: Any = torch.backends.cudnn
-    products, convolutions = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32 = False
+    torchs: Any = torch.backends
+    kinds = torchs.cuda.matmul, torchs.cudnn.conv, torchs.cudnn.rnn, torchs.mkldnn.matmul, torchs.mkldnn.conv
+    allowed = [kind.fp32_precision for kind in kinds]
+    older: tuple[str, bool] | None
     try:
+        older = torch.get_float32_matmul_precision(), torchs.cudnn.allow_tf32
+    except RuntimeError:
+        older = None  # a program has set the newer names, after which torch refuses to read these
+    if older is not None:
+        _set_older("highest", False)  # for whoever reads these within the block
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        cudnn.allow_tf32 = convolutions
+        if older is not None:
+            _set_older(*older)
+        for kind, value in zip(kinds, allowed, strict=True):
+            kind.fp32_precision = value
+
+
+def _set_older(products: str, convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @dataclass

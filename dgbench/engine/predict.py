@@ -78,7 +78,6 @@ def predict(
     loaded = checkpoints.load_model(run)
     checkpoints.in_fp32(loaded)
     loaded.to(on)
-    loaded.merge()
     recipe = _recipe(run)
     how = modes.mode(mode_name or (recipe.eval.mode if recipe else modes.EXACT), compiles=compiles)
     told = progress or Silent()
@@ -139,14 +138,15 @@ def segment(model: Ready, image: NDArray[np.uint8], device: torch.device, height
     full = (image.shape[0], image.shape[1])
     scale = max((height or full[0]) / full[0], crop[0] / full[0], crop[1] / full[1])
     size = (max(crop[0], round(full[0] * scale)), max(crop[1], round(full[1] * scale)))
-    if max(_area(full), _area(size)) > LARGE:
-        return _segment_large(model, image, device, size).cpu().numpy()
-    pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 255
-    if scale != 1:
-        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-    scores: Tensor = mfuser.slide(model, pixels, crop=crop, stride=window_stride(crop))
-    scores = F.interpolate(scores, full, mode="bilinear", align_corners=False)
-    return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    with modes.in_fp32(model):
+        if max(_area(full), _area(size)) > LARGE:
+            return _segment_large(model, image, device, size).cpu().numpy()
+        pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+        if scale != 1:
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+        scores: Tensor = mfuser.slide(model, pixels, crop=crop, stride=window_stride(crop))
+        scores = F.interpolate(scores, full, mode="bilinear", align_corners=False)
+        return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
 
 
 def _segment_large(model: Ready, image: NDArray[np.uint8], device: torch.device, size: tuple[int, int]) -> Tensor:

@@ -76,7 +76,6 @@ def load(
         model = checkpoints.load_model(run)
         checkpoints.in_fp32(model)
         model.to(on)
-        model.merge()
         model.check_backends()
         path = run / "recipe.yaml"
         recipe = load_recipe(str(path), root=root) if path.is_file() else None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import mfuser
@@ -16,7 +17,7 @@ from dgbench import results
 from dgbench.cli import app
 from dgbench.engine import checkpoints, modes
 from dgbench.engine.evaluate import evaluate
-from dgbench.engine.predict import predict
+from dgbench.engine.predict import predict, segment
 from dgbench.engine.scoring import predicted
 from dgbench.engine.tested import load
 from dgbench.engine.train import train
@@ -236,6 +237,69 @@ def test_what_is_allowed_is_so_again_behind_an_error(trained, allowed):
     with pytest.raises(ZeroDivisionError):
         predicted(tested.model, [torch.zeros(1, 64, 128, 3, dtype=torch.uint8)], (64, 128), tested.rules, torch.device("cpu"))
     assert rounding() == allowed
+
+
+def test_so_is_a_prediction(trained, allowed):
+    (tested,) = load([trained], device="cpu")
+    seen = []
+    tested.model.register_forward_pre_hook(lambda *_: seen.append(rounding()))
+    segment(tested.model, np.zeros((64, 128, 3), np.uint8), torch.device("cpu"))
+    assert set(seen) == {(False, "highest")}
+    assert rounding() == allowed
+
+
+class Rounding(TorchDispatchMode):
+    """What is allowed whenever a product is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.append(rounding())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["mfuser", "soma"])
+def test_so_are_class_texts_and_adapters_which_are_computed_once(name, allowed):
+    towers = {"vfm": "tiny"} if name == "soma" else {"vfm": "tiny", "vlm": "tiny"}
+    model = mfuser.build(name, **towers, image_size=(64, 64), weights="random").eval()
+    with Rounding() as products:
+        modes.ready(model, modes.mode("exact"))
+    assert set(products.seen) == {(False, "highest")}
+    assert rounding() == allowed
+
+
+@pytest.fixture
+def newer_names():
+    """TF32 allowed by the names that torch 2.9 brought, after which it refuses to read the older ones."""
+    torchs = torch.backends
+    kinds = torchs.cuda.matmul, torchs.cudnn.conv, torchs.cudnn.rnn, torchs.mkldnn.matmul, torchs.mkldnn.conv
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "tf32"
+    yield lambda: {kind.fp32_precision for kind in kinds}
+    for kind, value in zip(kinds, before, strict=True):
+        kind.fp32_precision = value
+
+
+def test_an_exact_score_is_so_where_a_program_has_used_torchs_newer_names(trained, newer_names):
+    (tested,) = load([trained], device="cpu")
+    seen = []
+    tested.model.register_forward_pre_hook(lambda *_: seen.append(newer_names()))
+    predicted(tested.model, [torch.zeros(1, 64, 128, 3, dtype=torch.uint8)], (64, 128), tested.rules, torch.device("cpu"))
+    assert seen == [{"ieee"}] * len(seen) != []
+    assert newer_names() == {"tf32"}
+
+
+def test_torchs_settings_are_as_before_by_either_name():
+    torchs = torch.backends
+    kinds = torchs.cuda.matmul, torchs.cudnn.conv, torchs.cudnn.rnn, torchs.mkldnn.matmul, torchs.mkldnn.conv
+    before = [kind.fp32_precision for kind in kinds], rounding()
+    with modes.in_fp32(torch.nn.Linear(1, 1)):
+        assert rounding() == (False, "highest")
+    assert ([kind.fp32_precision for kind in kinds], rounding()) == before
 
 
 @pytest.mark.gpu
