@@ -6,12 +6,13 @@ rows, one for each image, each of which reads the weight: 6,804 tokens of 8 imag
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mfuser.replaced import replace
 
 
 def take(model: nn.Module) -> int:
@@ -19,23 +20,15 @@ def take(model: nn.Module) -> int:
 
     Those with a dropout, or with tokens first, stay as they are, and a copy of the model is without that.
     """
-    found: list[Any] = [module for module in model.modules() if type(module) is nn.MultiheadAttention and _can(module)]
+    found = [module for module in model.modules() if type(module) is nn.MultiheadAttention and _can(module)]
     for attention in found:
-        attention.forward = _Forward(_attend, attention)
+        replace(attention, _attend)
     return len(found)
 
 
 def _can(attention: nn.MultiheadAttention) -> bool:
     more = attention.bias_k is not None or attention.add_zero_attn
     return attention.batch_first and not attention.dropout and not more
-
-
-class _Forward(partial[Any]):
-    """An attention's `forward`. The compiler sees a `partial`, and equal layers share a graph."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self.args[0])]
-        return type(copied).forward.__get__(copied)
 
 
 def _attend(

@@ -8,7 +8,6 @@ gradients follow from it.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,34 +15,60 @@ from torch.nn import functional as F
 
 from mfuser.decoder.neck import cells, cells_of_cells, rows_of
 from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.replaced import replace
 
 
 def fold(model: nn.Module) -> bool:
     """Have a model's neck computed so, in place; its tensors stay as they are, and a copy of the model is without that.
 
-    Returns: False for a model without such a neck, or with several pixel decoders.
+    Returns: False for a model that has none of `foldable`.
     """
-    fpn1, fpn2 = getattr(model, "fpn1", None), getattr(model, "fpn2", None)
-    found: list[Any] = [part for part in model.modules() if isinstance(part, PixelDecoder)]
-    if not isinstance(fpn1, nn.Sequential) or not isinstance(fpn2, nn.ConvTranspose2d) or len(found) != 1:
+    found = foldable(model)
+    if found is None:
         return False
-    finest, next_ = found[0].lateral_conv.conv, found[0].input_convs[-1].conv
-    changed: list[tuple[Any, partial[Tensor]]] = [
-        (fpn1, _Forward(_four_times, fpn1, finest)),
-        (fpn2, _Forward(_twice, fpn2, next_)),
-        *((conv, _Forward(_as_is, conv)) for conv in (finest, next_)),
-    ]
-    for module, forward in changed:
-        module.forward = forward
+    fpn1, fpn2, pixel = found
+    finest, next_ = pixel.lateral_conv.conv, pixel.input_convs[-1].conv
+    replace(fpn1, _four_times, finest)
+    replace(fpn2, _twice, next_)
+    for conv in (finest, next_):
+        replace(conv, _as_is)
     return True
 
 
-class _Forward(partial[Tensor]):
-    """What a module's `forward` is replaced by; its copy has its class's own."""
+def foldable(model: nn.Module) -> tuple[nn.Sequential, nn.ConvTranspose2d, Any] | None:
+    """Return a model's neck, as `decoder.neck.upsampling` builds it, and the pixel decoder behind it.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self.args[0])]
-        return type(copied).forward.__get__(copied)
+    None for a model without them, with several pixel decoders, or with layers of other kinds or sizes under these names.
+    """
+    fpn1, fpn2 = getattr(model, "fpn1", None), getattr(model, "fpn2", None)
+    decoders = [part for part in model.modules() if isinstance(part, PixelDecoder)]
+    if not isinstance(fpn1, nn.Sequential) or len(fpn1) != 4 or len(decoders) != 1:
+        return None
+    first, norm, act, second = fpn1
+    if not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) or not isinstance(act, nn.GELU):
+        return None
+    pixel: Any = decoders[0]
+    if not (_enlarges(first) and _enlarges(second) and _enlarges(fpn2)):
+        return None
+    if not (_is_product(pixel.lateral_conv.conv, second) and _is_product(pixel.input_convs[-1].conv, fpn2)):
+        return None
+    assert isinstance(fpn2, nn.ConvTranspose2d)
+    return fpn1, fpn2, pixel
+
+
+def _enlarges(layer: Any) -> bool:
+    """Return whether a layer makes four cells of each and knows no neighbours."""
+    if type(layer) is not nn.ConvTranspose2d or layer.kernel_size != (2, 2) or layer.stride != (2, 2):
+        return False
+    usual: bool = (layer.padding, layer.output_padding, layer.dilation) == ((0, 0), (0, 0), (1, 1))
+    return usual and layer.groups == 1 and isinstance(layer.bias, Tensor)
+
+
+def _is_product(conv: Any, behind: Any) -> bool:
+    """Return whether a convolution takes what a layer returns, cell by cell."""
+    usual: bool = type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+    fits: bool = conv.in_channels == behind.out_channels and conv.groups == 1
+    return usual and fits
 
 
 def _four_times(fpn1: nn.Sequential, conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfuser.processes import Rows
+from mfuser.replaced import replace, replacement
 
 _32 = 0xFFFFFFFF
 
@@ -51,21 +51,20 @@ def key(module: nn.Module, place: Place) -> int:
     for drop in module.modules():
         dims = _drawn_dims(drop)
         if dims is not None and not is_keyed(drop):
-            drop.forward = _Forward(_forward, drop, place, dims)
+            replace(drop, _forward, place, dims)
             found += 1
     return found
 
 
 def is_keyed(module: nn.Module) -> bool:
     """Return whether a module is a dropout that draws so."""
-    return isinstance(vars(module).get("forward"), _Forward)
+    return replacement(module, _forward) is not None
 
 
 def place_of(model: nn.Module) -> Place | None:
     """Return the place that a model's dropouts share; None: they draw as torch does."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, _Forward):
+        if (forward := replacement(module, _forward)) is not None:
             place: Place = forward.args[1]
             return place
     return None
@@ -111,15 +110,6 @@ def _drawn_seed(device: torch.device) -> Tensor:
 @_drawn_seed.register_fake
 def _(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
-
-
-class _Forward(partial[Tensor]):
-    """A dropout's `forward`. The compiler sees a `partial`, and equal blocks share a graph."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the method of the dropout's copy."""
-        copied = memo[id(self.args[0])]
-        return type(copied).forward.__get__(copied)
 
 
 def _drawn_dims(module: nn.Module) -> int | None:

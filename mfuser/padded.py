@@ -6,12 +6,13 @@ behind them all products are the same but for rounding; a norm has to leave them
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mfuser.replaced import Replaced, replace
 
 ALIGN = 64  # of which a padded width is a multiple
 
@@ -71,14 +72,12 @@ def pad_mlp(mlp: nn.Module, align: int) -> None:
         if layer.bias is not None:
             layer.bias.data = F.pad(layer.bias.data, (0, more))
     m.fc2.weight.data = F.pad(m.fc2.weight.data, (0, more))
-    m.forward = _Forward(_forward, mlp)
+    replace(mlp, _forward, kind=_Padded)
 
 
-class _Forward(partial[Tensor]):
-    """A padded MLP's `forward`. The compiler sees a `partial`, and equal blocks share a graph."""
-
+class _Padded(Replaced):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the method of the MLP's copy, whose parameters are copied by now, and take their zeros off."""
+        """Take the zeros off the parameters of the MLP's copy, which are copied by now."""
         (mlp,) = self.args
         width = mlp.fc2.in_features
         for layer in (mlp.fc1_g, mlp.fc1_x):
@@ -86,8 +85,7 @@ class _Forward(partial[Tensor]):
                 memo[id(parameter)].data = memo[id(parameter)].data[:width].clone()
         weight = memo[id(mlp.fc2.weight)]
         weight.data = weight.data[:, :width].contiguous()
-        copied = memo[id(mlp)]
-        return type(copied).forward.__get__(copied)
+        return super().__deepcopy__(memo)
 
 
 def _forward(mlp: Any, x: Tensor) -> Tensor:

@@ -48,4 +48,5 @@ def gradient(dout: Tensor, of: Sequence[int]) -> Tensor:
     """Return the gradient of maps (B, C, *of) from that of what they were resized to, (B, C, h, w)."""
     sizes = zip(dout.shape[2:], of, strict=True)
     down, right = (shares(length, size, device=dout.device).to(dout.dtype) for length, size in sizes)
-    return down.T @ dout @ right
+    with torch.autocast(dout.device.type, enabled=False):  # a backward pass may be under it, too, and has sums in fp32
+        return down.T @ dout @ right

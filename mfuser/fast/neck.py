@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser.decoder.neck import cells, rows_of
-from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.folded_neck import foldable
 
 
 class Enlarge(nn.Module):
@@ -57,11 +57,11 @@ class EnlargeTwice(nn.Module):
 
 def take(model: nn.Module, dtype: torch.dtype) -> bool:
     """Replace the neck of a model, in place; False for a model without one, or whose maps go elsewhere, too."""
-    fpn1, fpn2 = getattr(model, "fpn1", None), getattr(model, "fpn2", None)
-    found = [part for part in model.modules() if isinstance(part, PixelDecoder)]
-    if not isinstance(fpn1, nn.Sequential) or not isinstance(fpn2, nn.ConvTranspose2d) or len(found) != 1:
+    found = foldable(model)
+    if found is None:
         return False
-    pixel: Any = found[0]
+    pixel: Any
+    fpn1, fpn2, pixel = found
     first, norm, act, second = (part for part in fpn1)
     finest, next_ = pixel.lateral_conv, pixel.input_convs[-1]
     assert isinstance(first, nn.ConvTranspose2d)

@@ -12,6 +12,7 @@ import mfuser
 from mfuser import blocks
 from mfuser.decoder.neck import four_scales, upsampling
 from mfuser.decoder.pixel_decoder import PixelDecoder
+from mfuser.fast import neck
 from mfuser.folded_neck import fold
 
 
@@ -88,6 +89,51 @@ def test_compiling_the_blocks_of_a_model_folds_its_neck():
     blocks.compile_blocks(model)
     channels = 2 * model.vfm.dim
     assert model.fpn2(torch.rand(1, channels, 4, 4)).shape[1] == model.pixel_decoder.mask_feature.in_channels < channels
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_statistics_of_a_neck_of_one_cell_and_of_local_batches(images):
+    """The smallest maps, in the layouts that a tower's tokens have: more than one order of memory fits them."""
+    model, _ = drawn(torch.channels_last)
+    folded = copy.deepcopy(model)
+    assert fold(folded)
+    tokens = torch.randn(images, 4, 12, dtype=torch.float64, requires_grad=True)
+    for size in ((2, 2), (4, 1), (1, 4)):
+        maps = [tokens.transpose(1, 2).unflatten(2, size)] * 3
+        expected, found = ([made.fpn1(maps[0]), made.fpn2(maps[1])] for made in (model, folded))
+        convs = model.pixel_decoder.lateral_conv.conv, model.pixel_decoder.input_convs[-1].conv
+        expected = [conv(each) for conv, each in zip(convs, expected, strict=True)]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_converted_batch_norm_is_asked_in_its_place():
+    """Conversion for several processes puts another module where the neck's was."""
+    model, maps = drawn(torch.channels_last)
+    fold(model)
+    expected = model.eval()(maps)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(converted.fpn1[1], nn.SyncBatchNorm)
+    torch.testing.assert_close(converted.eval()(maps), expected, rtol=1e-12, atol=1e-12)
+
+
+OTHERS = {
+    "no norm": lambda m: setattr(m, "fpn1", nn.Sequential(m.fpn1[0], m.fpn1[2], m.fpn1[3])),
+    "a norm over channels": lambda m: m.fpn1.__setitem__(1, nn.GroupNorm(2, 12)),
+    "overlapping cells": lambda m: setattr(m, "fpn2", nn.ConvTranspose2d(12, 12, 4, 2, 1)),
+    "other cells": lambda m: setattr(m, "fpn2", nn.ConvTranspose2d(12, 12, 4, 4)),
+    "no bias": lambda m: setattr(m, "fpn2", nn.ConvTranspose2d(12, 12, 2, 2, bias=False)),
+    "groups": lambda m: m.fpn1.__setitem__(3, nn.ConvTranspose2d(12, 12, 2, 2, groups=2)),
+    "another width": lambda m: setattr(m, "fpn2", nn.ConvTranspose2d(12, 6, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
+def test_a_neck_of_other_layers_under_these_names_is_left_alone(change):
+    model = Necked()
+    change(model)
+    assert not fold(model)
+    assert not neck.take(model, torch.float32)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["linear", "rein"])

@@ -25,6 +25,13 @@ def test_the_gradient_is_torchs(of, size):
     torch.testing.assert_close(resize.gradient(dout, of), by_torch(x, size, dout), rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_rounds_no_gradient():
+    dout = torch.randn(1, 2, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize.gradient(dout, (5, 5))
+    assert torch.equal(found, resize.gradient(dout, (5, 5)))
+
+
 def test_a_cpu_has_torchs_own():
     x = torch.randn(1, 2, 5, 5, requires_grad=True)
     out, dout = resize.bilinear(x, (9, 9)), torch.randn(1, 2, 9, 9)
