@@ -36,15 +36,16 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
-    **rest: Any,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(B, L, E), (B, S, E), (B, S, E) -> (B, L, E); attn_mask (B * heads, L, S) or (L, S), True where nobody looks."""
-    if need_weights or rest or query.dim() != 3:
+    if need_weights or key_padding_mask is not None or is_causal or query.dim() != 3:
         found: tuple[Tensor, Tensor | None] = nn.MultiheadAttention.forward(
-            attention, query, key, value, attn_mask=attn_mask, need_weights=need_weights, **rest
+            attention, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
         return found
     if attention.in_proj_weight is None:

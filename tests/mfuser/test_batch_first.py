@@ -71,6 +71,18 @@ def test_what_asks_for_weights_or_for_padding_gets_them_from_torch():
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_it_is_called_as_torchs():
+    """By position, too, and by the layers of torch that hold one."""
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 32, dropout=0.0, batch_first=True).double()
+    tokens = torch.randn(BATCH, TOKENS, DIM, dtype=torch.float64)
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    attention = layer.self_attn
+    expected = [layer(tokens), layer(tokens, mask, is_causal=True), attention(tokens, tokens, tokens, None, False, mask)[0]]
+    assert batch_first.take(layer) == 1
+    found = [layer(tokens), layer(tokens, mask, is_causal=True), attention(tokens, tokens, tokens, None, False, mask)[0]]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("options", [{"batch_first": False}, {"dropout": 0.1}, {"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_what_would_be_another_is_left_alone(options):
     assert batch_first.take(drawn(**options)) == 0
