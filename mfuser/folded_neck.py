@@ -95,7 +95,8 @@ def _as_is(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _folded(enlarge: nn.ConvTranspose2d, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Return weight (4 E, C) and bias (4 E,) of both layers as one."""
-    matrix = conv.weight.flatten(1)  # (E, D)
+    # (E, D); so that its gradient has the weight's own order of memory in channels last, which several processes share it in
+    matrix = conv.weight.permute(0, 2, 3, 1).flatten(0, 2)
     weight = F.linear(enlarge.weight.permute(0, 2, 3, 1), matrix)  # (C, 2, 2, E)
     assert enlarge.bias is not None
     bias = F.linear(enlarge.bias[None], matrix, conv.bias)[0]

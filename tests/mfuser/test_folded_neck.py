@@ -56,6 +56,14 @@ def test_it_is_equal_to_its_layers(layout, train):
     torch.testing.assert_close(list(folded.buffers()), list(model.buffers()), rtol=1e-12, atol=1e-12)
 
 
+def test_gradients_lie_in_memory_as_their_weights_do():
+    """As a training has them; `DistributedDataParallel` warns of others and copies them."""
+    model, maps = drawn(torch.channels_last)
+    fold(model)
+    torch.stack([out.square().sum() for out in model(maps)]).sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad.stride() != weight.stride()] == []
+
+
 def test_no_map_of_the_necks_width_is_kept_on_the_finest_grid():
     model, maps = drawn(torch.channels_last)
 
