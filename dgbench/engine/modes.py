@@ -7,12 +7,13 @@ environment has mode, compilation and type.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dgbench.data.places import cache_root
 from dgbench.errors import DgbenchError, unknown
@@ -92,7 +93,7 @@ def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Read
 
 
 @contextmanager
-def in_fp32(model: Ready) -> Iterator[None]:
+def in_fp32(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block a model in exact mode computes in fp32 as its name says; a fast one is left alone.
 
     On a GPU torch's convolutions round their inputs to TF32, 10 bits of a fraction, unless told otherwise, and so do matrix
