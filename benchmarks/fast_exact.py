@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dgbench import atomic, results
 from dgbench.data.labels import IGNORE
-from dgbench.engine.modes import in_fp32
+from dgbench.engine.modes import without_tf32
 from dgbench.engine.targets import Target, chosen_targets
 from dgbench.engine.tested import Tested, load
 from dgbench.errors import DgbenchError
@@ -118,7 +118,7 @@ def logits(exact: Segmentor, fast: Any, windows: Tensor, device: torch.device) -
     with torch.no_grad():
         for window in windows.to(device).split(1):
             for name, ask in _asked(exact).items():
-                with in_fp32(exact):
+                with without_tf32(exact):
                     known = ask(exact, window).double()
                 new = ask(fast, window).double()
                 own = errors.setdefault(name, {"largest": 0.0, "of": 0.0, "error": 0.0, "norm": 0.0})

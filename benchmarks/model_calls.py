@@ -25,7 +25,7 @@ from dgbench.cost.stages import Stages
 from dgbench.cost.timing import Call, graphed
 from dgbench.engine import step
 from dgbench.engine.device import peak_gib
-from dgbench.engine.modes import in_fp32
+from dgbench.engine.modes import without_tf32
 from dgbench.engine.team import join
 from dgbench.launch import launched
 from dgbench.protocol import lookup as protocol
@@ -81,7 +81,7 @@ class Bench:
         stride = protocol("unified").stride_of(self.subject.size)
 
         def call() -> None:
-            exact = in_fp32(model) if isinstance(model, Segmentor) and dtype is None else nullcontext()
+            exact = without_tf32(model) if dtype is None else nullcontext()
             with exact, torch.no_grad(), torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 if row.kind == SLIDE:
                     mfuser.slide(model, images, crop=self.subject.size, stride=stride)

@@ -1,7 +1,7 @@
 """Attention over tokens that come image by image, without turning them round.
 
 `nn.MultiheadAttention` puts tokens before images, whatever it is given. The compiler then makes a product of every token's few
-rows, one for each image, each of which reads the weight: 6,804 tokens of 8 images take some 140 us on an H200, as one product 18.
+rows, one for each image, each of which reads the weight: at 8 images, 24 of them took 0.94 of full-size MFuser's 53 ms (H200).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A trained neck's transposed convolutions as matrix products, with the pixel decoder's 1x1 convolutions folded into the last.
 
 Nothing but a linear map lies between a transposed convolution and the 1x1 convolution behind it, so that both are one product. Of
-the full model at 512x512, those of 2048 channels, on the finest grids, take 8 times fewer operations so, and their maps of 2048
-channels are never written. The weights stay the two layers' own: what is folded is computed from them in every pass, and their
+the full model, those of 2048 channels on the finest grids take a ninth of the operations so, and their maps of 2048 channels are
+never written. The weights stay the two layers' own: what is folded is computed from them in every pass, and their
 gradients follow from it.
 """
 

@@ -17,7 +17,7 @@ import mfuser
 from dgbench.cost.counted import Subject, built
 from dgbench.cost.timing import Call, Times, joules, samples, times
 from dgbench.engine.device import peak_gib
-from dgbench.engine.modes import FAST, Mode, in_fp32, ready
+from dgbench.engine.modes import FAST, Mode, ready, without_tf32
 from dgbench.protocol import lookup as protocol
 from mfuser import ops
 from mfuser.fast import Prepared
@@ -151,7 +151,7 @@ class _Asked:
         def call() -> Tensor:
             # not inference_mode: nn.MultiheadAttention's products under autocast are batched there, and far slower
             # as a score of exact mode, without TF32
-            exact = in_fp32(self.model) if self.dtype == torch.float32 else nullcontext()
+            exact = without_tf32(self.model) if self.dtype == torch.float32 else nullcontext()
             with exact, torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 if self.slide is None:
                     return self.model(images)

@@ -79,7 +79,7 @@ def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Read
     Raises: DgbenchError for a method that has no fast inference.
     """
     if how.name == EXACT:
-        with in_fp32(model):  # these products enter every score, too
+        with without_tf32(model):  # these products enter every score, too
             model.merge()
             fast.hold_texts(model)
         return model
@@ -93,8 +93,8 @@ def ready(model: Segmentor, how: Mode, progress: Progress | None = None) -> Read
 
 
 @contextmanager
-def in_fp32(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block a model in exact mode computes in fp32 as its name says; a fast one is left alone.
+def without_tf32(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Have a model in exact mode compute in fp32 as it says within the block; a fast one is left alone.
 
     On a GPU torch's convolutions round their inputs to TF32, 10 bits of a fraction, unless told otherwise, and so do matrix
     products where a container or a program has allowed it.

@@ -138,7 +138,7 @@ def segment(model: Ready, image: NDArray[np.uint8], device: torch.device, height
     full = (image.shape[0], image.shape[1])
     scale = max((height or full[0]) / full[0], crop[0] / full[0], crop[1] / full[1])
     size = (max(crop[0], round(full[0] * scale)), max(crop[1], round(full[1] * scale)))
-    with modes.in_fp32(model):
+    with modes.without_tf32(model):
         if max(_area(full), _area(size)) > LARGE:
             return _segment_large(model, image, device, size).cpu().numpy()
         pixels = torch.from_numpy(image.copy()).to(device).permute(2, 0, 1)[None].float() / 255

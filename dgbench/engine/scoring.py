@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mfuser
-from dgbench.engine.modes import Ready, in_fp32
+from dgbench.engine.modes import Ready, without_tf32
 from dgbench.errors import DataError
 from dgbench.protocol import Protocol
 from mfuser.decoder.mask_decoder import class_scores
@@ -33,7 +33,7 @@ def predicted(model: Ready, views: Sequence[Tensor], grid: tuple[int, int], rule
     Raises: DataError as `score`.
     """
     largest = max(height * width for height, width in (*(view.shape[1:3] for view in views), grid))
-    with in_fp32(model):
+    with without_tf32(model):
         if largest <= LARGE:
             return score(model, [_floats(view, device) for view in views], grid, rules).argmax(1)
         parts = ([view[i : i + 1] for view in views] for i in range(len(views[0])))

@@ -56,7 +56,7 @@ class EnlargeTwice(nn.Module):
 
 
 def take(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Replace the neck of a model, in place; False for a model without one, or whose maps go elsewhere, too."""
+    """Replace the neck of a model, in place; False for a model that has none of `foldable`."""
     found = foldable(model)
     if found is None:
         return False

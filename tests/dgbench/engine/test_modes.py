@@ -297,7 +297,7 @@ def test_torchs_settings_are_as_before_by_either_name():
     torchs = torch.backends
     kinds = torchs.cuda.matmul, torchs.cudnn.conv, torchs.cudnn.rnn, torchs.mkldnn.matmul, torchs.mkldnn.conv
     before = [kind.fp32_precision for kind in kinds], rounding()
-    with modes.in_fp32(torch.nn.Linear(1, 1)):
+    with modes.without_tf32(torch.nn.Linear(1, 1)):
         assert rounding() == (False, "highest")
     assert ([kind.fp32_precision for kind in kinds], rounding()) == before
 
@@ -311,6 +311,6 @@ def test_exact_convolutions_and_products_on_a_gpu_are_fp32s(allowed):
         expected = linear.double()(model.double()(images.double()).mT.contiguous().flatten(2)[..., :64])
         model.float().cuda()
         linear.float().cuda()
-        with modes.in_fp32(model):
+        with modes.without_tf32(model):
             found = linear(model(images.cuda()).mT.contiguous().flatten(2)[..., :64])
     assert (found.cpu().double() - expected).abs().max() < 1e-5 * expected.abs().max()
