@@ -64,8 +64,8 @@ def is_keyed(module: nn.Module) -> bool:
 def place_of(model: nn.Module) -> Place | None:
     """Return the place that a model's dropouts share; None: they draw as torch does."""
     for module in model.modules():
-        if (forward := replacement(module, _forward)) is not None:
-            place: Place = forward.args[1]
+        if (found := replacement(module, _forward)) is not None:
+            place: Place = found.given[0]
             return place
     return None
 
@@ -101,15 +101,16 @@ def factors(shape: torch.Size, seed: Tensor, keep: float, part: Tensor | None = 
     return kept.float()
 
 
-# torch.randint in compiled code draws other numbers than outside of it; a call of one's own is left as it is
+# torch.randint in compiled code draws other numbers than outside of it; a call of one's own is left as it is. It is given an
+# empty tensor of its own: of calls that are given the same, torch 2.11 makes one
 @torch.library.custom_op("mfuser::drawn_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _drawn_seed(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device).random_()
+def _drawn_seed(own: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=own.device).random_()
 
 
 @_drawn_seed.register_fake
-def _(device: torch.device) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
+def _(own: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=own.device)
 
 
 def _drawn_dims(module: nn.Module) -> int | None:
@@ -133,5 +134,6 @@ def _forward(drop: Any, place: Place, dims: int, x: Tensor) -> Tensor:
     part = place.part if len(x) % place.images == 0 else None
     # one rounding: in the wide type, wherever it is computed
     wide = torch.promote_types(x.dtype, torch.float32)
-    scaled = factors(drawn, _drawn_seed(x.device), keep, part).to(wide) * scale
+    seed = _drawn_seed(torch.empty(0, device=x.device))
+    scaled = factors(drawn, seed, keep, part).to(wide) * scale
     return (x * scaled).to(x.dtype)

@@ -76,16 +76,16 @@ def pad_mlp(mlp: nn.Module, align: int) -> None:
 
 
 class _Padded(Replaced):
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Take the zeros off the parameters of the MLP's copy, which are copied by now."""
-        (mlp,) = self.args
+        mlp: Any = self.module
         width = mlp.fc2.in_features
         for layer in (mlp.fc1_g, mlp.fc1_x):
             for parameter in layer.parameters(recurse=False):
                 memo[id(parameter)].data = memo[id(parameter)].data[:width].clone()
         weight = memo[id(mlp.fc2.weight)]
         weight.data = weight.data[:, :width].contiguous()
-        return super().__deepcopy__(memo)
+        super().__deepcopy__(memo)
 
 
 def _forward(mlp: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mfuser
 from mfuser import batch_first, blocks, fast
+from mfuser.replaced import replacement
 
 BATCH, QUERIES, TOKENS, DIM, HEADS = 3, 5, 14, 24, 4
 
@@ -113,4 +114,4 @@ def test_no_product_of_a_compiled_layer_is_one_for_each_token():
         ready(images)
         assert largest_batch_of_products(lambda: ready(images)) <= 2 * heads
     blocks.compile_blocks(model)
-    assert all(layer.cross_attn.forward.func is batch_first._attend for layer in model.pixel_decoder.layers)
+    assert all(replacement(layer.cross_attn, batch_first._attend) for layer in model.pixel_decoder.layers)

@@ -158,7 +158,7 @@ def test_dropouts_in_blocks_are_keyed_in_one_place_and_those_of_a_copy_are_not()
     drops = {name: module for name, module in changed.named_modules() if isinstance(module, nn.Dropout)}
     inside = {name for name, drop in drops.items() if keyed_dropout.is_keyed(drop)}
     assert {f"adapters.{i}.dropout" for i in range(len(changed.adapters))} < inside
-    assert {id(drops[name].forward.args[1]) for name in inside} == {id(keyed_dropout.place_of(changed))}
+    assert {id(drops[name].replaced_forward.given[0]) for name in inside} == {id(keyed_dropout.place_of(changed))}
     copied = copy.deepcopy(changed)
     assert not any(keyed_dropout.is_keyed(module) for module in copied.modules())
     assert copied.adapters[0].dropout.forward.__self__ is copied.adapters[0].dropout

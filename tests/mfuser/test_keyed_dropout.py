@@ -196,6 +196,30 @@ def test_compiled_it_is_the_same_in_one_graph_that_keeps_no_draws():
     assert counters["stats"]["unique_graphs"] == 2  # one more for a part's size
 
 
+class Twice(nn.Module):
+    """One dropout of two tensors of one shape, as a fuser drops what it adds to both towers' tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.drop(2 * x), self.drop(3 * x)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
+def test_compiled_each_call_of_one_dropout_draws_anew(backend):
+    """A compiler may take two draws that are asked for alike for one."""
+    block, x = Twice().train(), torch.ones(4, 64, requires_grad=True)
+    key(block, Place())
+    torch.manual_seed(1)
+    expected = block(x)
+    torch.manual_seed(1)
+    found = torch.compile(block, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found[0] > 0, found[1] > 0)
+
+
 @pytest.mark.gpu
 def test_a_gpu_draws_what_a_cpu_does_compiled_or_not():
     shape, part = torch.Size((2, 301, 257)), torch.tensor(3)
