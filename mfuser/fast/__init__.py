@@ -6,7 +6,7 @@
 The model itself stays as it is. What the copy does otherwise equals the model but for rounding (tests hold it to fp32): class
 texts are computed once, blocks of transformers have fewer and larger products (`blocks`), the neck is a matrix product with what
 follows it (`neck`), MFuser's step of both towers is one layer (`mfuser.pairs`), and so is a step of a mask decoder (`queries`).
-`weights` says what is in 16 bits and what is not.
+On a GPU attention is a kernel of its own where it can be (`attention`). `weights` says what is in 16 bits and what is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import batch_first
-from mfuser.fast import activated, blocks, neck, queries, weights
+from mfuser.fast import activated, attention, blocks, neck, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -44,7 +44,7 @@ class Prepared:
     Attributes:
         method, classes, image_size, any_size, size_step, mixes_batch, ops, backend: the model's.
         dtype: of the products.    compiled, graphs: as asked for; graphs only on a GPU.
-        rewritten: which of the model's parts run in another form, for a report.
+        rewritten: which of the model's parts run in another form, for a report; "attention" is the decoders', image by image.
         uncaptured: why there is no CUDA graph of a size, by its name, where it was tried.
     """
 
@@ -194,7 +194,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
-    done += ["attention"] if batch_first.take(copied) else []
+    done += ["attention"] if batch_first.take(copied, attention.attend) else []
     done += ["queries"] if queries.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:
