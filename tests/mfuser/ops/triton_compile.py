@@ -111,9 +111,16 @@ def attention(module: ModuleType, dtype: torch.dtype) -> None:
         module.launch(q, k, v, out)
 
 
+def attention_tma(module: ModuleType, dtype: torch.dtype) -> None:
+    for batch, heads, length, width in ((8, 16, 1297, 64), (2, 4, 200, 128)):
+        packed = torch.empty(batch, length, 3, heads, width, dtype=dtype, device="meta")
+        out = torch.empty(batch, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
+        module.launch(*packed.permute(2, 0, 3, 1, 4), out)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGPU())
     triton.JITFunction.__getitem__ = lambda kernel, grid: partial(compile_only, kernel, grid)
-    fast = sys.argv[1] in ("gated", "normed", "attention")
+    fast = sys.argv[1] in ("gated", "normed", "attention", "attention_tma")
     name = f"mfuser.fast.{sys.argv[1]}_triton_backend" if fast else f"mfuser.ops.{sys.argv[1]}.triton_backend"
     globals()[sys.argv[1]](import_module(name), getattr(torch, sys.argv[2]))
