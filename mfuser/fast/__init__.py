@@ -5,8 +5,8 @@
 
 The model itself stays as it is. What the copy does otherwise equals the model but for rounding (tests hold it to fp32): class
 texts are computed once, blocks of transformers have fewer and larger products (`blocks`), the neck is a matrix product with what
-follows it (`neck`), MFuser's step of both towers is one layer (`mfuser.pairs`), and so is a step of a mask decoder (`queries`).
-`weights` says what is in 16 bits and what is not.
+follows it (`neck`), a pixel decoder begins and ends with one layer each (`cells`), and so are MFuser's step of both towers
+(`mfuser.pairs`) and a step of a mask decoder (`queries`). `weights` says what is in 16 bits and what is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import batch_first
-from mfuser.fast import activated, blocks, neck, queries, weights
+from mfuser.fast import activated, blocks, cells, neck, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -193,6 +193,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             done += [f"{name}.patches"] if blocks.take_patches(encoder, dtype) else []
             _stream(encoder, stream)
     done += ["neck"] if neck.take(copied, dtype) else []
+    done += ["cells"] if cells.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
     done += ["attention"] if batch_first.take(copied) else []
     done += ["queries"] if queries.take(copied) else []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfuser.decoder.neck import cells, rows_of
+from mfuser.decoder.neck import cells, cells_of_cells, rows_of
 from mfuser.folded_neck import foldable
 
 
@@ -37,9 +37,9 @@ class Enlarge(nn.Module):
             return cells(x.to(self.weight.dtype), self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, 2 H, 2 W)."""
-        found = self.cells(x.permute(0, 2, 3, 1))
-        return found.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        """(B, C, H, W) -> (B, D, 2 H, 2 W), in memory channels last."""
+        found = self.cells(x.permute(0, 2, 3, 1))  # (B, H, W, 2, 2, D)
+        return found.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class EnlargeTwice(nn.Module):
@@ -50,9 +50,8 @@ class EnlargeTwice(nn.Module):
         self.first, self.act, self.second = first, act, second
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, E, 4 H, 4 W)."""
-        found = self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1))))  # (B, H, W, 2, 2, 2, 2, E)
-        return found.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
+        """(B, C, H, W) -> (B, E, 4 H, 4 W), in memory channels last."""
+        return cells_of_cells(self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1)))))
 
 
 def take(model: nn.Module, dtype: torch.dtype) -> bool:
