@@ -113,21 +113,8 @@ def test_an_encoder_with_rewritten_blocks_is_equal(name):
     with torch.no_grad():
         before = encoder.tapped(images, taps)
         assert blocks.take(encoder, torch.float64)
-        assert blocks.take_patches(encoder, torch.float64) == (name == "dinov3_s")
         after = encoder.tapped(images, taps)
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("size", [(28, 42), (31, 45)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_patch_projection_is_equal_and_leaves_out_what_is_no_whole_patch(size, bias):
-    conv = drawn(nn.Conv2d(3, 8, 14, 14, bias=bias))
-    images = torch.rand(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(blocks.Patches(conv, torch.float64)(images), conv(images), rtol=1e-12, atol=1e-12)
-
-
-def test_a_stem_of_several_convolutions_is_left_alone():
-    assert not blocks.take_patches(VisionEncoder("tiny", (64, 64)), torch.float64)
 
 
 class Necked(nn.Module):
