@@ -137,5 +137,30 @@ def test_the_neck_is_equal_to_its_modules_and_the_convolutions_behind_them():
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
 
 
+def test_the_activation_within_the_neck_can_be_part_of_the_product_before_it():
+    model, x = drawn(Necked(12, 8)), torch.randn(2, 12, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert neck.take(model, torch.float64)
+        assert not model.fpn1.joined, "of fp64, and on a CPU"
+        before = model.fpn1(x)
+        model.fpn1.joined = True
+        # GELU's tanh form is where a GPU computes it
+        torch.testing.assert_close(model.fpn1(x), before, rtol=1e-3, atol=1e-2)
+    assert before.is_contiguous(memory_format=torch.channels_last)
+    assert model.fpn2(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_neck_in_16_bits_is_the_neck():
+    torch.manual_seed(0)
+    model, x = Necked(64, 32).eval().cuda(), torch.randn(2, 64, 9, 7, device="cuda")
+    with torch.no_grad():
+        expected = model.pixel_decoder.lateral_conv.conv(model.fpn1(x))
+        assert neck.take(model, torch.bfloat16)
+        assert model.fpn1.joined
+        found = model.fpn1(x)
+    assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_a_model_without_a_neck_keeps_its_modules():
     assert not neck.take(mfuser.build("linear", vfm="tiny", image_size=(64, 64)), torch.float32)
