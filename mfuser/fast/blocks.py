@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mfuser.fast import normed
 from mfuser.fast.activated import activated, joins
 from mfuser.fast.gated import fuses, gated_norm
 from mfuser.padded import ALIGN, norm_of_padded
@@ -33,9 +34,13 @@ class Norm(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return F.layer_norm(x.to(self.wide), x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C), the norm of x + added."""
+        if normed.fuses(x, self.weight, self.dtype):
+            assert self.weight is not None
+            return normed.layer_norm(x, added, self.weight, self.bias, self.eps, self.dtype)
+        x = x.to(self.wide) if added is None else (x + added).to(self.wide)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
 
 
 class PaddedNorm(Norm):
@@ -48,9 +53,10 @@ class PaddedNorm(Norm):
         self.weight = F.pad(weight, (0, more))
         self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """(..., C + more) -> the same."""
         assert self.weight is not None
+        x = x if added is None else x + added
         return norm_of_padded(x.to(self.wide), self.width, self.weight, self.bias, self.eps).to(self.dtype)
 
 
@@ -123,8 +129,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C) in x's type; rope (2, L, D) of `table`."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x + self._attended(self.norm1(x), rope)
-            return x + self.fc2(self._hidden(self.norm2(x)))
+            attended = self._attended(self.norm1(x), rope)
+            return x + attended + self.fc2(self._hidden(self.norm2(x, attended)))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self.joined:

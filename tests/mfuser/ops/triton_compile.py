@@ -93,8 +93,17 @@ def gated(module: ModuleType, dtype: torch.dtype) -> None:
         module.launch(x, weight, weight if biased else None, out, width, 1e-6)
 
 
+def normed(module: ModuleType, dtype: torch.dtype) -> None:
+    # a norm of a block's tokens, of its attention, and the widest rows
+    for rows, channels, given in ((10376, 1024, torch.float32), (1297, 768, dtype), (3, 8192, torch.float32)):
+        x, out = (torch.empty(rows, channels, dtype=each, device="meta") for each in (given, dtype))
+        weight = torch.empty(channels, device="meta")
+        module.launch(x, out if given is not dtype else None, weight, weight, out, 1e-6)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGPU())
     triton.JITFunction.__getitem__ = lambda kernel, grid: partial(compile_only, kernel, grid)
-    name = "mfuser.fast.gated_triton_backend" if sys.argv[1] == "gated" else f"mfuser.ops.{sys.argv[1]}.triton_backend"
+    fast = sys.argv[1] in ("gated", "normed")
+    name = f"mfuser.fast.{sys.argv[1]}_triton_backend" if fast else f"mfuser.ops.{sys.argv[1]}.triton_backend"
     globals()[sys.argv[1]](import_module(name), getattr(torch, sys.argv[2]))
