@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mfuser.fast.blocks import Norm
 from mfuser.padded import ALIGN
+from mfuser.patch_product import is_product
 from mfuser.towers.vit import VisionEncoder
 
 
@@ -78,7 +79,7 @@ def take(encoder: VisionEncoder, dtype: torch.dtype, stream: torch.dtype) -> boo
     """
     trunk, own = encoder.trunk, encoder.embed
     conv = trunk.patch_embed.proj
-    taken = type(conv) is nn.Conv2d and conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.groups == 1
+    taken = is_product(conv)
     if taken:
         trunk.patch_embed.proj = patches = Patches(conv, dtype)
     if taken and _adds(trunk):
