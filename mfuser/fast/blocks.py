@@ -165,40 +165,6 @@ class Block(nn.Module):
         return x * rope[1] + other * rope[0]
 
 
-class Patches(nn.Module):
-    """A convolution whose stride is its kernel, as a product: (B, 3, H, W) -> (B, C, H // p, W // p); the rest is not seen.
-
-    What it returns is a view of tokens: as they are wanted, nothing is copied.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sides = (conv.kernel_size[0], conv.kernel_size[1])
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1).to(dtype, copy=True), requires_grad=False)
-        bias = None if conv.bias is None else conv.bias.detach().to(dtype, copy=True)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, rows, columns)."""
-        high, wide = self.sides
-        rows, columns = x.shape[2] // high, x.shape[3] // wide
-        cut = x[:, :, : rows * high, : columns * wide].to(self.weight.dtype)
-        cells = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, p, p)
-        with torch.autocast(x.device.type, enabled=False):
-            tokens = F.linear(cells.flatten(3).flatten(1, 2), self.weight, self.bias)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
-
-
-def take_patches(encoder: VisionEncoder, dtype: torch.dtype) -> bool:
-    """Replace the patch projection of an encoder, in place; False for a stem of several convolutions."""
-    embed = encoder.trunk.patch_embed
-    conv = embed.proj
-    if type(conv) is not nn.Conv2d or conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1:
-        return False
-    embed.proj = Patches(conv, dtype)
-    return True
-
-
 def table(rope: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
     """Return sine and cosine (2, prefix + N, D) of timm's rotary table (N, 2 D), for all tokens."""
     sine, cosine = rope.detach().chunk(2, -1)
