@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mfuser import batch_first, keyed_dropout
+from mfuser import batch_first, keyed_dropout, patch_product
 from mfuser.decoder.context_decoder import ContextDecoderLayer
 from mfuser.decoder.mask_decoder import MaskDecoderLayer
 from mfuser.decoder.mtenhancer import MTEnhancerLayer
@@ -42,10 +42,10 @@ _GRAPHS = 64
 def compile_blocks(model: nn.Module) -> int:
     """Have blocks compiled when they are first called, forward and backward; equal blocks share a graph. Returns: how many.
 
-    A neck of transposed convolutions becomes matrix products (`mfuser.folded_neck`): the same but for rounding. A block that
-    cannot be compiled as a whole raises an error of `torch._dynamo.exc`. Dropouts in blocks draw as `mfuser.keyed_dropout`
-    says: other numbers than without, but as well given by torch's seed, and the same for any number of processes and parts of
-    a batch.
+    A neck of transposed convolutions and patch embeddings become matrix products (`mfuser.folded_neck`, `patch_product`): the
+    same but for rounding. A block that cannot be compiled as a whole raises an error of `torch._dynamo.exc`. Dropouts in blocks
+    draw as `mfuser.keyed_dropout` says: other numbers than without, but as well given by torch's seed, and the same for any
+    number of processes and parts of a batch.
     """
     import torch._dynamo.config as dynamo
 
@@ -57,6 +57,7 @@ def compile_blocks(model: nn.Module) -> int:
     found = [*pairs, *layers]
     fold(model)
     batch_first.take(model)
+    patch_product.take(model)
     place = keyed_dropout.place_of(model) or keyed_dropout.Place()
     for block in found:
         keyed_dropout.key(block, place)

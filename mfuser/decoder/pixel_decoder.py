@@ -151,9 +151,9 @@ class PixelDecoder(nn.Module):
         if (text is None) != (self.text_dim is None):
             given = "no text" if text is None else f"a text {tuple(text.shape)}"
             raise ValueError(f"pixel decoder: got {given}, built with text_dim={self.text_dim}; give both or neither")
-        maps = [conv(feature) for conv, feature in zip(self.input_convs, reversed(features[1:]), strict=True)]
-        shapes = [(m.shape[2], m.shape[3]) for m in maps]
-        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)  # (B, L, D)
+        coarser = list(reversed(features[1:]))
+        shapes = [(m.shape[2], m.shape[3]) for m in coarser]
+        tokens = self.enter(coarser)
         position = torch.cat(
             [
                 sine_encoding(h, w, tokens.shape[2], device=tokens.device).to(level.dtype) + level
@@ -164,8 +164,21 @@ class PixelDecoder(nn.Module):
         memory = None if text is None else (self.text_proj(text), self.text_pos_embed.weight)
         for layer in self.layers:
             tokens = layer(tokens, position, reference, shapes, memory)
+        return self.leave(tokens, shapes, features[0])
+
+    def enter(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the tokens (B, L, D) that enter the first layer, of three maps (B, C, H, W), coarsest first."""
+        maps = [conv(feature) for conv, feature in zip(self.input_convs, features, strict=True)]
+        return torch.cat([m.flatten(2).transpose(1, 2) for m in maps], 1)
+
+    def leave(self, tokens: Tensor, shapes: Sequence[tuple[int, int]], finest: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `forward` does, of the tokens (B, L, D) behind the last layer and the finest map (B, C, H0, W0).
+
+        Args:
+            shapes: (H, W) of the three maps whose tokens they are.
+        """
         parts = self.post_norm(tokens).split([h * w for h, w in shapes], 1)
         maps = [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, shapes, strict=True)]
-        lateral = self.lateral_conv(features[0])
-        finest = lateral + F.interpolate(maps[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return self.mask_feature(F.relu(self.output_conv(finest))), maps
+        lateral = self.lateral_conv(finest)
+        summed = lateral + F.interpolate(maps[-1], lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_feature(F.relu(self.output_conv(summed))), maps

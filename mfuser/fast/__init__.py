@@ -4,9 +4,10 @@
     scores = mfuser.slide(ready, images, crop=ready.image_size, stride=(341, 341))
 
 The model itself stays as it is. What the copy does otherwise equals the model but for rounding (tests hold it to fp32): class
-texts are computed once, blocks of transformers have fewer and larger products (`blocks`), the neck is a matrix product with what
-follows it (`neck`), MFuser's step of both towers is one layer (`mfuser.pairs`), and so is a step of a mask decoder (`queries`).
-`weights` says what is in 16 bits and what is not.
+texts are computed once, what makes a transformer's tokens is one layer (`patches`), its blocks have fewer and larger products
+(`blocks`), the neck is a matrix product with what follows it (`neck`), a pixel decoder begins and ends with one layer each
+(`cells`), and so are MFuser's step of both towers (`mfuser.pairs`) and a step of a mask decoder (`queries`). On a GPU, attention
+and norms are kernels of their own (`attention`, `normed`). `weights` says what is in 16 bits and what is not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import batch_first
-from mfuser.fast import activated, blocks, neck, queries, weights
+from mfuser.fast import activated, attention, blocks, cells, neck, patches, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -44,7 +45,7 @@ class Prepared:
     Attributes:
         method, classes, image_size, any_size, size_step, mixes_batch, ops, backend: the model's.
         dtype: of the products.    compiled, graphs: as asked for; graphs only on a GPU.
-        rewritten: which of the model's parts run in another form, for a report.
+        rewritten: which of the model's parts run in another form, for a report; "attention" is the decoders', image by image.
         uncaptured: why there is no CUDA graph of a size, by its name, where it was tried.
     """
 
@@ -190,11 +191,11 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
     for name, encoder in copied.named_modules():
         if isinstance(encoder, VisionEncoder):
             done += [f"{name}.blocks"] if blocks.take(encoder, dtype) else []
-            done += [f"{name}.patches"] if blocks.take_patches(encoder, dtype) else []
-            _stream(encoder, stream)
+            done += [f"{name}.patches"] if patches.take(encoder, dtype, stream) else []
     done += ["neck"] if neck.take(copied, dtype) else []
+    done += ["cells"] if cells.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
-    done += ["attention"] if batch_first.take(copied) else []
+    done += ["attention"] if batch_first.take(copied, attention.attend) else []
     done += ["queries"] if queries.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:
@@ -212,12 +213,6 @@ def _paired(model: Segmentor, dtype: torch.dtype) -> bool:
     if pairs := paired(model, dtype):
         model.pairs = nn.ModuleList(pairs)  # the compiler looks among the modules
     return bool(pairs)
-
-
-def _stream(encoder: VisionEncoder, dtype: torch.dtype) -> None:
-    """Have tokens enter the first block in a type, in one piece as they leave it."""
-    embed = encoder.embed
-    encoder.embed = lambda images: embed(images).to(dtype).contiguous()  # type: ignore[method-assign]
 
 
 def _under(dtype: torch.dtype, function: Callable[[Tensor], Any], images: Tensor) -> Any:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mfuser.fast import normed
 from mfuser.fast.activated import activated, joins
+from mfuser.fast.attention import attend
 from mfuser.fast.gated import fuses, gated_norm
 from mfuser.padded import ALIGN, norm_of_padded
 from mfuser.towers.vit import VisionEncoder
@@ -33,9 +35,13 @@ class Norm(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return F.layer_norm(x.to(self.wide), x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C), the norm of x + added."""
+        if normed.fuses(x, self.weight, self.dtype):
+            assert self.weight is not None
+            return normed.layer_norm(x, added, self.weight, self.bias, self.eps, self.dtype)
+        x = x.to(self.wide) if added is None else (x + added).to(self.wide)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
 
 
 class PaddedNorm(Norm):
@@ -48,9 +54,10 @@ class PaddedNorm(Norm):
         self.weight = F.pad(weight, (0, more))
         self.bias = None if self.bias is None else F.pad(self.bias, (0, more))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """(..., C + more) -> the same."""
         assert self.weight is not None
+        x = x if added is None else x + added
         return norm_of_padded(x.to(self.wide), self.width, self.weight, self.bias, self.eps).to(self.dtype)
 
 
@@ -123,8 +130,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C) in x's type; rope (2, L, D) of `table`."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x + self._attended(self.norm1(x), rope)
-            return x + self.fc2(self._hidden(self.norm2(x)))
+            attended = self._attended(self.norm1(x), rope)
+            return x + attended + self.fc2(self._hidden(self.norm2(x, attended)))
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self.joined:
@@ -145,7 +152,7 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend(q, k, v).transpose(1, 2).flatten(2)
         attended: Tensor = self.proj(self.inner(out))
         return attended
 
@@ -156,40 +163,6 @@ class Block(nn.Module):
         else:
             other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         return x * rope[1] + other * rope[0]
-
-
-class Patches(nn.Module):
-    """A convolution whose stride is its kernel, as a product: (B, 3, H, W) -> (B, C, H // p, W // p); the rest is not seen.
-
-    What it returns is a view of tokens: as they are wanted, nothing is copied.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sides = (conv.kernel_size[0], conv.kernel_size[1])
-        self.weight = nn.Parameter(conv.weight.detach().flatten(1).to(dtype, copy=True), requires_grad=False)
-        bias = None if conv.bias is None else conv.bias.detach().to(dtype, copy=True)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, rows, columns)."""
-        high, wide = self.sides
-        rows, columns = x.shape[2] // high, x.shape[3] // wide
-        cut = x[:, :, : rows * high, : columns * wide].to(self.weight.dtype)
-        cells = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, p, p)
-        with torch.autocast(x.device.type, enabled=False):
-            tokens = F.linear(cells.flatten(3).flatten(1, 2), self.weight, self.bias)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
-
-
-def take_patches(encoder: VisionEncoder, dtype: torch.dtype) -> bool:
-    """Replace the patch projection of an encoder, in place; False for a stem of several convolutions."""
-    embed = encoder.trunk.patch_embed
-    conv = embed.proj
-    if type(conv) is not nn.Conv2d or conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.groups != 1:
-        return False
-    embed.proj = Patches(conv, dtype)
-    return True
 
 
 def table(rope: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:

@@ -13,13 +13,27 @@ from torch import nn
 
 from mfuser.decoder.context_decoder import ContextDecoderLayer
 from mfuser.decoder.mtenhancer import MTEnhancer
-from mfuser.decoder.pixel_decoder import ConvNorm, PixelDecoderLayer
+from mfuser.decoder.pixel_decoder import PixelDecoderLayer
 from mfuser.fast.blocks import Block
+from mfuser.fast.cells import Enter, Leave
 from mfuser.fast.neck import Enlarge, EnlargeTwice
+from mfuser.fast.patches import Embedding
 from mfuser.fast.queries import Advance
 from mfuser.pairs import Pair
 
-LAYERS = (Pair, Block, PixelDecoderLayer, ConvNorm, Advance, MTEnhancer, ContextDecoderLayer, Enlarge, EnlargeTwice)
+LAYERS = (
+    Embedding,
+    Pair,
+    Block,
+    PixelDecoderLayer,
+    Enter,
+    Leave,
+    Advance,
+    MTEnhancer,
+    ContextDecoderLayer,
+    Enlarge,
+    EnlargeTwice,
+)
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # read whenever a graph is compiled; there is no other way to say it
 # graphs of one layer's code, beyond which there is an error: one for each kind of it and number of images, of all models
 _GRAPHS = 256

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfuser.decoder.neck import cells, rows_of
+from mfuser.decoder.neck import cells, cells_of_cells, rows_of
+from mfuser.fast.activated import activated, joins
 from mfuser.folded_neck import foldable
 
 
@@ -36,10 +37,14 @@ class Enlarge(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return cells(x.to(self.weight.dtype), self.weight, self.bias)
 
+    def activated(self, x: Tensor, act: nn.Module) -> Tensor:
+        """Return act(cells(x)) as one product, see `activated.joins`."""
+        return activated(x.to(self.weight.dtype), self.weight, self.bias, act).unflatten(-1, (2, 2, len(self.bias) // 4))
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, 2 H, 2 W)."""
-        found = self.cells(x.permute(0, 2, 3, 1))
-        return found.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        """(B, C, H, W) -> (B, D, 2 H, 2 W), in memory channels last."""
+        found = self.cells(x.permute(0, 2, 3, 1))  # (B, H, W, 2, 2, D)
+        return found.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class EnlargeTwice(nn.Module):
@@ -48,11 +53,13 @@ class EnlargeTwice(nn.Module):
     def __init__(self, first: Enlarge, act: nn.Module, second: Enlarge) -> None:
         super().__init__()
         self.first, self.act, self.second = first, act, second
+        self.joined = joins(act, first.bias, first.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, E, 4 H, 4 W)."""
-        found = self.second.cells(self.act(self.first.cells(x.permute(0, 2, 3, 1))))  # (B, H, W, 2, 2, 2, 2, E)
-        return found.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
+        """(B, C, H, W) -> (B, E, 4 H, 4 W), in memory channels last."""
+        x = x.permute(0, 2, 3, 1)
+        inner = self.first.activated(x, self.act) if self.joined else self.act(self.first.cells(x))
+        return cells_of_cells(self.second.cells(inner))
 
 
 def take(model: nn.Module, dtype: torch.dtype) -> bool:

@@ -143,18 +143,26 @@ class VisionEncoder(nn.Module):
             # of a model in 16 bits or fp64, whatever the images have
             normalised = normalised.to(next(self.trunk.patch_embed.proj.parameters()).dtype)
         patches = self.trunk.patch_embed.proj(normalised)
-        if patches.shape[-2:] != self.grid:
+        self.check_grid(images, (patches.shape[2], patches.shape[3]))
+        out: Tensor = self.trunk.norm_pre(self.positioned(patches.flatten(2).transpose(1, 2)))
+        return out
+
+    def check_grid(self, images: Tensor, grid: tuple[int, int]) -> None:
+        """Raise ValueError where images (B, 3, H, W) give another grid of patches than the tower's."""
+        if grid != self.grid:
             raise ValueError(
-                f"images of {tuple(images.shape[-2:])} give `{self.name}` a grid of {tuple(patches.shape[-2:])}; "
-                f"it was built for {self.grid}"
+                f"images of {tuple(images.shape[-2:])} give `{self.name}` a grid of {grid}; it was built for {self.grid}"
             )
-        tokens = self.trunk._pos_embed(patches.flatten(2).transpose(1, 2))
+
+    def positioned(self, patches: Tensor) -> Tensor:
+        """Return projected patches (B, rows * columns, dim) with their positions, behind class and registers."""
+        tokens: Any = self.trunk._pos_embed(patches)
         if isinstance(tokens, tuple):  # EVA's class returns its rotary table, too, see `rope`
             tokens = tokens[0]
         if self.class_token_twice:
             # the release adds it to the class position, too, when it loads CLIP
             tokens = torch.cat([tokens[:, :1] + self.trunk.cls_token, tokens[:, 1:]], 1)
-        out: Tensor = self.trunk.norm_pre(tokens)
+        out: Tensor = tokens
         return out
 
     def rope(self) -> Tensor | None:

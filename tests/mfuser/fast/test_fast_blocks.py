@@ -113,21 +113,8 @@ def test_an_encoder_with_rewritten_blocks_is_equal(name):
     with torch.no_grad():
         before = encoder.tapped(images, taps)
         assert blocks.take(encoder, torch.float64)
-        assert blocks.take_patches(encoder, torch.float64) == (name == "dinov3_s")
         after = encoder.tapped(images, taps)
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("size", [(28, 42), (31, 45)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_patch_projection_is_equal_and_leaves_out_what_is_no_whole_patch(size, bias):
-    conv = drawn(nn.Conv2d(3, 8, 14, 14, bias=bias))
-    images = torch.rand(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(blocks.Patches(conv, torch.float64)(images), conv(images), rtol=1e-12, atol=1e-12)
-
-
-def test_a_stem_of_several_convolutions_is_left_alone():
-    assert not blocks.take_patches(VisionEncoder("tiny", (64, 64)), torch.float64)
 
 
 class Necked(nn.Module):
@@ -148,6 +135,31 @@ def test_the_neck_is_equal_to_its_modules_and_the_convolutions_behind_them():
         assert neck.take(model, torch.float64)
         after = [pixel.lateral_conv(model.fpn1(maps[0])), pixel.input_convs[-1](model.fpn2(maps[1]))]
     torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
+
+
+def test_the_activation_within_the_neck_can_be_part_of_the_product_before_it():
+    model, x = drawn(Necked(12, 8)), torch.randn(2, 12, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        assert neck.take(model, torch.float64)
+        assert not model.fpn1.joined, "of fp64, and on a CPU"
+        before = model.fpn1(x)
+        model.fpn1.joined = True
+        # GELU's tanh form is where a GPU computes it
+        torch.testing.assert_close(model.fpn1(x), before, rtol=1e-3, atol=1e-2)
+    assert before.is_contiguous(memory_format=torch.channels_last)
+    assert model.fpn2(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_neck_in_16_bits_is_the_neck():
+    torch.manual_seed(0)
+    model, x = Necked(64, 32).eval().cuda(), torch.randn(2, 64, 9, 7, device="cuda")
+    with torch.no_grad():
+        expected = model.pixel_decoder.lateral_conv.conv(model.fpn1(x))
+        assert neck.take(model, torch.bfloat16)
+        assert model.fpn1.joined
+        found = model.fpn1(x)
+    assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_a_model_without_a_neck_keeps_its_modules():
