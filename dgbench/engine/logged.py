@@ -84,21 +84,24 @@ class Logged:
     def rescue(self) -> None:
         """Write what was taken before the training ends by an error, which the others of several processes may not have met.
 
-        Those would be waited for in vain: several processes write nothing, and a resumed training repeats that step anyway.
+        Those would be waited for in vain, perhaps by the GPU, too: several processes write nothing, and a resumed training
+        repeats that step anyway.
 
         Raises: RecipeError for a loss that is not finite, of which the error may come.
         """
-        if self._taken is None:
+        taken, alone = self._taken, self._team.world == 1
+        if taken is None:
             return
         try:
-            self._taken.stretch.end.wait()
+            if alone:
+                taken.stretch.end.wait()
+            over = taken.stretch.end.over()
         except RuntimeError:  # the error is the GPU's, which answers nothing any more
-            self._taken = None
             return
-        if self._team.world == 1:
+        if alone:
             self.write()
-        else:
-            _check(float(self._taken.losses[0]), self._taken.step)
+        elif over:
+            _check(float(taken.losses[0]), taken.step)
 
 
 def _check(loss: float, step: int) -> None:

@@ -26,6 +26,10 @@ class Moment:
         if self._event is not None:
             self._event.synchronize()
 
+    def over(self) -> bool:
+        """Return whether it is over, without waiting."""
+        return self._event is None or bool(self._event.query())
+
     def since(self, before: Moment) -> float:
         """Return the seconds from an earlier moment of the same device; both are over."""
         if self._event is None or before._event is None:

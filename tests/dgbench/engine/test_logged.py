@@ -142,6 +142,24 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step_and_nothing_is_kept_behi
     assert list((tmp_path / "run").glob("checkpoint/step-*")) == []
 
 
+@pytest.mark.usefixtures("_late")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+@pytest.mark.parametrize(
+    ("does", "words"),
+    [("nan 3 1", "error: the loss became nan at step 4"), ("raise 4 1", "error: step 5: the memory does not suffice")],
+)
+def test_what_ends_one_of_two_processes_is_said_once_and_nobody_waits_for_the_line(does, words, tmp_path):
+    (tmp_path / "plain.yaml").write_text(RECIPE)
+    told = ["--no-eval", "--quiet", "--device", "cpu", "--set", "train.log_every=2", "train.checkpoint_every=5"]
+    words_of = ["train", str(tmp_path / "plain.yaml"), "--out", str(tmp_path / "run"), *told]
+    ended = processes.together(lambda: command(*words_of), 2, tmp_path, PLAIN_DOES=does)
+    assert 0 not in [one.status for one in ended]
+    said = [line for one in ended for line in one.err.splitlines() if line.startswith(("error", "Trace"))]
+    assert [line[: len(words)] for line in said] == [words]
+    assert steps(tmp_path / "run") == [2]
+    assert list((tmp_path / "run").glob("checkpoint/step-*")) == []
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_is_waited_for_until_a_step_is_written(tmp_path):
     device = torch.device("cuda")
