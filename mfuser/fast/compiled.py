@@ -16,6 +16,7 @@ from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.pixel_decoder import PixelDecoderLayer
 from mfuser.fast.blocks import Block
 from mfuser.fast.cells import Enter, Leave
+from mfuser.fast.fused import Describe, Halve, Tap
 from mfuser.fast.neck import Enlarge, EnlargeTwice
 from mfuser.fast.patches import Embedding
 from mfuser.fast.queries import Advance
@@ -29,6 +30,9 @@ LAYERS = (
     Enter,
     Leave,
     Advance,
+    Tap,
+    Halve,
+    Describe,
     MTEnhancer,
     ContextDecoderLayer,
     Enlarge,
