@@ -6,6 +6,7 @@ rows, one for each image, each of which reads the weight: at 8 images, 24 of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from torch.nn import functional as F
 
 from mfuser.replaced import replace
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, L, D), (B, H, S, D), (B, H, S, D) -> (B, H, L, D)
 
-def take(model: nn.Module) -> int:
+
+def take(model: nn.Module, attend: Attend = F.scaled_dot_product_attention) -> int:
     """Have the attentions of a model computed so, in place: the same but for rounding. Returns: how many.
 
     Those with a dropout, or with tokens first, stay as they are, and a copy of the model is without that.
+
+    Args:
+        attend: what computes softmax(q k^T / sqrt(D)) v where there is no mask.
     """
     found = [module for module in model.modules() if type(module) is nn.MultiheadAttention and _can(module)]
     for attention in found:
-        replace(attention, _attend)
+        replace(attention, _attend, attend)
     return len(found)
 
 
@@ -33,6 +39,7 @@ def _can(attention: nn.MultiheadAttention) -> bool:
 
 def _attend(
     attention: Any,
+    attend: Attend,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -57,9 +64,10 @@ def _attend(
         F.linear(given, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
         for given, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
-    mask = attn_mask
-    if mask is not None:
-        mask = mask.logical_not() if mask.dtype is torch.bool else mask.to(q.dtype)
+    if attn_mask is None:
+        out = attend(q, k, v)
+    else:
+        mask = attn_mask.logical_not() if attn_mask.dtype is torch.bool else attn_mask.to(q.dtype)
         mask = mask.unflatten(0, (len(query), -1)) if mask.dim() == 3 else mask
-    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-    return attention.out_proj(out), None
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    return attention.out_proj(out.transpose(1, 2).flatten(2)), None

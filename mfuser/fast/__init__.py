@@ -7,7 +7,8 @@ The model itself stays as it is. What the copy does otherwise equals the model b
 texts are computed once, what makes a transformer's tokens is one layer (`patches`), its blocks have fewer and larger products
 (`blocks`), the neck is a matrix product with what follows it (`neck`), a pixel decoder begins and ends with one layer each
 (`cells`), and so are MFuser's step of both towers (`mfuser.pairs`), what it makes of their tokens (`fused`) and a step of a mask
-decoder (`queries`). `weights` says what is in 16 bits and what is not.
+decoder (`queries`). On a GPU, attention and norms are kernels of their own (`attention`, `normed`). `weights` says what is in 16
+bits and what is not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import batch_first
-from mfuser.fast import activated, blocks, cells, fused, neck, patches, queries, weights
+from mfuser.fast import activated, attention, blocks, cells, fused, neck, patches, queries, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -45,7 +46,7 @@ class Prepared:
     Attributes:
         method, classes, image_size, any_size, size_step, mixes_batch, ops, backend: the model's.
         dtype: of the products.    compiled, graphs: as asked for; graphs only on a GPU.
-        rewritten: which of the model's parts run in another form, for a report.
+        rewritten: which of the model's parts run in another form, for a report; "attention" is the decoders', image by image.
         uncaptured: why there is no CUDA graph of a size, by its name, where it was tried.
     """
 
@@ -196,7 +197,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
     done += ["pixel decoder"] if cells.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
     done += ["maps"] if fused.take(copied, dtype) else []
-    done += ["attention"] if batch_first.take(copied) else []
+    done += ["attention"] if batch_first.take(copied, attention.attend) else []
     done += ["queries"] if queries.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:

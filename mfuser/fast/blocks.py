@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mfuser.fast import normed
 from mfuser.fast.activated import activated, joins
+from mfuser.fast.attention import attend
 from mfuser.fast.gated import fuses, gated_norm
 from mfuser.padded import ALIGN, norm_of_padded
 from mfuser.towers.vit import VisionEncoder
@@ -151,7 +152,7 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = attend(q, k, v).transpose(1, 2).flatten(2)
         attended: Tensor = self.proj(self.inner(out))
         return attended
 

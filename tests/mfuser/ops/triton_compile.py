@@ -101,9 +101,26 @@ def normed(module: ModuleType, dtype: torch.dtype) -> None:
         module.launch(x, out if given is not dtype else None, weight, weight, out, 1e-6)
 
 
+def attention(module: ModuleType, dtype: torch.dtype) -> None:
+    # ViT-L's block, queries and keys turned; the pixel decoder's texts; wide heads; one token; more than 2^31 numbers
+    cases = ((8, 16, 1297, 1297, 64), (8, 8, 6804, 19, 32), (2, 4, 4096, 200, 128), (1, 1, 1, 1, 16), (2, 16, 2**21, 2**21, 64))
+    for batch, heads, length, keys, width in cases:
+        packed = torch.empty(batch, keys, 3, heads, width, dtype=dtype, device="meta")
+        q, out = (torch.empty(batch, length, heads, width, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
+        k, v = packed.permute(2, 0, 3, 1, 4)[1:]
+        module.launch(q, k, v, out)
+
+
+def attention_tma(module: ModuleType, dtype: torch.dtype) -> None:
+    for batch, heads, length, width in ((8, 16, 1297, 64), (2, 4, 200, 128)):
+        packed = torch.empty(batch, length, 3, heads, width, dtype=dtype, device="meta")
+        out = torch.empty(batch, length, heads, width, dtype=dtype, device="meta").transpose(1, 2)
+        module.launch(*packed.permute(2, 0, 3, 1, 4), out)
+
+
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGPU())
     triton.JITFunction.__getitem__ = lambda kernel, grid: partial(compile_only, kernel, grid)
-    fast = sys.argv[1] in ("gated", "normed")
+    fast = sys.argv[1] in ("gated", "normed", "attention", "attention_tma")
     name = f"mfuser.fast.{sys.argv[1]}_triton_backend" if fast else f"mfuser.ops.{sys.argv[1]}.triton_backend"
     globals()[sys.argv[1]](import_module(name), getattr(torch, sys.argv[2]))
