@@ -20,6 +20,7 @@ from mfuser.fast.fused import Describe, Halve, Tap
 from mfuser.fast.neck import Enlarge, EnlargeTwice
 from mfuser.fast.patches import Embedding
 from mfuser.fast.queries import Advance
+from mfuser.fast.scored import Score
 from mfuser.pairs import Pair
 
 LAYERS = (
@@ -37,6 +38,7 @@ LAYERS = (
     ContextDecoderLayer,
     Enlarge,
     EnlargeTwice,
+    Score,
 )
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # read whenever a graph is compiled; there is no other way to say it
 # graphs of one layer's code, beyond which there is an error: one for each kind of it and number of images, of all models
