@@ -198,7 +198,7 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
     done += ["pairs"] if _paired(copied, dtype) else []
     done += ["maps"] if fused.take(copied, dtype) else []
     done += ["attention"] if batch_first.take(copied, attention.attend) else []
-    done += ["queries"] if queries.take(copied) else []
+    done += ["queries"] if queries.take(copied, dtype) else []
     done += ["scores"] if scored.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:

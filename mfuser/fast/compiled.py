@@ -19,7 +19,7 @@ from mfuser.fast.cells import Enter, Leave
 from mfuser.fast.fused import Describe, Halve, Tap
 from mfuser.fast.neck import Enlarge, EnlargeTwice
 from mfuser.fast.patches import Embedding
-from mfuser.fast.queries import Advance
+from mfuser.fast.queries import Advance, Memories
 from mfuser.fast.scored import Score
 from mfuser.pairs import Pair
 
@@ -30,6 +30,7 @@ LAYERS = (
     PixelDecoderLayer,
     Enter,
     Leave,
+    Memories,
     Advance,
     Tap,
     Halve,
