@@ -244,7 +244,8 @@ def as_loaded(batch: Batch) -> Batch:
 
 
 def parts_of(model: Any) -> dict[str, list[torch.nn.Module]]:
-    """Return MFuser's parts by the name of their stage."""
+    """Return MFuser's parts by the name of their stage; a prepared copy has one layer for the texts that have seen the image."""
+    seen = [model.embedding, *([model.context_decoder] if model.context_decoder else [])]
     towers = [tower for tower in (model.vfm, model.vlm) if tower is not None]
     inner = [part for tower in towers for part in (tower.trunk.patch_embed.proj, *tower.trunk.blocks)]
     return {
@@ -252,7 +253,7 @@ def parts_of(model: Any) -> dict[str, list[torch.nn.Module]]:
         "fusers": [*model.adapters, *model.adapter_proj1, *model.adapter_proj2],
         "neck": [model.fpn1, model.fpn2],
         "texts": [model.text],
-        "embeddings and MTEnhancer": [model.embedding, *([model.context_decoder] if model.context_decoder else [])],
+        "embeddings and MTEnhancer": [model.describe] if hasattr(model, "describe") else seen,
         "pixel decoder": [model.pixel_decoder],
         "mask decoder": [model.mask_decoder],
         "loss": [model.criterion],

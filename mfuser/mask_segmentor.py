@@ -23,7 +23,11 @@ class MaskSegmentor(Segmentor):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        return window_scores(*self.masks(images), self.image_size)
+        return self.scored(*self.masks(images))
+
+    def scored(self, class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+        """Return class scores (B, K, H, W) of what `masks` returns."""
+        return window_scores(class_logits, mask_logits, self.image_size)
 
     def masks(self, images: Tensor) -> Output:
         """Return class and mask logits of the last decoder layer."""

@@ -6,7 +6,7 @@ or by a method itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ class MaskDecoderLayer(nn.Module):
 
     def forward(self, queries: Tensor, query_position: Tensor, memory: Tensor, key_position: Tensor, blocked: Tensor) -> Tensor:
         """(B, Q, D) -> (B, Q, D); memory is (B, L, D), blocked (B * M, Q, L) is True where a query must not look."""
-        attended, _ = self.cross_attn(
-            queries + query_position, memory + key_position, memory, attn_mask=blocked, need_weights=False
-        )
+        return self.read(queries, queries + query_position, query_position, memory + key_position, memory, blocked)
+
+    def read(
+        self, queries: Tensor, placed: Tensor, query_position: Tensor, keys: Tensor, memory: Tensor, blocked: Tensor
+    ) -> Tensor:
+        """Do as `forward`, with the positions added to queries and keys already."""
+        attended, _ = self.cross_attn(placed, keys, memory, attn_mask=blocked, need_weights=False)
         queries = self.norm1(queries + attended)
         attended, _ = self.self_attn(queries + query_position, queries + query_position, queries, need_weights=False)
         queries = self.norm2(queries + attended)
@@ -81,20 +85,25 @@ class MaskDecoder(nn.Module):
             last: only the last output, without the classes of those before, which training alone asks for.
         Returns: per output, class logits (B, Q, K + 1), the last column "no object", and mask logits (B, Q, h, w).
         """
-        memories = [m.flatten(2).transpose(1, 2) + level for m, level in zip(maps, self.level_embed.weight, strict=True)]
         sizes = [(m.shape[2], m.shape[3]) for m in maps]
         dim, kind = mask_features.shape[1], self.level_embed.weight.dtype
         places = [sine_encoding(h, w, dim, device=mask_features.device).to(kind) for h, w in sizes]
+        memories = self.memories(maps, places)
         normed = self.post_norm(queries)
         masks = masks_of(self, normed, mask_features)
         outputs = [] if last else [(self._classes(normed, masks, mask_features), masks)]
         for i in range(len(self.layers)):
             scale = i % len(maps)
-            given = (queries, positions, memories[scale], places[scale], masks, sizes[scale], mask_features)
+            given = (queries, positions, *memories[scale], masks, sizes[scale], mask_features)
             queries, normed, masks = self.advance(i, *given)
             if not last:
                 outputs.append((self._classes(normed, masks, mask_features), masks))
         return outputs or [(self._classes(normed, masks, mask_features), masks)]
+
+    def memories(self, maps: Sequence[Tensor], places: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return what layers read of each map (B, D, H, W): its tokens (B, L, D) with their level, and their places (L, D)."""
+        levels = zip(maps, self.level_embed.weight, strict=True)
+        return list(zip((m.flatten(2).transpose(1, 2) + level for m, level in levels), places, strict=True))
 
     def advance(
         self,
@@ -118,7 +127,7 @@ class MaskDecoder(nn.Module):
 
 def advanced(
     head: Any,
-    layer: nn.Module,
+    layer: Callable[..., Tensor],
     queries: Tensor,
     positions: Tensor,
     memory: Tensor,

@@ -6,7 +6,7 @@ Functions, not a module: the authors' checkpoints, and ours, have its convolutio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,10 +23,17 @@ def upsampling(channels: int) -> tuple[nn.Sequential, nn.ConvTranspose2d]:
     return fpn1, nn.ConvTranspose2d(channels, channels, 2, 2)
 
 
-def four_scales(maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module) -> list[Tensor]:
+def halved(x: Tensor) -> Tensor:
+    """Return the largest value of every 2x2 cells of a map, (B, C, H, W) -> (B, C, H // 2, W // 2)."""
+    return F.max_pool2d(x, 2)
+
+
+def four_scales(
+    maps: Sequence[Tensor], fpn1: nn.Module, fpn2: nn.Module, halve: Callable[[Tensor], Tensor] = halved
+) -> list[Tensor]:
     """Four maps (B, C, H, W) of one grid to four of 4, 2, 1 and 1/2 times the grid, as the pixel decoder takes them."""
     first, second, third, fourth = maps
-    return [fpn1(first), fpn2(second), third, F.max_pool2d(fourth, 2)]
+    return [fpn1(first), fpn2(second), third, halve(fourth)]
 
 
 def rows_of(weight: Tensor) -> Tensor:

@@ -6,8 +6,9 @@
 The model itself stays as it is. What the copy does otherwise equals the model but for rounding (tests hold it to fp32): class
 texts are computed once, what makes a transformer's tokens is one layer (`patches`), its blocks have fewer and larger products
 (`blocks`), the neck is a matrix product with what follows it (`neck`), a pixel decoder begins and ends with one layer each
-(`cells`), and so are MFuser's step of both towers (`mfuser.pairs`) and a step of a mask decoder (`queries`). On a GPU, attention
-and norms are kernels of their own (`attention`, `normed`). `weights` says what is in 16 bits and what is not.
+(`cells`), and so are MFuser's step of both towers (`mfuser.pairs`), what it makes of their tokens (`fused`), a step of a mask
+decoder (`queries`) and what makes scores of its masks (`scored`). On a GPU, attention and norms are kernels of their own
+(`attention`, `normed`). `weights` says what is in 16 bits and what is not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mfuser import batch_first
-from mfuser.fast import activated, attention, blocks, cells, neck, patches, queries, weights
+from mfuser.fast import activated, attention, blocks, cells, fused, neck, patches, queries, scored, weights
 from mfuser.fast.compiled import compile_layers, compiling, keep_in, seconds
 from mfuser.fast.graphs import Graphs, windows_that_fit
 from mfuser.fast.weights import hold_texts
@@ -193,10 +194,12 @@ def _copied(model: Segmentor, dtype: torch.dtype, stream: torch.dtype) -> tuple[
             done += [f"{name}.blocks"] if blocks.take(encoder, dtype) else []
             done += [f"{name}.patches"] if patches.take(encoder, dtype, stream) else []
     done += ["neck"] if neck.take(copied, dtype) else []
-    done += ["cells"] if cells.take(copied, dtype) else []
+    done += ["pixel decoder"] if cells.take(copied, dtype) else []
     done += ["pairs"] if _paired(copied, dtype) else []
+    done += ["maps"] if fused.take(copied, dtype) else []
     done += ["attention"] if batch_first.take(copied, attention.attend) else []
-    done += ["queries"] if queries.take(copied) else []
+    done += ["queries"] if queries.take(copied, dtype) else []
+    done += ["scores"] if scored.take(copied) else []
     done += ["feed-forward"] if activated.take(copied, dtype) else []
     if dtype is not torch.float32:
         weights.widen(copied)

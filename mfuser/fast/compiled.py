@@ -16,9 +16,11 @@ from mfuser.decoder.mtenhancer import MTEnhancer
 from mfuser.decoder.pixel_decoder import PixelDecoderLayer
 from mfuser.fast.blocks import Block
 from mfuser.fast.cells import Enter, Leave
+from mfuser.fast.fused import Describe, Halve, Tap
 from mfuser.fast.neck import Enlarge, EnlargeTwice
 from mfuser.fast.patches import Embedding
-from mfuser.fast.queries import Advance
+from mfuser.fast.queries import Advance, Memories
+from mfuser.fast.scored import Score
 from mfuser.pairs import Pair
 
 LAYERS = (
@@ -28,11 +30,16 @@ LAYERS = (
     PixelDecoderLayer,
     Enter,
     Leave,
+    Memories,
     Advance,
+    Tap,
+    Halve,
+    Describe,
     MTEnhancer,
     ContextDecoderLayer,
     Enlarge,
     EnlargeTwice,
+    Score,
 )
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # read whenever a graph is compiled; there is no other way to say it
 # graphs of one layer's code, beyond which there is an error: one for each kind of it and number of images, of all models

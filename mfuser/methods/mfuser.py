@@ -273,14 +273,18 @@ class MFuser(Segmentor):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        scores = class_scores(*self.masks(images))
+        return self.scored(*self.masks(images))
+
+    def scored(self, class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+        """Return class scores (B, K, H, W) of what `masks` returns."""
+        scores = class_scores(class_logits, mask_logits)
         return F.interpolate(scores, self.image_size, mode="bilinear", align_corners=False)
 
     def masks(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Class and mask logits of the last decoder layer, one query a class."""
         features, *tokens = self.step(images)
         # texts that do not see the image need no embedding of it
-        text = self.plain_texts(len(images)) if self.context_decoder is None else self.texts(*self.embed(*tokens))
+        text = self.plain_texts(len(images)) if self.context_decoder is None else self.described(*tokens)
         mask_features, maps = self.pixel_decoder(features, text)
         return self.mask_decoder(maps, mask_features, text, last=True)[-1]
 
@@ -319,8 +323,8 @@ class MFuser(Segmentor):
         for i in range(self.vfm.depth):
             d, v = self.pair(i, d, v, rope_d, rope_v)
             if i in self.taps:
-                tapped += [torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)] * self.taps.count(i)
-        return four_scales(tapped, self.fpn1, self.fpn2), d, v
+                tapped += [self.tap(d, v)] * self.taps.count(i)
+        return self.scales(tapped), d, v
 
     def pair(self, i: int, d: Tensor, v: Tensor, rope_d: Tensor | None, rope_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the tokens of both towers behind their i-th blocks and the fuser between them."""
@@ -331,6 +335,16 @@ class MFuser(Segmentor):
             dd, dv = self._fused(i, d, v)
             d, v = d + dd, v + dv
         return d, v
+
+    def tap(self, d: Tensor, v: Tensor) -> Tensor:
+        """Return a map (B, 2C, rows, columns) of the tokens of both towers."""
+        assert self.vfm is not None
+        assert self.vlm is not None
+        return torch.cat([self.vfm.as_map(d), self.vlm.as_map(v)], 1)
+
+    def scales(self, maps: list[Tensor]) -> list[Tensor]:
+        """Return four maps (B, 2C, H, W) of 4, 2, 1 and 1/2 times the grid, of those of four depths."""
+        return four_scales(maps, self.fpn1, self.fpn2)
 
     def _fused(self, i: int, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is added to the tokens of both towers behind a block."""
@@ -352,7 +366,7 @@ class MFuser(Segmentor):
                 assert isinstance(adapter, JointFuser)
                 tokens = tokens + adapter.mix(tokens)
             tapped += [tower.as_map(tokens)] * self.taps.count(i)
-        features = four_scales(tapped, self.fpn1, self.fpn2)
+        features = self.scales(tapped)
         return (features, tokens, None) if self.vlm is None else (features, None, tokens)
 
     def embed(self, d: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -373,6 +387,10 @@ class MFuser(Segmentor):
             return text
         refined: Tensor = text + self.gamma * self.context_decoder(text, torch.cat([global_, visual], 1))
         return refined
+
+    def described(self, d: Tensor | None, v: Tensor | None) -> Tensor:
+        """Return class embeddings (B, K, D), refined by the last tokens of the towers."""
+        return self.texts(*self.embed(d, v))
 
     def plain_texts(self, batch: int) -> Tensor:
         """Return class embeddings (B, K, D), the same for all images."""

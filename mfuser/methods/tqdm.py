@@ -184,7 +184,11 @@ class Tqdm(Segmentor):
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (B, K, H, W): at most the number of queries, not probabilities."""
-        scores = class_scores(*self.masks(images))
+        return self.scored(*self.masks(images))
+
+    def scored(self, class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+        """Return class scores (B, K, H, W) of what `masks` returns."""
+        scores = class_scores(class_logits, mask_logits)
         return F.interpolate(scores, self.image_size, mode="bilinear", align_corners=False)
 
     def masks(self, images: Tensor) -> Output:
