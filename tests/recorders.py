@@ -16,6 +16,9 @@ class Again:
     def __init__(self, device: torch.device) -> None:
         self._forgotten = False
 
+    def holds_exchanges(self) -> bool:
+        return True
+
     def rehearse(self, call: Callable[[], object]) -> None:
         call()
 
@@ -40,3 +43,10 @@ class Again:
 
     def forget(self) -> None:
         self._forgotten = True
+
+
+class AgainAlone(Again):
+    """As it is where processes exchange by what cannot be recorded."""
+
+    def holds_exchanges(self) -> bool:
+        return False

@@ -9,7 +9,6 @@ part of what one would have: of the batch, of the draws and of the losses (`engi
 from __future__ import annotations
 
 import logging
-import math
 import time
 from contextlib import suppress
 from functools import partial
@@ -29,6 +28,7 @@ from dgbench.engine import batches, checkpoints, step, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, pick_device
 from dgbench.engine.log import Log
+from dgbench.engine.logged import Logged
 from dgbench.engine.optim import Rate, optimizer_of
 from dgbench.engine.pace import Pace
 from dgbench.engine.parallel import Loss, prepared, with_norms
@@ -152,7 +152,7 @@ def train(
             checkpoints.prune(run)  # older ones of a killed process, now that this one is known to be complete
 
     model.train()
-    images_seen, since = 0, time.perf_counter()
+    since = time.perf_counter()
     made = None
 
     def keep(done: int) -> Made:
@@ -178,7 +178,8 @@ def train(
         progress.start(f"training {recipe.name} on {recipe.data.source}", spec.steps - start, "steps")
     finished = saved = start
     agreed = False  # all processes stop behind the same step
-    pace = Pace(run, team, partial(speed.peak_gib, accelerator.device))
+    pace = Pace(run, team, partial(speed.peak_gib, accelerator.device), accelerator.device)
+    lines = Logged(team, accelerator.device, pace, log, trackers, progress)
     first = step.FirstStep(speed, progress.note if main else lambda _: None)
     with Stops() as stops, Watch(team, str(run)) as watch:
         # one of several processes stops where all do, not while it waits for its batch
@@ -211,27 +212,13 @@ def train(
                     model.update_average(done)
                 first.ends()
 
-                images_seen += len(batch.images) * team.world
+                watch.at(at, "waiting for the others")
+                lines.write()  # of the step before: the GPU has work for a step meanwhile
                 pace.step(len(batch.images) * team.world)
                 checkpoint_due = done % spec.checkpoint_every == 0 or done == spec.steps
-                log_due = done % spec.log_every == 0 or checkpoint_due
-                watch.at(at, "waiting for the others")
-                if log_due:
-                    value, *each = team.mean(torch.stack([loss, *terms.values()]).tolist())  # one wait for the GPU
-                    if not math.isfinite(value):
-                        raise RecipeError(
-                            f"the loss became {value} at step {done}",
-                            "lower optim.lr, or set train.clip_norm=1.0; the last checkpoint is kept",
-                        )
-                    pace.write(done)
-                if main and log_due:
-                    rate_now = images_seen / (time.perf_counter() - since)
-                    assert log is not None
+                if done % spec.log_every == 0 or checkpoint_due:
                     lr = Rate(recipe.optim.lr, recipe.optim.min_lr).at(at, spec.steps, recipe.optim)
-                    values = {"loss": value, "lr": lr} | dict(zip(terms, each, strict=True))
-                    log.write(done, values)
-                    trackers.log(values | {"images_per_second": rate_now}, done)
-                    progress.advance(0, loss=value, images_per_second=rate_now)
+                    lines.take(done, loss, terms, lr, now=checkpoint_due)
                 if main:
                     progress.advance(1)
                 if main and checkpoint_due:
@@ -242,12 +229,16 @@ def train(
                 pace.mark()
                 stops.busy = team.world > 1
                 if asked := team.most(stops.asked or 0):
+                    stops.busy = True  # a loss that is not finite counts more than the signal
+                    lines.write()
                     stops.asked, agreed = stops.asked or asked, True
                     stops.check()
                 pace.waited(loading=False)
                 pace.mark()
                 watch.at(done, "loading its batch")
         except BaseException as error:
+            if not agreed and not stops.hurried:
+                lines.rescue()
             if team.world > 1 and not agreed:
                 # where the others are in their step is not known: the last checkpoint counts
                 if stops.asked is not None and (stops.hurried or team.lost(error) or isinstance(error, PeerLost)):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHANNELS = 512  # of a row for each warp
+_CHANNELS = 1024  # of a row for each warp: of EVA02-L's 2752, four are faster than 2, 8 and 16 (H200)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, width: int, eps: float) -> None:
