@@ -54,7 +54,7 @@ class Groups(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it."""
         x = x.to(self.weight.dtype)
-        # of every channel first: so a GPU reads whole cells, and not the few channels of each that are a group. And from its first
+        # of every channel first: so a GPU reads whole cells, not the few channels of each that are a group. And from its first
         # value on: sums of squares are exact enough so, and divide nothing by a running count, as `var_mean` does
         first = x[:, :1, :1]
         away = (x - first).flatten(1, 2)
