@@ -54,9 +54,13 @@ class Groups(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it."""
         x = x.to(self.weight.dtype)
-        # of every channel first: so a GPU reads whole cells, and not those few channels of each that are a group
-        variance, mean = torch.var_mean(x.flatten(1, 2), 1, correction=0)
-        variance, mean = (each.unflatten(1, (self.groups, -1)) for each in (variance, mean))
+        # of every channel first: so a GPU reads whole cells, not the few channels of each that are a group. And from its first
+        # value on: sums of squares are exact enough so, and divide nothing by a running count, as `var_mean` does
+        first = x[:, :1, :1]
+        away = (x - first).flatten(1, 2)
+        mean = away.mean(1)
+        variance = ((away * away).mean(1) - mean * mean).clamp_min(0)
+        variance, mean = (each.unflatten(1, (self.groups, -1)) for each in (variance, mean + first.flatten(1)))
         centre = mean.mean(-1, keepdim=True)
         scale = torch.rsqrt((variance + (mean - centre).square()).mean(-1, keepdim=True) + self.eps)
         scale = scale * self.weight.unflatten(0, (self.groups, -1))

@@ -57,10 +57,10 @@ def test_a_whole_decoder_is_equal(text):
 
 def test_a_norm_far_from_zero_is_that_of_torch():
     norm = nn.GroupNorm(2, 8)
-    x = 1000 + torch.randn(2, 5, 7, 8)
+    x = 1000 + torch.randn(2, 5, 7, 8, generator=torch.Generator().manual_seed(0))
     found = cells.Groups(norm, torch.float32)(x)
     expected = norm.double()(x.double().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3)  # the values themselves are rounded to 6e-5
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)  # the values themselves are rounded to 3e-5
 
 
 def test_types_in_16_bits_are_those_of_autocast():
