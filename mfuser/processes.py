@@ -12,7 +12,7 @@ whole batch is then needed before the other parts have been seen: it follows fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -141,33 +141,6 @@ def average(tensor: Tensor) -> None:
     """
     if (processes := number_of_processes()) > 1:
         dist.all_reduce(tensor.mul_(1 / processes))
-
-
-def averaging(tensor: Tensor) -> Callable[[], object]:
-    """Begin what `average` does, and return what waits for its end: on a GPU, the stream that is current then.
-
-    Until then the tensor is neither read nor written. All processes begin the same tensors in the same order.
-    """
-    if (processes := number_of_processes()) == 1:
-        return lambda: None
-    wait: Callable[[], object] = dist.all_reduce(tensor.mul_(1 / processes), async_op=True).wait
-    return wait
-
-
-def by_nccl() -> bool:
-    """Return whether several processes exchange by NCCL."""
-    return number_of_processes() > 1 and dist.get_backend() == "nccl"
-
-
-def of_each(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Return each process's integers, by rank. All processes call it, with as many."""
-    if (processes := number_of_processes()) == 1:
-        return [list(numbers)]
-    every = torch.zeros(processes, len(numbers), dtype=torch.long, device=device)
-    every[dist.get_rank()] = torch.tensor(numbers, dtype=torch.long)
-    dist.all_reduce(every)
-    found: list[list[int]] = every.tolist()
-    return found
 
 
 def _of(each: Tensor, labels: Tensor | None, of: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -9,8 +9,7 @@ torch's generators differ from replay to replay, and follow from the seed as wit
 
 Of several processes, each captures its own pass, all at the same step, and the backward pass averages the gradients over them:
 the model is not to be wrapped in `DistributedDataParallel`, whose hooks see no replay. Exchanges within the pass, such as
-SyncBatchNorm's and those of gradients, are captured with it, which NCCL allows and gloo does not: by gloo, gradients are averaged
-behind it.
+SyncBatchNorm's, are captured with it, which NCCL allows and gloo does not.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mfuser.by_size import handed_out
 from mfuser.cuda_graphs import CaptureError, captured, rehearsed
-from mfuser.joined_gradients import Joined, arrivals
 from mfuser.ops import dispatch
-from mfuser.processes import by_nccl, number_of_processes
+from mfuser.processes import average, number_of_processes
 from mfuser.segmentor import Segmentor
 
 # passes before the capture, in which blocks are compiled, kernels loaded and chosen, and libraries make their workspaces
 _WARM_UP = 3
+# elements between whose multiples gradients that share memory begin, so that kernels read them as they do those that do not
+_ALIGNED = 64
 
 Call = Callable[[], Sequence[Tensor | None]]
 
@@ -49,10 +49,6 @@ class Memory(NamedTuple):
 
 class Recorder(Protocol):
     """Records what calls do, so that it can be done again at the same addresses."""
-
-    def holds_exchanges(self) -> bool:
-        """Return whether what several processes exchange within a call is recorded with it."""
-        ...
 
     def rehearse(self, call: Callable[[], object]) -> None:
         """Do it where it will be recorded, without recording."""
@@ -79,10 +75,6 @@ class CudaRecorder:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         with torch.cuda.device(device):
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def holds_exchanges(self) -> bool:
-        """Return whether processes exchange by NCCL, the only way that runs on streams."""
-        return by_nccl()
 
     def rehearse(self, call: Callable[[], object]) -> None:
         """Do it on the graphs' stream."""
@@ -187,7 +179,7 @@ class _Recorded:
         kind = images.device.type
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.images = images.detach().clone()
-        self._joined: Joined | None = None
+        self._joined = _Joined(self.trained) if number_of_processes() > 1 else None
         self._recorder = recorder
         live: list[Tensor] = []  # with their autograd graph, which is dropped behind the backward pass
 
@@ -201,21 +193,9 @@ class _Recorded:
 
         def backward() -> Sequence[Tensor | None]:
             ends = [output for output in live if output.requires_grad]
-            given = [g for g in self.incoming if g is not None]
-
-            def gradients() -> Sequence[Tensor | None]:
-                found = torch.autograd.grad(ends, self.trained, given, allow_unused=True)
-                live.clear()
-                return found
-
-            if number_of_processes() == 1:
-                return _own(gradients(), self.trained, self.incoming)
-            if self._joined is None:  # the first rehearsal
-                with arrivals(self.trained) as order:
-                    gradients()
-                self._joined = Joined(self.trained, order, within=recorder.holds_exchanges())
-                return []
-            return self._joined.of(gradients)
+            found = torch.autograd.grad(ends, self.trained, [g for g in self.incoming if g is not None], allow_unused=True)
+            live.clear()
+            return _own(found, self.trained, self.incoming) if self._joined is None else self._joined.hold(found)
 
         def both() -> None:
             forward()
@@ -241,7 +221,7 @@ class _Recorded:
         self._anchor = torch.zeros((), device=images.device, requires_grad=True)  # has the results take part in a backward pass
         self._held = [*model.parameters(), *model.buffers()]
         self._addresses = [tensor.data_ptr() for tensor in self._held]
-        outside = self.trained if number_of_processes() > 1 else []
+        outside = self.trained if self._joined is not None else []
         self._hooks = [parameter.register_post_accumulate_grad_hook(_refuse) for parameter in outside]
 
     def __call__(self, images: Tensor) -> Any:
@@ -266,7 +246,8 @@ class _Recorded:
                 own.copy_(given)
         self._backward()
         if self._joined is not None:
-            self._joined.finish()
+            for flat in self._joined.flats:
+                average(flat)
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
 
@@ -275,6 +256,38 @@ class _Recorded:
         self._recorder.forget()
         for hook in self._hooks:
             hook.remove()
+
+
+class _Joined:
+    """Memory of the gradients of parameters, one behind the other in their layouts, so that processes exchange all at once.
+
+    flats: one tensor for each type of numbers; zeros between gradients, and where a parameter has none.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        begins: list[int] = []
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in parameters:
+            begins.append(sizes.get(parameter.dtype, 0))
+            sizes[parameter.dtype] = begins[-1] + -(-parameter.numel() // _ALIGNED) * _ALIGNED
+        device = parameters[0].device if parameters else None
+        flats = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self.flats = list(flats.values())
+        self._views = [
+            flats[parameter.dtype].as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride(), begin)
+            for parameter, begin in zip(parameters, begins, strict=True)
+        ]
+
+    def hold(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Copy gradients there, and return them where they are now."""
+        pairs = [(view, own) for view, own in zip(self._views, gradients, strict=True) if own is not None]
+        alike = [(view, own) for view, own in pairs if view.stride() == own.stride()]  # which one kernel copies hundreds of
+        if alike:
+            torch._foreach_copy_([view for view, _ in alike], [own for _, own in alike])
+        for view, own in pairs:
+            if view.stride() != own.stride():
+                view.copy_(own)
+        return [None if own is None else view for view, own in zip(self._views, gradients, strict=True)]
 
 
 def _refuse(_: Tensor) -> None:

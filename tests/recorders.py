@@ -16,9 +16,6 @@ class Again:
     def __init__(self, device: torch.device) -> None:
         self._forgotten = False
 
-    def holds_exchanges(self) -> bool:
-        return True
-
     def rehearse(self, call: Callable[[], object]) -> None:
         call()
 
@@ -43,10 +40,3 @@ class Again:
 
     def forget(self) -> None:
         self._forgotten = True
-
-
-class AgainAlone(Again):
-    """As it is where processes exchange by what cannot be recorded."""
-
-    def holds_exchanges(self) -> bool:
-        return False

@@ -240,25 +240,17 @@ def test_the_option_starts_the_processes_and_says_which_was_killed(tmp_path: Pat
     assert done.stderr.splitlines()[0] == "error: process 0 of 2 was killed (SIGKILL), most often because memory was used up"
 
 
-def started_on_gpus(folder: Path, recipe: str, count: int, *words: str, **env: str) -> subprocess.Popen[str]:
-    """A training by so many processes; in processes of their own: CUDA does not survive a fork."""
-    folder.mkdir(exist_ok=True)
+def on_gpus(folder: Path, recipe: str, count: int, *words: str, **env: str) -> Path:
+    """A run by so many processes; in processes of their own: CUDA does not survive a fork."""
+    folder.mkdir()
     (folder / "plain.yaml").write_text(recipe)
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     program = [sys.executable, str(Path(__file__).parent / "plain_program.py"), "train", str(folder / "plain.yaml")]
     given = ["--out", str(folder / "run"), "--gpus", str(count), "--quiet", *words]
-    here = {**os.environ, "PYTHONPATH": path, **env}
-    return subprocess.Popen([*program, *given], env=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def on_gpus(folder: Path, recipe: str, count: int, *words: str, **env: str) -> Path:
-    """The run of a training that ends by itself."""
-    started = started_on_gpus(folder, recipe, count, *words, **env)
-    try:
-        _, told = started.communicate(timeout=240)
-    finally:
-        started.kill()
-    assert started.returncode == 0, told
+    done = subprocess.run(
+        [*program, *given], env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
@@ -289,7 +281,7 @@ MFUSER = RECIPE.replace("{name: plain}", "{name: mfuser, vfm: tiny, vlm: tiny, f
     ids=["without BatchNorm", "with BatchNorm", "mfuser", "mfuser, compiled"],
 )
 def test_two_gpus_train_with_graphs_as_without_them(recipe: str, options: list[str], tmp_path: Path) -> None:
-    """Statistics of BatchNorm and gradients are exchanged within the graphs; the processes part by themselves."""
+    """Statistics of BatchNorm are exchanged within the graphs, gradients behind them; the processes part by themselves."""
     near = 2e-2 if recipe is MFUSER else 1e-3
     runs = [
         on_gpus(tmp_path / graphs, recipe, 2, "--no-eval", "--set", *options, f"train.graphs={graphs}")
@@ -299,24 +291,3 @@ def test_two_gpus_train_with_graphs_as_without_them(recipe: str, options: list[s
     assert plain[0]["loss"] != plain[1]["loss"]
     for step, expected in zip(captured, plain, strict=True):
         assert step == pytest.approx(expected, rel=near)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_with_graphs_are_stopped_behind_one_step_whose_line_is_there(tmp_path: Path) -> None:
-    """Every step is logged, and its line written behind the next one's launches."""
-    told = ["train.graphs=true", "train.steps=1000000", "train.checkpoint_every=1000000"]
-    started = started_on_gpus(tmp_path, MFUSER, 2, "--no-eval", "--set", *told)
-    log = tmp_path / "run/log.jsonl"
-    end = time.monotonic() + 200
-    try:
-        while started.poll() is None and time.monotonic() < end and not (log.exists() and log.read_bytes().count(b"\n") > 4):
-            time.sleep(0.05)
-        started.send_signal(signal.SIGTERM)
-        _, said = started.communicate(timeout=60)
-    finally:
-        started.kill()
-    assert started.returncode == 143, said
-    (checkpoint,) = (tmp_path / "run/checkpoint").iterdir()
-    steps = [line["step"] for line in losses(tmp_path / "run")]
-    assert steps == list(range(1, int(checkpoint.name.removeprefix("step-")) + 1))
