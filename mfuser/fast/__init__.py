@@ -151,7 +151,7 @@ def prepare(
     dtype: torch.dtype = torch.bfloat16,
     compile: bool = True,
     graphs: bool = True,
-    stream: torch.dtype = torch.float32,
+    stream: torch.dtype | None = None,
     cache: Path | None = None,
 ) -> Prepared:
     """Return a fast copy of a model for inference, on the model's device; the model stays as it is.
@@ -161,12 +161,14 @@ def prepare(
         compile: through torch.compile, layer by layer, when images of `image_size` come first, and those of another size a second
             time; of 16 sizes, with their numbers, at most.
         graphs: on a GPU, replay CUDA graphs for sizes that come again. Where one cannot be captured, there is a warning.
-        stream: of the tokens between the blocks of a transformer; `dtype` moves less memory, and rounds them after every block.
+        stream: of the tokens between the blocks of a transformer; None: `dtype`, which moves less memory than fp32, and rounds
+            them after every block.
         cache: folder where compiled graphs are kept, see `compiled.keep_in`.
 
     Raises: ValueError for a method that cannot, by its name and with the reason, and for another dtype.
     """
     names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+    stream = dtype if stream is None else stream
     for what, given in (("dtype", dtype), ("stream", stream)):
         if given not in DTYPES:
             raise ValueError(f"{what} is {given}; fast inference takes {names}")

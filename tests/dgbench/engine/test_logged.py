@@ -166,6 +166,7 @@ def test_on_a_gpu_nothing_is_waited_for_until_a_step_is_written(tmp_path):
     pace = Pace(tmp_path, ALONE, lambda: 1.0, device)
     said = Logged(ALONE, device, pace, Log(tmp_path / "log.jsonl", 0, None), Trackers(), Silent())
     loss = torch.full((), 2.0, device=device)
+    loss += 0  # a kernel that is loaded for the first time is waited for
     pace.step(4)
     said.take(1, loss, {"loss_mask": loss}, 0.1, now=True)  # memory of the host is there from here on
     torch.cuda._sleep(2_000_000_000)  # about a second, in the GPU's cycles
