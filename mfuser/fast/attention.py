@@ -16,6 +16,7 @@ from torch.nn import functional as F
 _TYPES = (torch.bfloat16, torch.float16)
 _WIDTHS = (16, 32, 64, 128)  # of a head: both factors of a product are a tile of this width
 _FARTHEST = 2**31  # numbers from the first token of a head to its last: the kernel's offsets within a head have 32 bits
+_PRODUCTS = 8  # compute capability from which NVIDIA's GPUs have products of bf16, without which Triton has none; below, torch's
 _TRITON = find_spec("triton") is not None  # asked for here, as the compiler cannot trace the question
 
 
@@ -64,7 +65,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             "of at least 1; `attend` takes the others"
         )
     out = _empty(q)
-    if out.numel():
+    if q.is_cuda and torch.version.cuda is not None and torch.cuda.get_device_capability(q.device)[0] < _PRODUCTS:
+        out.copy_(F.scaled_dot_product_attention(q, k, v))
+    elif out.numel():
         from mfuser.fast.attention_triton_backend import launch  # where it is: see `fuses`
 
         launch(_laid_out(q), _laid_out(k), _laid_out(v), out)

@@ -21,7 +21,8 @@ _TMA = 9  # compute capability from which GPUs have it
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return whether a GPU copies tiles of these (B, H, L, D) by itself: channels side by side, all else 16 bytes apart."""
-    if k.shape[2] < KEYS or torch.cuda.get_device_capability(q.device)[0] < _TMA:
+    # AMD's GPUs are numbered otherwise
+    if k.shape[2] < KEYS or torch.version.cuda is None or torch.cuda.get_device_capability(q.device)[0] < _TMA:
         return False
     return all(_aligned(each) for each in (q, k, v))
 
