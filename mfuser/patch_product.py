@@ -36,14 +36,20 @@ def is_product(conv: nn.Module) -> bool:
     return usual and conv.stride == conv.kernel_size
 
 
+def pixels_of(x: Tensor, sides: tuple[int, int], more: int) -> Tensor:
+    """Return the pixels of each patch (h, w) as rows, (B, 3, H, W) -> (B, H // h * W // w, 3 h w + more), zeros at their ends."""
+    high, wide = sides
+    rows, columns = x.shape[2] // high, x.shape[3] // wide
+    cut = x[:, :, : rows * high, : columns * wide]
+    cells = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, h, w)
+    return F.pad(cells.flatten(3).flatten(1, 2), (0, more))
+
+
 def _product(conv: Any, x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, C, H // p, W // p), a view of tokens; pixels behind the last whole patch are not seen."""
-    high, wide = conv.kernel_size
-    rows, columns = x.shape[2] // high, x.shape[3] // wide
+    sides = conv.kernel_size
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # before it is copied, not behind
-    cut = x[:, :, : rows * high, : columns * wide]
-    cells = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, p, p)
     more = -conv.weight[0].numel() % _ALIGN
-    pixels, weight = (F.pad(each, (0, more)) for each in (cells.flatten(3).flatten(1, 2), conv.weight.flatten(1)))
-    return F.linear(pixels, weight, conv.bias).transpose(1, 2).unflatten(2, (rows, columns))
+    tokens = F.linear(pixels_of(x, sides, more), F.pad(conv.weight.flatten(1), (0, more)), conv.bias)
+    return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // sides[0], x.shape[3] // sides[1]))

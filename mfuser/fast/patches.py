@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mfuser.fast.blocks import Norm
 from mfuser.padded import ALIGN
-from mfuser.patch_product import is_product
+from mfuser.patch_product import is_product, pixels_of
 from mfuser.towers.vit import VisionEncoder
 
 
@@ -32,13 +32,9 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, rows, columns)."""
-        high, wide = self.sides
-        rows, columns = x.shape[2] // high, x.shape[3] // wide
-        cut = x[:, :, : rows * high, : columns * wide].to(self.weight.dtype)
-        cells = cut.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5)  # (B, r, c, 3, p, p)
         with torch.autocast(x.device.type, enabled=False):
-            tokens = F.linear(F.pad(cells.flatten(3).flatten(1, 2), (0, self.more)), self.weight, self.bias)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+            tokens = F.linear(pixels_of(x.to(self.weight.dtype), self.sides, self.more), self.weight, self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (x.shape[2] // self.sides[0], x.shape[3] // self.sides[1]))
 
 
 class Embedding(nn.Module):
