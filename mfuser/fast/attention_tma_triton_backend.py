@@ -58,6 +58,18 @@ def _tiles(x: Tensor, tokens: int) -> TensorDescriptor:
 
 
 @triton.jit
+def weighed(score, largest, total, mixed, scale):
+    """Return a tile's weights relative to the largest score so far, that score, and sums of weights and values scaled down to it.
+
+    Weights are scores times `scale` as powers of 2; their own values are yet to be added to `mixed`.
+    """
+    larger = tl.maximum(largest, tl.max(score, 1) * scale)
+    weight = tl.exp2(score * scale - larger[:, None])
+    shrunk = tl.exp2(largest - larger)
+    return weight, larger, total * shrunk + tl.sum(weight, 1), mixed * shrunk[:, None]
+
+
+@triton.jit
 def _attention(q, k, v, out, heads, length, keys, scale, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr) -> None:
     tiles = tl.cdiv(length, ROWS)
     program = tl.program_id(0)
@@ -71,24 +83,16 @@ def _attention(q, k, v, out, heads, length, keys, scale, WIDTH: tl.constexpr, RO
     done = keys // KEYS * KEYS
     for start in range(0, done, KEYS):
         score = tl.dot(query, k.load([image, start, head, 0]).reshape(KEYS, WIDTH).T, input_precision="ieee")
-        larger = tl.maximum(largest, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * scale - larger[:, None])
-        shrunk = tl.exp2(largest - larger)
-        total = total * shrunk + tl.sum(weight, 1)
-        mixed = mixed * shrunk[:, None]
+        weight, largest, total, mixed = weighed(score, largest, total, mixed, scale)
         values = v.load([image, start, head, 0]).reshape(KEYS, WIDTH)
         mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision="ieee")
-        largest = larger
     if done < keys:
         there = done + tl.arange(0, KEYS) < keys
-        score = tl.dot(query, k.load([image, done, head, 0]).reshape(KEYS, WIDTH).T, input_precision="ieee") * scale
+        score = tl.dot(query, k.load([image, done, head, 0]).reshape(KEYS, WIDTH).T, input_precision="ieee")
         score = tl.where(there[None, :], score, -float("inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])
-        shrunk = tl.exp2(largest - larger)
-        total = total * shrunk + tl.sum(weight, 1)
+        weight, largest, total, mixed = weighed(score, largest, total, mixed, scale)
         values = v.load([image, done, head, 0]).reshape(KEYS, WIDTH)
-        mixed = tl.dot(weight.to(values.dtype), values, mixed * shrunk[:, None], input_precision="ieee")
+        mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision="ieee")
     mixed = mixed / total[:, None]
     row, channel = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     out += ((image.to(tl.int64) * length + first) * heads + head) * WIDTH

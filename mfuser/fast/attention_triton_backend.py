@@ -104,24 +104,15 @@ def _attention(
         done = keys // KEYS * KEYS
         for start in range(0, done, KEYS):
             score = tl.dot(query, tl.load(k_tile + start * k_token), input_precision="ieee")
-            larger = tl.maximum(largest, tl.max(score, 1) * scale)
-            weight = tl.exp2(score * scale - larger[:, None])
-            shrunk = tl.exp2(largest - larger)
-            total = total * shrunk + tl.sum(weight, 1)
-            mixed = mixed * shrunk[:, None]
+            weight, largest, total, mixed = tma.weighed(score, largest, total, mixed, scale)
             values = tl.load(v_tile + start * v_token)
             mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision="ieee")
-            largest = larger
     if done < keys:
         there = done + key < keys
         columns = tl.load(k_tile + done * k_token, mask=there[None, :], other=0.0)
-        score = tl.dot(query, columns, input_precision="ieee") * scale
-        score = tl.where(there[None, :], score, -float("inf"))
-        larger = tl.maximum(largest, tl.max(score, 1))
-        weight = tl.exp2(score - larger[:, None])
-        shrunk = tl.exp2(largest - larger)
-        total = total * shrunk + tl.sum(weight, 1)
+        score = tl.where(there[None, :], tl.dot(query, columns, input_precision="ieee"), -float("inf"))
+        weight, largest, total, mixed = tma.weighed(score, largest, total, mixed, scale)
         values = tl.load(v_tile + done * v_token, mask=there[:, None], other=0.0)
-        mixed = tl.dot(weight.to(values.dtype), values, mixed * shrunk[:, None], input_precision="ieee")
+        mixed = tl.dot(weight.to(values.dtype), values, mixed, input_precision="ieee")
     mixed = mixed / total[:, None]
     tl.store(out + row[:, None] * heads * WIDTH + channel[None, :], mixed.to(out.dtype.element_ty), mask=asks)

@@ -40,7 +40,7 @@ class Norm(nn.Module):
         if normed.fuses(x, self.weight, self.dtype):
             assert self.weight is not None
             return normed.layer_norm(x, added, self.weight, self.bias, self.eps, self.dtype)
-        x = x.to(self.wide) if added is None else (x + added).to(self.wide)
+        x = x.to(self.wide) if added is None else x.to(self.wide) + added
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(self.dtype)
 
 
@@ -57,8 +57,8 @@ class PaddedNorm(Norm):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """(..., C + more) -> the same."""
         assert self.weight is not None
-        x = x if added is None else x + added
-        return norm_of_padded(x.to(self.wide), self.width, self.weight, self.bias, self.eps).to(self.dtype)
+        x = x.to(self.wide) if added is None else x.to(self.wide) + added
+        return norm_of_padded(x, self.width, self.weight, self.bias, self.eps).to(self.dtype)
 
 
 class Product(nn.Module):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -87,18 +82,3 @@ def test_on_a_gpu_both_kernels_agree(length):
     apart = torch.empty(*k.shape[:-1], 65, device="cuda", dtype=k.dtype)[..., 1:].copy_(k)
     assert not tma.fits(q, apart, v)
     agrees(attention.attention(q, apart, v), *given)
-
-
-@pytest.mark.full
-def test_triton_compiles_attention_by_tiles_for_a_gpu(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "ops" / "triton_compile.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "attention_tma", "bfloat16"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line.partition(", ")[2].partition(",")[0] for line in done.stdout.splitlines()] == ["0 bytes of stack"] * 2
