@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -37,6 +38,35 @@ _LARGEST_NUMBER = 1 << 18  # in a description: more than any side or width, and 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What is saved of a model, on the CPU.
+
+    state: its tensors by name.    frozen: names of the parameters among them that are not trained.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    classes: tuple[str, ...]
+    state: Mapping[str, torch.Tensor]
+    frozen: frozenset[str]
+
+
+def hold(model: Segmentor, *, apart: bool = False) -> Held:
+    """Return what `save` would write of a model.
+
+    Args:
+        apart: later steps of a training do not change it: of what is on the CPU, all but frozen parameters are copied.
+    """
+    frozen = frozenset(name for name, one in model.named_parameters() if not one.requires_grad)
+    state = {}
+    for name, tensor in model.model_state().items():
+        own = tensor.detach().cpu().contiguous()
+        shared = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        state[name] = own.clone() if apart and shared and name not in frozen else own
+    return Held(model.method, dict(model.options), tuple(model.classes), state, frozen)
+
+
 def save(
     model: Segmentor,
     folder: Path | str,
@@ -54,15 +84,25 @@ def save(
     Raises: ValueError naming a tensor that is not finite, before anything is written; OSError naming the file that cannot be
         written.
     """
-    folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.model_state().items()}
+    return write(hold(model), folder, towers=towers, dtype=dtype)
+
+
+def write(
+    held: Held,
+    folder: Path | str,
+    *,
+    towers: Literal["stored", "named"] = "stored",
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write what `hold` took of a model, as `save` does."""
+    folder, state = Path(folder), dict(held.state)
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    left_out = _named(model, state) if towers == "named" else []
+    left_out = _named(held, state) if towers == "named" else []
     for tower in left_out:
         for name in tower.tensors:
             del state[name]
-    _refuse_unfinite(state, f"the model `{model.method}` is not saved")
+    _refuse_unfinite(state, f"the model `{held.method}` is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     # the manifest of the files that are about to be replaced
     (folder / manifest.NAME).unlink(missing_ok=True)
@@ -81,19 +121,19 @@ def save(
         os.fsync(file.fileno())
     os.replace(weights, folder / _WEIGHTS)
     form = NAMED if left_out else FORMAT
-    description = {"format": form, "method": model.method, "options": model.options, "classes": list(model.classes)}
+    description = {"format": form, "method": held.method, "options": dict(held.options), "classes": list(held.classes)}
     manifest.write(folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
     manifest.seal(folder, (_WEIGHTS, _DESCRIPTION))
     return folder
 
 
-def _named(model: Segmentor, state: Mapping[str, torch.Tensor]) -> list[NamedTower]:
+def _named(held: Held, state: Mapping[str, torch.Tensor]) -> list[NamedTower]:
     """Return the towers of a model that need not be stored."""
-    frozen = {name: state[name] for name, one in model.named_parameters() if not one.requires_grad and name in state}
+    frozen = {name: state[name] for name in state if name in held.frozen}
     found = []
-    own = methods.backbone_names(model.method) - TOWERS.keys()  # a method's own trunks have no files
-    for option, parts in methods.towers(model.method, model.options).items():
-        tower = model.options[option]
+    own = methods.backbone_names(held.method) - TOWERS.keys()  # a method's own trunks have no files
+    for option, parts in methods.towers(held.method, held.options).items():
+        tower = held.options[option]
         if tower not in own and (one := named.of_tower(tower, parts, frozen)) is not None:
             found.append(one)
             frozen = {name: value for name, value in frozen.items() if name not in one.tensors}

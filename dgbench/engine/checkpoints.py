@@ -27,6 +27,7 @@ import mfuser
 import mfuser.checkpoints
 from dgbench import atomic, results, untrusted
 from dgbench.engine.device import memory_refused
+from dgbench.engine.taken import Taken, take
 from dgbench.errors import CheckpointError, ResultError
 from dgbench.recipe import Recipe
 from mfuser import manifest
@@ -96,12 +97,17 @@ def save(
 
     Raises: CheckpointError for weights that are not finite: nothing is written then.
     """
+    return write(take(model, optimizer), run, step, keep=keep, seen=seen, made=made)
+
+
+def write(taken: Taken, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None, made: Made | None = None) -> Path:
+    """Write what was taken of a training at `step`, as `save` does."""
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
     try:
-        mfuser.save(model, partial, towers="named")
+        mfuser.checkpoints.write(taken.model, partial, towers="named")
     except ValueError as error:
         raise CheckpointError(
             f"step {step}: {error}",
@@ -113,13 +119,11 @@ def save(
         if content is not None:
             values = {key: value for key, value in asdict(content).items() if (key, value) != ("each", None)}
             atomic.write(partial / name, json.dumps(values) + "\n")
-    _write_moments(optimizer, partial / _MOMENTS)
-    state = model.training_state().items()
-    training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
-    if training:
+    _write_moments(taken.moments, partial / _MOMENTS)
+    if taken.training:
         # written by Python instead of safetensors, so that a full disk is reported as for every other file
-        atomic.write(partial / _TRAINING, safetensors.torch.save(training))
-    there = {_MOMENTS: True, _TRAINING: bool(training), _SEEN: seen is not None, _MADE: made is not None}
+        atomic.write(partial / _TRAINING, safetensors.torch.save(taken.training))
+    there = {_MOMENTS: True, _TRAINING: bool(taken.training), _SEEN: seen is not None, _MADE: made is not None}
     manifest.seal(partial, [name for name, is_there in there.items() if is_there])
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)
@@ -130,10 +134,10 @@ def save(
     return final
 
 
-def _write_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
+def _write_moments(moments: dict[str, Any], path: Path) -> None:
     try:
         with path.open("wb") as file:
-            torch.save(optimizer.state_dict(), file)
+            torch.save(moments, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:

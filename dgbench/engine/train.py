@@ -24,7 +24,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, digest_of, files_of, streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
-from dgbench.engine import batches, checkpoints, step, tracking
+from dgbench.engine import batches, checkpoints, step, taken, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, pick_device
 from dgbench.engine.log import Log
@@ -70,7 +70,8 @@ def train(
         team: the processes that train together, all of which call this; default: those that a launcher started.
         local_norms: BatchNorm may take the statistics of each process's part of a batch, or of each of `train.accumulate`.
 
-    SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one does not wait.
+    SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one waits for
+    none but one that is being written. On a GPU that is done beside the next steps (`engine/taken.py`).
 
     Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated; PeerLost
         if another process has ended.
@@ -170,8 +171,10 @@ def train(
             log_sha256=digest,
             **about,
         )
+        writer.wait()  # so that two are never held
         with speed.whole():
-            checkpoints.save(model, getattr(optimizer, "optimizer", optimizer), run, done, seen=seen, made=told)
+            own = taken.take(model, getattr(optimizer, "optimizer", optimizer), apart=writer.apart)
+        writer.put(partial(checkpoints.write, own, run, done, seen=seen, made=told))
         return told
 
     if main:
@@ -181,6 +184,7 @@ def train(
     pace = Pace(run, team, partial(speed.peak_gib, accelerator.device), accelerator.device)
     lines = Logged(team, accelerator.device, pace, log, trackers, progress)
     first = step.FirstStep(speed, progress.note if main else lambda _: None)
+    writer = taken.Writer(apart=accelerator.device.type in taken.KINDS)
     with Stops() as stops, Watch(team, str(run)) as watch:
         # one of several processes stops where all do, not while it waits for its batch
         stops.busy = team.world > 1
@@ -221,6 +225,7 @@ def train(
                     lines.take(done, loss, terms, lr, now=checkpoint_due)
                 if main:
                     progress.advance(1)
+                    writer.check()
                 if main and checkpoint_due:
                     watch.at(at, "writing")
                     made = keep(done)
@@ -236,6 +241,8 @@ def train(
                 pace.waited(loading=False)
                 pace.mark()
                 watch.at(done, "loading its batch")
+            watch.at(finished, "writing")
+            writer.wait()
         except BaseException as error:
             if not agreed and not stops.hurried:
                 lines.rescue()
@@ -250,14 +257,17 @@ def train(
                     raise RecipeError(f"step {finished + 1}: {refused}", "set train.batch_size or data.crop lower") from None
                 raise
             # any exception: the same signal may have ended a worker, for which the loader raises
-            if main and finished > saved and not stops.hurried:
+            if main and not stops.hurried:
                 stops.busy = True
-                keep(finished)
+                if finished > saved:
+                    keep(finished)
+                writer.wait()
             if agreed:
                 with suppress(PeerLost):  # the first process may be gone by then: its checkpoint is written
                     team.meet()
             raise stops.error() from None
         finally:
+            writer.close()
             if main:
                 progress.stop()
     speed.release()

@@ -1,0 +1,88 @@
+"""Checkpoints that are written while a GPU goes on with the next steps: what is written is copied first.
+
+At full size the copy takes a fraction of a second; the files of gigabytes, their hashes and their way to the disk take some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mfuser.checkpoints
+from mfuser.checkpoints import Held
+from mfuser.segmentor import Segmentor
+
+KINDS = ("cuda",)  # of devices beside which there are CPU cores to spare; a training on a CPU writes between its steps
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a checkpoint holds of a training, on the CPU.
+
+    moments: the optimizer's state.    training: what a method needs for training alone, by name.
+    """
+
+    model: Held
+    moments: dict[str, Any]
+    training: dict[str, Tensor]
+
+
+def take(model: Segmentor, optimizer: torch.optim.Optimizer, *, apart: bool = False) -> Taken:
+    """Return what a checkpoint holds; `apart`: later steps do not change it."""
+    moments = optimizer.state_dict()
+    if apart:
+        moments = _copied(moments)
+    state = model.training_state().items()
+    training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
+    return Taken(mfuser.checkpoints.hold(model, apart=apart), moments, training)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of nested dicts and lists, with their tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, list | tuple) else value
+
+
+class Writer:
+    """Calls that write checkpoints, one after the other: in a thread beside the training, or at once.
+
+    Args:
+        apart: in a thread.
+    """
+
+    def __init__(self, *, apart: bool) -> None:
+        self.apart = apart
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if apart else None
+        self._last: Future[object] | None = None
+
+    def put(self, write: Callable[[], object]) -> None:
+        """Have a call made, behind the last one, for which this waits. Raises: as `wait`, and what the call raises at once."""
+        self.wait()
+        if self._pool is None:
+            write()
+        else:
+            self._last = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what a call has raised, if it has ended; wait for nothing."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all is written. Raises: what the call raised, once."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait until what has begun is written, whatever becomes of it, and end the thread."""
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,183 @@
+"""Checkpoints written beside the next steps, as on a GPU: the same files, whole ones after a kill or a signal, and errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import kills
+import processes
+import pytest
+import torch
+from processes import RECIPE
+
+import mfuser
+from dgbench.engine import checkpoints, taken
+from dgbench.engine.train import train
+from dgbench.errors import CheckpointError, Terminated
+from dgbench.progress import Silent
+from dgbench.recipe import load_recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _set(tmp_path_factory: pytest.TempPathFactory):
+    os.environ["DGBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a fork: the same bits need as many
+    with processes.plain():
+        yield
+    torch.set_num_threads(threads)
+    del os.environ["DGBENCH_CACHE"]
+
+
+@pytest.fixture
+def _beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's checkpoints are written as a GPU's are."""
+    monkeypatch.setattr(taken, "KINDS", ("cpu", "cuda"))
+
+
+def fit(folder: Path, *told: str, progress: Silent | None = None, resume: bool = False) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "plain.yaml").write_text(RECIPE)
+    recipe = load_recipe(folder / "plain.yaml", ["train.checkpoint_every=2", *told])
+    train(recipe, folder / "run", progress=progress or Silent(), device="cpu", resume=resume)
+    return folder / "run"
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Return the checkpoint's files but the one with times in it, which the manifest hashes."""
+    (folder,) = (run / "checkpoint").iterdir()
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("training.json", "manifest.json")}
+
+
+class Signalled(Silent):
+    """A progress display that sends this process a signal when the step `at` is counted."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.done = at, 0
+
+    def start(self, what: str, total: int, unit: str) -> None:
+        self.training = what.startswith("training")
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        self.done += n * self.training
+        if n and self.training and self.done == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A disk on which a file takes as long as some steps; the names of the threads that waited for it."""
+    seen: list[str] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        seen.append(threading.current_thread().name)
+        time.sleep(0.02)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return seen
+
+
+@pytest.mark.parametrize("option", [(), ("train.ema=0.5",)])
+def test_files_are_those_that_are_written_between_steps(option, tmp_path, monkeypatch, slow):
+    """With an average, too, whose trained weights are in another file."""
+    found = []
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(taken, "KINDS", kinds)
+        slow.clear()
+        run = fit(tmp_path / f"{len(kinds)}", "train.checkpoint_every=4", "train.steps=5", *option)
+        assert any(name.startswith("checkpoint") for name in slow) == bool(kinds)
+        found.append(files(run))
+    assert found[0] == found[1]
+    assert {"model.safetensors", "optimizer.pt"} < found[0].keys()
+
+
+@pytest.mark.usefixtures("_beside")
+def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
+    model = mfuser.build("linear", vfm="tiny", image_size=(32, 32), weights="random").train()
+    model.vfm.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+
+    def step() -> None:
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    step()
+    checkpoints.save(model, optimizer, tmp_path / "at once", 1)
+    own = taken.take(model, optimizer, apart=True)
+    step()
+    checkpoints.write(own, tmp_path / "later", 1)
+    first, later = (files(tmp_path / name) for name in ("at once", "later"))
+    assert first == later
+    checkpoints.save(model, optimizer, tmp_path / "changed", 1)
+    changed = files(tmp_path / "changed")
+    assert all(changed[name] != first[name] for name in ("model.safetensors", "optimizer.pt"))
+
+
+@pytest.mark.usefixtures("_beside", "slow")
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_signal_behind_a_checkpoint_leaves_the_last_step_whole(at, tmp_path):
+    """While one is written: at its step there is no other to write, and behind it there is."""
+    with pytest.raises(Terminated):
+        fit(tmp_path / "stopped", progress=Signalled(at))
+    run = tmp_path / "stopped" / "run"
+    assert [path.name for path in (run / "checkpoint").iterdir()] == [f"step-{at:06d}"]
+    assert checkpoints.load_model(run) is not None
+    fit(tmp_path / "stopped", resume=True)
+    whole = fit(tmp_path / "whole")
+    assert files(run) == files(whole)
+    assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("_beside")
+def test_weights_that_are_not_finite_are_refused_where_the_writer_is_asked(tmp_path):
+    """As they would between steps; the checkpoint before is kept."""
+    run = fit(tmp_path, "train.steps=2")
+    model = checkpoints.load_model(run)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    next(model.parameters()).data.fill_(torch.nan)
+    writer = taken.Writer(apart=True)
+    own = taken.take(model, optimizer, apart=True)
+    writer.put(lambda: checkpoints.write(own, run, 3))
+    with pytest.raises(CheckpointError, match="step 3: .* not finite"):
+        writer.wait()
+    writer.wait()
+    writer.close()
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.usefixtures("_beside")
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint").write_text("no folder")
+    with pytest.raises(FileExistsError):
+        fit(tmp_path, "train.steps=40")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 40, "some steps later, not behind the last"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+@pytest.mark.usefixtures("_beside")
+def test_a_training_killed_at_some_changes_of_the_disk_ends_as_one_that_was_not(tmp_path):
+    whole, folder = fit(tmp_path / "whole"), tmp_path / "killed"
+    run = folder / "run"
+
+    def again() -> None:
+        fit(folder, resume=(run / "recipe.yaml").is_file())
+
+    found = kills.stops(again, run)
+    assert len(found) > 60
+    for stop in found[4::13]:
+        shutil.rmtree(run, ignore_errors=True)
+        assert kills.kill(again, run, stop), stop
+        again()
+        assert files(run) == files(whole), stop
+        assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes(), stop
+        assert not [path.name for path in run.rglob("*") if path.name.startswith(".")], stop
