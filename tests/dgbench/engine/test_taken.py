@@ -16,7 +16,7 @@ import torch
 from processes import RECIPE
 
 import mfuser
-from dgbench.engine import checkpoints, taken
+from dgbench.engine import checkpoints, stops, taken
 from dgbench.engine.train import train
 from dgbench.errors import CheckpointError, Terminated
 from dgbench.progress import Silent
@@ -135,6 +135,24 @@ def test_a_signal_behind_a_checkpoint_leaves_the_last_step_whole(at, tmp_path):
     whole = fit(tmp_path / "whole")
     assert files(run) == files(whole)
     assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("_beside", "slow")
+def test_a_second_signal_waits_for_what_is_being_written_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(stops, "_BURST", 0.0)
+
+    class Twice(Signalled):
+        def advance(self, n: int = 1, **fields: float | str) -> None:
+            if n and self.training and self.done + n == self.at:
+                threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            super().advance(n, **fields)
+
+    with pytest.raises(Terminated):
+        fit(tmp_path / "stopped", progress=Twice(3))
+    run = tmp_path / "stopped" / "run"
+    assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-000002"], "nothing half written"
+    fit(tmp_path / "stopped", resume=True)
+    assert files(run) == files(fit(tmp_path / "whole"))
 
 
 @pytest.mark.usefixtures("_beside")
