@@ -13,7 +13,7 @@ import kills
 import processes
 import pytest
 import torch
-from processes import RECIPE
+from processes import RECIPE, command
 
 import mfuser
 from dgbench.engine import checkpoints, stops, taken
@@ -120,6 +120,21 @@ def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
     checkpoints.save(model, optimizer, tmp_path / "changed", 1)
     changed = files(tmp_path / "changed")
     assert all(changed[name] != first[name] for name in ("model.safetensors", "optimizer.pt"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_the_first_of_two_processes_writes_while_both_go_on(tmp_path, monkeypatch):
+    found = []
+    for kinds in ((), ("cpu",)):
+        monkeypatch.setattr(taken, "KINDS", kinds)
+        folder = tmp_path / f"{len(kinds)}"
+        folder.mkdir()
+        (folder / "plain.yaml").write_text(RECIPE)
+        words = ["--out", str(folder / "run"), "--no-eval", "--quiet", "--device", "cpu", "--set", "train.checkpoint_every=2"]
+        ended = processes.together(lambda w=words, f=folder: command("train", str(f / "plain.yaml"), *w), 2, folder)
+        assert [one.status for one in ended] == [0, 0], ended
+        found.append(files(folder / "run"))
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("_beside", "slow")
