@@ -64,7 +64,7 @@ class Writer:
         self._last: Future[object] | None = None
 
     def put(self, write: Callable[[], object]) -> None:
-        """Have a call made, behind the last one, for which this waits. Raises: as `wait`, and what the call raises at once."""
+        """Have a call made, behind the last one. Raises: as `wait`; without a thread, what the call raises."""
         self.wait()
         if self._pool is None:
             write()

@@ -98,7 +98,6 @@ def test_files_are_those_that_are_written_between_steps(option, tmp_path, monkey
     assert {"model.safetensors", "optimizer.pt"} < found[0].keys()
 
 
-@pytest.mark.usefixtures("_beside")
 def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
     model = mfuser.build("linear", vfm="tiny", image_size=(32, 32), weights="random").train()
     model.vfm.requires_grad_(False)
@@ -170,7 +169,6 @@ def test_a_second_signal_waits_for_what_is_being_written_alone(tmp_path, monkeyp
     assert files(run) == files(fit(tmp_path / "whole"))
 
 
-@pytest.mark.usefixtures("_beside")
 def test_weights_that_are_not_finite_are_refused_where_the_writer_is_asked(tmp_path):
     """As they would between steps; the checkpoint before is kept."""
     run = fit(tmp_path, "train.steps=2")
