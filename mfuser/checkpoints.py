@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What is saved of a model, on the CPU.
+class Snapshot:
+    """What is written of a model, on the CPU.
 
     state: its tensors by name.    frozen: names of the parameters among them that are not trained.
     """
@@ -52,19 +52,19 @@ class Held:
     frozen: frozenset[str]
 
 
-def hold(model: Segmentor, *, apart: bool = False) -> Held:
+def snapshot(model: Segmentor, *, copy: bool = False) -> Snapshot:
     """Return what `save` would write of a model.
 
     Args:
-        apart: later steps of a training do not change it: of what is on the CPU, all but frozen parameters are copied.
+        copy: later steps of a training do not change it: of what is on the CPU, all but frozen parameters are copied.
     """
     frozen = frozenset(name for name, one in model.named_parameters() if not one.requires_grad)
     state = {}
     for name, tensor in model.model_state().items():
         own = tensor.detach().cpu().contiguous()
         shared = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        state[name] = own.clone() if apart and shared and name not in frozen else own
-    return Held(model.method, dict(model.options), tuple(model.classes), state, frozen)
+        state[name] = own.clone() if copy and shared and name not in frozen else own
+    return Snapshot(model.method, dict(model.options), tuple(model.classes), state, frozen)
 
 
 def save(
@@ -84,25 +84,25 @@ def save(
     Raises: ValueError naming a tensor that is not finite, before anything is written; OSError naming the file that cannot be
         written.
     """
-    return write(hold(model), folder, towers=towers, dtype=dtype)
+    return write(snapshot(model), folder, towers=towers, dtype=dtype)
 
 
 def write(
-    held: Held,
+    model: Snapshot,
     folder: Path | str,
     *,
     towers: Literal["stored", "named"] = "stored",
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write what `hold` took of a model, as `save` does."""
-    folder, state = Path(folder), dict(held.state)
+    """Write a snapshot of a model, as `save` does."""
+    folder, state = Path(folder), dict(model.state)
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    left_out = _named(held, state) if towers == "named" else []
+    left_out = _named(model, state) if towers == "named" else []
     for tower in left_out:
         for name in tower.tensors:
             del state[name]
-    _refuse_unfinite(state, f"the model `{held.method}` is not saved")
+    _refuse_unfinite(state, f"the model `{model.method}` is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     # the manifest of the files that are about to be replaced
     (folder / manifest.NAME).unlink(missing_ok=True)
@@ -121,19 +121,19 @@ def write(
         os.fsync(file.fileno())
     os.replace(weights, folder / _WEIGHTS)
     form = NAMED if left_out else FORMAT
-    description = {"format": form, "method": held.method, "options": dict(held.options), "classes": list(held.classes)}
+    description = {"format": form, "method": model.method, "options": dict(model.options), "classes": list(model.classes)}
     manifest.write(folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
     manifest.seal(folder, (_WEIGHTS, _DESCRIPTION))
     return folder
 
 
-def _named(held: Held, state: Mapping[str, torch.Tensor]) -> list[NamedTower]:
+def _named(model: Snapshot, state: Mapping[str, torch.Tensor]) -> list[NamedTower]:
     """Return the towers of a model that need not be stored."""
-    frozen = {name: state[name] for name in state if name in held.frozen}
+    frozen = {name: state[name] for name in state if name in model.frozen}
     found = []
-    own = methods.backbone_names(held.method) - TOWERS.keys()  # a method's own trunks have no files
-    for option, parts in methods.towers(held.method, held.options).items():
-        tower = held.options[option]
+    own = methods.backbone_names(model.method) - TOWERS.keys()  # a method's own trunks have no files
+    for option, parts in methods.towers(model.method, model.options).items():
+        tower = model.options[option]
         if tower not in own and (one := named.of_tower(tower, parts, frozen)) is not None:
             found.append(one)
             frozen = {name: value for name, value in frozen.items() if name not in one.tensors}

@@ -26,8 +26,8 @@ import torch
 import mfuser
 import mfuser.checkpoints
 from dgbench import atomic, results, untrusted
+from dgbench.engine.checkpoint_writer import Snapshot, snapshot
 from dgbench.engine.device import memory_refused
-from dgbench.engine.taken import Taken, take
 from dgbench.errors import CheckpointError, ResultError
 from dgbench.recipe import Recipe
 from mfuser import manifest
@@ -97,17 +97,17 @@ def save(
 
     Raises: CheckpointError for weights that are not finite: nothing is written then.
     """
-    return write(take(model, optimizer), run, step, keep=keep, seen=seen, made=made)
+    return write(snapshot(model, optimizer), run, step, keep=keep, seen=seen, made=made)
 
 
-def write(taken: Taken, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None, made: Made | None = None) -> Path:
-    """Write what was taken of a training at `step`, as `save` does."""
+def write(own: Snapshot, run: Path, step: int, *, keep: int = 1, seen: Seen | None = None, made: Made | None = None) -> Path:
+    """Write a snapshot of a training at `step`, as `save` does."""
     folder = run / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     clean(run)
     partial, final = folder / f"{_PARTIAL}{step:06d}", folder / f"step-{step:06d}"
     try:
-        mfuser.checkpoints.write(taken.model, partial, towers="named")
+        mfuser.checkpoints.write(own.model, partial, towers="named")
     except ValueError as error:
         raise CheckpointError(
             f"step {step}: {error}",
@@ -119,11 +119,11 @@ def write(taken: Taken, run: Path, step: int, *, keep: int = 1, seen: Seen | Non
         if content is not None:
             values = {key: value for key, value in asdict(content).items() if (key, value) != ("each", None)}
             atomic.write(partial / name, json.dumps(values) + "\n")
-    _write_moments(taken.moments, partial / _MOMENTS)
-    if taken.training:
+    _write_moments(own.moments, partial / _MOMENTS)
+    if own.training:
         # written by Python instead of safetensors, so that a full disk is reported as for every other file
-        atomic.write(partial / _TRAINING, safetensors.torch.save(taken.training))
-    there = {_MOMENTS: True, _TRAINING: bool(taken.training), _SEEN: seen is not None, _MADE: made is not None}
+        atomic.write(partial / _TRAINING, safetensors.torch.save(own.training))
+    there = {_MOMENTS: True, _TRAINING: bool(own.training), _SEEN: seen is not None, _MADE: made is not None}
     manifest.seal(partial, [name for name, is_there in there.items() if is_there])
     if final.exists():  # the same step again, after a resume from an earlier one
         _remove(final)

@@ -24,7 +24,7 @@ from dgbench.data.dataset import SegDataset
 from dgbench.data.extra import Stream, digest_of, files_of, streams
 from dgbench.data.sampling import sampler_of
 from dgbench.data.union import Union, sources
-from dgbench.engine import batches, checkpoints, step, taken, tracking
+from dgbench.engine import batches, checkpoint_writer, checkpoints, step, tracking
 from dgbench.engine.checkpoints import Made
 from dgbench.engine.device import accelerator_on, device_name, memory_refused, pick_device
 from dgbench.engine.log import Log
@@ -71,7 +71,7 @@ def train(
         local_norms: BatchNorm may take the statistics of each process's part of a batch, or of each of `train.accumulate`.
 
     SIGINT, SIGTERM and SIGHUP write a checkpoint of the last finished step before they are raised; a second one waits for
-    none but one that is being written. On a GPU that is done beside the next steps (`engine/taken.py`).
+    none but one that is being written. On a GPU that is done in the background (`engine/checkpoint_writer.py`).
 
     Raises: RecipeError, DataError, CheckpointError, BackendError for what a user can fix; KeyboardInterrupt, Terminated; PeerLost
         if another process has ended.
@@ -173,7 +173,8 @@ def train(
         )
         writer.wait()  # so that two are never held
         with speed.whole():
-            own = taken.take(model, getattr(optimizer, "optimizer", optimizer), apart=writer.apart)
+            bare = getattr(optimizer, "optimizer", optimizer)
+            own = checkpoint_writer.snapshot(model, bare, copy=writer.background)
         writer.put(partial(checkpoints.write, own, run, done, seen=seen, made=told))
         return told
 
@@ -184,7 +185,7 @@ def train(
     pace = Pace(run, team, partial(speed.peak_gib, accelerator.device), accelerator.device)
     lines = Logged(team, accelerator.device, pace, log, trackers, progress)
     first = step.FirstStep(speed, progress.note if main else lambda _: None)
-    writer = taken.Writer(apart=accelerator.device.type in taken.KINDS)
+    writer = checkpoint_writer.Writer(background=accelerator.device.type in checkpoint_writer.BACKGROUND)
     with Stops() as stops, Watch(team, str(run)) as watch:
         # one of several processes stops where all do, not while it waits for its batch
         stops.busy = team.world > 1
@@ -241,8 +242,9 @@ def train(
                 pace.waited(loading=False)
                 pace.mark()
                 watch.at(done, "loading its batch")
-            watch.at(finished, "writing")
-            writer.wait()
+            if main:
+                watch.at(finished, "writing")
+                writer.wait()
         except BaseException as error:
             if not agreed and not stops.hurried:
                 lines.rescue()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+from plain_training import Ended, Shown, fit, fit_by_two
 from processes import RECIPE, command
 
 from dgbench.engine import logged
@@ -18,10 +18,8 @@ from dgbench.engine.logged import Logged
 from dgbench.engine.pace import Pace
 from dgbench.engine.team import ALONE
 from dgbench.engine.tracking import Trackers
-from dgbench.engine.train import train
 from dgbench.errors import RecipeError, Terminated
 from dgbench.progress import Silent
-from dgbench.recipe import load_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,45 +36,12 @@ def _late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logged, "LATE", ("cpu", "cuda"))
 
 
-def fit(folder: Path, *told: str, device: str = "cpu", progress: Silent | None = None, resume: bool = False) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "plain.yaml").write_text(RECIPE)
-    recipe = load_recipe(folder / "plain.yaml", list(told))
-    train(recipe, folder / "run", progress=progress or Silent(), device=device, resume=resume)
-    return folder / "run"
-
-
 def lines(run: Path, name: str = "log.jsonl") -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def steps(run: Path, name: str = "log.jsonl") -> list[float]:
     return [line["step"] for line in lines(run, name)]
-
-
-class Shown(Silent):
-    """A progress display that keeps the losses it is told, and is interrupted when the step `at` is counted."""
-
-    def __init__(self, at: int = 0) -> None:
-        self.at, self.done, self.told = at, 0, []
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        self.training = what.startswith("training")
-
-    def advance(self, n: int = 1, **fields: float | str) -> None:
-        if self.training:
-            self.done += n
-            self.told += [fields["loss"]] if "loss" in fields else []
-            if n and self.done == self.at:
-                self.interrupts()
-
-    def interrupts(self) -> None:
-        raise KeyboardInterrupt
-
-
-class Ended(Shown):
-    def interrupts(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
@@ -98,14 +63,9 @@ def test_processes_exchange_what_they_write_later(tmp_path, monkeypatch):
     found = []
     for late in ((), ("cpu",)):
         monkeypatch.setattr(logged, "LATE", late)
-        folder = tmp_path / f"{len(late)}"
-        folder.mkdir()
-        (folder / "plain.yaml").write_text(RECIPE)
-        words = ["--out", str(folder / "run"), "--no-eval", "--quiet", "--device", "cpu", "--set", "train.log_every=2"]
-        ended = processes.together(lambda w=words, f=folder: command("train", str(f / "plain.yaml"), *w), 2, folder)
-        assert [one.status for one in ended] == [0, 0], ended
-        found.append((folder / "run" / "log.jsonl").read_bytes())
-        assert steps(folder / "run", "speed.jsonl") == [2, 3, 4, 6]
+        run = fit_by_two(tmp_path / f"{len(late)}", "train.log_every=2")
+        found.append((run / "log.jsonl").read_bytes())
+        assert steps(run, "speed.jsonl") == [2, 3, 4, 6]
     assert found[0] == found[1]
 
 

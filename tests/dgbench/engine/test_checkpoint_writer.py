@@ -1,10 +1,9 @@
-"""Checkpoints written beside the next steps, as on a GPU: the same files, whole ones after a kill or a signal, and errors."""
+"""Checkpoints written in the background, as on a GPU: the same files, whole ones after a kill or a signal, and errors."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -13,14 +12,13 @@ import kills
 import processes
 import pytest
 import torch
-from processes import RECIPE, command
+from plain_training import Ended, fit, fit_by_two
 
 import mfuser
-from dgbench.engine import checkpoints, stops, taken
-from dgbench.engine.train import train
+from dgbench.engine import checkpoint_writer, checkpoints, stops
 from dgbench.errors import CheckpointError, Terminated
-from dgbench.progress import Silent
-from dgbench.recipe import load_recipe
+
+EVERY = "train.checkpoint_every=2"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,38 +33,15 @@ def _set(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def _beside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _background(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's checkpoints are written as a GPU's are."""
-    monkeypatch.setattr(taken, "KINDS", ("cpu", "cuda"))
-
-
-def fit(folder: Path, *told: str, progress: Silent | None = None, resume: bool = False) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "plain.yaml").write_text(RECIPE)
-    recipe = load_recipe(folder / "plain.yaml", ["train.checkpoint_every=2", *told])
-    train(recipe, folder / "run", progress=progress or Silent(), device="cpu", resume=resume)
-    return folder / "run"
+    monkeypatch.setattr(checkpoint_writer, "BACKGROUND", ("cpu", "cuda"))
 
 
 def files(run: Path) -> dict[str, bytes]:
     """Return the checkpoint's files but the one with times in it, which the manifest hashes."""
     (folder,) = (run / "checkpoint").iterdir()
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("training.json", "manifest.json")}
-
-
-class Signalled(Silent):
-    """A progress display that sends this process a signal when the step `at` is counted."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.done = at, 0
-
-    def start(self, what: str, total: int, unit: str) -> None:
-        self.training = what.startswith("training")
-
-    def advance(self, n: int = 1, **fields: float | str) -> None:
-        self.done += n * self.training
-        if n and self.training and self.done == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture
@@ -89,7 +64,7 @@ def test_files_are_those_that_are_written_between_steps(option, tmp_path, monkey
     """With an average, too, whose trained weights are in another file."""
     found = []
     for kinds in ((), ("cpu",)):
-        monkeypatch.setattr(taken, "KINDS", kinds)
+        monkeypatch.setattr(checkpoint_writer, "BACKGROUND", kinds)
         slow.clear()
         run = fit(tmp_path / f"{len(kinds)}", "train.checkpoint_every=4", "train.steps=5", *option)
         assert any(name.startswith("checkpoint") for name in slow) == bool(kinds)
@@ -98,7 +73,7 @@ def test_files_are_those_that_are_written_between_steps(option, tmp_path, monkey
     assert {"model.safetensors", "optimizer.pt"} < found[0].keys()
 
 
-def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
+def test_a_snapshot_is_of_its_step_whatever_the_next_ones_do(tmp_path):
     model = mfuser.build("linear", vfm="tiny", image_size=(32, 32), weights="random").train()
     model.vfm.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,7 +86,7 @@ def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
 
     step()
     checkpoints.save(model, optimizer, tmp_path / "at once", 1)
-    own = taken.take(model, optimizer, apart=True)
+    own = checkpoint_writer.snapshot(model, optimizer, copy=True)
     step()
     checkpoints.write(own, tmp_path / "later", 1)
     first, later = (files(tmp_path / name) for name in ("at once", "later"))
@@ -125,58 +100,51 @@ def test_what_was_taken_is_of_its_step_whatever_the_next_ones_do(tmp_path):
 def test_the_first_of_two_processes_writes_while_both_go_on(tmp_path, monkeypatch):
     found = []
     for kinds in ((), ("cpu",)):
-        monkeypatch.setattr(taken, "KINDS", kinds)
-        folder = tmp_path / f"{len(kinds)}"
-        folder.mkdir()
-        (folder / "plain.yaml").write_text(RECIPE)
-        words = ["--out", str(folder / "run"), "--no-eval", "--quiet", "--device", "cpu", "--set", "train.checkpoint_every=2"]
-        ended = processes.together(lambda w=words, f=folder: command("train", str(f / "plain.yaml"), *w), 2, folder)
-        assert [one.status for one in ended] == [0, 0], ended
-        found.append(files(folder / "run"))
+        monkeypatch.setattr(checkpoint_writer, "BACKGROUND", kinds)
+        found.append(files(fit_by_two(tmp_path / f"{len(kinds)}", EVERY)))
     assert found[0] == found[1]
 
 
-@pytest.mark.usefixtures("_beside", "slow")
+@pytest.mark.usefixtures("_background", "slow")
 @pytest.mark.parametrize("at", [2, 3])
 def test_a_signal_behind_a_checkpoint_leaves_the_last_step_whole(at, tmp_path):
     """While one is written: at its step there is no other to write, and behind it there is."""
     with pytest.raises(Terminated):
-        fit(tmp_path / "stopped", progress=Signalled(at))
+        fit(tmp_path / "stopped", EVERY, progress=Ended(at))
     run = tmp_path / "stopped" / "run"
     assert [path.name for path in (run / "checkpoint").iterdir()] == [f"step-{at:06d}"]
     assert checkpoints.load_model(run) is not None
-    fit(tmp_path / "stopped", resume=True)
-    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "stopped", EVERY, resume=True)
+    whole = fit(tmp_path / "whole", EVERY)
     assert files(run) == files(whole)
     assert (run / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
 
 
-@pytest.mark.usefixtures("_beside", "slow")
+@pytest.mark.usefixtures("_background", "slow")
 def test_a_second_signal_waits_for_what_is_being_written_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(stops, "_BURST", 0.0)
 
-    class Twice(Signalled):
-        def advance(self, n: int = 1, **fields: float | str) -> None:
-            if n and self.training and self.done + n == self.at:
-                threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            super().advance(n, **fields)
+    class Twice(Ended):
+        def interrupts(self) -> None:
+            threading.Timer(0.03, super().interrupts).start()
+            super().interrupts()
 
     with pytest.raises(Terminated):
-        fit(tmp_path / "stopped", progress=Twice(3))
+        fit(tmp_path / "stopped", EVERY, progress=Twice(3))
     run = tmp_path / "stopped" / "run"
     assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-000002"], "nothing half written"
-    fit(tmp_path / "stopped", resume=True)
-    assert files(run) == files(fit(tmp_path / "whole"))
+    fit(tmp_path / "stopped", EVERY, resume=True)
+    assert files(run) == files(fit(tmp_path / "whole", EVERY))
 
 
 def test_weights_that_are_not_finite_are_refused_where_the_writer_is_asked(tmp_path):
     """As they would between steps; the checkpoint before is kept."""
-    run = fit(tmp_path, "train.steps=2")
+    run = fit(tmp_path, EVERY, "train.steps=2")
     model = checkpoints.load_model(run)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     next(model.parameters()).data.fill_(torch.nan)
-    writer = taken.Writer(apart=True)
-    own = taken.take(model, optimizer, apart=True)
+    writer = checkpoint_writer.Writer(background=True)
+    own = checkpoint_writer.snapshot(model, optimizer, copy=True)
     writer.put(lambda: checkpoints.write(own, run, 3))
     with pytest.raises(CheckpointError, match="step 3: .* not finite"):
         writer.wait()
@@ -185,23 +153,23 @@ def test_weights_that_are_not_finite_are_refused_where_the_writer_is_asked(tmp_p
     assert [path.name for path in (run / "checkpoint").iterdir()] == ["step-000002"]
 
 
-@pytest.mark.usefixtures("_beside")
+@pytest.mark.usefixtures("_background")
 def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint").write_text("no folder")
     with pytest.raises(FileExistsError):
-        fit(tmp_path, "train.steps=40")
+        fit(tmp_path, EVERY, "train.steps=40")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) < 40, "some steps later, not behind the last"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
-@pytest.mark.usefixtures("_beside")
+@pytest.mark.usefixtures("_background")
 def test_a_training_killed_at_some_changes_of_the_disk_ends_as_one_that_was_not(tmp_path):
-    whole, folder = fit(tmp_path / "whole"), tmp_path / "killed"
+    whole, folder = fit(tmp_path / "whole", EVERY), tmp_path / "killed"
     run = folder / "run"
 
     def again() -> None:
-        fit(folder, resume=(run / "recipe.yaml").is_file())
+        fit(folder, EVERY, resume=(run / "recipe.yaml").is_file())
 
     found = kills.stops(again, run)
     assert len(found) > 60

@@ -1,6 +1,6 @@
-"""Checkpoints that are written while a GPU goes on with the next steps: what is written is copied first.
+"""Checkpoints written in the background: a GPU goes on with the next steps while a thread writes a snapshot of the training.
 
-At full size the copy takes a fraction of a second; the files of gigabytes, their hashes and their way to the disk take some.
+At full size the snapshot takes a fraction of a second; files of gigabytes, their hashes and their way to the disk take some.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mfuser.checkpoints
-from mfuser.checkpoints import Held
+from mfuser import checkpoints
 from mfuser.segmentor import Segmentor
 
-KINDS = ("cuda",)  # of devices beside which there are CPU cores to spare; a training on a CPU writes between its steps
+BACKGROUND = ("cuda",)  # kinds of devices whose trainings leave CPU cores to a thread; a training on a CPU writes between steps
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What a checkpoint holds of a training, on the CPU.
+class Snapshot:
+    """What a checkpoint holds of a training.
 
-    moments: the optimizer's state.    training: what a method needs for training alone, by name.
+    moments: the optimizer's state.    training: what a method needs for training alone, by name, on the CPU.
     """
 
-    model: Held
+    model: checkpoints.Snapshot
     moments: dict[str, Any]
     training: dict[str, Tensor]
 
 
-def take(model: Segmentor, optimizer: torch.optim.Optimizer, *, apart: bool = False) -> Taken:
-    """Return what a checkpoint holds; `apart`: later steps do not change it."""
+def snapshot(model: Segmentor, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> Snapshot:
+    """Return what a checkpoint holds; `copy`: on the CPU, and later steps do not change it."""
     moments = optimizer.state_dict()
-    if apart:
-        moments = _copied(moments)
     state = model.training_state().items()
     training = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state}
-    return Taken(mfuser.checkpoints.hold(model, apart=apart), moments, training)
+    return Snapshot(checkpoints.snapshot(model, copy=copy), _copied(moments) if copy else moments, training)
 
 
 def _copied(value: Any) -> Any:
@@ -52,15 +49,15 @@ def _copied(value: Any) -> Any:
 
 
 class Writer:
-    """Calls that write checkpoints, one after the other: in a thread beside the training, or at once.
+    """Calls that write checkpoints, one after the other: in a thread, or at once.
 
     Args:
-        apart: in a thread.
+        background: in a thread.
     """
 
-    def __init__(self, *, apart: bool) -> None:
-        self.apart = apart
-        self._pool = ThreadPoolExecutor(1, "checkpoint") if apart else None
+    def __init__(self, *, background: bool) -> None:
+        self.background = background
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if background else None
         self._last: Future[object] | None = None
 
     def put(self, write: Callable[[], object]) -> None:
